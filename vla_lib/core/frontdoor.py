@@ -1,0 +1,33 @@
+"""A front door: a settings dataclass and a `main` in; flags, `--help`, one-sentence errors and exit statuses out."""
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from vla_lib.core.errors import UserError
+
+S = TypeVar("S")
+
+EXIT_BAD_INPUT = 2
+
+
+def parse(settings_class: type[S], argv: Sequence[str] | None = None) -> S:
+    """Settings from command-line flags (dashes and underscores are the same). Exits 2 on an unknown flag or a wrong type.
+
+    Raises UserError where the settings' own validation refuses them.
+    """
+    import tyro
+
+    return tyro.cli(settings_class, args=argv, use_underscores=False, description=settings_class.__doc__)
+
+
+def start(settings_class: type[S], main: Callable[[S], Any], argv: Sequence[str] | None = None) -> None:
+    """Run a front door as a program: parse, run `main`, turn a UserError into one line on stderr and exit status 2."""
+    try:
+        main(parse(settings_class, argv))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(EXIT_BAD_INPUT) from None
+    except KeyboardInterrupt:
+        print("cancelled", file=sys.stderr, flush=True)
+        raise SystemExit(130) from None
