@@ -1,0 +1,141 @@
+"""A run folder: a name and parameters in; `runs/<UTC time>-<name>/run.json` with a truthful state out.
+
+`run.json` holds state (running, done, failed, cancelled), parameters, git, versions, times, the owner's process and the error. It is written
+atomically at every change. A record that says `running` while its process is gone is read as `lost` (see `read_record`).
+"""
+
+import importlib.metadata
+import os
+import platform
+import socket
+import subprocess
+import time
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from vla_lib.core.errors import UserError
+from vla_lib.core.files import read_json, write_json
+
+PROJECT = Path(__file__).resolve().parents[2]
+STATES = ("running", "done", "failed", "cancelled", "lost")
+VERSIONS_OF = ("vla-workbench", "torch", "transformers", "accelerate", "diffusers", "numpy", "papermill", "mujoco")
+
+
+def runs_root() -> Path:
+    """Folder that holds the run folders: `$VLA_RUNS` if set, else `runs/` of the project."""
+    return Path(os.environ.get("VLA_RUNS") or PROJECT / "runs")
+
+
+@dataclass
+class RunFolder:
+    """One run's folder and its record. `create` makes it; exactly one process owns it and calls `finish`."""
+
+    path: Path
+    record: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def create(cls, name: str, parameters: dict[str, Any], path: Path | None = None, **extra: Any) -> "RunFolder":
+        """Make the folder (or use the given empty one) and write a `running` record owned by this process."""
+        if path is None:
+            path = _unused(runs_root(), name)
+        path.mkdir(parents=True, exist_ok=True)
+        process = psutil.Process()
+        record = {
+            "name": name,
+            "state": "running",
+            "started": datetime.now(UTC).isoformat(timespec="milliseconds"),
+            "ended": None,
+            "duration_s": None,
+            "parameters": parameters,
+            "error": None,
+            "pid": process.pid,
+            "pid_created": process.create_time(),
+            "host": socket.gethostname(),
+            "git": git_state(),
+            "versions": versions(),
+            **extra,
+        }
+        run = cls(path, record)
+        run.save()
+        return run
+
+    def save(self) -> None:
+        """Write the record."""
+        write_json(self.path / "run.json", self.record)
+
+    def finish(self, state: str, error: str | None = None) -> None:
+        """Close the record as `done`, `failed` or `cancelled`; the first closing holds, later ones change nothing."""
+        if state not in STATES[1:4]:
+            raise ValueError(f"a run cannot end as {state!r}")
+        if self.record.get("state") != "running":
+            return
+        ended = datetime.now(UTC)
+        started = datetime.fromisoformat(self.record["started"])
+        self.record.update(
+            state=state,
+            error=error,
+            ended=ended.isoformat(timespec="milliseconds"),
+            duration_s=round((ended - started).total_seconds(), 3),
+        )
+        self.save()
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """The record of the run folder `path`, with `state` = `lost` where it says running but its process is gone.
+
+    Raises UserError where the folder has no readable run.json.
+    """
+    record = read_json(Path(path) / "run.json")
+    if not isinstance(record, dict) or record.get("state") not in STATES:
+        raise UserError(f"{path}/run.json is not a run record; remove the folder or restore the file.")
+    if record["state"] == "running" and record.get("host") == socket.gethostname() and not _alive(record):
+        record["state"] = "lost"
+    return record
+
+
+def _alive(record: dict[str, Any]) -> bool:
+    try:
+        process = psutil.Process(record["pid"])
+        return process.status() != psutil.STATUS_ZOMBIE and abs(process.create_time() - record["pid_created"]) < 1.0
+    except (psutil.NoSuchProcess, KeyError, TypeError):
+        return False
+
+
+def _unused(root: Path, name: str) -> Path:
+    while True:
+        stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
+        for suffix in ("", *(f".{k}" for k in range(1, 100))):
+            path = root / f"{stamp}{suffix}-{name}"
+            try:
+                path.mkdir(parents=True)
+                return path
+            except FileExistsError:
+                continue
+        time.sleep(0.2)
+
+
+def git_state() -> dict[str, Any] | None:
+    """Commit and cleanliness of the project's checkout, None outside one."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", "-C", str(PROJECT), *words], capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+
+    try:
+        return {"commit": git("rev-parse", "HEAD"), "branch": git("rev-parse", "--abbrev-ref", "HEAD"), "changed": len(git("status", "--porcelain").splitlines())}
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide a result."""
+    found = {"python": platform.python_version()}
+    for package in VERSIONS_OF:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,147 @@
+"""A notebook and its parameters in; an executed notebook, an offline HTML page and a true run record out, through papermill.
+
+    vla run 04_train_async -p batch_size 4 -p nproc_per_node 4
+"""
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import papermill
+import psutil
+from jupyter_client.manager import AsyncKernelManager
+from papermill.exceptions import PapermillExecutionError
+
+from vla_lib.core.errors import UserError
+from vla_lib.core.run_folder import RunFolder
+from vla_lib.workbench.html import export_html
+from vla_lib.workbench.notebook import RUN_DIR_VARIABLE
+from vla_lib.workbench.parameters import notebook_path, resolve
+
+CANCELLED = ("KeyboardInterrupt", "CancelledError", "JobCancelled")
+HARMLESS = ("Passed unknown parameter", "Input Notebook", "Output Notebook", "No parameter cell")
+
+
+class LocalKernelManager(AsyncKernelManager):
+    """A kernel on Unix sockets: no TCP ports, so nothing listens on the network and no port can be taken."""
+
+    def __init__(self, **keywords: Any):
+        super().__init__(transport="ipc", **keywords)
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """How a headless run ended: its folder, `done`, `failed` or `cancelled`, and the error."""
+
+    path: Path
+    state: str
+    error: str | None = None
+
+    @property
+    def page(self) -> Path:
+        """The HTML page of the executed notebook."""
+        return self.path / "notebook.html"
+
+
+def run_notebook(name: str | Path, given: dict[str, Any], text: bool = False, log: bool = True) -> RunResult:
+    """Execute a notebook headless in a run folder of its own.
+
+    `given`: parameter values, or command-line words with `text`. Raises UserError for an unknown notebook, parameter name or type, before a
+    kernel starts; a failing cell is not raised but returned as state `failed`.
+    """
+    path = notebook_path(name)
+    values = resolve(path, given, text)
+    run = RunFolder.create(path.stem, values, notebook=str(path), given=sorted(given))
+    executed = run.path / "notebook.ipynb"
+    state, error = "failed", None
+    with _kernel_environment(run.path), _interrupts_reach_the_kernel(), _plain_log(log):
+        try:
+            papermill.execute_notebook(
+                str(path),
+                str(executed),
+                parameters=values,
+                kernel_name="python3",
+                kernel_manager_class=LocalKernelManager,
+                cwd=str(path.parent),
+                log_output=log,
+                progress_bar=False,
+                autosave_cell_every=10,
+            )
+            state = "done"
+        except PapermillExecutionError as failure:
+            state = "cancelled" if failure.ename in CANCELLED else "failed"
+            error = f"{failure.ename}: {failure.evalue}"
+        except KeyboardInterrupt:
+            state, error = "cancelled", "interrupted"
+        except Exception as failure:  # a dead kernel, a full disk: recorded, and told like any other failure
+            error = f"{type(failure).__name__}: {failure}"
+        finally:
+            if executed.exists():
+                export_html(executed, run.path / "notebook.html")
+            run.finish(state, error)
+    return RunResult(run.path, state, error)
+
+
+@contextmanager
+def _kernel_environment(run_dir: Path) -> Iterator[None]:
+    before = os.environ.get(RUN_DIR_VARIABLE)
+    os.environ[RUN_DIR_VARIABLE] = str(run_dir)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[RUN_DIR_VARIABLE]
+        else:
+            os.environ[RUN_DIR_VARIABLE] = before
+
+
+@contextmanager
+def _interrupts_reach_the_kernel() -> Iterator[None]:
+    """The first Ctrl-C or SIGTERM interrupts the running cell, which records the cancellation; a second one ends this process's wait."""
+    caught: list[int] = []
+
+    def handle(number: int, _frame: Any) -> None:
+        caught.append(number)
+        kernels = [child for child in psutil.Process().children() if "ipykernel_launcher" in " ".join(child.cmdline())]
+        if len(caught) > 1 or not kernels:
+            raise KeyboardInterrupt
+        for kernel in kernels:
+            kernel.send_signal(signal.SIGINT)
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _plain_log(show: bool) -> Iterator[None]:
+    """Cell outputs as plain lines with the time; papermill's own chatter stays out."""
+    logger = logging.getLogger("papermill")
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
+    handler.addFilter(lambda record: show and bool(record.getMessage().strip()) and not record.getMessage().startswith(HARMLESS))
+    propagate, level = logger.propagate, logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate, logger.level = propagate, level
+
+
+def require_done(result: RunResult) -> RunResult:
+    """The result itself where the run is done. Raises UserError with cause and page where it failed or was cancelled."""
+    if result.state != "done":
+        raise UserError(f"{result.path.name} {result.state}: {result.error}. See {result.page}")
+    return result

@@ -1,0 +1,202 @@
+"""A job: a front door and its settings in; a supervised torchrun subprocess, its log, progress and fate out.
+
+Files are the interface (`train.log`, `metrics.jsonl`, `job.json`, `error.json` in the run folder), so any viewer can attach to a running job.
+"""
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from vla_lib.core.errors import UserError
+from vla_lib.core.files import read_json
+
+GRACE_S = 20.0  # longer than a checkpoint takes
+LOG_TAIL_LINES = 15
+
+
+class JobFailed(Exception):
+    """A job ended with an error: the cause first, then the failing rank's traceback, then the last lines of the log."""
+
+    def _render_traceback_(self) -> list[str]:
+        return str(self).splitlines()
+
+
+class JobCancelled(Exception):
+    """A job was stopped before its end; what it had saved is kept."""
+
+    def _render_traceback_(self) -> list[str]:
+        return [f"JobCancelled: {self}"]
+
+
+def flags(settings: dict[str, Any]) -> list[str]:
+    """Command-line flags of a front door from its settings: `{"lr": 1e-4, "resume": False}` -> `--lr 0.0001 --no-resume`; None is left out."""
+    words: list[str] = []
+    for name, value in settings.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        elif isinstance(value, list | tuple):
+            words += [f"--{flag}", *map(str, value)]
+        elif value is not None:
+            words += [f"--{flag}", str(value)]
+    return words
+
+
+class Job:
+    """One supervised subprocess that works in a run folder."""
+
+    def __init__(self, command: list[str], run_dir: Path, environment: dict[str, str] | None = None):
+        self.command = command
+        self.run_dir = Path(run_dir)
+        self.environment = environment or {}
+        self._process: subprocess.Popen | None = None
+        self._read = 0
+
+    @classmethod
+    def torchrun(cls, module: str, settings: dict[str, Any], run_dir: Path, nproc_per_node: int = 1) -> "Job":
+        """`torchrun --nproc_per_node=N -m MODULE FLAGS --run-dir RUN_DIR`, on a free port of this machine.
+
+        Ranks on the CPU share its cores: each gets its part as OMP_NUM_THREADS unless the variable is set already.
+        """
+        if nproc_per_node < 1:
+            raise UserError(f"nproc_per_node is {nproc_per_node}; give 1 or more processes.")
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc_per_node}", "-m", module]
+        command += flags({**settings, "run_dir": str(run_dir)})
+        threads = max(1, (os.cpu_count() or 1) // nproc_per_node)
+        return cls(command, run_dir, {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))})
+
+    @property
+    def log(self) -> Path:
+        """The job's log file."""
+        return self.run_dir / "train.log"
+
+    @property
+    def status(self) -> dict[str, Any]:
+        """What the supervisor last wrote: state, returncode, reason ({} before it started)."""
+        path = self.run_dir / "job.json"
+        return read_json(path) if path.exists() else {}
+
+    def start(self) -> "Job":
+        """Start the job. Raises UserError where one still runs in the same folder."""
+        if is_running(self.run_dir):
+            raise UserError(f"A job already runs in {self.run_dir}; stop it first, or use another run folder.")
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        for stale in ("job.json", "error.json"):
+            (self.run_dir / stale).unlink(missing_ok=True)
+        self._read = self.log.stat().st_size if self.log.exists() else 0
+        supervisor = [sys.executable, "-m", "vla_lib.workbench.supervisor", str(os.getpid()), str(GRACE_S), str(self.run_dir / "job.json"), str(self.log)]
+        environment = {**os.environ, **self.environment, "TORCHELASTIC_ERROR_FILE": str(self.run_dir / "error.json"), "PYTHONUNBUFFERED": "1"}
+        self._process = subprocess.Popen(
+            [*supervisor, *self.command],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        return self
+
+    def stop(self) -> None:
+        """Ask the supervisor to stop the job; it saves its state first. `watch` then raises JobCancelled."""
+        if self._process is not None and self._process.poll() is None:
+            self._process.send_signal(signal.SIGTERM)
+
+    async def watch(self, on_tick: Callable[[list[str]], None] | None = None, every_s: float = 0.5) -> dict[str, Any]:
+        """Follow the job to its end; `on_tick` gets the new lines of the log (default: print them). Returns the final status.
+
+        Await it in a notebook cell: the event loop stays free, so a Stop button works. An interrupted cell stops the job.
+        Raises JobFailed where the job ends with an error and JobCancelled where it was stopped.
+        """
+        if self._process is None:
+            self.start()
+        on_tick = on_tick or _print_lines
+        try:
+            running = True
+            while running:
+                running = self._process.poll() is None  # before reading: the last lines are not lost
+                on_tick(self._new_lines(final=not running))
+                if running:
+                    await asyncio.sleep(every_s)
+        except (asyncio.CancelledError, KeyboardInterrupt):
+            self.stop()
+            self._wait_stopped()
+            on_tick(self._new_lines(final=True))
+            raise JobCancelled(f"the cell was interrupted; the job is stopped, its files are in {self.run_dir}") from None
+        return self._conclude()
+
+    def run(self) -> dict[str, Any]:
+        """`watch` for plain scripts."""
+        return asyncio.run(self.watch())
+
+    def _wait_stopped(self) -> None:
+        deadline = time.monotonic() + GRACE_S + 15
+        while self._process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+
+    def _new_lines(self, final: bool) -> list[str]:
+        if not self.log.exists():
+            return []
+        with open(self.log, "rb") as file:
+            file.seek(self._read)
+            data = file.read()
+        whole = len(data) if final else data.rfind(b"\n") + 1
+        self._read += whole
+        return data[:whole].decode(errors="replace").splitlines()
+
+    def _conclude(self) -> dict[str, Any]:
+        status = self.status
+        if status.get("state") != "ended":
+            raise JobFailed(f"The job's supervisor was killed; what it had logged is in {self.log}.")
+        if status["reason"]:
+            raise JobCancelled(f"{status['reason']}; its files are in {self.run_dir}")
+        if status["returncode"] != 0:
+            raise JobFailed(explain(self.run_dir, status["returncode"]))
+        return status
+
+
+def is_running(run_dir: Path) -> bool:
+    """Whether a supervisor of this folder's job is alive."""
+    path = Path(run_dir) / "job.json"
+    if not path.exists():
+        return False
+    status = read_json(path)
+    try:
+        words = psutil.Process(status["supervisor_pid"]).cmdline()
+    except (psutil.Error, KeyError):
+        return False
+    return status.get("state") == "running" and str(path) in words
+
+
+def explain(run_dir: Path, returncode: int | None) -> str:
+    """Why a job failed: the first failing rank's error on top, its traceback, then the last lines of the log."""
+    run_dir = Path(run_dir)
+    lines = []
+    error_file = run_dir / "error.json"
+    if error_file.exists():
+        message = json.loads(error_file.read_text()).get("message", {})
+        if isinstance(message, dict):
+            traceback = message.get("extraInfo", {}).get("py_callstack", "")
+            lines += [str(message.get("message", "")).strip(), "", traceback.strip(), ""]
+        else:
+            lines += [str(message), ""]
+    if not lines:
+        lines = [f"The job ended with exit status {returncode}.", ""]
+    log = run_dir / "train.log"
+    if log.exists():
+        tail = log.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:]
+        lines += [f"Last lines of {log}:", *tail]
+    return "\n".join(lines)
+
+
+def _print_lines(lines: list[str]) -> None:
+    for line in lines:
+        print(line, flush=True)

@@ -1,0 +1,112 @@
+"""A notebook's side of its run: `begin` after the parameters cell gives the run; its results, plots and end go into the run folder."""
+
+import atexit
+import os
+from pathlib import Path
+from typing import Any
+
+from vla_lib.core.errors import UserError
+from vla_lib.core.files import read_json, write_json
+from vla_lib.core.run_folder import PROJECT, RunFolder
+from vla_lib.workbench import parameters as nb_parameters
+from vla_lib.workbench.jobs import JobCancelled
+
+RUN_DIR_VARIABLE = "VLA_RUN_DIR"
+
+
+class NotebookRun:
+    """The run that a notebook's cells work in.
+
+    Headless under `vla run`, the driver owns the record; in JupyterLab or under plain papermill this kernel does, so that the record stays true
+    when a cell fails (state failed) or the kernel ends early (cancelled, or lost after a kill).
+    """
+
+    def __init__(self, path: Path, values: dict[str, Any], folder: RunFolder | None):
+        self.path = path
+        self.parameters = values
+        self._folder = folder
+
+    def settings(self, settings_class: type, **more: Any) -> Any:
+        """An instance of a front door's settings from the parameters that it knows, and from `more`."""
+        names = set(settings_class.__dataclass_fields__)
+        given = {name: value for name, value in self.parameters.items() if name in names}
+        return settings_class(**{**given, **more})
+
+    def add_results(self, **values: Any) -> dict[str, Any]:
+        """Merge `values` into the run's results.json; returns all results."""
+        path = self.path / "results.json"
+        results = {**(read_json(path) if path.exists() else {}), **values}
+        write_json(path, results)
+        return results
+
+    def finish(self) -> None:
+        """Close the record as done (in the last cell)."""
+        if self._folder is not None:
+            self._folder.finish("done")
+        print(f"done: {shown(self.path)}")
+
+    def _cell_ended(self, result: Any) -> None:
+        error = result.error_before_exec or result.error_in_exec
+        if error is not None and self._folder is not None:
+            cancelled = isinstance(error, JobCancelled | KeyboardInterrupt) or type(error).__name__ == "CancelledError"
+            self._folder.finish("cancelled" if cancelled else "failed", f"{type(error).__name__}: {error}")
+
+    def _kernel_ends(self) -> None:
+        if self._folder is not None:
+            self._folder.finish("cancelled", "the kernel was shut down before the last cell")
+
+
+_current: NotebookRun | None = None
+
+
+def begin(name: str, namespace: dict[str, Any]) -> NotebookRun:
+    """Check the parameters in `namespace` (the notebook's `globals()`) by name and type, and open the run folder.
+
+    Raises UserError for a wrong type.
+    """
+    global _current
+    path = nb_parameters.notebook_path(name)
+    known = nb_parameters.read_parameters(path)
+    missing = [key for key in known if key not in namespace]
+    if missing:
+        raise UserError(f"Run the parameters cell first: {', '.join(missing)} not set.")
+    values = nb_parameters.resolve(path, {key: namespace[key] for key in known})
+    shell = _shell()
+    if _current is not None and shell is not None:
+        shell.events.unregister("post_run_cell", _current._cell_ended)
+        atexit.unregister(_current._kernel_ends)
+        _current._kernel_ends()
+    given = os.environ.get(RUN_DIR_VARIABLE)
+    if given:
+        run = NotebookRun(Path(given), values, None)
+    else:
+        folder = RunFolder.create(path.stem, values, notebook=str(path))
+        run = NotebookRun(folder.path, values, folder)
+    if shell is not None:
+        shell.events.register("post_run_cell", run._cell_ended)
+        atexit.register(run._kernel_ends)
+        _current = run
+    print(f"run folder: {shown(run.path)}")
+    return run
+
+
+def interactive() -> bool:
+    """Whether a person sits before this kernel (JupyterLab, VS Code), so that widgets can be drawn and clicked."""
+    return RUN_DIR_VARIABLE not in os.environ and ("JPY_SESSION_NAME" in os.environ or "VSCODE_PID" in os.environ)
+
+
+def dataset_path(text: str) -> Path:
+    """A path parameter as a Path: relative ones are meant from the project's folder, whatever folder the notebook runs in."""
+    path = Path(text).expanduser()
+    return path if path.is_absolute() else PROJECT / path
+
+
+def shown(path: Path) -> str:
+    """A path as people read it: relative to the project where it lies inside."""
+    return str(path.relative_to(PROJECT)) if path.is_relative_to(PROJECT) else str(path)
+
+
+def _shell() -> Any:
+    from IPython import get_ipython
+
+    return get_ipython()
