@@ -25,7 +25,7 @@ from vla_lib.workbench.notebook import RUN_DIR_VARIABLE
 from vla_lib.workbench.parameters import notebook_path, resolve
 
 CANCELLED = ("KeyboardInterrupt", "CancelledError", "JobCancelled")
-HARMLESS = ("Passed unknown parameter", "Input Notebook", "Output Notebook", "No parameter cell")
+CHATTER = ("Input Notebook", "Output Notebook", "Working directory", "Executing ", "Ending Cell", "<Figure size")
 
 
 class LocalKernelManager(AsyncKernelManager):
@@ -127,8 +127,8 @@ def _plain_log(show: bool) -> Iterator[None]:
     """Cell outputs as plain lines with the time; papermill's own chatter stays out."""
     logger = logging.getLogger("papermill")
     handler = logging.StreamHandler(sys.stdout)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
-    handler.addFilter(lambda record: show and bool(record.getMessage().strip()) and not record.getMessage().startswith(HARMLESS))
+    handler.setFormatter(_OutputLines(datefmt="%H:%M:%S"))
+    handler.addFilter(lambda record: show and bool(record.getMessage().strip()) and not record.getMessage().startswith(CHATTER))
     propagate, level = logger.propagate, logger.level
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
@@ -138,6 +138,14 @@ def _plain_log(show: bool) -> Iterator[None]:
     finally:
         logger.removeHandler(handler)
         logger.propagate, logger.level = propagate, level
+
+
+class _OutputLines(logging.Formatter):
+    """Each line of a cell's output with the time before it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        time = self.formatTime(record, self.datefmt)
+        return "\n".join(f"{time} {line}" for line in record.getMessage().splitlines() if line.strip())
 
 
 def require_done(result: RunResult) -> RunResult:
