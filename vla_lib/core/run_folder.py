@@ -125,7 +125,11 @@ def git_state() -> dict[str, Any] | None:
         return subprocess.run(["git", "-C", str(PROJECT), *words], capture_output=True, text=True, check=True, timeout=20).stdout.strip()
 
     try:
-        return {"commit": git("rev-parse", "HEAD"), "branch": git("rev-parse", "--abbrev-ref", "HEAD"), "changed": len(git("status", "--porcelain").splitlines())}
+        return {
+            "commit": git("rev-parse", "HEAD"),
+            "branch": git("rev-parse", "--abbrev-ref", "HEAD"),
+            "changed": len(git("status", "--porcelain").splitlines()),
+        }
     except (OSError, subprocess.SubprocessError):
         return None
 

@@ -1,6 +1,6 @@
 """A notebook and its parameters in; an executed notebook, an offline HTML page and a true run record out, through papermill.
 
-    vla run 04_train_async -p batch_size 4 -p nproc_per_node 4
+vla run 04_train_async -p batch_size 4 -p nproc_per_node 4
 """
 
 import logging

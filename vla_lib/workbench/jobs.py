@@ -93,8 +93,21 @@ class Job:
         for stale in ("job.json", "error.json"):
             (self.run_dir / stale).unlink(missing_ok=True)
         self._read = self.log.stat().st_size if self.log.exists() else 0
-        supervisor = [sys.executable, "-m", "vla_lib.workbench.supervisor", str(os.getpid()), str(GRACE_S), str(self.run_dir / "job.json"), str(self.log)]
-        environment = {**os.environ, **self.environment, "TORCHELASTIC_ERROR_FILE": str(self.run_dir / "error.json"), "PYTHONUNBUFFERED": "1"}
+        supervisor = [
+            sys.executable,
+            "-m",
+            "vla_lib.workbench.supervisor",
+            str(os.getpid()),
+            str(GRACE_S),
+            str(self.run_dir / "job.json"),
+            str(self.log),
+        ]
+        environment = {
+            **os.environ,
+            **self.environment,
+            "TORCHELASTIC_ERROR_FILE": str(self.run_dir / "error.json"),
+            "PYTHONUNBUFFERED": "1",
+        }
         self._process = subprocess.Popen(
             [*supervisor, *self.command],
             env=environment,

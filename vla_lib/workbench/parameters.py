@@ -75,7 +75,7 @@ def read_parameters(path: Path) -> dict[str, Parameter]:
             kind = TYPES[ast.unparse(node.annotation)]
             parameter = Parameter(node.target.id, kind, ast.literal_eval(node.value))
             parameter.check(parameter.default)
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, UserError):
             raise UserError(
                 f"{path.name}: '{ast.unparse(node)}' in the parameters cell is not `name: type = literal` with a type of {', '.join(TYPES)}."
             ) from None

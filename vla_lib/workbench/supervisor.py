@@ -32,7 +32,15 @@ def main(arguments: list[str]) -> int:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda caught, _frame: stop_signals.append(caught))
 
-    status = {"command": command, "supervisor_pid": os.getpid(), "state": "running", "started": _now(), "ended": None, "returncode": None, "reason": None}
+    status = {
+        "command": command,
+        "supervisor_pid": os.getpid(),
+        "state": "running",
+        "started": _now(),
+        "ended": None,
+        "returncode": None,
+        "reason": None,
+    }
     with open(log_path, "ab") as log:
         child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
     status["pid"] = child.pid

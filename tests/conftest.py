@@ -1,0 +1,34 @@
+"""Shared by all tests: a runs folder of the test's own, and small notebooks written on the spot."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbformat import v4
+
+
+@pytest.fixture(autouse=True)
+def runs_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Run folders of a test go to its own temporary folder, never to the project's `runs/`."""
+    folder = tmp_path / "runs"
+    monkeypatch.setenv("VLA_RUNS", str(folder))
+    monkeypatch.delenv("VLA_RUN_DIR", raising=False)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    return folder
+
+
+@pytest.fixture
+def write_notebook(tmp_path: Path) -> Callable[..., Path]:
+    """Write a notebook from code cells; the first one is its parameters cell."""
+
+    def write(*sources: str, name: str = "small") -> Path:
+        path = tmp_path / f"{name}.ipynb"
+        begin = f"from vla_lib.workbench import notebook\nrun = notebook.begin({str(path)!r}, globals())"
+        cells = [v4.new_code_cell(sources[0], metadata={"tags": ["parameters"]}), v4.new_code_cell(begin)]
+        cells += [v4.new_code_cell(source) for source in sources[1:]]
+        kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
+        nbformat.write(v4.new_notebook(cells=cells, metadata={"kernelspec": kernelspec}), path)
+        return path
+
+    return write

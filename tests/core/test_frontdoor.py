@@ -1,0 +1,35 @@
+from dataclasses import dataclass
+
+import pytest
+
+from vla_lib.core import frontdoor
+from vla_lib.core.errors import UserError
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A test's settings."""
+
+    batch_size: int = 4
+    sensor_enabled: bool = True
+
+    def __post_init__(self):
+        if self.batch_size < 1:
+            raise UserError(f"--batch-size is {self.batch_size}; give 1 or more.")
+
+
+@pytest.mark.parametrize("words", (["--batch-size", "8", "--no-sensor-enabled"], ["--batch_size", "8", "--no_sensor_enabled"]))
+def test_dashes_and_underscores_are_the_same(words):
+    assert frontdoor.parse(Settings, words) == Settings(8, False)
+
+
+def test_a_bare_boolean_flag_as_in_the_guide():
+    assert frontdoor.parse(Settings, ["--sensor-enabled"]).sensor_enabled
+
+
+@pytest.mark.parametrize("words", (["--batch-size", "0"], ["--batch-size", "four"], ["--lrr", "1"]))
+def test_bad_input_exits_with_2(words, capsys):
+    with pytest.raises(SystemExit) as end:
+        frontdoor.start(Settings, print, words)
+    assert end.value.code == 2
+    assert capsys.readouterr().err.strip()

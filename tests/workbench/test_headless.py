@@ -1,0 +1,135 @@
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+from vla_lib.core.errors import UserError
+from vla_lib.core.files import read_json, write_json
+from vla_lib.core.run_folder import read_record
+from vla_lib.workbench.headless import run_notebook
+from vla_lib.workbench.jobs import Job, JobFailed
+
+JOB = (
+    "import sys\nfrom vla_lib.workbench.jobs import Job\n"
+    "await Job([sys.executable, '-c', f'import time; print(123, flush=True); time.sleep({seconds})'], run.path).watch()"
+)
+
+
+def test_a_headless_run_leaves_notebook_page_and_record(write_notebook):
+    path = write_notebook(
+        "n: int = 1", "import matplotlib.pyplot as plt\nplt.plot([n, 2]); plt.show()", "run.add_results(n=n); run.finish()"
+    )
+    result = run_notebook(path, {"n": 7}, log=False)
+    assert result.state == "done"
+    assert read_record(result.path)["parameters"] == {"n": 7}
+    assert read_json(result.path / "results.json") == {"n": 7}
+    page = result.page.read_text()
+    assert "data:image/png;base64" in page
+    fetched = re.findall(r"<(?:script|link|img)[^>]+(?:src|href)=[\"'](https?:[^\"']+)", page)
+    assert fetched == []
+
+
+def test_widgets_become_plain_text_in_the_page(write_notebook):
+    path = write_notebook("n: int = 1", "import ipywidgets\nipywidgets.IntSlider(value=3, description='frame')")
+    page = run_notebook(path, {}, log=False).page.read_text()
+    assert "frame = 3" in page
+    assert "IntSlider(" not in page
+
+
+def test_a_failing_cell_fails_the_run_with_its_cause(write_notebook):
+    result = run_notebook(write_notebook("n: int = 1", "1 / 0"), {}, log=False)
+    assert result.state == "failed"
+    assert "ZeroDivisionError" in read_record(result.path)["error"]
+    assert "ZeroDivisionError" in result.page.read_text()
+
+
+def test_a_dying_kernel_fails_the_run(write_notebook):
+    result = run_notebook(write_notebook("n: int = 1", "import os; os._exit(1)"), {}, log=False)
+    assert read_record(result.path)["state"] == "failed"
+
+
+def test_a_bad_parameter_starts_nothing(write_notebook, runs_folder):
+    with pytest.raises(UserError, match="has no parameter m"):
+        run_notebook(write_notebook("n: int = 1"), {"m": 1})
+    assert not runs_folder.exists()
+
+
+def test_vla_run_exits_2_on_a_bad_parameter(write_notebook):
+    command = [sys.executable, "-m", "vla_lib.cli", "run", str(write_notebook("n: int = 1")), "-p", "n", "few"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "error: small: parameter n wants int, got 'few' (str).\n"
+
+
+def test_plain_papermill_works_too(write_notebook, runs_folder, tmp_path):
+    path = write_notebook("n: int = 1", "run.finish()")
+    command = [sys.executable, "-m", "papermill", str(path), str(tmp_path / "out.ipynb"), "-p", "n", "3", "-k", "python3"]
+    subprocess.run(command, check=True, capture_output=True)
+    (folder,) = runs_folder.iterdir()
+    record = read_record(folder)
+    assert (record["state"], record["parameters"]) == ("done", {"n": 3})
+
+
+@pytest.mark.parametrize("signal_number, state", ((signal.SIGINT, "cancelled"), (signal.SIGTERM, "cancelled"), (signal.SIGKILL, "lost")))
+def test_an_ended_driver_leaves_no_process_and_a_true_record(write_notebook, runs_folder, signal_number, state):
+    path = write_notebook("seconds: int = 600", JOB)
+    driver = subprocess.Popen([sys.executable, "-m", "vla_lib.cli", "run", str(path)], stdout=subprocess.PIPE, text=True)
+    while "123" not in driver.stdout.readline():
+        assert driver.poll() is None
+    family = psutil.Process(driver.pid).children(recursive=True)
+    assert len(family) >= 3  # kernel, supervisor, job
+    driver.send_signal(signal_number)
+    driver.stdout.read()
+    driver.wait()
+    _, alive = psutil.wait_procs(family, timeout=30)
+    assert alive == []
+    (folder,) = runs_folder.iterdir()
+    assert read_record(folder)["state"] == state
+    assert driver.returncode == (130 if state == "cancelled" else -signal.SIGKILL)
+
+
+def test_a_killed_kernel_leaves_no_process(write_notebook, runs_folder):
+    path = write_notebook("seconds: int = 600", JOB)
+    driver = subprocess.Popen([sys.executable, "-m", "vla_lib.cli", "run", str(path)], stdout=subprocess.PIPE, text=True)
+    while "123" not in driver.stdout.readline():
+        assert driver.poll() is None
+    family = psutil.Process(driver.pid).children(recursive=True)
+    (kernel,) = [process for process in family if "ipykernel_launcher" in " ".join(process.cmdline())]
+    os.kill(kernel.pid, signal.SIGKILL)
+    driver.stdout.read()
+    assert driver.wait() == 1
+    assert psutil.wait_procs(family, timeout=30)[1] == []
+    (folder,) = runs_folder.iterdir()
+    assert read_record(folder)["state"] == "failed"
+
+
+def test_a_failing_job_raises_its_cause_first(tmp_path):
+    job = Job([sys.executable, "-c", "print('step 1'); raise SystemExit(3)"], tmp_path)
+    with pytest.raises(JobFailed, match=r"^The job ended with exit status 3") as failure:
+        job.run()
+    assert "step 1" in str(failure.value)
+
+
+def test_the_first_failing_rank_explains_itself(tmp_path):
+    script = tmp_path / "worker.py"
+    script.write_text(
+        "from torch.distributed.elastic.multiprocessing.errors import record\nimport os, time\n@record\ndef main():\n"
+        "    if os.environ['RANK'] == '1': raise ValueError('the needle is bent')\n    time.sleep(60)\nmain()"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
+    with pytest.raises(JobFailed) as failure:
+        Job(command, tmp_path / "run").run()
+    assert "the needle is bent" in str(failure.value).splitlines()[0]
+
+
+def test_a_supervisor_is_not_fooled_by_an_old_record(tmp_path):
+    write_json(tmp_path / "job.json", {"state": "running", "supervisor_pid": os.getpid()})
+    job = Job([sys.executable, "-c", "print('new')"], tmp_path).start()
+    while job.status.get("state") != "ended":
+        time.sleep(0.05)
+    assert job.log.read_text() == "new\n"

@@ -1,0 +1,38 @@
+import pytest
+
+from vla_lib.core.errors import UserError
+from vla_lib.workbench.parameters import read_parameters, resolve
+
+CELL = "lr: float = 1e-4\nbatch_size: int = 4\nsensor_enabled: bool = True\nname: str = ''\nviews: list[str] = []"
+
+
+def test_command_line_words_mean_what_they_say(write_notebook):
+    path = write_notebook(CELL)
+    words = {"lr": "1e-3", "batch_size": "8", "sensor_enabled": "false", "name": "12", "views": "View1_left,View5"}
+    assert resolve(path, words, text=True) == {
+        "lr": 1e-3,
+        "batch_size": 8,
+        "sensor_enabled": False,
+        "name": "12",
+        "views": ["View1_left", "View5"],
+    }
+    assert resolve(path, {"lr": "1"}, text=True)["lr"] == 1.0
+
+
+def test_an_unknown_parameter_is_refused_with_the_known_ones(write_notebook):
+    with pytest.raises(UserError, match="small has no parameter lrr; it has lr, batch_size, sensor_enabled, name, views"):
+        resolve(write_notebook(CELL), {"lrr": "1"}, text=True)
+
+
+@pytest.mark.parametrize(
+    "name, word", (("batch_size", "4.5"), ("batch_size", "true"), ("lr", "fast"), ("sensor_enabled", "1"), ("views", "[1]"))
+)
+def test_a_wrong_type_is_refused(write_notebook, name, word):
+    with pytest.raises(UserError, match=f"parameter {name} wants"):
+        resolve(write_notebook(CELL), {name: word}, text=True)
+
+
+@pytest.mark.parametrize("line", ("a = 1", "a: int = 1 + 1", "a: Path = 'x'", "import os", "a: int = 'x'", "a: int = print()"))
+def test_a_parameters_cell_holds_typed_literals_only(write_notebook, line):
+    with pytest.raises(UserError, match="in the parameters cell is not"):
+        read_parameters(write_notebook(line))

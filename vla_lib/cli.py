@@ -1,0 +1,132 @@
+"""`vla`: runs notebooks headless, the demo and JupyterLab; lists the front doors and the runs."""
+
+import argparse
+import ast
+import os
+import socket
+import sys
+from pathlib import Path
+
+from vla_lib.core.errors import UserError
+from vla_lib.core.frontdoor import EXIT_BAD_INPUT
+from vla_lib.core.run_folder import PROJECT
+
+EXIT_FAILED, EXIT_CANCELLED = 1, 130
+FRONT_DOORS = ("simulate", "preprocess", "build_vl_cache", "train_async", "train_diffusion", "evaluate", "bench")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse the command line and run one command. Exit status: 0 done, 1 failed, 2 bad input, 130 cancelled."""
+    arguments = _parser().parse_args(argv)
+    try:
+        raise SystemExit(arguments.command(arguments))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(EXIT_BAD_INPUT) from None
+    except KeyboardInterrupt:
+        print("cancelled", file=sys.stderr, flush=True)
+        raise SystemExit(EXIT_CANCELLED) from None
+    except BrokenPipeError:  # `vla runs | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(0) from None
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="vla",
+        description=__doc__,
+        epilog="front doors, each with --help and each under torchrun where it trains or caches:\n" + _front_doors(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    run = commands.add_parser("run", help="run a notebook headless into a run folder")
+    run.add_argument("notebook", help="path or name, e.g. 04_train_async")
+    run.add_argument(
+        "-p", dest="parameters", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="a parameter (repeatable)"
+    )
+    run.set_defaults(command=_run)
+
+    runs = commands.add_parser("runs", help="list the runs, newest last")
+    runs.add_argument("name", nargs="?", default="", help="only runs of this notebook, e.g. 04_train_async")
+    runs.set_defaults(command=_runs)
+
+    cache = commands.add_parser("cache", help="list, verify or remove VL feature caches")
+    cache.add_argument("action", choices=["ls", "verify", "rm"])
+    cache.add_argument("binding", nargs="?", default="", help="the cache's id (verify: all without it)")
+    cache.add_argument("--dataset-root", type=Path, default=PROJECT / "runs" / "demo-data")
+    cache.set_defaults(command=_cache)
+
+    demo = commands.add_parser("demo", help="record a data set, run notebooks 01, 02, 03, 04, 06 on it, print the result")
+    demo.add_argument("--dataset-root", type=Path, default=None, help="use this data instead of recording some")
+    demo.add_argument("--vl-model", default="tiny", help="VL model: hub name, folder, or tiny (default: %(default)s)")
+    demo.add_argument("--nproc-per-node", type=int, default=2, help="processes of torchrun (default: %(default)s)")
+    demo.add_argument("--size", choices=["demo", "small"], default="demo", help="small: a few seconds-long episodes, as the tests use")
+    demo.set_defaults(command=_demo)
+
+    lab = commands.add_parser("lab", help="open JupyterLab on the notebooks")
+    lab.add_argument("--port", type=int, default=8888)
+    lab.add_argument("--no-browser", action="store_true", help="do not open a browser (a remote machine)")
+    lab.set_defaults(command=_lab)
+    return parser
+
+
+def _front_doors() -> str:
+    lines = []
+    for name in FRONT_DOORS:
+        path = Path(__file__).with_name(f"{name}.py")
+        if path.exists():
+            summary = (ast.get_docstring(ast.parse(path.read_text())) or "").splitlines()[0]
+            lines.append(f"  python -m vla_lib.{name:<16} {summary}")
+    return "\n".join(lines)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from vla_lib.workbench.headless import run_notebook
+    from vla_lib.workbench.notebook import shown
+
+    repeated = [name for name in {name for name, _ in arguments.parameters} if sum(name == other for other, _ in arguments.parameters) > 1]
+    if repeated:
+        raise UserError(f"Parameter {repeated[0]} is given twice; give it once.")
+    result = run_notebook(arguments.notebook, dict(arguments.parameters), text=True)
+    print(f"{result.state}: {shown(result.page if result.page.exists() else result.path)}")
+    if result.error:
+        print(result.error, file=sys.stderr)
+    return {"done": 0, "cancelled": EXIT_CANCELLED}.get(result.state, EXIT_FAILED)
+
+
+def _runs(arguments: argparse.Namespace) -> int:
+    from vla_lib.workbench import runs
+
+    frame = runs.table(arguments.name)
+    print(frame[["run", "state", "duration_s"]].to_string(index=False) if len(frame) else "no runs yet")
+    return 0
+
+
+def _cache(arguments: argparse.Namespace) -> int:
+    from vla_lib.workbench import cache_commands
+
+    return cache_commands.run(arguments.action, arguments.dataset_root, arguments.binding)
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from vla_lib.workbench import demo
+
+    return demo.run(arguments.dataset_root, arguments.vl_model, arguments.nproc_per_node, arguments.size)
+
+
+def _lab(arguments: argparse.Namespace) -> int:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", arguments.port))
+        except OSError:
+            raise UserError(f"Port {arguments.port} is in use; give another one: make lab ARGS='--port {arguments.port + 1}'.") from None
+    command = [sys.executable, "-m", "jupyterlab", str(PROJECT / "notebooks"), f"--port={arguments.port}", "--ServerApp.port_retries=0"]
+    command += ["--no-browser"] if arguments.no_browser else []
+    command += ["--allow-root"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []
+    os.execv(command[0], command)
+
+
+if __name__ == "__main__":
+    main()

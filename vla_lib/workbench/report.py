@@ -1,0 +1,64 @@
+"""Run folders of a flow in; one offline HTML page with its figures and a link to each notebook out.
+
+A notebook chooses what a report shows: the outputs of its cells tagged `report`.
+"""
+
+import html
+import os
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pandas as pd
+
+from vla_lib.core.files import write_text
+from vla_lib.core.progress import clock
+from vla_lib.core.run_folder import read_record
+
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 1080px; margin: 2rem auto; padding: 0 1rem; color: #1b1f24; }
+h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; border-top: 1px solid #d0d7de; padding-top: 1rem; }
+table { border-collapse: collapse; margin: .6rem 0; } th, td { padding: .25rem .7rem; border-bottom: 1px solid #e3e7eb; text-align: right; }
+th:first-child, td:first-child { text-align: left; } img { max-width: 100%; } .meta { color: #57606a; } .bad { color: #b42318; }
+pre { background: #f6f8fa; padding: .6rem; overflow-x: auto; font-size: 13px; }
+"""
+
+
+def write_report(page: Path, title: str, summary: pd.DataFrame, runs: list[Path], notes: list[str] = ()) -> None:
+    """Write `page`: the summary table, then a section a run with its state, times and the outputs of its `report` cells."""
+    parts = [
+        f"<!doctype html><html lang='en'><head><meta charset='utf-8'><title>{html.escape(title)}</title><style>{STYLE}</style></head><body>"
+    ]
+    parts.append(f"<h1>{html.escape(title)}</h1>")
+    parts.append(summary.to_html(index=False, border=0, na_rep=""))
+    parts += [f"<p>{html.escape(note)}</p>" for note in notes]
+    parts += [_section(run, page.parent) for run in runs]
+    parts.append("</body></html>")
+    write_text(page, "\n".join(parts))
+
+
+def _section(run: Path, start: Path) -> str:
+    record = read_record(run)
+    link = html.escape(os.path.relpath(run / "notebook.html", start))
+    took = clock(record["duration_s"]) if record.get("duration_s") is not None else "-"
+    lines = [f"<h2>{html.escape(record['name'])}</h2>"]
+    state = f"<span class='{'meta' if record['state'] == 'done' else 'bad'}'>{record['state']}</span>"
+    lines.append(f"<p class='meta'>{state} · {html.escape(record['started'])} · took {took} · <a href='{link}'>the whole notebook</a></p>")
+    if record.get("error"):
+        lines.append(f"<pre class='bad'>{html.escape(record['error'])}</pre>")
+    executed = run / "notebook.ipynb"
+    if executed.exists():
+        for cell in nbformat.read(executed, as_version=4).cells:
+            if cell.cell_type == "code" and "report" in cell.metadata.get("tags", []):
+                lines += [_output(output) for output in cell.outputs]
+    return "\n".join(lines)
+
+
+def _output(output: Any) -> str:
+    data = output.get("data", {})
+    if "image/png" in data:
+        return f"<p><img alt='figure' src='data:image/png;base64,{data['image/png'].strip()}'></p>"
+    if "text/html" in data:
+        return data["text/html"]
+    text = output.get("text") or data.get("text/plain", "")
+    return f"<pre>{html.escape(text)}</pre>" if text.strip() else ""

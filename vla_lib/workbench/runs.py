@@ -1,0 +1,47 @@
+"""The lab book: the folders below `runs/` in; a table of all runs, or the newest one of a kind, out."""
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from vla_lib.core.errors import UserError
+from vla_lib.core.files import read_json
+from vla_lib.core.run_folder import read_record, runs_root
+
+
+def find_runs(name: str = "", root: Path | None = None) -> list[Path]:
+    """Run folders (those with a run.json), oldest first; `name` keeps the runs of one notebook or front door."""
+    root = root or runs_root()
+    found = sorted(path.parent for path in root.glob("*/run.json"))
+    return [path for path in found if not name or path.name.split("-", 2)[-1] == name]
+
+
+def table(name: str = "", root: Path | None = None) -> pd.DataFrame:
+    """One row a run: run, name, state, started, duration_s, its parameters as `p.<name>` and its plain results as `r.<name>`."""
+    rows = []
+    for path in find_runs(name, root):
+        record = read_record(path)
+        row = {"run": path.name, **{key: record.get(key) for key in ("name", "state", "started", "duration_s", "error")}}
+        row |= {f"p.{key}": value for key, value in record.get("parameters", {}).items()}
+        results = results_of(path)
+        row |= {f"r.{key}": value for key, value in results.items() if isinstance(value, int | float | str)}
+        rows.append(row)
+    return pd.DataFrame(rows, columns=None if rows else ["run", "name", "state", "started", "duration_s", "error"])
+
+
+def results_of(run: Path) -> dict[str, Any]:
+    """The run's results.json, empty where it wrote none."""
+    path = Path(run) / "results.json"
+    return read_json(path) if path.exists() else {}
+
+
+def newest_checkpoint(pattern: str, root: Path | None = None) -> Path:
+    """The checkpoint of the newest run that has one matching `pattern` (e.g. `qwen_vla_async_best.pt`). Raises UserError where there is none."""
+    for run in reversed(find_runs(root=root)):
+        found = sorted((run / "checkpoints").glob(pattern))
+        if found:
+            return found[-1]
+    raise UserError(
+        f"No run below {root or runs_root()} has a checkpoint {pattern}; train one first (notebook 04 or 05), or give its path."
+    )
