@@ -1,0 +1,112 @@
+"""Open-loop evaluation: a checkpoint and its held-out episodes in; the policy's errors beside the three baselines' out.
+
+The policy gets observations alone; the targets are compared afterwards. Low open-loop error is no success on the robot: closed loop decides.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from vla_lib.core.errors import UserError
+from vla_lib.core.progress import Progress
+from vla_lib.episodes import load_prepared
+from vla_lib.evaluation.baselines import BASELINES, baseline_chunks
+from vla_lib.evaluation.metrics import open_loop_metrics
+from vla_lib.features.cache import FeatureCache
+from vla_lib.training.checkpoint import load_policy
+from vla_lib.training.samples import SampleSet
+
+OBSERVATION = ("vl_tokens", "vl_mask", "vl_age_s", "state", "sensor", "sensor_mask")
+
+
+@dataclass(frozen=True)
+class OpenLoop:
+    """Predictions of one checkpoint on M samples: chunks (M, H, 7) of `policy` and each baseline, `target`, `mask` (M, H), where they come from."""
+
+    chunks: dict[str, np.ndarray]
+    target: np.ndarray
+    mask: np.ndarray
+    episode: np.ndarray  # (M,) key of the episode
+    dataset: np.ndarray  # (M,)
+    step: np.ndarray  # (M,)
+
+    def metrics(self, keep: np.ndarray | None = None) -> dict[str, dict[str, Any]]:
+        """Metrics of the policy and of each baseline over the samples in `keep` (M,) bool (default: all)."""
+        keep = np.ones(len(self.step), bool) if keep is None else keep
+        return {name: open_loop_metrics(chunk[keep], self.target[keep], self.mask[keep]) for name, chunk in self.chunks.items()}
+
+    def by_dataset(self) -> dict[str, dict[str, dict[str, Any]]]:
+        """`metrics` of each dataset apart."""
+        return {str(name): self.metrics(self.dataset == name) for name in np.unique(self.dataset)}
+
+
+def evaluate_open_loop(checkpoint: Path, dataset_root: Path, episodes: str = "val", batch_size: int = 64, device: str = "cpu") -> OpenLoop:
+    """Run the checkpoint's policy over the `val` or `train` episodes of its own recorded split.
+
+    Raises UserError where the checkpoint, an episode of its split or its feature cache is missing or another one.
+    """
+    policy, info = load_policy(checkpoint)
+    keys = info["split"][episodes]
+    if not keys:
+        raise UserError(f"{checkpoint} was trained with no {episodes} episodes; train again with --val-fraction above 0.")
+    prepared = [_episode(dataset_root, key) for key in keys]
+    samples = sample_set(prepared, dataset_root, info)
+    mean_action = _mean_action([_episode(dataset_root, key) for key in info["split"]["train"]])
+    policy.to(device)
+
+    predicted, target, mask, previous = [], [], [], []
+    with Progress(len(samples), "open loop", "samples") as progress:
+        for start in range(0, len(samples), batch_size):
+            batch = samples.batch(np.arange(start, min(start + batch_size, len(samples))))
+            observation = {key: batch[key].to(device) for key in OBSERVATION if key in batch}
+            with torch.inference_mode():
+                predicted.append(policy.predict(observation).float().cpu().numpy())
+            target.append(batch["action"].numpy())
+            mask.append(batch["action_mask"].numpy())
+            previous.append(batch["previous_action"].numpy())
+            progress.update(len(target[-1]))
+    chunks = {"policy": np.concatenate(predicted)}
+    chunks |= baseline_chunks(np.concatenate(previous), mean_action, chunks["policy"].shape[1])
+    return OpenLoop(
+        chunks,
+        np.concatenate(target),
+        np.concatenate(mask),
+        np.array(keys)[samples.episode],
+        np.array(samples.datasets),
+        np.asarray(samples.step),
+    )
+
+
+def sample_set(episodes: Sequence[Any], dataset_root: Path, info: dict[str, Any]) -> SampleSet:
+    """The samples of `episodes` as the checkpoint with this `info` was trained on them (same cache, window, reuse, latency)."""
+    cache = FeatureCache.open(dataset_root, info["binding"]["id"])
+    settings = info["settings"]
+    names = ("horizon", "sensor_enabled", "sensor_window_size", "vlm_reuse_count", "vlm_latency_ms")
+    return SampleSet(episodes, cache, **{name: settings[name] for name in names})
+
+
+def beaten(metrics: dict[str, dict[str, Any]]) -> dict[str, bool]:
+    """For each baseline whether the policy's translation and rotation errors are both below it."""
+    ours = metrics["policy"]
+    return {
+        name: ours["translation_mae_mm"] < metrics[name]["translation_mae_mm"]
+        and ours["rotation_mae_deg"] < metrics[name]["rotation_mae_deg"]
+        for name in BASELINES
+    }
+
+
+def _episode(dataset_root: Path, key: str) -> Any:
+    path = Path(dataset_root) / key
+    if not path.is_dir():
+        raise UserError(
+            f"The checkpoint's split names the episode {key}, which is not below {dataset_root}; give the data set it was trained on."
+        )
+    return load_prepared(path)
+
+
+def _mean_action(episodes: Sequence[Any]) -> np.ndarray:
+    return np.concatenate([np.asarray(episode.action)[episode.valid] for episode in episodes]).mean(axis=0, dtype=np.float64)
