@@ -1,0 +1,19 @@
+"""Front door: prepared episodes in, their vision-language feature cache out (`vla_lib.features`). Plain or under torchrun."""
+
+from typing import Any
+
+from vla_lib.core import frontdoor
+from vla_lib.features.settings import BuildSettings as Settings
+
+__all__ = ["Settings", "main"]
+
+
+def main(settings: Settings) -> dict[str, Any]:
+    """Build or finish the cache; returns counts, seconds by stage, findings and the binding's id."""
+    from vla_lib.features.builder import build
+
+    return build(settings)
+
+
+if __name__ == "__main__":
+    frontdoor.start(Settings, main)

@@ -1,0 +1,286 @@
+"""A dataset root in, memory-mapped vision-language features of its episodes out. Imports torch, not transformers.
+
+On disk: `<root>/cache/qwen_vl_features/<binding id>/binding.json` and one `<dataset>__<task>__<episode>.pt` an episode, opened with
+`weights_only=True, mmap=True`, so that an epoch of random access costs the pages it touches and no more.
+"""
+
+import hashlib
+import pickle
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from vla_lib.core.errors import UserError
+from vla_lib.core.files import atomic_path, read_json
+from vla_lib.features import binding as bindings
+from vla_lib.features.pooling import TokenLayout
+
+BUILD_HINT = "Build it with `python -m vla_lib.build_vl_cache --dataset-root {root}`."
+
+
+def cache_folder(root: str | Path) -> Path:
+    """Where all bindings of a dataset root lie."""
+    return Path(root) / "cache" / "qwen_vl_features"
+
+
+def episode_key(root: str | Path, episode_dir: str | Path) -> str:
+    """Path of an episode relative to the dataset root, with forward slashes."""
+    return Path(episode_dir).resolve().relative_to(Path(root).resolve()).as_posix()
+
+
+def feature_file(folder: Path, key: str) -> Path:
+    """The file of the episode `key` within a binding's folder."""
+    return folder / (key.replace("/", "__") + ".pt")
+
+
+@dataclass(frozen=True)
+class EpisodeFeatures:
+    """Features of one episode.
+
+    tokens: (ticks, T, D), memory-mapped; mask: (ticks, T) bool, False where the view's picture was missing or corrupt (the tokens are
+    zero there); tick_step: (ticks,) int64, the action step that each tick belongs to, ascending.
+    """
+
+    tokens: torch.Tensor
+    mask: torch.Tensor
+    tick_step: torch.Tensor
+    layout: TokenLayout
+    key: str
+    header: Mapping[str, Any]
+
+    def newest(self, steps: np.ndarray | Sequence[int] | int, latency_steps: int = 0) -> np.ndarray:
+        """Number of the newest tick that was at step - `latency_steps` or before, -1 where there is none yet; the shape of `steps`."""
+        return np.searchsorted(self.tick_step.numpy(), np.asarray(steps) - latency_steps, side="right") - 1
+
+
+class FeatureCache:
+    """All episodes' features under one binding. Files are opened when first asked for and stay mapped."""
+
+    def __init__(self, root: Path, folder: Path, binding: dict[str, Any]):
+        self.root, self.folder, self.binding = root, folder, binding
+        self.layout = TokenLayout.from_dict(binding["layout"])
+        self._open: dict[str, EpisodeFeatures] = {}
+
+    @classmethod
+    def open(cls, dataset_root: str | Path, binding_id: str | None = None, expect: Mapping[str, Any] | None = None) -> "FeatureCache":
+        """Open the binding `binding_id` (None: the only one there).
+
+        expect: binding fields that the reader relies on, such as {"tick_stride": 3}. Raises UserError where there is no such cache, where
+        there are several to choose from, or where the binding is not what is expected (naming both sides).
+        """
+        root = Path(dataset_root)
+        base = cache_folder(root)
+        found = sorted(path.parent.name for path in base.glob("*/binding.json"))
+        if not found:
+            raise UserError(f"There are no cached features under {base}. {BUILD_HINT.format(root=root)}")
+        if binding_id is None and len(found) > 1:
+            raise UserError(f"There are {len(found)} caches under {base}; choose one by its id: {', '.join(found)}.")
+        chosen = binding_id or found[0]
+        if chosen not in found:
+            raise UserError(f'There is no cache "{chosen}" under {base}; there are: {", ".join(found)}.')
+        binding = read_binding(base / chosen)
+        if expect:
+            bindings.check(binding, expect, f'The cache "{chosen}"')
+        return cls(root, base / chosen, binding)
+
+    def has(self, episode: Any) -> bool:
+        """Whether `episode` (PreparedEpisode) has a file here (its freshness is checked by `episode`)."""
+        return feature_file(self.folder, episode_key(self.root, episode.path)).is_file()
+
+    def episode(self, episode: Any) -> EpisodeFeatures:
+        """Features of a PreparedEpisode. Raises UserError where they are absent, unreadable, or were made from other data."""
+        key = episode_key(self.root, episode.path)
+        features = self._open.get(key)
+        if features is None:
+            features = self._open[key] = read_features(feature_file(self.folder, key), self.binding, key, self.root)
+        if reason := stale_reason(features.header, episode):
+            raise UserError(
+                f'The features of {key} in cache "{self.binding["id"]}" are stale: {reason}. {BUILD_HINT.format(root=self.root)}'
+            )
+        return features
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": {}}  # worker processes map the files anew
+
+
+def gather(features: Sequence[EpisodeFeatures], ticks: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens (B, T, D) and mask (B, T) of one tick each of B episodes; a tick of -1 gives zeros and a mask of False."""
+    first = features[0]
+    tokens = torch.empty((len(ticks), *first.tokens.shape[1:]), dtype=first.tokens.dtype)
+    mask = torch.empty((len(ticks), first.mask.shape[1]), dtype=torch.bool)
+    for place, (episode, tick) in enumerate(zip(features, ticks, strict=True)):
+        if tick < 0:
+            tokens[place], mask[place] = 0, False
+        else:
+            tokens[place], mask[place] = episode.tokens[tick], episode.mask[tick]
+    return tokens, mask
+
+
+def read_binding(folder: Path) -> dict[str, Any]:
+    """The binding of a cache folder. Raises UserError where it is none of ours or was altered."""
+    binding = read_json(folder / "binding.json")
+    bindings.check_own(binding, str(folder / "binding.json"))
+    if binding["id"] != folder.name:
+        raise UserError(f'{folder} holds the binding "{binding["id"]}"; give the folder back its name.')
+    return binding
+
+
+def write_features(path: Path, binding: Mapping[str, Any], episode: Any, key: str, tokens, mask, tick_step, findings: list[str]) -> int:
+    """Write one episode's features atomically; returns the bytes. The content holds no time and no host, so equal features are equal files."""
+    value = {
+        "schema": bindings.SCHEMA,
+        "binding": binding["id"],
+        "episode": key,
+        "fingerprint": episode.fingerprint,
+        "instruction": episode.instruction,
+        "steps": len(episode),
+        "findings": findings,
+        "sha256": checksum(tokens, mask, tick_step),
+        "tokens": tokens,
+        "mask": mask,
+        "tick_step": tick_step,
+    }
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        torch.save(value, file)  # through a handle: by name, torch would write the temporary name into the file
+    return path.stat().st_size
+
+
+def read_features(path: Path, binding: Mapping[str, Any], key: str, root: Path) -> EpisodeFeatures:
+    """Open one file, memory-mapped. Raises UserError where it is absent, unreadable, or belongs to another episode or binding."""
+    hint = BUILD_HINT.format(root=root)
+    try:
+        value = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
+        header = {
+            name: value[name] for name in ("schema", "binding", "episode", "fingerprint", "instruction", "steps", "findings", "sha256")
+        }
+        features = EpisodeFeatures(
+            value["tokens"], value["mask"], value["tick_step"], TokenLayout.from_dict(binding["layout"]), key, header
+        )
+    except FileNotFoundError:
+        raise UserError(f'The episode {key} has no features in cache "{binding["id"]}". {hint}') from None
+    except (RuntimeError, OSError, KeyError, TypeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        raise UserError(f"{path} is damaged ({str(error).splitlines()[0][:120] if str(error) else type(error).__name__}). {hint}") from None
+    if (header["binding"], header["episode"]) != (binding["id"], key):
+        found = f'"{header["episode"]}" of cache "{header["binding"]}"'
+        raise UserError(f'{path} holds the features of {found}, asked for was "{key}" of "{binding["id"]}". {hint}')
+    return features
+
+
+def stale_reason(header: Mapping[str, Any], episode: Any) -> str:
+    """Why features with this header do not belong to `episode` (a PreparedEpisode), naming both sides; "" where they do."""
+    if header["fingerprint"] != episode.fingerprint:
+        return f"made from data.pkl {header['fingerprint'][:12]}, it is now {episode.fingerprint[:12]}"
+    if header["instruction"] != episode.instruction:
+        return f'made with the instruction "{header["instruction"]}", it is now "{episode.instruction}"'
+    return ""
+
+
+def checksum(tokens: torch.Tensor, mask: torch.Tensor, tick_step: torch.Tensor) -> str:
+    """SHA-256 over the three tensors' bytes."""
+    digest = hashlib.sha256()
+    for tensor in (tokens, mask, tick_step):
+        digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+# -------------------------------------------------------------------- housekeeping (`vla cache ls|verify|rm`)
+
+
+def list_bindings(root: str | Path, runs: str | Path | None = None) -> list[dict[str, Any]]:
+    """One row a binding: id, settings, episodes, bytes, age, coverage of the prepared episodes, and the runs that name it.
+
+    `covered`: prepared episodes with fresh features; `stale`: with features from other data; `missing`: with none. A folder that is not
+    ours or was altered is listed with its `problem`. runs: the folder of run folders to search (None: none).
+    """
+    from vla_lib.episodes import find_prepared, load_prepared
+
+    episodes = [load_prepared(folder) for folder in find_prepared(root)]
+    rows = []
+    for folder in sorted(path for path in cache_folder(root).glob("*") if path.is_dir()):
+        files = sorted(folder.glob("*.pt"))
+        row: dict[str, Any] = {"id": folder.name, "files": len(files), "bytes": sum(file.stat().st_size for file in files)}
+        row["age_s"] = time.time() - max((file.stat().st_mtime for file in files), default=folder.stat().st_mtime)
+        try:
+            binding = read_binding(folder)
+        except UserError as error:
+            rows.append({**row, "problem": str(error)})
+            continue
+        counts = {"covered": 0, "stale": 0, "missing": 0}
+        for episode in episodes:
+            counts[coverage_state(folder, binding, root, episode)] += 1
+        names = ("model", "layer", "pooling", "views", "tick_stride", "image_resize_height", "image_resize_width", "dtype")
+        rows.append(
+            {
+                **row,
+                **{name: binding[name] for name in names},
+                **counts,
+                "episodes": len(episodes),
+                "problem": "",
+                "used_by": _users(folder.name, runs),
+            }
+        )
+    return rows
+
+
+def coverage_state(folder: Path, binding: Mapping[str, Any], root: str | Path, episode: Any) -> str:
+    """`covered`, `stale` (from other data, or unreadable) or `missing` for one PreparedEpisode."""
+    key = episode_key(root, episode.path)
+    path = feature_file(folder, key)
+    if not path.is_file():
+        return "missing"
+    try:
+        header = read_features(path, binding, key, Path(root)).header
+    except UserError:
+        return "stale"
+    return "stale" if stale_reason(header, episode) else "covered"
+
+
+def verify(root: str | Path, binding_id: str) -> dict[str, Any]:
+    """Read every file of a binding whole and compare its checksum: {"files", "bytes", "bad": [sentence, ...]}."""
+    cache = FeatureCache.open(root, binding_id)
+    bad, size = [], 0
+    files = sorted(cache.folder.glob("*.pt"))
+    for path in files:
+        size += path.stat().st_size
+        try:
+            key = torch.load(path, weights_only=True, mmap=True)["episode"]
+            features = read_features(path, cache.binding, key, cache.root)
+            if feature_file(cache.folder, key) != path:
+                bad.append(f"{path.name} holds the features of {key}")
+            elif checksum(features.tokens, features.mask, features.tick_step) != features.header["sha256"]:
+                bad.append(f"{path.name} does not have the checksum that it was written with; remove it and build again")
+        except UserError as error:
+            bad.append(str(error))
+        except Exception as error:  # a damaged zip or pickle fails in many ways; each is a finding
+            bad.append(f"{path.name} is damaged ({type(error).__name__}); remove it and build again")
+    return {"files": len(files), "bytes": size, "bad": bad}
+
+
+def remove(root: str | Path, binding_id: str) -> int:
+    """Delete one binding and return the bytes freed. Raises UserError for a folder that is not ours or holds foreign files."""
+    folder = cache_folder(root) / binding_id
+    if folder.parent != cache_folder(root) or not (folder / "binding.json").is_file():
+        raise UserError(f'There is no cache "{binding_id}" under {cache_folder(root)}; `vla cache ls` lists them.')
+    read_binding(folder)
+    foreign = [path.name for path in folder.iterdir() if path.suffix not in (".pt", ".partial") and path.name != "binding.json"]
+    if foreign:
+        raise UserError(f"{folder} holds files that are not ours ({', '.join(sorted(foreign)[:3])}); move them away first.")
+    freed = sum(path.stat().st_size for path in folder.iterdir())
+    shutil.rmtree(folder)
+    return freed
+
+
+def _users(binding_id: str, runs: str | Path | None) -> list[str]:
+    """Names of the run folders whose records name this binding."""
+    users = set()
+    for pattern in ("*/run.json", "*/results.json", "*/settings.json") if runs else ():
+        for path in Path(runs).glob(pattern):
+            if binding_id in path.read_text(encoding="utf-8", errors="replace"):
+                users.add(path.parent.name)
+    return sorted(users)
