@@ -126,3 +126,9 @@ class Pushes:
         shift = np.array([lateral_mm * np.cos(angle), lateral_mm * np.sin(angle), up_mm, 0, 0, 0])
         shift[3:] = self._rng.uniform(-1, 1, 3) * turn_deg * np.array([0.3, 0.3, 1.0])
         self._pulse = (t_s, seconds, shift)
+
+
+def demonstrator_action(rig) -> np.ndarray:
+    """(7,) action of the demonstrator, without pushes, for a `SimRig` in its present state: a reference that reads the rig's truth."""
+    seen = measure(rig.world, rig.arm.pose[:3], rig.arm.pose[3:], rig.tissue.punctured)
+    return np.concatenate([velocity(seen) / rig.action_hz, [1.0]])
