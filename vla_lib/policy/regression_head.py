@@ -1,0 +1,33 @@
+"""The async model's head: action queries through the trunk in, the normalised chunk (B, H, 7) out."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vla_lib.policy.config import ACTION_DIM, PolicyConfig
+
+
+class RegressionHead(nn.Module):
+    """A linear read-out that starts at zero, which is the mean action."""
+
+    def __init__(self, config: PolicyConfig):
+        super().__init__()
+        self.out = nn.Linear(config.width, ACTION_DIM)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def _chunk(self, policy, context: dict) -> Tensor:
+        queries = policy.queries.expand(context["prefix"].shape[0], -1, -1)
+        return self.out(policy.trunk(context, queries)).float()
+
+    def loss(self, policy, context: dict, target: Tensor, draws: dict) -> Tensor:
+        """Huber loss (beta: one standard deviation) of each element, (B, H, 7)."""
+        return F.smooth_l1_loss(self._chunk(policy, context), target, reduction="none")
+
+    def draw(self, count: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """Regression draws nothing."""
+        return {}
+
+    def sample(self, policy, context: dict, noise: Tensor | None, ddim_steps: int | None) -> Tensor:
+        """The normalised chunk, (B, H, 7)."""
+        return self._chunk(policy, context)

@@ -1,0 +1,20 @@
+"""Train the async model: `torchrun --nproc_per_node=4 -m vla_lib.train_async --batch-size 4 --grad-accum-steps 8 --lr 1e-4 ...`, or plain
+`python -m vla_lib.train_async` on one process. Prepared episodes and their VL cache in; checkpoints/, metrics.jsonl, results.json out."""
+
+from typing import Any
+
+from vla_lib.core import frontdoor
+from vla_lib.training.settings import AsyncSettings as Settings
+
+
+def main(settings: Settings) -> dict[str, Any]:
+    """Train; returns what results.json holds. Under torchrun the first failing process leaves its error for the launcher."""
+    from torch.distributed.elastic.multiprocessing.errors import record
+
+    from vla_lib.training.loop import train
+
+    return record(train)(settings)
+
+
+if __name__ == "__main__":
+    frontdoor.start(Settings, main)

@@ -1,0 +1,145 @@
+"""Training settings in; the checked data of a training out: episodes, cache, split, sample sets, weights. Everything fails here, early.
+
+Notebooks call `prepare_data` for their preflight; the training loop calls it for itself.
+"""
+
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from vla_lib.core.errors import UserError
+from vla_lib.policy.config import PolicyConfig
+from vla_lib.training.sampler import shares
+from vla_lib.training.samples import SampleSet
+from vla_lib.training.settings import TrainingSettings
+from vla_lib.training.split import split_episodes
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """What a training stands on. `weights` (n,): of each training sample; `val` is None where nothing is held out."""
+
+    train: SampleSet
+    val: SampleSet | None
+    split: dict[str, list[str]]
+    fingerprints: dict[str, str]
+    weights: np.ndarray
+    binding: dict[str, Any]
+    layout: Any
+
+    def policy_config(self, settings: TrainingSettings) -> PolicyConfig:
+        """The policy that fits these data and settings."""
+        tokens, dim = self.train.token_shape
+        layout = self.layout
+        assert tokens == len(layout.view_id)
+        extra = {k: getattr(settings, k) for k in ("diffusion_timesteps", "ddim_steps") if hasattr(settings, k)}
+        return PolicyConfig(
+            head=settings.head,
+            views=tuple(layout.views),
+            token_dim=dim,
+            token_view=tuple(np.asarray(layout.view_id).tolist()),
+            token_row=tuple(np.asarray(layout.row).tolist()),
+            token_col=tuple(np.asarray(layout.col).tolist()),
+            sensor_enabled=settings.sensor_enabled,
+            sensor_window_size=settings.sensor_window_size,
+            fusion=settings.fusion,
+            horizon=settings.horizon,
+            action_hz=self.train.action_hz,
+            width=settings.width,
+            layers=settings.layers,
+            heads=settings.heads,
+            dropout=settings.dropout,
+            **extra,
+        )
+
+    def weights_table(self) -> list[dict[str, Any]]:
+        """One row a data set: episodes, training steps, weight, and the share of all draws that it gets."""
+        names = self.train.datasets
+        share = shares(self.weights, names)
+        array = np.asarray(names)
+        rows = []
+        for name, part in share.items():
+            held = sum(e.dataset == name for e in self.val.episodes) if self.val else 0
+            row = {"dataset": name, "train_episodes": sum(e.dataset == name for e in self.train.episodes), "val_episodes": held}
+            rows.append(row | {"train_steps": int((array == name).sum()), "weight": float(self.weights[array == name][0]), "share": part})
+        return rows
+
+
+def prepare_data(settings: TrainingSettings, split: dict[str, list[str]] | None = None) -> TrainingData:
+    """Open, check and split the data. `split`: of a checkpoint to go on from.
+
+    Raises UserError with the command to run where there is no prepared episode or no VL cache, where the cache was made for another
+    picture size or reuse count, and where the sensor is asked for but no episode has one.
+    """
+    from vla_lib.episodes import DatasetTable, find_prepared, load_prepared
+    from vla_lib.features.cache import FeatureCache, episode_key
+
+    root = settings.dataset_root
+    if not root.is_dir():
+        raise UserError(f"--dataset-root {root} is not a folder.")
+    folders = find_prepared(root)
+    if not folders:
+        raise UserError(f"No data.pkl below {root}; run `python -m vla_lib.preprocess --dataset-root {shlex.quote(str(root))}` first.")
+    episodes = {episode_key(root, folder): load_prepared(folder) for folder in folders}
+    try:
+        cache = FeatureCache.open(root, settings.cache_id or None)
+    except UserError as error:
+        raise UserError(f"{error} The features of these settings are built by: {cache_command(settings)}") from error
+    check_cache(settings, cache.binding)
+    if split is None:
+        split = split_episodes({k: e.dataset for k, e in episodes.items()}, settings.val_fraction, settings.seed)
+    gone = [k for k in (*split["train"], *split["val"]) if k not in episodes]
+    if gone:
+        raise UserError(
+            f"{len(gone)} episodes of the checkpoint's split are gone from {root} (first: {gone[0]}); restore them or start a new run."
+        )
+    used = [episodes[k] for k in (*split["train"], *split["val"])]
+    if settings.uses_sensor and not any(e.has_sensor for e in used):
+        raise UserError(f"No episode below {root} has sensor data; pass --no-sensor-enabled to train without it.")
+    options = {
+        "horizon": settings.horizon,
+        "sensor_enabled": settings.uses_sensor,
+        "sensor_window_size": settings.sensor_window_size,
+        "vlm_reuse_count": settings.vlm_reuse_count,
+        "vlm_latency_ms": settings.vlm_latency_ms,
+    }
+    try:
+        train = SampleSet([episodes[k] for k in split["train"]], cache, **options)
+        val = SampleSet([episodes[k] for k in split["val"]], cache, **options) if split["val"] else None
+    except UserError as error:
+        if "cache" in str(error):
+            raise UserError(f"{error} Missing features are added by: {cache_command(settings)}") from error
+        raise
+    table = DatasetTable.load(root)
+    per_episode = np.array([table.weight(e.dataset) for e in train.episodes], dtype=np.float64)
+    weights = per_episode[train.episode]
+    if not weights.sum() > 0:
+        raise UserError(f"All data sets below {root} have weight 0; edit {root}/datasets.yaml.")
+    fingerprints = {k: str(episodes[k].fingerprint) for k in (*split["train"], *split["val"])}
+    return TrainingData(train, val, split, fingerprints, weights, dict(cache.binding), cache.layout)
+
+
+def cache_command(settings: TrainingSettings) -> str:
+    """The command that builds the VL cache which these settings need."""
+    return (
+        f"python -m vla_lib.build_vl_cache --dataset-root {shlex.quote(str(settings.dataset_root))} --vlm-reuse-count {settings.vlm_reuse_count} "
+        f"--image-resize-height {settings.image_resize_height} --image-resize-width {settings.image_resize_width}"
+    )
+
+
+def check_cache(settings: TrainingSettings, binding: dict[str, Any]) -> None:
+    """Raise UserError where the cache's picture size is not the settings', both sides named."""
+    odd = list(_size_differences(settings, binding))
+    if odd:
+        raise UserError(
+            f"The VL cache and the flags differ: {'; '.join(odd)}. Pass the cache's size, or build another: {cache_command(settings)}"
+        )
+
+
+def _size_differences(settings: TrainingSettings, binding: dict[str, Any]) -> Iterator[str]:
+    for name in ("image_resize_height", "image_resize_width"):
+        if name in binding and int(binding[name]) != getattr(settings, name):
+            yield f"{name.replace('_', '-')} is {binding[name]} in the cache, --{name.replace('_', '-')} {getattr(settings, name)} here"

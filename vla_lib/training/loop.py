@@ -1,0 +1,474 @@
+"""Settings in; a trained policy, its checkpoints and its metrics out. One loop for both models, on one process or many.
+
+How equal results are had: every random number follows from (seed, epoch) or (seed, step) and the sample's place among all processes'
+draws, never from a process's own generator. The loss of a step is a sum over its valid action steps divided by their number over all
+processes and micro-batches, which each process knows from its tables. So two processes of batch b do what one of batch 2b does, and a
+resumed run does what the uninterrupted one does.
+"""
+
+import contextlib
+import math
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from vla_lib.core.errors import UserError
+from vla_lib.core.files import write_json
+from vla_lib.core.progress import Progress
+from vla_lib.core.run_folder import runs_root
+from vla_lib.policy.policy import Policy
+from vla_lib.training.checkpoint import check_binding, load_weights, read_checkpoint, save_checkpoint
+from vla_lib.training.data import prepare_data
+from vla_lib.training.ema import AveragedPolicy
+from vla_lib.training.metrics import MetricsLog, truncate
+from vla_lib.training.process import StopRequest, die_with_parent
+from vla_lib.training.sampler import EpochPlan, MicroBatch, draw_epoch
+from vla_lib.training.samples import MicroBatchDataset
+from vla_lib.training.settings import TrainingSettings, resume_conflicts
+from vla_lib.training.statistics import training_statistics
+from vla_lib.training.validation import BASELINES, validate
+
+STARVED = 0.2  # share of the time waited for data above which the loader is called the bottleneck
+T_BINS = 10  # of the diffusion timestep histogram
+
+
+def train(settings: TrainingSettings) -> dict[str, Any]:
+    """Train, and return what results.json holds. Raises UserError for bad input, a lost checkpoint, or memory that does not suffice."""
+    die_with_parent()
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    cuda = torch.cuda.is_available() if settings.device == "auto" else settings.device == "cuda"
+    if cuda and not torch.cuda.is_available():
+        raise UserError("--device cuda, but torch sees no GPU here; pass --device auto.")
+    bf16 = settings.precision == "bf16" or (settings.precision == "auto" and cuda and torch.cuda.is_bf16_supported())
+    AcceleratorState._reset_state(reset_partial_state=True)  # a notebook may train twice in one process
+    accelerator = Accelerator(cpu=not cuda, mixed_precision="bf16" if bf16 else "no")
+    try:
+        with StopRequest() as stop:
+            return Trainer(settings, accelerator, stop).run()
+    except torch.OutOfMemoryError as error:
+        raise UserError(out_of_memory(settings)) from error
+    finally:
+        with contextlib.suppress(Exception):
+            accelerator.end_training()
+
+
+def out_of_memory(settings: TrainingSettings) -> str:
+    """The guide's three remedies, filled in with this run's numbers."""
+    smaller, more = max(1, settings.batch_size // 2), settings.grad_accum_steps * 2
+    remedies = [
+        f"--batch-size {smaller} instead of {settings.batch_size}"
+        if settings.batch_size > 1
+        else "a smaller --width (the batch size is 1 already)",
+        f"with it --grad-accum-steps {more} instead of {settings.grad_accum_steps} (the same effective batch)",
+        f"smaller pictures: --image-resize-height {settings.image_resize_height // 2} --image-resize-width {settings.image_resize_width // 2}, with a VL cache built for them",
+    ]
+    return f"Out of memory. Remedies, in this order: (1) {remedies[0]}; (2) {remedies[1]}; (3) {remedies[2]}. Then go on with --resume."
+
+
+class Trainer:
+    """One training on this process. `run` is the whole of it; the methods are its parts in order."""
+
+    def __init__(self, settings: TrainingSettings, accelerator: Any, stop: StopRequest):
+        self.settings, self.accelerator, self.stop = settings, accelerator, stop
+        self.main = accelerator.is_main_process
+        self.rank, self.world = accelerator.process_index, accelerator.num_processes
+        self.run_dir = self._run_dir()
+        self.latest = self.run_dir / "checkpoints" / settings.latest
+        self.step, self.epoch, self.position = 0, 0, 0  # optimiser steps; epoch and draws of it already used
+        self.elapsed_s, self.best = 0.0, {}
+        self.metrics: dict[str, float] = {}
+        self.wandb_id = f"{int(time.time()):x}-{settings.seed}"
+
+    def run(self) -> dict[str, Any]:
+        """Everything. Returns the results."""
+        settings = self.settings
+        before = self._previous()
+        self.data = prepare_data(settings, before["split"] if before else None)
+        self._say_data()
+        self._build(before)
+        log = None
+        if self.main:
+            truncate(self.run_dir / "metrics.jsonl", self.step, self._epochs_done())
+            log = MetricsLog(self.run_dir, settings.project, settings.wandb_mode, settings.to_dict(), self.wandb_id)
+        self.log = log
+        self.started = self.saved_at = time.monotonic()
+        if before is None:
+            self._save()  # there is always something to resume from
+        try:
+            total = self.total_steps
+            with Progress(
+                total - self.step,
+                f"{settings.name}" + (f" (from step {self.step})" if self.step else ""),
+                "steps",
+                settings.log_every_s,
+                self.main,
+            ) as progress:
+                while not self._finished() and not self.stopped:
+                    self._epoch(progress)
+            return self._end()
+        finally:
+            if log:
+                log.close()
+
+    # ---- before the first step
+
+    def _run_dir(self) -> Path:
+        if self.settings.run_dir is not None:
+            return self.settings.run_dir
+        if self.settings.resume:
+            raise UserError("--resume needs --run-dir, the folder of the run to go on with.")
+        from accelerate.utils import broadcast_object_list
+
+        folder = [str(runs_root() / f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{self.settings.name}") if self.main else ""]
+        return Path(broadcast_object_list(folder)[0])
+
+    def _previous(self) -> dict[str, Any] | None:
+        """The checkpoint to go on from, or None for a new run. A run folder with checkpoints is never trained over."""
+        if not self.settings.resume:
+            exists = self.latest.exists()
+            self.accelerator.wait_for_everyone()
+            if exists:
+                raise UserError(f"{self.latest} exists already; pass --resume to go on with that run, or another --run-dir.")
+            return None
+        before = read_checkpoint(self.latest)
+        if "training" not in before:
+            raise UserError(f"{self.latest} holds a policy but no training state; it cannot be resumed.")
+        if before["front_door"] != self.settings.name:
+            raise UserError(f"{self.latest} was written by {before['front_door']}, this is {self.settings.name}.")
+        conflicts = resume_conflicts(before["settings"], self.settings.to_dict())
+        if conflicts:
+            raise UserError(
+                f"--resume with other settings than the run began with: {'; '.join(conflicts)}. Give the same ones, or start a new run."
+            )
+        return before
+
+    def _say_data(self) -> None:
+        if not self.main:
+            return
+        data = self.data
+        for row in data.weights_table():
+            print(
+                f"{row['dataset']}: {row['train_episodes']} training and {row['val_episodes']} held-out episodes, {row['train_steps']} steps, "
+                f"weight {row['weight']:g}, {100 * row['share']:.1f} % of the draws",
+                flush=True,
+            )
+
+    def _build(self, before: dict[str, Any] | None) -> None:
+        settings, data, device = self.settings, self.data, self.accelerator.device
+        torch.manual_seed(settings.seed)
+        policy = Policy(data.policy_config(settings))
+        if before is None:
+            if self.main:
+                policy.normaliser.load_statistics(training_statistics(data.train))
+        else:
+            self._check_before(before)
+            load_weights(policy, before["training"]["model"], str(self.latest))
+        policy.to(device)
+        if self.world > 1:  # one process made the statistics; parameters are sent along, so that all start from the same bits
+            for tensor in policy.state_dict().values():
+                torch.distributed.broadcast(tensor, 0)
+        self.averaged = AveragedPolicy(policy, settings.ema_decay)
+        matrices = [p for p in policy.parameters() if p.ndim >= 2]
+        vectors = [p for p in policy.parameters() if p.ndim < 2]
+        groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.95))
+        if before is not None:
+            state = before["training"]
+            load_weights(self.averaged.policy, before["policy"], str(self.latest))
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.step, self.epoch, self.position = before["step"], before["epoch"], state["position"]
+            self.elapsed_s, self.best, self.metrics = state["elapsed_s"], state["best"], before["metrics"]
+            self.wandb_id = state["wandb_id"]
+        if settings.compile:
+            policy.compile()
+        self.policy = policy
+        self.model = self.accelerator.prepare_model(policy)
+        if self.main:
+            print(
+                f"{policy.parameter_count():,} parameters, {self.world} process(es) on {device.type}, {self.accelerator.mixed_precision}",
+                flush=True,
+            )
+            if before is not None:
+                print(f"resumed {self.latest} at step {self.step}, epoch {self.epoch}", flush=True)
+
+    def _check_before(self, before: dict[str, Any]) -> None:
+        check_binding(before["binding"], self.data.binding, str(self.latest))
+        known, now = before["training"]["fingerprints"], self.data.fingerprints
+        changed = [k for k in known if known[k] != now.get(k)]
+        if changed:
+            raise UserError(
+                f"{len(changed)} episodes have changed since the run began (first: {changed[0]}); restore them or start a new run."
+            )
+
+    @property
+    def total_steps(self) -> int:
+        """Optimiser steps of the whole run."""
+        per_epoch = self._plan(0, 0).__len__()
+        return self.settings.max_steps or per_epoch * self.settings.epochs
+
+    def _plan(self, epoch: int, position: int) -> EpochPlan:
+        s = self.settings
+        draws = draw_epoch(self.data.weights, len(self.data.train), s.seed, epoch)
+        return EpochPlan(draws, s.batch_size, s.grad_accum_steps, self.rank, self.world, position)
+
+    def _finished(self) -> bool:
+        s = self.settings
+        return self.step >= s.max_steps if s.max_steps else self.epoch >= s.epochs
+
+    def _epochs_done(self) -> float:
+        """Epochs whose validation is behind us: whole ones, and a part where --max-steps ended one early."""
+        part = self.position / len(self.data.train)
+        return self.epoch + (round(part, 4) if part < 1 else 0)
+
+    # ---- training
+
+    stopped = ""
+
+    def _epoch(self, progress: Progress) -> None:
+        """Train the rest of the current epoch, validate, save."""
+        settings, data = self.settings, self.data
+        steps = list(self._plan(self.epoch, self.position).steps())
+        if settings.max_steps:
+            steps = steps[: settings.max_steps - self.step]
+        requests = [(m.indices, m.counts) for step in steps for m in step]
+        loader = iter(self._loader(requests))
+        waited, began = 0.0, time.monotonic()
+        reuse_counts, t_counts = np.zeros(settings.vlm_reuse_count, np.int64), np.zeros(T_BINS, np.int64)
+        for micros in steps:
+            wait, drawn_t = self._step(micros, loader)
+            waited += wait
+            ages = data.train.age_steps[np.concatenate([m.shared for m in micros])]
+            reuse_counts += np.bincount(np.minimum(ages, settings.vlm_reuse_count - 1), minlength=settings.vlm_reuse_count)
+            if drawn_t is not None:
+                t_counts += np.histogram(drawn_t, T_BINS, (0, getattr(settings, "diffusion_timesteps", 1)))[0]
+            progress.update(1, f"epoch {self.epoch + 1}, loss {self.row[settings.loss_key]:.4f}, lr {self.row['train/lr']:.2e}")
+            if self.stopped:
+                return
+            done = self.position >= len(data.train) or self._finished()
+            if not done and self._due():
+                self._save()
+        share = waited / max(time.monotonic() - began, 1e-9)
+        whole = self.position >= len(data.train)
+        if whole:
+            self.epoch, self.position = self.epoch + 1, 0
+        extra = {"train/loader_wait_share": share, "train/vl_reuse_counts": reuse_counts.tolist()}
+        if settings.head == "diffusion":
+            extra["train/diffusion_t_counts"] = t_counts.tolist()
+        self._validate(extra)
+        self._save()
+
+    def _loader(self, requests: list) -> torch.utils.data.DataLoader:
+        s = self.settings
+        workers = min(s.num_workers, len(requests))
+        return torch.utils.data.DataLoader(
+            MicroBatchDataset(self.data.train),
+            sampler=requests,  # a request is a whole micro-batch
+            batch_size=None,
+            num_workers=workers,
+            persistent_workers=False,
+            pin_memory=self.accelerator.device.type == "cuda",
+            worker_init_fn=_quiet_worker,
+        )
+
+    def _step(self, micros: list[MicroBatch], loader: Any) -> tuple[float, np.ndarray | None]:
+        """One optimiser step. Returns the seconds waited for data and the diffusion timesteps of all processes (None for regression)."""
+        settings, data, accelerator, device = self.settings, self.data, self.accelerator, self.accelerator.device
+        shared = np.concatenate([m.shared for m in micros])
+        valid = int(data.train.valid_actions[shared].sum())  # action steps that count, over all processes and micro-batches
+        lr = self._learning_rate()
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        if settings.dropout:
+            torch.manual_seed(_seed(settings.seed, self.step, self.rank))
+        generator = torch.Generator().manual_seed(_seed(settings.seed, self.step))
+        self.model.train()
+        waited, timesteps = 0.0, []
+        sums = torch.zeros(2, dtype=torch.float64, device=device)  # loss, stop requests
+        for number, micro in enumerate(micros):
+            before = time.monotonic()
+            batch = next(loader)
+            waited += time.monotonic() - before
+            drawn = self.policy.draw(micro.size, generator)  # of all processes: the noise belongs to the place in the draws
+            if "timestep" in drawn:
+                timesteps.append(drawn["timestep"][: len(micro.shared)].numpy())
+            own = slice(micro.offset, micro.offset + settings.batch_size)
+            draws = {k: v[own].to(device) for k, v in drawn.items()}
+            batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
+            last = number == len(micros) - 1
+            with contextlib.nullcontext() if last else accelerator.no_sync(self.model):
+                loss = self.model(batch, draws)  # (B, H), through the wrapped module: it averages the gradients
+                counted = loss.float() * batch["action_mask"] * batch["count"][:, None]
+                sums[0] += counted.detach().double().sum()
+                if settings.uses_sensor:
+                    counted = counted * torch.where(batch["sensor_mask"], settings.sensor_loss_weight, 1.0)[:, None]
+                accelerator.backward(counted.sum() * (self.world / valid))
+        norm = accelerator.clip_grad_norm_(self.model.parameters(), settings.clip_norm)
+        sums[1] = float(self.stop.asked is not None)
+        total, stop = accelerator.reduce(sums, "sum").tolist() if self.world > 1 else sums.tolist()
+        if not math.isfinite(total) or not math.isfinite(float(norm)):
+            raise UserError(
+                f"The loss is not finite at step {self.step + 1}; lower --lr ({settings.lr:g}) or look for spoilt values in the data (notebook 01)."
+            )
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        self.position += len(shared)
+        self.averaged.update(self.policy, self.step)
+        self.stopped = (self.stop.asked or "another process was asked") if stop else ""
+        self._row(shared, total / valid, lr, float(norm), timesteps)
+        if self.stopped:
+            self._save(must=True)
+        return waited, np.concatenate(timesteps) if timesteps else None
+
+    def _learning_rate(self) -> float:
+        """Linear warm-up, cosine to 1 %: a function of the share of the run that is done, whatever the number of processes."""
+        s = self.settings
+        done = self.step / s.max_steps if s.max_steps else (self.epoch + self.position / len(self.data.train)) / s.epochs
+        cosine = 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+        return s.lr * cosine * min(1.0, (self.step + 1) / max(1, s.warmup_steps))
+
+    def _row(self, shared: np.ndarray, loss: float, lr: float, norm: float, timesteps: list) -> None:
+        s, samples = self.settings, self.data.train
+        self.row: dict[str, Any] = {
+            "step": self.step,
+            "elapsed_s": round(self._elapsed(), 3),
+            s.loss_key: loss,
+            "train/lr": lr,
+            "train/grad_norm": norm,
+        }
+        self.row["train/vl_reuse_counter"] = float(samples.age_steps[shared].mean())
+        if s.uses_sensor:
+            self.row["train/sensor_samples"] = int(samples.sensor_full[shared].sum())
+        if timesteps:
+            self.row["train/diffusion_t"] = float(np.concatenate(timesteps).mean())
+        if self.accelerator.device.type == "cuda":
+            self.row["train/gpu_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        if self.log:
+            self.log.log(self.row)
+
+    # ---- validation, checkpoints, the end
+
+    def _validate(self, extra: dict[str, Any]) -> None:
+        s = self.settings
+        row = {"epoch": self._epochs_done(), "step": self.step, "elapsed_s": round(self._elapsed(), 3), **extra}
+        text = f"epoch {row['epoch']:g} (step {self.step}): loader wait {100 * extra['train/loader_wait_share']:.0f} %"
+        if self.data.val is not None:
+            reduce = (lambda x: self.accelerator.reduce(x, "sum")) if self.world > 1 else (lambda x: x)
+            with self.accelerator.autocast():
+                found = validate(self.averaged.policy, self.data.val, max(s.batch_size, 16), self.rank, self.world, reduce, s.seed)
+            self.metrics = found
+            row |= found
+            if found["val/action_loss"] < self.best.get("action_loss", math.inf):
+                self.best = {"action_loss": found["val/action_loss"], "step": self.step, "epoch": row["epoch"]} | {"metrics": found}
+                self._save(best=True)
+            baselines = ", ".join(f"{b} {found[f'val/baseline_{b}_action_loss']:.4f}" for b in BASELINES)
+            text += f", held-out error {found['val/action_loss']:.4f} ({baselines}), {found['val/mae_mm']:.4f} mm, {found['val/mae_deg']:.4f} deg"
+        if self.main:
+            print(text, flush=True)
+            if extra["train/loader_wait_share"] > STARVED:
+                print(
+                    f"The loader starves the training: {100 * extra['train/loader_wait_share']:.0f} % of the time was waited for data. Raise --num-workers "
+                    f"(now {s.num_workers}), or put the data set on a faster disk.",
+                    flush=True,
+                )
+        if self.log:
+            self.log.log(row)
+
+    def _due(self) -> bool:
+        s = self.settings
+        by_steps = s.checkpoint_every_steps and self.step % s.checkpoint_every_steps == 0
+        return bool(by_steps) or time.monotonic() - self.saved_at >= s.checkpoint_every_s
+
+    def _content(self) -> dict[str, Any]:
+        return {
+            "front_door": self.settings.name,
+            "policy_config": self.policy.config.to_dict(),
+            "policy": self.averaged.policy.state_dict(),
+            "settings": self.settings.to_dict(),
+            "binding": self.data.binding,
+            "split": self.data.split,
+            "step": self.step,
+            "epoch": self.epoch,
+            "metrics": self.metrics,
+        }
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "model": self.policy.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "position": self.position,
+            "best": self.best,
+            "elapsed_s": self._elapsed(),
+            "wandb_id": self.wandb_id,
+            "fingerprints": self.data.fingerprints,
+            "world": self.world,
+            # draws and noise follow from (seed, epoch, step); the generator's state is kept for the record
+            "random": {"seed": self.settings.seed, "torch": torch.get_rng_state()},
+        }
+
+    def _save(self, best: bool = False, must: bool = False) -> None:
+        """Write the newest checkpoint (or the best one). A failed write keeps the file that was there: said aloud, an error if `must`."""
+        if not self.main:
+            return
+        path = self.latest.with_name(self.settings.best) if best else self.latest
+        try:
+            save_checkpoint(path, self._content() if best else self._content() | {"training": self._state()})
+            self.saved_at = time.monotonic()
+        except OSError as error:
+            said = f"{path} could not be written ({error}); the one written before it is untouched"
+            if must:
+                raise UserError(f"{said}. Make room and go on with --resume.") from error
+            print(f"{said}; training goes on and tries again.", flush=True)
+
+    def _end(self) -> dict[str, Any]:
+        s, data = self.settings, self.data
+        best = self.best.get("metrics", {})
+        results = {
+            "step": self.step,
+            "epochs": self.epoch,
+            "state": "stopped" if self.stopped else "done",
+            "train_episodes": len(data.split["train"]),
+            "val_episodes": len(data.split["val"]),
+            "train_samples": len(data.train),
+            "val_loss": best.get("val/loss_epoch"),
+            "best_step": self.best.get("step"),
+            "val_action_loss": best.get("val/action_loss"),
+            "val_mae_mm": best.get("val/mae_mm"),
+            "val_mae_deg": best.get("val/mae_deg"),
+            "baselines": {b: {k: best.get(f"val/baseline_{b}_{k}") for k in ("action_loss", "mae_mm", "mae_deg")} for b in BASELINES}
+            if best
+            else {},
+            "parameters": self.policy.parameter_count(),
+            "processes": self.world,
+            "wall_s": round(self._elapsed(), 3),
+            "cache": data.binding.get("id"),
+            "checkpoint": str(self.latest),
+            "run_dir": str(self.run_dir),
+        }
+        if self.main:
+            if self.stopped:
+                print(f"stopped by {self.stopped} at step {self.step}; {self.latest} is saved, go on with --resume", flush=True)
+            else:
+                self._save(must=True)
+                if s.final:
+                    save_checkpoint(self.latest.with_name(s.final), self._content())
+            write_json(self.run_dir / "results.json", results)
+        self.accelerator.wait_for_everyone()
+        return results
+
+    def _elapsed(self) -> float:
+        return self.elapsed_s + time.monotonic() - self.started
+
+
+def _seed(*numbers: int) -> int:
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+
+
+def _quiet_worker(_: int) -> None:
+    torch.set_num_threads(1)
