@@ -10,6 +10,8 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
+import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,6 +25,7 @@ from vla_lib.sim.render import PictureMaker, check_gl, prepare_gl
 from vla_lib.sim.world import DEFAULT_TASK, sample_world, stream, task_of
 
 MANIFEST = "simulation.json"
+PARTIAL = ".recording-"  # an episode being written: ROOT/.recording-<index>/, renamed into place when whole
 FORMAT = 1  # raised when a change of the rig changes what a plan records
 EPOCH_S = 1_761_000_000.0
 _EPISODE_SPACING_S = 120.0
@@ -102,6 +105,8 @@ def record(root: Path, plan: Plan, workers: int = 2, show: bool = True) -> dict:
                 )
             shutil.rmtree(root / job.relative)  # our rename had happened, our entry had not: an interrupted recording of this same plan
     root.mkdir(parents=True, exist_ok=True)
+    for left in root.glob(f"{PARTIAL}*"):
+        shutil.rmtree(left)
     manifest = manifest | {"state": "recording", "episodes": sorted(kept.values(), key=lambda entry: entry["index"])}
     write_json(root / MANIFEST, manifest)
     with Progress(len(todo), "recording", "episodes", show=show) as progress:
@@ -126,7 +131,7 @@ def _run(root: Path, plan: Plan, todo: list[Job], workers: int):
         return
     context = multiprocessing.get_context("spawn")  # a GL context does not survive a fork
     prepare_gl()
-    with ProcessPoolExecutor(min(workers, len(todo)), context) as pool:
+    with ProcessPoolExecutor(min(workers, len(todo)), context, initializer=_follow_parent) as pool:
         # F2 first: its episodes take longest to write
         futures = [pool.submit(_record_in_worker, root, plan, job) for job in sorted(todo, key=lambda job: job.layout, reverse=True)]
         try:
@@ -136,6 +141,15 @@ def _run(root: Path, plan: Plan, todo: list[Job], workers: int):
             for future in futures:
                 future.cancel()
             raise
+
+
+def _follow_parent() -> None:
+    """A worker leaves Ctrl-C to its parent, and on Linux dies with it, however the parent dies."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 _worker_maker: PictureMaker | None = None
@@ -158,7 +172,7 @@ def _record_one(root: Path, plan: Plan, job: Job, maker: PictureMaker) -> dict:
     else:
         raise RuntimeError(f"the demonstrator failed {_ATTEMPTS} times from seed {job.seed}: {shown.verdict['reason']}")
     final = root / job.relative
-    partial = root / f".{MANIFEST}.partial-{job.index}"
+    partial = root / f"{PARTIAL}{job.index}"
     shutil.rmtree(partial, ignore_errors=True)
     how = Recording(job.layout, plan.camera_hz, plan.idle_tail_s, plan.sensor_clock_offset_ms)
     try:

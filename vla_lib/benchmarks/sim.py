@@ -1,0 +1,63 @@
+"""Benchmark rows of the simulated rig: pictures a second, and how much faster than real time it records and steps."""
+
+import tempfile
+import time
+from pathlib import Path
+
+from vla_lib.benchmarks.rows import BenchRow
+from vla_lib.sim.demonstration import demonstrate
+from vla_lib.sim.demonstrator import demonstrator_action
+from vla_lib.sim.recorder import Plan, record
+from vla_lib.sim.render import PictureMaker, check_gl
+from vla_lib.sim.rig import SimRig
+from vla_lib.sim.world import VIEWS, sample_world
+
+
+def rows(episodes: int = 4, seconds: float = 2.0) -> list[BenchRow]:
+    """Measure for some `seconds` a row, and record `episodes` episodes in a temporary folder. Raises UserError where EGL is missing."""
+    check_gl()
+    return [pictures_row(seconds), recording_row(episodes, workers=2), rig_row()]
+
+
+def pictures_row(seconds: float) -> BenchRow:
+    """Pictures of 320x180 a second on one core, as drawn, against the five views at the cameras' 5 Hz."""
+    world = sample_world(0)
+    shown = demonstrate(world)
+    maker = PictureMaker()
+    maker.show(world)
+    maker.pictures(shown.position_mm[0], shown.rotvec_deg[0])
+    drawn, start = 0, time.perf_counter()
+    while time.perf_counter() - start < seconds:
+        k = 65 * drawn % len(shown.force_mN)
+        maker.picture(VIEWS[drawn % len(VIEWS)], shown.position_mm[k], shown.rotvec_deg[k])
+        drawn += 1
+    rate = drawn / (time.perf_counter() - start)
+    maker.close()
+    return BenchRow(
+        "sim.pictures", rate, 25.0, "pictures/s", rate / 25.0, "> 500 on one core", "320x180, one process; baseline: five cameras at 5 Hz"
+    )
+
+
+def recording_row(episodes: int, workers: int) -> BenchRow:
+    """Seconds of episode written a second of wall clock, all files included."""
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.perf_counter()
+        manifest = record(Path(folder), Plan(episodes - episodes // 4, episodes // 4), workers, show=False)
+        took = time.perf_counter() - start
+    recorded = sum(entry["seconds"] + manifest["plan"]["idle_tail_s"] for entry in manifest["episodes"])
+    note = f"{episodes} episodes, {workers} processes, their start included; baseline: real time"
+    return BenchRow("sim.recording", recorded / took, 1.0, "s/s", recorded / took, "several times real time", note)
+
+
+def rig_row() -> BenchRow:
+    """Seconds of rig time a second of wall clock, stepping at 10 Hz with five cameras at 5 Hz."""
+    rig = SimRig(seed=0)
+    rig.reset()
+    start = time.perf_counter()
+    done = False
+    while not done:
+        *_, terminated, truncated, info = rig.step(demonstrator_action(rig))
+        done = terminated or truncated
+    factor = info["time_s"] / (time.perf_counter() - start)
+    rig.close()
+    return BenchRow("sim.step", factor, 1.0, "s/s", factor, "faster than real time", "one process, five views; baseline: real time")
