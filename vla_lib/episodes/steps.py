@@ -1,0 +1,156 @@
+"""An opened episode in; the action grid out: times, states, actions, and which steps can be trusted.
+
+Step k begins at `t_k = start + k / hz`. Its action is the motion of the interpolated pose from t_k to t_k + 1/hz, so neither
+uneven rows nor a drifting match enters. Steps exist only where the robot log covers them; idle tails have none.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from vla_lib.core.errors import UserError
+from vla_lib.episodes.episode import Episode
+from vla_lib.episodes.pictures import Pictures
+from vla_lib.episodes.poses import delta_action, delta_euler_action, interpolate
+from vla_lib.episodes.robot_log import RobotLog
+from vla_lib.episodes.timeline import Span, find_gaps, grid, newest_at_or_before, overlaps
+
+Array = np.ndarray[Any, Any]
+
+ROBOT_GAP_S = 0.05
+"""Interpolating over 50 ms of the fastest motion (64 mm/s^2) errs by 0.02 mm; a longer hole is a gap."""
+PICTURE_GAP_S = 0.5
+SENSOR_LATE_S = 0.05
+MOST_STEPS = 2_000_000
+
+
+@dataclass
+class Steps:
+    """The action grid of one episode (N steps)."""
+
+    hz: float
+    t_s: Array
+    """(N,) float64 UNIX seconds, exactly start + k / hz."""
+    state: Array
+    """(N, 12) float32: joints (deg), pose (mm, deg) at t_k."""
+    action: Array
+    """(N, 7) float32: mm, degrees, gripper."""
+    valid: Array
+    """(N,) bool: no stream has a gap across the step."""
+    gaps: dict[str, list[Span]]
+    """Stream -> spans without data, in seconds."""
+
+    def __len__(self) -> int:
+        return len(self.t_s)
+
+
+def pose_rows(robot: RobotLog) -> Array:
+    """Numbers of the rows that tell where the arm was: the first of each run of equal rows, and the last of a rest.
+
+    The controller refreshes more slowly than rows are published, so a repeated row is an old pose under a new stamp.
+    Runs longer than 2.5 refreshes are a resting arm: their last row counts as well, else rest would become slow motion.
+    """
+    first = np.flatnonzero(robot.changed)
+    last = np.append(first[1:], len(robot.t_s)) - 1
+    lengths = robot.t_s[last] - robot.t_s[first]
+    between = np.diff(robot.t_s[first])
+    refresh = float(np.median(between)) if len(between) else 0.0
+    resting = last[(lengths > 2.5 * refresh) & (last > first)]
+    return np.union1d(np.union1d(first, resting), [0, len(robot.t_s) - 1])
+
+
+def robot_gaps(robot: RobotLog) -> list[Span]:
+    """Spans between usable rows that are too long to interpolate across."""
+    usual = float(np.median(np.diff(robot.t_s)))
+    return find_gaps(robot.t_s, max(3 * usual, ROBOT_GAP_S))
+
+
+def picture_gaps(pictures: Pictures, end_s: float) -> list[Span]:
+    """Spans in which a view's newest picture is too old: three missed pictures, half a second at least."""
+    usual = float(np.median(np.diff(pictures.t_s))) if len(pictures) > 1 else PICTURE_GAP_S
+    longest = max(3 * usual, PICTURE_GAP_S)
+    gaps = find_gaps(pictures.t_s, longest)
+    if len(pictures) and end_s - pictures.t_s[-1] > longest:
+        gaps.append((float(pictures.t_s[-1]), end_s))
+    return gaps
+
+
+def sensor_gaps(episode: Episode) -> list[Span]:
+    """Spans without sensor samples, the end of the stream included where it stops before the robot does."""
+    if episode.sensor is None:
+        return []
+    gaps = list(episode.sensor.gaps)
+    last = float(episode.sensor.t_s[-1])
+    if episode.end_s - last > SENSOR_LATE_S:
+        gaps.append((last, episode.end_s))
+    return gaps
+
+
+def stream_gaps(episode: Episode) -> dict[str, list[Span]]:
+    """Stream name -> gaps, for the robot, the sensor and every view; streams without gaps are left out."""
+    gaps = {"robot": robot_gaps(episode.robot), "sensor": sensor_gaps(episode)}
+    gaps |= {view: picture_gaps(pictures, episode.end_s) for view, pictures in episode.pictures.items()}
+    return {stream: spans for stream, spans in gaps.items() if spans}
+
+
+def build_steps(episode: Episode, hz: float = 10.0, euler: bool = False, gaps: Mapping[str, list[Span]] | None = None) -> Steps:
+    """The action grid of an episode. `euler`: wrap-corrected Euler differences instead of rotation vectors.
+
+    Raises UserError where the robot log covers no step or implausibly many.
+    """
+    gaps = dict(stream_gaps(episode) if gaps is None else gaps)
+    robot = episode.robot
+    t_s = grid(episode.start_s, episode.end_s, hz)
+    if not len(t_s):
+        raise UserError(f"{episode.path}: the robot log lasts {episode.duration_s:.3f} s, less than one step of {1 / hz:g} s.")
+    if len(t_s) > MOST_STEPS:
+        raise UserError(f"{episode.path}: the robot log seems to last {episode.duration_s:.0f} s; its times cannot be right.")
+    rows = pose_rows(robot)
+    ends = np.append(t_s, episode.start_s + len(t_s) / hz)
+    pose, turned = interpolate(robot.t_s[rows], robot.pose[rows], ends)
+    if euler:
+        action = delta_euler_action(pose[:-1], pose[1:])
+    else:
+        action = delta_action(pose[:-1], pose[1:])
+        action[:, 3:6] = (turned[1:] * turned[:-1].inv()).as_rotvec(degrees=True)
+    joints = np.stack([np.interp(t_s, robot.t_s[rows], robot.joints[rows, k]) for k in range(6)], axis=1)
+    valid = np.ones(len(t_s), bool)
+    for spans in gaps.values():
+        valid &= ~overlaps(t_s, ends[1:], spans)
+    return Steps(
+        hz=hz,
+        t_s=t_s,
+        state=np.concatenate([joints, pose[:-1]], axis=1).astype(np.float32),
+        action=action.astype(np.float32),
+        valid=valid,
+        gaps=gaps,
+    )
+
+
+def image_index(pictures: Pictures, t_s: Array) -> Array:
+    """(N,) int32: the newest picture taken at or before each step; -1 where there is none."""
+    return newest_at_or_before(pictures.t_s, t_s).astype(np.int32)
+
+
+def sensor_index(sensor_t_s: Array, t_s: Array) -> Array:
+    """(N,) int64: one past the newest sample at or before each step, so that `[index - n : index]` never sees the future."""
+    return (newest_at_or_before(sensor_t_s, t_s) + 1).astype(np.int64)
+
+
+def window_full(index: Array, sensor_t_s: Array, t_s: Array, length: int, hz: float, gaps: list[Span]) -> Array:
+    """(N,) bool: whether `length` samples without a gap end at each step.
+
+    A window is not full where the stream has fewer samples before the step, where its newest sample is older than 50 ms,
+    or where a gap lies inside.
+    """
+    index = np.asarray(index)
+    full = index >= length
+    if not len(sensor_t_s) or not full.any():
+        return np.zeros(len(index), bool)
+    newest = sensor_t_s[np.maximum(index - 1, 0)]
+    oldest = sensor_t_s[np.clip(index - length, 0, len(sensor_t_s) - 1)]
+    full &= t_s - newest <= SENSOR_LATE_S
+    full &= newest - oldest <= (length - 1) / max(hz, 1e-9) * 1.5 + SENSOR_LATE_S
+    return full & ~overlaps(oldest, newest, gaps)
