@@ -23,12 +23,16 @@ def attempt(path: Mapping[str, np.ndarray], truth: Mapping[str, Any], title: str
     t, position, force = (np.asarray(path[key]) for key in ("t_s", "position_mm", "force_mN"))
     target, membrane_mm = np.asarray(truth["target_xy_mm"]), truth["membrane_z_mm"]
     with style():
-        figure = plt.figure(figsize=(12, 6))
-        space = figure.add_subplot(1, 3, 1, projection="3d")
-        _draw_space(space, [position], truth)
-        above = figure.add_subplot(1, 3, 2)
-        _draw_above(above, [position], target)
-        depth = figure.add_subplot(2, 3, 3)
+        figure, axes = plt.subplot_mosaic(
+            [["space", "above", "depth"], ["space", "above", "forces"]],
+            figsize=(13, 4.8),
+            width_ratios=(1.15, 1, 1),
+            per_subplot_kw={"space": {"projection": "3d"}},
+            layout="constrained",
+        )
+        depth, forces = axes["depth"], axes["forces"]
+        _draw_space(axes["space"], [position], truth)
+        _draw_above(axes["above"], [position], target)
         asked = truth["asked_depth_mm"]
         depth.axhspan(asked - DEPTH_TOLERANCE_MM, asked + DEPTH_TOLERANCE_MM, color="#2e7d32", alpha=0.25, lw=0, label="asked")
         depth.axhline(0, color=MEMBRANE, lw=1, label="membrane")
@@ -36,7 +40,7 @@ def attempt(path: Mapping[str, np.ndarray], truth: Mapping[str, Any], title: str
         depth.set(ylabel="depth behind\nmembrane (mm)", ylim=(-8, 3.5))
         depth.invert_yaxis()
         depth.legend(loc="upper right")
-        forces = figure.add_subplot(2, 3, 6, sharex=depth)
+        forces.sharex(depth)
         forces.plot(t, force, color="#c58b00")
         forces.axhline(FORCE_LIMIT_MN, color=TARGET, lw=1, ls="--", label="limit")
         forces.set(xlabel="time (s)", ylabel="force (mN)")
