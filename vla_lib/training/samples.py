@@ -23,7 +23,7 @@ class SampleSet:
     """All samples of `episodes` (prepared episodes), with features from `cache` (a FeatureCache).
 
     Public arrays, one entry a sample: `episode` (number in `episodes`), `step`, `age_steps`, `valid_actions` (steps of the chunk that
-    count). Raises UserError where an episode has no features, or where the features' ticks do not fit `vlm_reuse_count`.
+    count), `sensor_full` (the window is whole). Raises UserError where an episode has no features, or where the features' ticks do not fit `vlm_reuse_count`.
     """
 
     def __init__(
@@ -78,9 +78,10 @@ class SampleSet:
         self.age_steps = np.concatenate(age)[keep]
         self._age_s = torch.from_numpy((self.age_steps / self.action_hz).astype(np.float32))
         self._first = torch.from_numpy(keep & (row == starts[:-1][episode]))[torch.from_numpy(keep)]
-        self._sensor_end = np.concatenate(
-            [np.asarray(e.sensor_index, np.int64) if e.has_sensor else np.zeros(len(e), np.int64) for e in self.episodes]
-        )[keep]
+        self._sensor_end = np.concatenate([np.asarray(e.sensor_index, np.int64) for e in self.episodes])[keep]
+        none = [np.zeros(n, bool) for n in lengths]
+        full = [e.sensor_full(sensor_window_size) if sensor_enabled else f for e, f in zip(self.episodes, none, strict=True)]
+        self.sensor_full = np.concatenate(full)[keep]
         self._sensor: list[Any] = [None] * len(self.episodes)  # opened in the process that reads
         first = self.features[0]
         self.token_shape = tuple(first.tokens.shape[1:])  # (T, D)
@@ -96,11 +97,6 @@ class SampleSet:
     def datasets(self) -> list[str]:
         """Data set of each sample."""
         return [self.episodes[e].dataset for e in self.episode]
-
-    @property
-    def sensor_full(self) -> np.ndarray:
-        """(n,) bool: samples whose window is full."""
-        return self._sensor_end >= self.window
 
     def batch(self, indices: Sequence[int] | np.ndarray | Tensor) -> Batch:
         """Sample numbers -> observation and target.
@@ -125,11 +121,10 @@ class SampleSet:
         batch["vl_tokens"] = torch.stack([self.features[e].tokens[t] for e, t in pairs])
         batch["vl_mask"] = torch.stack([self.features[e].mask[t] for e, t in pairs])
         if self.sensor_enabled:
-            batch.update(self._windows(episode.tolist(), self._sensor_end[numbers]))
+            batch.update(self._windows(episode.tolist(), self._sensor_end[numbers], self.sensor_full[numbers]))
         return batch
 
-    def _windows(self, episode: list[int], end: np.ndarray) -> Batch:
-        full = end >= self.window
+    def _windows(self, episode: list[int], end: np.ndarray, full: np.ndarray) -> Batch:
         out = np.empty((len(end), self.window, SENSOR_CHANNELS), np.float32)
         for b, (e, stop) in enumerate(zip(episode, end.tolist(), strict=True)):  # one copy of a contiguous block a window
             if full[b]:
