@@ -15,7 +15,7 @@ from vla_lib.core.errors import UserError
 from vla_lib.episodes.clocks import ClockOffset, sensor_clock_offset
 from vla_lib.episodes.findings import EXCLUDED, NOTE, Finding
 from vla_lib.episodes.layouts import EpisodeFiles, read_layout
-from vla_lib.episodes.pictures import EXPECTED_VIEWS, Pictures, read_pictures
+from vla_lib.episodes.pictures import EXPECTED_VIEWS, Listing, Pictures, read_pictures
 from vla_lib.episodes.robot_log import RobotLog, read_robot_log
 from vla_lib.episodes.sensor_log import SensorLog, read_sensor_log
 
@@ -43,8 +43,9 @@ class Episode:
         sensor_clock_offset_ms: float | None = None,
         views: Sequence[str] = (),
         full_picture_check: bool = False,
+        listing: Listing | None = None,
     ) -> "Episode":
-        """Open a raw episode. `views` limits the view keys; empty: all.
+        """Open a raw episode. `views` limits the view keys; empty: all. `listing`: the pictures, where they were listed already.
 
         Raises UserError where there is no usable robot log: without it nothing can be placed.
         """
@@ -55,7 +56,7 @@ class Episode:
         findings = list(robot.findings)
         for other in files.other_logs:
             findings.append(Finding(EXCLUDED, "robot", f"{other.name} is a second robot log and is not used", left_out=True))
-        pictures = read_pictures(files.path, findings, full_picture_check)
+        pictures = read_pictures(files.path, findings, full_picture_check, listing)
         pictures = _chosen(pictures, views, findings)
         sensor = read_sensor_log(files.sensor_files, findings)
         clock = sensor_clock_offset(robot, sensor, pictures, sensor_clock_offset_ms)

@@ -1,6 +1,6 @@
 """Findings: what was noticed about an episode, each with a weight and a sentence."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 NOTE, EXCLUDED, FATAL = "note", "excluded", "fatal"
@@ -20,4 +20,4 @@ class Finding:
     """True where a whole stream or file is not used: such findings end the run's list of what was left out."""
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return dict(vars(self))

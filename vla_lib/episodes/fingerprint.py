@@ -11,26 +11,22 @@ from typing import Any
 
 from vla_lib.core.errors import UserError
 from vla_lib.episodes.data_pkl import SCHEMA
-from vla_lib.episodes.episode import Episode
 from vla_lib.episodes.layouts import EpisodeFiles
 from vla_lib.episodes.npz_stream import NpzFile
-from vla_lib.episodes.pictures import Pictures, read_pictures
+from vla_lib.episodes.pictures import Listing, list_pictures
 
 CODE_VERSION = 1
 """Raised whenever the same inputs and settings give other values."""
 
 
-def fingerprint(where: EpisodeFiles | Episode, settings: Mapping[str, Any]) -> str:
+def fingerprint(files: EpisodeFiles, settings: Mapping[str, Any], listing: Listing | None = None) -> str:
     """The fingerprint (32 hex digits) of one episode under the given settings (JSON-able)."""
-    files = where.files if isinstance(where, Episode) else where
     digest = hashlib.sha256(json.dumps([SCHEMA, CODE_VERSION, files.layout, dict(settings)], sort_keys=True).encode())
     for log in (files.robot_log, *files.other_logs):
         if log is not None:
             digest.update(log.name.encode() + hashlib.sha256(log.read_bytes()).digest())
     digest.update(sensor_signature(files).encode())
-    for view, pictures in sorted(read_pictures(files.path, []).items()):
-        digest.update(f"{view}\n".encode())
-        digest.update(_names(pictures))
+    digest.update(repr((listing or list_pictures(files.path)).rows).encode())
     return digest.hexdigest()[:32]
 
 
@@ -44,7 +40,3 @@ def sensor_signature(files: EpisodeFiles) -> str:
         except UserError:
             parts.append(f"{path.name} unreadable, {path.stat().st_size} bytes")
     return "\n".join(parts)
-
-
-def _names(pictures: Pictures) -> bytes:
-    return "\n".join(pictures.paths).encode() + pictures.bytes.tobytes()

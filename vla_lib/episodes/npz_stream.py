@@ -70,8 +70,8 @@ class NpzFile:
 
     def load(self, key: str) -> Array:
         """The whole array; for small members only."""
-        rows = list(self.chunks(key, 1 << 24))
         member = self.members[key]
+        rows = [chunk.copy() for chunk in self.chunks(key, 65536)]
         return np.concatenate(rows) if len(rows) > 1 else rows[0] if rows else np.empty(member.shape, member.dtype)
 
     def mapped(self, key: str) -> Array | None:
@@ -82,8 +82,11 @@ class NpzFile:
         order = "F" if member.fortran else "C"
         return np.memmap(self.path, member.dtype, "r", member.offset, member.shape, order)  # type: ignore[call-overload, no-any-return]
 
-    def chunks(self, key: str, rows: int) -> Iterator[Array]:
-        """The array in order, at most `rows` of its first axis at a time. Raises UserError where the file breaks off."""
+    def chunks(self, key: str, rows: int, buffers: int = 1) -> Iterator[Array]:
+        """The array in order, at most `rows` of its first axis at a time. Raises UserError where the file breaks off.
+
+        The memory of a chunk is used again `buffers` chunks later: fresh pages for each would cost more than reading them.
+        """
         member = self.members[key]
         if not member.shape:
             raise UserError(f"{self.path}: {key} is a single value, not an array of rows.")
@@ -97,9 +100,11 @@ class NpzFile:
                 _read_header(source)
             else:
                 stream.seek(member.offset)
+            rows = min(rows, max(member.shape[0], 1))
+            memory = [np.empty(rows * row_bytes, np.uint8) for _ in range(buffers)]
             for start in range(0, member.shape[0], rows):
                 count = min(rows, member.shape[0] - start)
-                buffer = np.empty(count * row_bytes, np.uint8)
+                buffer = memory[start // rows % buffers][: count * row_bytes]
                 _fill(source, buffer, self.path)
                 yield buffer.view(member.dtype).reshape(count, *member.shape[1:])
 

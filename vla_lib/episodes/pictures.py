@@ -65,20 +65,39 @@ def open_picture(path: Path) -> Image.Image:
         raise UserError(f"The picture {path} cannot be opened ({error}).") from error
 
 
-def read_pictures(episode: Path, findings: list[Finding], full_check: bool = False) -> dict[str, Pictures]:
+Row = tuple[float, str, int]
+"""Time, relative path, size in bytes."""
+
+
+@dataclass
+class Listing:
+    """What lies in the picture folders, before any judgement."""
+
+    rows: dict[str, list[Row]] = field(default_factory=dict)
+    """View key -> rows, sorted by time."""
+    nameless: dict[str, int] = field(default_factory=dict)
+    """Folder -> pictures without a time in their names."""
+
+
+def list_pictures(episode: Path) -> Listing:
+    """List all pictures of an episode without opening any."""
+    listing = Listing()
+    for folder in _picture_folders(episode):
+        _scan(episode, folder, listing)
+    listing.rows = {view: sorted(rows) for view, rows in sorted(listing.rows.items())}
+    return listing
+
+
+def read_pictures(episode: Path, findings: list[Finding], full_check: bool = False, listing: Listing | None = None) -> dict[str, Pictures]:
     """All views of an episode, sorted by key. Cut-off pictures and names without a time are left out and said.
 
     Cut-off pictures are looked for among those that are much smaller than their neighbours, with `full_check` among all.
     """
-    found: dict[str, list[tuple[float, str, int]]] = {}
-    nameless: dict[str, int] = {}
-    for folder in _picture_folders(episode):
-        _scan(episode, folder, found, nameless)
-    for place, count in nameless.items():
+    listing = listing or list_pictures(episode)
+    for place, count in sorted(listing.nameless.items()):
         findings.append(Finding(EXCLUDED, place, f"{count} pictures in {place} carry no time in their names and are left out"))
     views = {}
-    for view in sorted(found):
-        rows = sorted(found[view])
+    for view, rows in listing.rows.items():
         rows = _without_strays(view, rows, findings)
         rows = _without_broken(view, episode, rows, findings, full_check)
         if rows:
@@ -99,7 +118,7 @@ def _picture_folders(episode: Path) -> list[str]:
     return folders
 
 
-def _scan(episode: Path, folder: str, found: dict[str, list[tuple[float, str, int]]], nameless: dict[str, int], side: str = "") -> None:
+def _scan(episode: Path, folder: str, listing: Listing, side: str = "") -> None:
     matched = VIEW_FOLDER.match(folder.split("/")[1 if folder.lower().startswith("images/") else 0])
     number = int(matched.group(1)) if matched else 0
     for entry in os.scandir(episode / folder):
@@ -108,17 +127,17 @@ def _scan(episode: Path, folder: str, found: dict[str, list[tuple[float, str, in
             continue
         if not name.lower().endswith(SUFFIXES):
             if not side and name.lower() in ("left", "right") and entry.is_dir():
-                _scan(episode, f"{folder}/{name}", found, nameless, name.lower())
+                _scan(episode, f"{folder}/{name}", listing, name.lower())
             continue
         view = number or _view_of_serial(name)
         if not view:
             continue
         stamp = _TIME.search(name)
         if stamp is None:
-            nameless[folder] = nameless.get(folder, 0) + 1
+            listing.nameless[folder] = listing.nameless.get(folder, 0) + 1
             continue
         key = f"View{view}" if view == HAND_EYE else f"View{view}_{side or ('right' if '_right_' in name.lower() else 'left')}"
-        found.setdefault(key, []).append((float(stamp.group(1)), f"{folder}/{name}", entry.stat().st_size))
+        listing.rows.setdefault(key, []).append((float(stamp.group(1)), f"{folder}/{name}", entry.stat().st_size))
 
 
 def _view_of_serial(name: str) -> int:
@@ -126,7 +145,7 @@ def _view_of_serial(name: str) -> int:
     return HAND_EYE if name.lower().startswith("oak") else SERIALS.get(serial.group(1), 0) if serial else 0
 
 
-def _without_strays(view: str, rows: list[tuple[float, str, int]], findings: list[Finding]) -> list[tuple[float, str, int]]:
+def _without_strays(view: str, rows: list[Row], findings: list[Finding]) -> list[Row]:
     middle = rows[len(rows) // 2][0]
     kept = [row for row in rows if abs(row[0] - middle) <= FAR_S]
     if len(kept) < len(rows):
@@ -134,9 +153,7 @@ def _without_strays(view: str, rows: list[tuple[float, str, int]], findings: lis
     return kept
 
 
-def _without_broken(
-    view: str, episode: Path, rows: list[tuple[float, str, int]], findings: list[Finding], full_check: bool
-) -> list[tuple[float, str, int]]:
+def _without_broken(view: str, episode: Path, rows: list[Row], findings: list[Finding], full_check: bool) -> list[Row]:
     usual = float(np.median([size for _, _, size in rows])) if rows else 0.0
     broken = {path for _, path, size in rows if (full_check or size < SMALL_PART * usual or not size) and not is_whole(episode / path)}
     if broken:

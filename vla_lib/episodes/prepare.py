@@ -20,6 +20,7 @@ from vla_lib.episodes.episode import Episode
 from vla_lib.episodes.findings import EXCLUDED, NOTE, Finding
 from vla_lib.episodes.fingerprint import fingerprint, sensor_signature
 from vla_lib.episodes.layouts import EpisodeFiles
+from vla_lib.episodes.pictures import Listing, list_pictures
 from vla_lib.episodes.rates import Rates, measure
 from vla_lib.episodes.sensor_log import SensorLog
 from vla_lib.episodes.steps import Steps, build_steps, image_index, sensor_index, stream_gaps, window_full
@@ -28,7 +29,8 @@ from vla_lib.episodes.verdict import REJECTED, Verdict, judge, rejected, summary
 Array = np.ndarray[Any, Any]
 
 LOCK_NAME = ".data.pkl.lock"
-ROTATIONS = ("rotvec", "euler")
+BYTES_FINDINGS = ("differ between the windows that share them; the first window's stand", "hold values that are no numbers")
+"""Ends of the findings that only reading every sample can make."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class Report:
     """One measured row per stream."""
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return dict(vars(self))
 
 
 def prepare_episode(
@@ -81,7 +83,10 @@ def prepare_episode(
         return _inspect(files, key, settings, window)
     with folder_lock(out):
         _sweep(out)
-        print_of = _fingerprint(files, settings, instruction)
+        listing = list_pictures(files.path)
+        print_of = fingerprint(
+            files, asdict(settings) | {"instruction": instruction, "dataset": files.dataset, "task": files.task}, listing
+        )
         if not overwrite:
             kept = _unchanged(out, print_of, window)
             if kept is not None:
@@ -89,7 +94,8 @@ def prepare_episode(
                     key, "unchanged", kept["verdict"], kept["reasons"], kept["left_out"], kept["summary"] | {"episode": key}, kept["rates"]
                 )
         try:
-            return _write(files, key, out, settings, instruction, window, print_of)
+            episode = _open(files, settings, listing)
+            return _write(episode, key, out, settings, instruction, window, print_of, overwrite)
         except UserError as error:
             (out / DATA_NAME).unlink(missing_ok=True)  # what was prepared from other inputs must not stand for these
             return _failed(files, key, str(error))
@@ -101,29 +107,47 @@ def _failed(files: EpisodeFiles, key: str, text: str) -> Report:
     return Report(key, "rejected", verdict.level, [text], [], summary, [])
 
 
-def _open(files: EpisodeFiles, settings: PrepareSettings) -> Episode:
-    return Episode.open(files, settings.sensor_clock_offset_ms, settings.views, settings.full_picture_check)
+def _open(files: EpisodeFiles, settings: PrepareSettings, listing: Listing | None = None) -> Episode:
+    return Episode.open(files, settings.sensor_clock_offset_ms, settings.views, settings.full_picture_check, listing)
 
 
 def _inspect(files: EpisodeFiles, key: str, settings: PrepareSettings, window: int) -> Report:
     try:
-        episode = _open(files, settings)
-        steps = build_steps(episode, settings.action_hz, settings.rotation == "euler")
-        return _report(episode, key, "reported", steps, measure(episode), window)[0]
+        return _study(_open(files, settings), key, "reported", settings, window).report
     except UserError as error:
         return _failed(files, key, str(error))
 
 
-def _report(episode: Episode, key: str, status: str, steps: Steps, rates: Rates, window: int) -> tuple[Report, Verdict]:
+@dataclass
+class _Study:
+    """All that is derived from an opened episode before anything is written."""
+
+    episode: Episode
+    steps: Steps
+    rates: Rates
+    verdict: Verdict
+    report: Report
+
+
+def _study(episode: Episode, key: str, status: str, settings: PrepareSettings, window: int) -> _Study:
+    gaps = stream_gaps(episode)
+    steps = build_steps(episode, settings.action_hz, settings.rotation == "euler", gaps)
+    rates = measure(episode, gaps)
+    return _judged(episode, key, status, steps, rates, window)
+
+
+def _judged(episode: Episode, key: str, status: str, steps: Steps, rates: Rates, window: int) -> _Study:
     full = _full(episode, steps, window)
+    extra = []
     if episode.sensor is not None and not full.all():
-        text = f"{int((~full).sum())} of {len(steps)} steps have no full window of {window} samples behind them"
-        episode.findings.append(Finding(NOTE, "sensor", text))
-    verdict = judge(episode, steps, rates)
+        extra.append(
+            Finding(NOTE, "sensor", f"{int((~full).sum())} of {len(steps)} steps have no full window of {window} samples behind them")
+        )
+    verdict = judge(episode, steps, rates, extra)
     summary = summary_row(key, episode.layout, verdict, rates, steps, episode.duration_s)
     summary["full_windows"] = int(full.sum())
-    rows = [row.to_dict() for row in rates.streams]
-    return Report(key, status, verdict.level, verdict.reasons, verdict.left_out, summary, rows), verdict
+    report = Report(key, status, verdict.level, verdict.reasons, verdict.left_out, summary, [row.to_dict() for row in rates.streams])
+    return _Study(episode, steps, rates, verdict, report)
 
 
 def _full(episode: Episode, steps: Steps, window: int) -> Array:
@@ -131,10 +155,6 @@ def _full(episode: Episode, steps: Steps, window: int) -> Array:
     if sensor is None:
         return np.zeros(len(steps), bool)
     return window_full(sensor_index(sensor.t_s, steps.t_s), sensor.t_s, steps.t_s, window, sensor.hz, steps.gaps.get("sensor", []))
-
-
-def _fingerprint(files: EpisodeFiles, settings: PrepareSettings, instruction: str) -> str:
-    return fingerprint(files, asdict(settings) | {"instruction": instruction, "dataset": files.dataset, "task": files.task})
 
 
 def _unchanged(out: Path, print_of: str, window: int) -> dict[str, Any] | None:
@@ -159,50 +179,40 @@ def _sensor_stands(path: Path, samples: int) -> bool:
         return False
 
 
-def _write(files: EpisodeFiles, key: str, out: Path, settings: PrepareSettings, instruction: str, window: int, print_of: str) -> Report:
-    episode = _open(files, settings)
-    old = _old_sensor(out, files)
-    gaps = stream_gaps(episode)
-    steps = build_steps(episode, settings.action_hz, settings.rotation == "euler", gaps)
-    rates = measure(episode)
-    report, verdict = _report(episode, key, "written", steps, rates, window)
-    if verdict.level == REJECTED:
-        report.status = "rejected"
+def _write(
+    episode: Episode, key: str, out: Path, settings: PrepareSettings, instruction: str, window: int, print_of: str, overwrite: bool
+) -> Report:
+    study = _study(episode, key, "written", settings, window)
+    if study.verdict.level == REJECTED:
+        study.report.status = "rejected"
         (out / DATA_NAME).unlink(missing_ok=True)
-        return report
+        return study.report
+    signature = sensor_signature(episode.files)
+    force = None if overwrite or episode.sensor is None else _old_force(out, signature, len(episode.sensor))
     with contextlib.ExitStack() as stack:
-        force: Array | None = None
-        if episode.sensor is not None:
-            if old is not None and len(old) == len(episode.sensor):
-                force = old
-            else:
-                try:
-                    force = _write_sensor(stack.enter_context(_sensor_file(out)), episode)
-                except UserError as error:
-                    stack.pop_all()
-                    _sweep(out)
-                    episode.sensor = None
-                    episode.findings.append(Finding(EXCLUDED, "sensor", f"the stream is not used: {error}", left_out=True))
-                    steps = build_steps(episode, settings.action_hz, settings.rotation == "euler")
-                    rates = measure(episode)
-            report, verdict = _report_again(report, episode, key, steps, rates, window)
-        content = _content(episode, steps, rates, verdict, settings, instruction, force)
-        content["metadata"] |= {"fingerprint": print_of, "sensor_window_size": window, "report": _stored(report)}
-        content["metadata"] |= {"num_full_windows": report.summary["full_windows"], "sensor_signature": sensor_signature(files)}
+        if episode.sensor is not None and force is None:
+            known = len(episode.findings)
+            try:
+                force = _write_sensor(stack.enter_context(_sensor_file(out)), episode)
+            except UserError as error:
+                stack.pop_all()
+                _sweep(out)
+                episode.sensor = None
+                episode.findings.append(Finding(EXCLUDED, "sensor", f"the stream is not used: {error}", left_out=True))
+                study = _study(episode, key, "written", settings, window)
+            if len(episode.findings) > known:  # the bytes told something that the times did not
+                study = _judged(episode, key, "written", study.steps, study.rates, window)
+        content = _content(study, settings, instruction, force)
+        content["metadata"] |= {"fingerprint": print_of, "sensor_window_size": window, "report": _stored(study.report)}
+        content["metadata"] |= {"num_full_windows": study.report.summary["full_windows"], "sensor_signature": signature}
         check_content(content, out / DATA_NAME)
         (out / DATA_NAME).unlink(missing_ok=True)  # never an old data.pkl beside a new sensor.npy
-    if files.path.resolve() != out.resolve():
+    if episode.path.resolve() != out.resolve():
         _link_pictures(episode, out)
     write_pickle(out / DATA_NAME, content)
     if episode.sensor is None:
         (out / SENSOR_NAME).unlink(missing_ok=True)
-    return report
-
-
-def _report_again(report: Report, episode: Episode, key: str, steps: Steps, rates: Rates, window: int) -> tuple[Report, Verdict]:
-    """Judge again after the sensor's bytes were read: only they show overlaps that disagree, or a damaged file."""
-    episode.findings[:] = [f for f in episode.findings if "full window" not in f.text]
-    return _report(episode, key, report.status, steps, rates, window)
+    return study.report
 
 
 def _stored(report: Report) -> dict[str, Any]:
@@ -244,30 +254,28 @@ def _write_sensor(path: Path, episode: Episode) -> Array:
 
 def _sensor_findings(episode: Episode, differ: int, holes: int) -> None:
     if differ:
-        text = f"{differ} samples differ between the windows that share them; the later window's stand"
+        text = f"{differ} samples {BYTES_FINDINGS[0]}"
         episode.findings.append(Finding(EXCLUDED, "sensor", text))
     if holes:
-        episode.findings.append(Finding(EXCLUDED, "sensor", f"{holes} samples hold values that are no numbers"))
+        episode.findings.append(Finding(EXCLUDED, "sensor", f"{holes} samples {BYTES_FINDINGS[1]}"))
 
 
-def _old_sensor(out: Path, files: EpisodeFiles) -> Array | None:
-    """The force of a sensor.npy that was already made from these very files; None where it must be written."""
+def _old_force(out: Path, signature: str, samples: int) -> Array | None:
+    """The force (S,) of a sensor.npy that was already made from these very files; None where it must be written."""
     try:
         content = read_pickle(out / DATA_NAME)
         check_content(content, out / DATA_NAME)
     except UserError:
         return None
-    metadata, sensor = content["metadata"], content["sensor_data"]
-    if sensor is None or metadata.get("sensor_signature") != sensor_signature(files):
+    sensor, metadata = content["sensor_data"], content["metadata"]
+    if sensor is None or metadata.get("sensor_signature") != signature or metadata.get("sensor_bytes_findings", True):
         return None
-    if any("samples differ" in text or "no numbers" in text for text in metadata["report"]["reasons"]):
-        return None  # what was found in the bytes must be found again
-    return sensor["force"] if _sensor_stands(out / SENSOR_NAME, len(sensor["force"])) else None
+    force: Array = sensor["force"]
+    return force if len(force) == samples and _sensor_stands(out / SENSOR_NAME, samples) else None
 
 
-def _content(
-    episode: Episode, steps: Steps, rates: Rates, verdict: Verdict, settings: PrepareSettings, instruction: str, force: Array | None
-) -> dict[str, Any]:
+def _content(study: _Study, settings: PrepareSettings, instruction: str, force: Array | None) -> dict[str, Any]:
+    episode, steps, rates, verdict = study.episode, study.steps, study.rates, study.verdict
     sensor: SensorLog | None = episode.sensor
     clock = episode.sensor_clock
     return {
@@ -301,6 +309,7 @@ def _content(
             "camera_hz": {view: rates[view].hz for view in episode.pictures},
             "clock_offsets": {"sensor": asdict(clock) | {"sentence": clock.sentence()}, "robot_receive_lag_s": episode.robot.clock_lag_s},
             "gaps": {stream: [[float(b), float(e)] for b, e in spans] for stream, spans in steps.gaps.items()},
+            "sensor_bytes_findings": any(finding.text.endswith(BYTES_FINDINGS) for finding in verdict.findings),
             "verdict": verdict.level,
             "findings": [finding.to_dict() for finding in verdict.findings],
             "schema_version": SCHEMA,

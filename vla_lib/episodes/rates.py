@@ -1,6 +1,7 @@
 """An opened episode in; one measured row per stream out: rate, jitter, gaps, repeats, backward steps, start and end. Hz, ms, s."""
 
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -44,7 +45,7 @@ class StreamRate:
     """How its times relate to the robot's."""
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"gaps": [list(gap) for gap in self.gaps]}
+        return vars(self) | {"gaps": [list(gap) for gap in self.gaps]}
 
 
 @dataclass
@@ -76,9 +77,9 @@ def distinct_hz(robot: RobotLog) -> float:
     return float(len(moving) / moving.sum()) if len(moving) and moving.sum() > 0 else float("nan")
 
 
-def measure(episode: Episode) -> Rates:
-    """Measure every stream of an opened episode."""
-    gaps = stream_gaps(episode)
+def measure(episode: Episode, gaps: Mapping[str, list[Span]] | None = None) -> Rates:
+    """Measure every stream of an opened episode. `gaps`: its gaps, where they are known already."""
+    gaps = stream_gaps(episode) if gaps is None else gaps
     robot = episode.robot
     origin, end = episode.start_s, episode.end_s
     rows = [
@@ -118,7 +119,7 @@ def measure(episode: Episode) -> Rates:
 def _row(
     stream: str,
     t_s: Array,
-    gaps: dict[str, list[Span]],
+    gaps: Mapping[str, list[Span]],
     origin: float,
     end: float,
     distinct: float = float("nan"),

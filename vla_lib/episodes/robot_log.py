@@ -107,18 +107,19 @@ def read_robot_log(path: Path) -> RobotLog:
         raise UserError(f"{path} has no robot columns (a clock and six pose columns are needed); it cannot be used as a robot log.")
     findings: list[Finding] = []
     names = [*columns.clock, *columns.pose, *columns.joints, *([columns.force] if columns.force else [])]
-    frame = _read_csv(path, list(dict.fromkeys(names)), findings)
-    if not len(frame):
+    cells = _read_csv(path, list(dict.fromkeys(names)), findings)
+    rows = len(next(iter(cells.values())))
+    if not rows:
         raise UserError(f"{path} has a header but no rows: the robot was never logged; record the episode again.")
-    clock = next((name for name in columns.clock if _is_clock(frame[name].to_numpy())), None)
+    clock = next((name for name in columns.clock if _is_clock(cells[name])), None)
     if clock is None:
         raise UserError(
             f"{path}: none of the clock columns {', '.join(columns.clock)} holds UNIX seconds; the rows cannot be placed in time."
         )
     if clock != columns.clock[0]:
         findings.append(Finding(EXCLUDED, "robot", f"{columns.clock[0]} holds no time, so {clock} is used in its place"))
-    stamps = frame[clock].to_numpy()
-    body = frame[[*columns.pose, *columns.joints]].to_numpy()
+    stamps = cells[clock]
+    body = np.stack([cells[name] for name in (*columns.pose, *columns.joints)], axis=1)
     whole = np.isfinite(body).all(1)
     if (~whole).any():
         findings.append(Finding(NOTE, "robot", f"{int((~whole).sum())} rows with empty or unreadable cells are left out"))
@@ -126,19 +127,16 @@ def read_robot_log(path: Path) -> RobotLog:
     keep = cleaned.keep
     findings += _clock_findings(cleaned, int((~whole).sum()))
     if len(keep) < 2:
-        raise UserError(f"{path} has {len(keep)} usable rows of {len(frame)}; record the episode again.")
+        raise UserError(f"{path} has {len(keep)} usable rows of {rows}; record the episode again.")
     joints = body[keep, 6:] if columns.joints else np.zeros((len(keep), 6))
     if not columns.joints:
         findings.append(Finding(NOTE, "robot", "the log has no joint columns; the joints of the state are zeros"))
-    force = frame[columns.force].to_numpy()[keep] if columns.force else None
+    force = cells[columns.force][keep] if columns.force else None
     if force is not None and not (np.isfinite(force).any() and np.nanstd(force) > 0):
         force = None
     receive = next((name for name in columns.clock if name.strip().lower() == "recv_timestamp" and name != clock), None)
-    lag = (
-        np.nanmedian(frame[receive].to_numpy()[keep] - stamps[keep])
-        if receive and np.isfinite(frame[receive].to_numpy()[keep]).any()
-        else None
-    )
+    lags = cells[receive][keep] - stamps[keep] if receive else np.empty(0)
+    lag = float(np.nanmedian(lags)) if np.isfinite(lags).any() else None
     return RobotLog(
         path=path,
         t_s=stamps[keep],
@@ -146,8 +144,8 @@ def read_robot_log(path: Path) -> RobotLog:
         joints=joints,
         force=force,
         clock=clock,
-        clock_lag_s=float(lag) if lag is not None else None,
-        rows=len(frame),
+        clock_lag_s=lag,
+        rows=rows,
         stamps_s=stamps,
         cleaned=cleaned,
         findings=findings,
@@ -160,7 +158,8 @@ def _is_clock(stamps: Array) -> bool:
     return len(good) >= 1 and float(np.median(good)) > 1e8 and (len(good) < 3 or float(np.ptp(good)) > 0)
 
 
-def _read_csv(path: Path, names: list[str], findings: list[Finding]) -> pd.DataFrame:
+def _read_csv(path: Path, names: list[str], findings: list[Finding]) -> dict[str, Array]:
+    """Column name -> (rows,) float64, nan where a cell is empty or no number."""
     raw = path.read_bytes()
     if raw and not raw.endswith((b"\n", b"\r")):
         end = max(raw.rfind(b"\n"), raw.rfind(b"\r"))
@@ -173,7 +172,8 @@ def _read_csv(path: Path, names: list[str], findings: list[Finding]) -> pd.DataF
     except (ValueError, pd.errors.ParserError):
         frame = _read_damaged(raw, path, names, options, findings)
     frame.columns = [str(name).strip().lstrip("\ufeff") for name in frame.columns]
-    return frame.replace([np.inf, -np.inf], np.nan)
+    values = frame.to_numpy()
+    return {name: np.where(np.isfinite(column), column, np.nan) for name, column in zip(frame.columns, values.T, strict=True)}
 
 
 def _read_damaged(raw: bytes, path: Path, names: list[str], options: dict[str, Any], findings: list[Finding]) -> pd.DataFrame:

@@ -135,9 +135,12 @@ class SensorPart:
 
 
 def windows_of(file: NpzFile, key: str, numbers: Array) -> Iterator[Array]:
-    """The windows (W, C) with the given rising numbers, one after the other."""
+    """The windows (W, C) with the given rising numbers, one after the other; each stays valid while the next is looked at."""
     wanted = set(numbers.tolist())
-    return (chunk[0] for number, chunk in enumerate(file.chunks(key, 1)) if number in wanted)
+    all_of_them = len(wanted) == file.members[key].shape[0]
+    for number, chunk in enumerate(file.chunks(key, 1, buffers=2)):
+        if number in wanted:
+            yield chunk[0] if all_of_them else chunk[0].copy()
 
 
 @dataclass

@@ -50,10 +50,16 @@ def rejected(text: str) -> Verdict:
     return Verdict(REJECTED, [Finding(FATAL, "episode", text)])
 
 
-def judge(episode: Episode, steps: Steps, rates: Rates | None = None) -> Verdict:
-    """Judge one opened episode by what its streams show."""
-    rates = rates or measure(episode)
-    findings = [*episode.findings, *(_judge_robot(episode, steps, rates)), *_judge_sensor(episode, rates), *_judge_pictures(episode, rates)]
+def judge(episode: Episode, steps: Steps, rates: Rates | None = None, extra: Iterable[Finding] = ()) -> Verdict:
+    """Judge one opened episode by what its streams show, and by `extra` findings."""
+    rates = rates or measure(episode, steps.gaps)
+    findings = [
+        *episode.findings,
+        *extra,
+        *(_judge_robot(episode, steps, rates)),
+        *_judge_sensor(episode, rates),
+        *_judge_pictures(episode, rates),
+    ]
     invalid = int((~steps.valid).sum())
     if invalid:
         streams = ", ".join(sorted(steps.gaps))
