@@ -1,0 +1,213 @@
+"""The policy: shapes, units, what each input does, dtypes, strictness; for both heads and every fusion."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from vla_lib.core.errors import UserError
+from vla_lib.policy import FUSIONS, HEADS, Policy, PolicyConfig
+from vla_lib.policy.trunk import Attention
+
+VIEW = tuple([0] * 6 + [1] * 6 + [-1])
+ROW = tuple([0, 0, 0, 1, 1, 1] * 2 + [-1])
+COL = tuple([0, 1, 2, 0, 1, 2] * 2 + [-1])
+
+
+def make_config(**changes) -> PolicyConfig:
+    values = {"head": "regression", "views": ("View1_left", "View5"), "token_dim": 8, "token_view": VIEW, "token_row": ROW, "token_col": COL}
+    return PolicyConfig(**(values | {"sensor_window_size": 13, "width": 32, "layers": 2, "heads": 2} | changes))
+
+
+def make_policy(**changes) -> Policy:
+    torch.manual_seed(0)
+    policy = Policy(make_config(**changes))
+    torch.nn.init.normal_(policy.head.out.weight, std=0.2)  # as if trained: a new head says the mean for anything
+    return policy.eval()
+
+
+def observe(count=3, window=13, dtype=torch.float32, seed=1) -> dict:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "vl_tokens": torch.randn(count, len(VIEW), 8, generator=generator).to(dtype),
+        "vl_mask": torch.ones(count, len(VIEW), dtype=torch.bool),
+        "vl_age_s": torch.rand(count, generator=generator) * 0.2,
+        "state": torch.randn(count, 12, generator=generator),
+        "sensor": torch.randn(count, window, 1026, generator=generator),
+        "sensor_mask": torch.ones(count, dtype=torch.bool),
+    }
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize("head", HEADS)
+def test_predict_gives_a_chunk_and_is_repeatable(head, fusion):
+    policy = make_policy(head=head, fusion=fusion)
+    chunk = policy.predict(observe())
+    assert chunk.shape == (3, 8, 7) and chunk.dtype == torch.float32
+    assert torch.isfinite(chunk).all()
+    assert torch.equal(chunk, policy.predict(observe()))
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("name", ["vl_tokens", "vl_age_s", "state", "sensor", "vl_mask", "sensor_mask"])
+def test_every_input_reaches_the_actions(head, name):
+    policy, observation = make_policy(head=head), observe()
+    before = policy.predict(observation)
+    value = observation[name]
+    observation[name] = ~value if value.dtype == torch.bool else value + 1.5 * torch.linspace(0, 1, value.shape[-1])
+    if name == "vl_mask":
+        observation[name][:, :4] = True
+    assert (policy.predict(observation) - before).abs().max() > 1e-4
+
+
+def test_without_sensor_nothing_of_it_remains():
+    for changes in ({"sensor_enabled": False}, {"fusion": "none"}):
+        policy, observation = make_policy(**changes), observe()
+        assert not any("sensor" in name or "gate" in name for name in policy.state_dict())
+        before = policy.predict(observation)
+        del observation["sensor"], observation["sensor_mask"]
+        assert torch.equal(before, policy.predict(observation))
+
+
+def test_samples_of_a_batch_do_not_touch_each_other():
+    policy, observation = make_policy(), observe(4)
+    alone = policy.predict({k: v[2:3] for k, v in observation.items()})
+    assert torch.allclose(policy.predict(observation)[2:3], alone, atol=1e-5)
+
+
+def test_missing_views_are_ignored_and_may_all_be_missing():
+    policy, observation = make_policy(), observe()
+    observation["vl_mask"][:, 6:12] = False
+    before = policy.predict(observation)
+    observation["vl_tokens"][:, 6:12] = 1e3
+    assert torch.equal(before, policy.predict(observation))
+    observation["vl_mask"][:] = False
+    assert torch.isfinite(policy.predict(observation)).all()
+
+
+def test_a_window_that_is_not_full_is_ignored():
+    policy, observation = make_policy(), observe()
+    observation["sensor_mask"][1] = False
+    before = policy.predict(observation)
+    observation["sensor"][1] = 500.0
+    assert torch.equal(before, policy.predict(observation))
+
+
+def test_the_depth_of_a_peak_survives_the_encoder():
+    """Peaks one bin (of 1025) apart give different tokens, monotonously over many bins: the depth resolution is not pooled away."""
+    policy = make_policy()
+    bins = torch.arange(1025.0)
+
+    def tokens(position):
+        sensor = torch.zeros(1, 13, 1026)
+        sensor[..., 1:] = 5 * torch.exp(-0.5 * ((bins - position) / 6) ** 2)
+        return policy.sensor_encoder(sensor, torch.tensor([True]), policy.normaliser)
+
+    base = tokens(400.0)
+    distance = [float((tokens(400.0 + shift) - base).detach().norm()) for shift in (1, 8, 64)]
+    assert 1e-3 < distance[0] < distance[1] < distance[2]
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_trap_26_all_dtypes_predict_the_same(head):
+    policy = make_policy(head=head)
+    reference = policy.predict(observe())
+    for dtype in (torch.float16, torch.bfloat16, torch.float64):
+        assert torch.allclose(policy.predict(observe(dtype=dtype)), reference, atol=0.1)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = policy.predict(observe(dtype=torch.bfloat16))
+    assert mixed.dtype == torch.float32 and torch.allclose(mixed, reference, atol=0.2)
+
+
+def test_trap_21_actions_are_normalised_and_the_clamp_follows_their_range():
+    """Actions of many standard deviations can be sampled: x0 is clamped to the range of the normalised training actions, not to +-1."""
+    policy = make_policy(head="diffusion", diffusion_timesteps=20)
+    statistics = {
+        "action_mean": torch.tensor([0.3, 0, 0, 0, 0, 0, 1.0]),
+        "action_std": torch.tensor([0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.0]),
+        "action_range": torch.tensor(4.0),
+        **{"state_mean": torch.zeros(12), "state_std": torch.ones(12), "token_mean": torch.zeros(13, 8), "token_std": torch.ones(8)},
+        **{"sensor_mean": torch.zeros(1026), "sensor_std": torch.ones(1026)},
+    }
+    policy.normaliser.load_statistics(statistics)
+    wanted = torch.full((2, 8, 7), 3.5)  # a model that always sees x0 = 3.5 standard deviations
+    scheduler = policy.head.scheduler
+
+    def perfect(policy, context, noisy, timestep):
+        alpha = scheduler.alphas_cumprod[timestep][:, None, None]
+        return (noisy - alpha.sqrt() * wanted) / (1 - alpha).sqrt()
+
+    policy.head._noise = perfect
+    chunk = policy.predict(observe(2), ddim_steps=10)
+    assert torch.allclose(chunk[..., 0], torch.tensor(0.3 + 3.5 * 0.1), atol=1e-3)
+    assert (chunk[..., 6] == 1.0).all()  # a constant dimension comes back exactly
+
+
+def test_normaliser_inverts_and_zero_spread_does_not_explode():
+    policy = make_policy()
+    n = policy.normaliser
+    zeros = {"action_mean": torch.arange(7.0), "action_std": torch.tensor([1, 2, 3, 1e-9, 0, 0.5, 0]), "action_range": torch.tensor(2.0)}
+    zeros |= {"state_mean": torch.zeros(12), "state_std": torch.zeros(12), "token_mean": torch.zeros(13, 8), "token_std": torch.zeros(8)}
+    zeros |= {"sensor_mean": torch.zeros(1026), "sensor_std": torch.zeros(1026)}
+    n.load_statistics(zeros)
+    action = torch.randn(5, 7)
+    back = n.raw_action(n.action(action))
+    live = [0, 1, 2, 5]
+    assert torch.allclose(back[:, live], action[:, live], atol=1e-5)
+    assert torch.equal(back[:, [3, 4, 6]], torch.tensor([3.0, 4.0, 6.0]).expand(5, 3))
+    assert torch.isfinite(policy.predict(observe())).all()
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_loss_has_one_figure_a_step_and_ignores_constant_dimensions(head):
+    policy = make_policy(head=head).train()
+    policy.normaliser.action_varies[6] = 0
+    batch = observe() | {"action": torch.randn(3, 8, 7)}
+    draws = policy.draw(3, torch.Generator().manual_seed(0))
+    loss = policy(batch, draws)
+    assert loss.shape == (3, 8)
+    batch["action"][..., 6] = 1e6
+    assert torch.equal(policy(batch, draws), loss)
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_every_parameter_gets_a_gradient(head, fusion):
+    """A parameter without one would stop distributed training, and be dead weight in any."""
+    policy = make_policy(head=head, fusion=fusion).train()
+    batch = observe() | {"action": torch.randn(3, 8, 7)}
+    batch["sensor_mask"][0] = False
+    policy(batch, policy.draw(3, torch.Generator().manual_seed(0))).mean().backward()
+    assert [name for name, p in policy.named_parameters() if p.grad is None] == []
+
+
+def test_predict_refuses_training_mode_and_other_layouts():
+    policy = make_policy()
+    with pytest.raises(UserError, match="13 VL tokens of width 8.*View1_left, View5.*12 of width 8"):
+        policy.predict(observe() | {"vl_tokens": torch.zeros(3, 12, 8), "vl_mask": torch.ones(3, 12, dtype=torch.bool)})
+    with pytest.raises(UserError, match="reads 13 sensor samples, the observation has 20"):
+        policy.predict(observe(window=20))
+    with pytest.raises(UserError, match="the observation has none"):
+        policy.predict({k: v for k, v in observe().items() if k != "sensor"})
+    with pytest.raises(RuntimeError, match="eval"):
+        policy.train().predict(observe())
+
+
+def test_config_round_trip_and_refusals():
+    config = make_config(head="diffusion")
+    assert PolicyConfig.from_dict(config.to_dict()) == config
+    for changes in ({"head": "x"}, {"fusion": "x"}, {"width": 30, "heads": 4}, {"token_row": (0,)}, {"ddim_steps": 200}):
+        with pytest.raises(UserError):
+            dataclasses.replace(config, **changes)
+    with pytest.raises(UserError, match="does not know: colour"):
+        PolicyConfig.from_dict(config.to_dict() | {"colour": 1})
+
+
+def test_attention_has_no_bias_whose_gradient_is_rounding():
+    assert all("bias" not in name for name, _ in Attention(8, 2).named_parameters())
+
+
+def test_the_cosine_schedule_ends_in_pure_noise():
+    """Noise at the last timestep is pure noise, at the first almost none (cosine schedule)."""
+    alphas = make_policy(head="diffusion").head.scheduler.alphas_cumprod
+    assert alphas[0] > 0.999 and alphas[-1] < 1e-4 and (alphas.diff() < 0).all()

@@ -1,0 +1,27 @@
+"""Run under torchrun by a test: trains, and each rank writes the weights that it ends with and the samples that it drew."""
+
+
+import torch
+
+from vla_lib.core import frontdoor
+from vla_lib.training import loop
+from vla_lib.training.settings import AsyncSettings
+
+drawn = []
+
+
+class Watched(loop.Trainer):
+    def _step(self, micros, loader):
+        drawn.extend(int(i) for m in micros for i, c in zip(m.indices, m.counts, strict=True) if c)
+        return super()._step(micros, loader)
+
+    def _end(self):
+        results = super()._end()
+        state = {"weights": self.policy.state_dict(), "drawn": drawn, "metrics": self.metrics}
+        torch.save(state, self.run_dir / f"rank{self.rank}.pt")
+        return results
+
+
+if __name__ == "__main__":
+    loop.Trainer = Watched
+    frontdoor.start(AsyncSettings, loop.train)

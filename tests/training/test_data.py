@@ -1,0 +1,257 @@
+"""Split, sampler, samples, statistics and the checks before a training."""
+
+import dataclasses
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from synthetic import write_dataset
+
+from vla_lib.core.errors import UserError
+from vla_lib.features.cache import FeatureCache, cache_folder
+from vla_lib.training.data import prepare_data
+from vla_lib.training.sampler import EpochPlan, draw_epoch, shares
+from vla_lib.training.samples import SampleSet
+from vla_lib.training.settings import AsyncSettings
+from vla_lib.training.split import split_episodes
+from vla_lib.training.statistics import training_statistics
+
+
+def sample_set(root, **options) -> SampleSet:
+    from vla_lib.episodes import find_prepared, load_prepared
+
+    return SampleSet([load_prepared(p) for p in find_prepared(root)], FeatureCache.open(root), **({"sensor_window_size": 13} | options))
+
+
+# ---- split
+
+
+@given(st.dictionaries(st.sampled_from("abcd"), st.integers(1, 12), min_size=1), st.floats(0, 0.9), st.integers(0, 5))
+def test_trap_11_split_is_by_episode_and_stratified(counts, fraction, seed):
+    keys = {f"{d}/{k}": d for d, n in counts.items() for k in range(n)}
+    try:
+        split = split_episodes(keys, fraction, seed)
+    except UserError:
+        assert max(counts.values()) == 1 and fraction > 0
+        return
+    assert sorted(split["train"] + split["val"]) == sorted(keys) and not set(split["train"]) & set(split["val"])
+    for d, n in counts.items():
+        held = sum(keys[k] == d for k in split["val"])
+        assert held < n and (held >= 1) == (fraction > 0 and n > 1) and abs(held - n * fraction) <= 1
+    assert split == split_episodes(dict(reversed(keys.items())), fraction, seed)
+
+
+def test_no_window_of_a_held_out_episode_is_trained_on(mixed):
+    data = prepare_data(AsyncSettings(dataset_root=mixed, sensor_window_size=13))
+    assert not {e.path for e in data.train.episodes} & {e.path for e in data.val.episodes}
+    assert {e.dataset for e in data.val.episodes} == {"New_dataset", "White_silicone_white_circle", "part1"}
+
+
+# ---- sampler
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_weight_three_is_drawn_three_times_as_often(mixed, world):
+    data = prepare_data(AsyncSettings(dataset_root=mixed, sensor_window_size=13))
+    draws = draw_epoch(data.weights, 60_000, seed=0, epoch=0)
+    drawn = [m.indices[m.counts > 0] for rank in range(world) for step in EpochPlan(draws, 4, 2, rank, world).steps() for m in step]
+    assert sum(map(len, drawn)) == 60_000
+    count = np.bincount(np.concatenate(drawn), minlength=len(data.train))
+    names = np.asarray(data.train.datasets)
+    rate = {name: count[names == name].mean() for name in np.unique(names)}
+    assert rate["New_dataset"] / rate["part1"] == pytest.approx(3, rel=0.05)
+    assert rate["White_silicone_white_circle"] / rate["part1"] == pytest.approx(2, rel=0.05)
+    table = {row["dataset"]: row["share"] for row in data.weights_table()}
+    for name, share in table.items():
+        assert count[names == name].sum() / 60_000 == pytest.approx(share, abs=0.01)
+
+
+def test_trap_12_ranks_draw_different_samples():
+    draws = draw_epoch(np.ones(10_000), 4_000, seed=0, epoch=0)
+    own = [np.concatenate([m.indices for s in EpochPlan(draws, 4, 2, r, 4).steps() for m in s]) for r in range(4)]
+    for a in range(4):
+        for b in range(a):
+            assert np.mean(own[a] == own[b]) < 0.01
+    assert not np.array_equal(draws, draw_epoch(np.ones(10_000), 4_000, seed=0, epoch=1))
+
+
+@given(st.integers(1, 200), st.integers(1, 5), st.integers(1, 4), st.integers(1, 3), st.data())
+def test_trap_23_every_draw_is_used_once_in_order_by_any_number_of_ranks(count, batch, accum, world, data):
+    draws = np.arange(count)
+    position = data.draw(st.integers(0, count))
+    plans = [list(EpochPlan(draws, batch, accum, r, world, position).steps()) for r in range(world)]
+    assert len({tuple(len(step) for step in plan) for plan in plans}) == 1  # all ranks run as many forward passes
+    assert all(len(m.indices) == batch for plan in plans for step in plan for m in step)
+    used = [i for steps in zip(*plans, strict=True) for ms in zip(*steps, strict=True) for m in ms for i, c in zip(m.indices, m.counts, strict=True) if c]
+    assert used == list(range(position, count))
+    assert len(plans[0]) == len(EpochPlan(draws, batch, accum, 0, world, position))
+    shared = [i for step in plans[0] for m in step for i in m.shared]
+    assert shared == used
+
+
+def test_two_ranks_of_a_batch_see_what_one_rank_of_twice_the_batch_sees():
+    draws = np.arange(37)
+    one = [np.concatenate([m.indices[m.counts > 0] for m in s]) for s in EpochPlan(draws, 6, 2).steps()]
+    halves = [list(EpochPlan(draws, 3, 2, r, 2).steps()) for r in range(2)]
+    for k, whole in enumerate(one):
+        parts = np.concatenate([m.indices[m.counts > 0] for half in halves for m in half[k]])
+        assert sorted(parts) == sorted(whole)
+
+
+def test_shares_add_up():
+    assert shares(np.array([3.0, 3, 1, 1]), ["a", "a", "b", "b"]) == {"a": 0.75, "b": 0.25}
+
+
+# ---- samples
+
+
+def test_a_batch_holds_what_the_robot_knew(mixed):
+    samples = sample_set(mixed)
+    numbers = np.random.default_rng(0).permutation(len(samples))[:40]
+    batch = samples.batch(numbers)
+    assert {k: tuple(v.shape[1:]) for k, v in batch.items()} == {
+        **{"vl_tokens": (49, 24), "vl_mask": (49,), "vl_age_s": (), "state": (12,), "sensor": (13, 1026), "sensor_mask": ()},
+        **{"action": (8, 7), "action_mask": (8,), "previous_action": (7,)},
+    }
+    for b, n in enumerate(numbers):
+        episode, k = samples.episodes[samples.episode[n]], int(samples.step[n])
+        features = samples.features[samples.episode[n]]
+        tick = k - k % 3
+        assert float(batch["vl_age_s"][b]) == pytest.approx((k - tick) / 10)
+        assert torch.equal(batch["vl_tokens"][b], features.tokens[tick])  # ticks at every step: row number = step
+        assert np.array_equal(batch["state"][b], episode.state[k])
+        assert np.array_equal(batch["sensor"][b], episode.sensor_window(k, 13))
+        left = min(8, len(episode) - k)
+        assert np.array_equal(batch["action"][b, :left], episode.action[k : k + left])
+        assert batch["action_mask"][b].tolist() == [True] * left + [False] * (8 - left)
+        assert np.array_equal(batch["previous_action"][b], episode.action[k - 1] if k else np.zeros(7))
+
+
+def test_trap_13_and_14_each_step_has_its_own_features_and_age_in_any_order(mixed):
+    samples = sample_set(mixed)
+    numbers = np.random.default_rng(1).permutation(len(samples))
+    batch = samples.batch(numbers)
+    ages, counts = np.unique(samples.age_steps, return_counts=True)
+    assert ages.tolist() == [0, 1, 2] and counts.min() > 0.8 * counts.max()
+    assert len(np.unique(np.stack([samples.episode, samples.step]), axis=1).T) == len(samples)  # no sample is repeated
+    for place in range(0, len(numbers), 7):
+        alone = samples.batch(numbers[place : place + 1])
+        assert all(torch.equal(alone[k][0], batch[k][place]) for k in batch)
+
+
+def test_latency_shifts_the_pairing(mixed):
+    plain, late = sample_set(mixed), sample_set(mixed, vlm_latency_ms=250)
+    assert np.array_equal(plain.age_steps, plain.step % 3)
+    # features of tick 0 can be used from 250 ms on, those of tick 3 from step 5.5 on, so step 6 is the first to have them
+    first = late.age_steps[:12].tolist()
+    assert first == [0, 1, 2, 3, 4, 5, 3, 4, 5, 3, 4, 5]
+
+
+def test_a_cache_with_other_ticks_is_refused(tmp_path):
+    write_dataset(tmp_path, {"part1": 1}, steps=12, stride=3)
+    assert sample_set(tmp_path, vlm_reuse_count=6).age_steps.max() == 5
+    with pytest.raises(UserError, match="every 3 steps, --vlm-reuse-count 4 needs them"):
+        sample_set(tmp_path, vlm_reuse_count=4)
+
+
+def test_invalid_steps_and_short_windows_are_masked(tmp_path):
+    (folder,) = write_dataset(tmp_path, {"part1": 1}, steps=20, lead_s=0.005)
+    content = pickle.loads((folder / "data.pkl").read_bytes())
+    content["valid"][[6, 7]] = False
+    (folder / "data.pkl").write_bytes(pickle.dumps(content))
+    samples = sample_set(tmp_path, sensor_window_size=65 * 3)
+    assert not set(samples.step) & {6, 7} and len(samples) == 18
+    batch = samples.batch(np.arange(len(samples)))
+    where = samples.step.tolist().index(5)
+    assert batch["action_mask"][where].tolist() == [True, False, False] + [True] * 5
+    assert np.array_equal(samples.valid_actions, batch["action_mask"].sum(1))
+    assert not batch["sensor_mask"][0] and (batch["sensor"][0] == 0).all() and batch["sensor_mask"][-1]
+
+
+def test_spoilt_sensor_values_are_masked_not_spread(tmp_path):
+    (folder,) = write_dataset(tmp_path, {"part1": 1}, steps=12)
+    stream = np.load(folder / "sensor.npy")
+    stream[-70:, 5] = np.nan
+    np.save(folder / "sensor.npy", stream)
+    samples = sample_set(tmp_path)
+    batch = samples.batch(np.arange(len(samples)))
+    assert torch.isfinite(batch["sensor"]).all() and not batch["sensor_mask"][-1] and batch["sensor_mask"][0]
+    assert all(torch.isfinite(v).all() for v in training_statistics(samples).values())
+
+
+def test_statistics_are_those_of_the_episodes_given(mixed):
+    samples = sample_set(mixed)
+    found = training_statistics(samples)
+    action = np.concatenate([e.action for e in samples.episodes])
+    assert np.allclose(found["action_mean"], action.mean(0), atol=1e-5) and np.allclose(found["action_std"], action.std(0), atol=1e-5)
+    tokens = torch.cat([f.tokens for f in samples.features]).float()
+    assert torch.allclose(found["token_mean"], tokens.mean(0), atol=1e-4)
+    sensor = np.concatenate([e.sensor for e in samples.episodes])
+    assert np.allclose(found["sensor_mean"], sensor.mean(0), rtol=1e-3)
+    assert found["sensor_std"][0] == pytest.approx(sensor[:, 0].std(), rel=1e-2)
+    fewer = SampleSet(samples.episodes[:2], FeatureCache.open(mixed), sensor_window_size=13)
+    assert not torch.allclose(training_statistics(fewer)["state_mean"], found["state_mean"])
+
+
+# ---- checks before a training
+
+
+def test_no_cache_names_the_command_that_builds_it(tmp_path):
+    import shutil
+
+    write_dataset(tmp_path, {"part1": 2}, steps=10)
+    shutil.rmtree(tmp_path / "cache")
+    with pytest.raises(UserError, match=r"python -m vla_lib.build_vl_cache --dataset-root \S+ --vlm-reuse-count 3 .*360"):
+        prepare_data(AsyncSettings(dataset_root=tmp_path))
+
+
+def test_no_data_names_the_command_that_makes_it(tmp_path):
+    with pytest.raises(UserError, match="python -m vla_lib.preprocess"):
+        prepare_data(AsyncSettings(dataset_root=tmp_path))
+    with pytest.raises(UserError, match="is not a folder"):
+        prepare_data(AsyncSettings(dataset_root=tmp_path / "none"))
+
+
+def test_trap_17_another_picture_size_is_refused(mixed):
+    with pytest.raises(UserError, match="image-resize-height is 360 in the cache, --image-resize-height 180 here"):
+        prepare_data(AsyncSettings(dataset_root=mixed, image_resize_height=180))
+
+
+def test_trap_16_another_instruction_than_the_cached_one_is_refused(tmp_path):
+    folders = write_dataset(tmp_path, {"part1": 2}, steps=10)
+    content = pickle.loads((folders[0] / "data.pkl").read_bytes())
+    content["instruction"] = "Do something else"
+    (folders[0] / "data.pkl").write_bytes(pickle.dumps(content))
+    with pytest.raises(UserError, match="Insert the needle.*Do something else.*build_vl_cache"):
+        prepare_data(AsyncSettings(dataset_root=tmp_path))
+
+
+def test_missing_features_of_one_episode_are_an_error(tmp_path):
+    write_dataset(tmp_path, {"part1": 3}, steps=10)
+    next(cache_folder(tmp_path).glob("*/*.pt")).unlink()
+    with pytest.raises(UserError, match="has no features in cache.*build_vl_cache"):
+        prepare_data(AsyncSettings(dataset_root=tmp_path))
+
+
+def test_trap_01_sensor_asked_for_but_absent_is_an_error(tmp_path):
+    write_dataset(tmp_path, {"part1": 2}, steps=10, sensor=False)
+    settings = AsyncSettings(dataset_root=tmp_path)
+    with pytest.raises(UserError, match="--no-sensor-enabled"):
+        prepare_data(settings)
+    data = prepare_data(dataclasses.replace(settings, sensor_enabled=False))
+    assert "sensor" not in data.train.batch([0])
+    assert not data.policy_config(dataclasses.replace(settings, sensor_enabled=False)).uses_sensor
+
+
+def test_loading_touches_no_weight_of_a_loader_worker(mixed):
+    """Batches from loader processes equal those made here."""
+    from vla_lib.training.samples import MicroBatchDataset
+
+    samples = sample_set(mixed)
+    requests = [(np.array([k, k + 5]), np.ones(2, np.float32)) for k in range(6)]
+    loader = torch.utils.data.DataLoader(MicroBatchDataset(samples), sampler=requests, batch_size=None, num_workers=1, persistent_workers=False)
+    for (numbers, _), batch in zip(requests, loader, strict=True):
+        assert torch.equal(batch["sensor"], samples.batch(numbers)["sensor"]) and torch.equal(batch["vl_tokens"], samples.batch(numbers)["vl_tokens"])
