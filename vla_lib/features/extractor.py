@@ -100,7 +100,7 @@ class FeatureExtractor:
         merge = self.recipe.merge
         for numbers in by_shape.values():
             stacked = torch.stack([pictures[number] for number in numbers]).to(self.device, non_blocking=True)
-            patches, (gh, gw) = self.recipe.patchify(stacked)
+            patches, (gh, gw) = self.recipe.patchify(stacked, self.vlm.model.visual.patch_embed.frames)
             grid = torch.tensor([[1, gh, gw]] * len(numbers))
             output = self.vlm.model.get_image_features(patches.to(self.dtype), grid.to(self.device))
             images = output.pooler_output if hasattr(output, "pooler_output") else output[0]

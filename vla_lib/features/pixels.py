@@ -94,19 +94,21 @@ class PixelRecipe:
             picture = picture.resize((wide, high), Image.Resampling(self.resample))
         return np.ascontiguousarray(np.asarray(picture).transpose(2, 0, 1))
 
-    def patchify(self, pictures):
+    def patchify(self, pictures, frames: int | None = None):
         """Patches of equal-sized pictures.
 
-        pictures: (n, 3, H, W) uint8 tensor on any device. Returns (patches (n*gh*gw, 3*temporal*patch*patch) float32, grid (gh, gw)),
-        in the order of transformers' Qwen2VLImageProcessor: merge blocks row by row, the frame repeated `temporal` times.
+        pictures: (n, 3, H, W) uint8 tensor on any device; frames: how often the picture is repeated in time (default: as the checkpoint
+        asks). Returns (patches (n*gh*gw, 3*frames*patch*patch) float32, grid (gh, gw)), in the order of transformers'
+        Qwen2VLImageProcessor: merge blocks row by row.
         """
         import torch
 
         n, channels, height, width = pictures.shape
         gh, gw, m, p = height // self.patch, width // self.patch, self.merge, self.patch
-        mean = torch.tensor(self.mean, dtype=torch.float32, device=pictures.device).view(1, 3, 1, 1)
-        std = torch.tensor(self.std, dtype=torch.float32, device=pictures.device).view(1, 3, 1, 1)
-        values = (pictures.float() * self.scale - mean) / std
+        frames = self.temporal if frames is None else frames
+        gain = torch.tensor([self.scale / std for std in self.std], device=pictures.device).view(1, 3, 1, 1)
+        offset = torch.tensor([-mean / std for mean, std in zip(self.mean, self.std, strict=True)], device=pictures.device).view(1, 3, 1, 1)
+        values = pictures.float().mul_(gain).add_(offset)
         values = values.reshape(n, channels, gh // m, m, p, gw // m, m, p).permute(0, 2, 5, 3, 6, 1, 4, 7)  # (n, gh/m, gw/m, m, m, C, p, p)
-        values = values.unsqueeze(6).expand(*values.shape[:6], self.temporal, p, p)
-        return values.reshape(n * gh * gw, channels * self.temporal * p * p), (gh, gw)
+        values = values.unsqueeze(6).expand(*values.shape[:6], frames, p, p)
+        return values.reshape(n * gh * gw, channels * frames * p * p), (gh, gw)

@@ -103,7 +103,7 @@ def open_checkpoint(name: str) -> Checkpoint:
 
 def load_processor(checkpoint: Checkpoint) -> Any:
     """The checkpoint's processor (tokenizer, chat template), its image processor in the one backend that the workbench uses."""
-    from transformers import AutoImageProcessor, AutoProcessor
+    from transformers import AutoConfig, AutoImageProcessor, AutoProcessor
 
     from vla_lib.features.pixels import IMAGE_BACKEND
 
@@ -111,6 +111,7 @@ def load_processor(checkpoint: Checkpoint) -> Any:
         try:
             processor = AutoProcessor.from_pretrained(checkpoint.folder)
             processor.image_processor = AutoImageProcessor.from_pretrained(checkpoint.folder, backend=IMAGE_BACKEND)
+            image_token_id = AutoConfig.from_pretrained(checkpoint.folder).image_token_id
         except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
             raise UserError(
                 f"The checkpoint {checkpoint.folder} has no usable tokenizer or image processor: {_first_line(error)}"
@@ -126,7 +127,10 @@ def load_vlm(checkpoint: Checkpoint, processor: Any, layer: int, device: str = "
     import torch
     from transformers import AutoConfig, AutoModel
 
+    from safetensors import SafetensorError
+
     from vla_lib.features import attention
+    from vla_lib.features.patch_embed import LinearPatchEmbed
 
     with quiet_transformers():
         try:
@@ -142,13 +146,14 @@ def load_vlm(checkpoint: Checkpoint, processor: Any, layer: int, device: str = "
                 attn_implementation=_attention(device, dtype),
                 output_loading_info=True,
             )
-        except (OSError, ValueError, RuntimeError, KeyError) as error:
+        except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
             raise UserError(f"The checkpoint {checkpoint.folder} cannot be loaded: {_first_line(error)}") from error
     absent = [*info["missing_keys"], *(str(key[0] if isinstance(key, tuple) else key) for key in info["mismatched_keys"])]
     if absent:
         raise UserError(f"The checkpoint {checkpoint.folder} lacks {len(absent)} weights (such as {sorted(absent)[0]}); download it anew.")
     if "flash" not in model.visual.config._attn_implementation:
         model.visual.config._attn_implementation = attention.register()
+    model.visual.patch_embed = LinearPatchEmbed(model.visual.patch_embed.proj)
     model.eval().requires_grad_(False).to(device)
     return Vlm(model, processor, checkpoint.family, checkpoint.depth, layer, checkpoint.hidden_size)
 
