@@ -116,6 +116,8 @@ def load_processor(checkpoint: Checkpoint) -> Any:
             raise UserError(
                 f"The checkpoint {checkpoint.folder} has no usable tokenizer or image processor: {_first_line(error)}"
             ) from error
+    if processor.tokenizer.convert_tokens_to_ids(processor.image_token) != image_token_id:
+        raise UserError(f"The checkpoint {checkpoint.folder} has no usable tokenizer or image processor: its picture token is unknown.")
     return processor
 
 
@@ -125,9 +127,8 @@ def load_vlm(checkpoint: Checkpoint, processor: Any, layer: int, device: str = "
     dtype: "float32", "bfloat16" or "float16". Raises UserError where weights are missing or do not fit.
     """
     import torch
-    from transformers import AutoConfig, AutoModel
-
     from safetensors import SafetensorError
+    from transformers import AutoConfig, AutoModel
 
     from vla_lib.features import attention
     from vla_lib.features.patch_embed import LinearPatchEmbed
