@@ -1,11 +1,8 @@
 """Many raw episodes in; all prepared in parallel, each for itself, and one `Outcome` with every report out."""
 
 import errno
-import multiprocessing
 import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +15,7 @@ from vla_lib.episodes.datasets import DatasetTable
 from vla_lib.episodes.layouts import EpisodeFiles, find_episodes
 from vla_lib.episodes.prepare import PrepareSettings, Report, prepare_episode
 from vla_lib.episodes.verdict import REJECTED, verdict_table
+from vla_lib.episodes.workers import run_all
 
 UNWRITABLE = {errno.EROFS, errno.EACCES, errno.EPERM}
 FULL = {errno.ENOSPC, errno.EDQUOT}
@@ -107,29 +105,10 @@ def _serial(jobs: Sequence[Job]) -> Iterator[Report]:
 
 
 def _parallel(jobs: Sequence[Job], workers: int) -> Iterator[Report]:
-    left = {job.key: job for job in jobs}
-    try:
-        for report in _pooled(list(jobs), workers):
-            left.pop(report.key)
-            yield report
-    except BrokenProcessPool:  # the system killed a worker: find the episode that does it, one by one
-        for job in list(left.values()):
-            try:
-                yield next(iter(_pooled([job], 1)))
-            except BrokenProcessPool:
-                yield _broken(job, "its worker process was killed (out of memory?)")
-
-
-def _pooled(jobs: list[Job], workers: int) -> Iterator[Report]:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["vla_lib.episodes.pipeline"])
-    pool = ProcessPoolExecutor(workers, mp_context=context)
-    try:
-        futures: list[Future[Report]] = [pool.submit(run_job, job) for job in jobs]
-        for future in as_completed(futures):
-            yield future.result()
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+    for job, result in run_all(run_job, jobs, workers):
+        if isinstance(result, UserError):
+            raise result
+        yield _broken(job, str(result)) if isinstance(result, BaseException) else result
 
 
 def run_job(job: Job) -> Report:

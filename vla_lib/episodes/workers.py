@@ -1,0 +1,111 @@
+"""Jobs in; their results out as they finish, computed by worker processes of our own.
+
+A worker is `python -m vla_lib.episodes.workers`, fed with pickled jobs through a pipe. So a caller's script or notebook is never
+imported again in a worker, a worker that dies tells exactly which job killed it, and workers end when their parent does.
+"""
+
+import contextlib
+import pickle
+import queue
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, BinaryIO
+
+
+class WorkerDied(Exception):
+    """The process that worked on a job ended in the middle of it; the message says how."""
+
+
+def run_all(work: Callable[[Any], Any], jobs: Sequence[Any], count: int) -> Iterator[tuple[Any, Any]]:
+    """Yield (job, result) as results come; a result is an exception object where `work` raised it or its worker died.
+
+    `work` must be a function of a module; jobs and results must pickle. Leaving the loop early ends all workers.
+    """
+    todo: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    for job in jobs:
+        todo.put(job)
+    done: queue.SimpleQueue[tuple[Any, Any]] = queue.SimpleQueue()
+    stop = threading.Event()
+    live: list[subprocess.Popen[bytes]] = []
+
+    def serve() -> None:
+        worker: subprocess.Popen[bytes] | None = None
+        while not stop.is_set():
+            try:
+                job = todo.get_nowait()
+            except queue.Empty:
+                break
+            try:
+                if worker is None:
+                    worker = _start()
+                    live.append(worker)
+                done.put((job, _ask(worker, work, job)))
+            except (WorkerDied, OSError) as error:
+                worker = None
+                done.put((job, error))
+        if worker is not None:
+            _end(worker)
+
+    threads = [threading.Thread(target=serve, daemon=True) for _ in range(min(count, len(jobs)))]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in jobs:
+            yield done.get()
+    finally:
+        stop.set()
+        if not all(not thread.is_alive() for thread in threads):
+            for thread in threads:
+                thread.join(timeout=1.0)
+        for worker in live:
+            if worker.poll() is None:
+                worker.kill()
+                worker.wait()
+
+
+def _start() -> "subprocess.Popen[bytes]":
+    return subprocess.Popen([sys.executable, "-m", __name__], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+
+def _ask(worker: "subprocess.Popen[bytes]", work: Callable[[Any], Any], job: Any) -> Any:
+    assert worker.stdin and worker.stdout
+    try:
+        pickle.dump((work, job), worker.stdin)
+        worker.stdin.flush()
+        return pickle.load(worker.stdout)  # our own process's answer, not a file of anybody's
+    except (EOFError, BrokenPipeError, pickle.UnpicklingError) as error:
+        worker.kill()
+        status = worker.wait()
+        raise WorkerDied(f"its worker process ended with status {status} (out of memory?)") from error
+
+
+def _end(worker: "subprocess.Popen[bytes]") -> None:
+    with contextlib.suppress(OSError):
+        if worker.stdin:
+            worker.stdin.close()
+    worker.wait()
+    if worker.stdout:
+        worker.stdout.close()
+
+
+def _serve(requests: BinaryIO, answers: BinaryIO) -> None:
+    while True:
+        try:
+            work, job = pickle.load(requests)
+        except EOFError:
+            return
+        try:
+            result = work(job)
+        except Exception as error:
+            result = error
+        pickle.dump(result, answers)
+        answers.flush()
+
+
+if __name__ == "__main__":
+    pipe = sys.stdout.buffer
+    sys.stdout = sys.stderr  # a print must not end up between the answers
+    with contextlib.suppress(KeyboardInterrupt, BrokenPipeError):
+        _serve(sys.stdin.buffer, pipe)
