@@ -189,3 +189,27 @@ def test_the_front_door_counts_what_it_wrote(copy):
     for bad in ({"episodes_f1": 0, "episodes_f2": 0}, {"workers": 0}, {"camera_hz": 0.0}, {"picture_width": 5000}, {"seed": -1}):
         with pytest.raises(UserError):
             Settings(**bad)
+
+
+def test_prepared_episodes_hold_what_the_rig_did(copy):
+    from vla_lib.episodes import load_prepared, make_jobs, run_jobs
+    from vla_lib.sim.world import instruction_of
+
+    run_jobs(make_jobs(copy), workers=1)
+    for layout in ("F1", "F2"):
+        folder, entry = episode(copy, layout)
+        prepared = load_prepared(folder)
+        job = jobs_of(PLAN)[entry["index"]]
+        shown = demonstrate(sample_world(entry["seed"], entry["task"]), tail_s=PLAN.idle_tail_s)
+        t = prepared.timestamp - job.start_s
+        poses = euler_poses(*shown.at(t - 1 / 120))  # the controller's pose is half a refresh old on average
+        assert np.abs(prepared.state[:, 6:] - poses).max() < 0.25
+        moved = np.diff(shown.at(np.append(t, t[-1] + 0.1))[0], axis=0)
+        assert np.abs(prepared.action[:, :3] - moved).max() < 0.25 and np.abs(prepared.action[:, :3] - moved).mean() < 0.03
+        assert prepared.instruction == instruction_of(entry["task"])
+        assert prepared.valid.all() and len(prepared.views) == 5
+        k = int(np.argmax(t > entry["seconds"] - 0.5))  # at rest behind the membrane
+        scan = prepared.sensor_window(k, 65)[:, 1:].mean(axis=0)
+        depth = shown.world.membrane_z_mm - shown.at(t[k : k + 1])[0][0, 2]
+        echo_mm = np.argmax(np.convolve(scan, np.ones(9) / 9, mode="same")) * 0.0075
+        assert echo_mm == pytest.approx(shown.world.layer_mm - depth, abs=0.2)

@@ -22,7 +22,7 @@ from vla_lib.core.progress import Progress
 from vla_lib.sim.demonstration import demonstrate
 from vla_lib.sim.layouts import Recording, episode_folder, write_episode
 from vla_lib.sim.render import PictureMaker, check_gl, prepare_gl
-from vla_lib.sim.world import DEFAULT_TASK, sample_world, stream, task_of
+from vla_lib.sim.world import DEFAULT_TASK, sample_world, stream
 
 MANIFEST = "simulation.json"
 PARTIAL = ".recording-"  # an episode being written: ROOT/.recording-<index>/, renamed into place when whole
@@ -187,7 +187,6 @@ def _record_one(root: Path, plan: Plan, job: Job, maker: PictureMaker) -> dict:
         "folder": job.relative,
         "layout": job.layout,
         "task": job.task,
-        "instruction": task_of(job.task)["instruction"],
         "seed": seed,
         "seconds": shown.verdict["seconds"],
         "success": shown.verdict["success"],

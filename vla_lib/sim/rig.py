@@ -14,7 +14,7 @@ Observation:
     state_timestamp     float
     sensor              (n, 1026) float32: the samples since the last step (65 at 10 Hz; at a reset those of the rest before it), force first
     sensor_timestamps   (n,) float64
-    timestamp           float, now; instruction str
+    timestamp           float, now; instruction str (as prepared episodes of the task carry it)
 All times are seconds on one clock that starts at `START_S` (UNIX-like), so they look as recorded ones do.
 """
 
@@ -25,7 +25,7 @@ from vla_lib.sim.arm import TICK_HZ, Arm, Motion, states
 from vla_lib.sim.judge import Judge
 from vla_lib.sim.render import PictureMaker, check_gl, through_jpeg
 from vla_lib.sim.tissue import Tissue
-from vla_lib.sim.world import DEFAULT_TASK, VIEWS, World, sample_world, stream, task_of
+from vla_lib.sim.world import DEFAULT_TASK, VIEWS, World, instruction_of, sample_world, stream
 
 START_S = 1_700_000_000.0
 POSE_REFRESH_HZ = 60.0
@@ -60,7 +60,7 @@ class SimRig:
                 f"The rig cannot run with camera_hz {camera_hz:g}, idle_s {idle_s:g}, max_time_s {max_time_s:g}; all must be above 0."
             )
         self.camera_hz, self.max_time_s, self.idle_s = camera_hz, max_time_s, idle_s
-        self.instruction: str = task_of(task)["instruction"]
+        self.instruction: str = instruction_of(task)
         if pictures:
             check_gl()
         self._maker = PictureMaker(picture_width, picture_height, views) if pictures else None

@@ -43,17 +43,15 @@ AMBIENT_LEVEL = (0.30, 0.45)
 PHANTOM_JITTER_MM = 2.0
 PHANTOM_YAW_DEG = 6.0
 
-# Each task: dataset folders below the root, instruction, and its phantom's look (rgb of silicone, hue range of the ring).
+# Each task: dataset folders below the root, and its phantom's look (rgb of silicone, hue range of the ring).
 TASKS = {
     "White_silicone_white_circle": {
         "folders": ("White_silicone_white_circle",),
-        "instruction": "Insert into the white square silicone with a white circle sticker attached",
         "silicone_rgb": (0.86, 0.85, 0.82),
         "ring_hue": (-0.03, 0.02),
     },
     "Silicone_insertion": {
         "folders": ("New_dataset", "Silicone_insertion"),
-        "instruction": "Perform Silicone insertion task",
         "silicone_rgb": (0.76, 0.82, 0.86),
         "ring_hue": (-0.05, 0.03),
     },
@@ -62,14 +60,19 @@ DEFAULT_TASK = "White_silicone_white_circle"
 
 
 def task_of(name: str) -> dict:
-    """The table row of a task; another `<Words>` task looks like Silicone_insertion and is asked for as FORMATS names it."""
+    """The table row of a task; any other looks like Silicone_insertion."""
     if name in TASKS:
         return TASKS[name]
-    words = name.replace("_", " ").strip()
-    if not words or not all(part.isalnum() for part in name.split("_")):
+    if not all(part.isalnum() for part in name.split("_")):
         raise UserError(f"The task name {name!r} cannot name a folder; use words joined by underscores, such as Silicone_insertion.")
-    instruction = words if words.lower().endswith("insertion") else f"{words} insertion"
-    return TASKS["Silicone_insertion"] | {"folders": ("New_dataset", name), "instruction": f"Perform {instruction} task"}
+    return TASKS["Silicone_insertion"] | {"folders": ("New_dataset", name)}
+
+
+def instruction_of(name: str) -> str:
+    """The instruction that prepared episodes of the task carry (built-in table of data sets), so that live and recorded prompts agree."""
+    from vla_lib.episodes.datasets import DatasetTable
+
+    return DatasetTable().instruction(*task_of(name)["folders"])
 
 
 @dataclass(frozen=True)
