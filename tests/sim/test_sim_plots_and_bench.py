@@ -38,7 +38,7 @@ def test_figures_show_data_with_units(attempt):
     path, truth, samples, times = attempt
     figure = plots.attempt(path, truth, "seed 5")
     text = labels(figure)
-    assert all(unit in text for unit in ("x (mm)", "z (mm)", "time (s)", "force (mN)", "membrane (mm)"))
+    assert all(unit in text for unit in ("x (mm)", "y (mm)", "time (s)", "force (mN)", "membrane (mm)"))
     above = next(axis for axis in figure.axes if axis.get_title() == "from above")
     assert above.lines[0].get_xdata()[-1] == pytest.approx(path["position_mm"][-1, 0])
     many = plots.attempts_from_above([path["position_mm"]] * 2, [truth] * 2, [True, False])
