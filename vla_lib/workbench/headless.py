@@ -25,7 +25,14 @@ from vla_lib.workbench.notebook import RUN_DIR_VARIABLE
 from vla_lib.workbench.parameters import notebook_path, resolve
 
 CANCELLED = ("KeyboardInterrupt", "CancelledError", "JobCancelled")
-CHATTER = ("Input Notebook", "Output Notebook", "Working directory", "Executing ", "Ending Cell", "<Figure size")
+CHATTER = (
+    "Input Notebook",
+    "Output Notebook",
+    "Working directory",
+    "Executing ",
+    "Ending Cell",
+    "<",
+)  # "<": the repr of a figure or a page
 
 
 class LocalKernelManager(AsyncKernelManager):
@@ -65,7 +72,7 @@ def run_notebook(name: str | Path, given: dict[str, Any], text: bool = False, lo
             papermill.execute_notebook(
                 str(path),
                 str(executed),
-                parameters=values,
+                parameters={parameter: values[parameter] for parameter in given},
                 kernel_name="python3",
                 kernel_manager_class=LocalKernelManager,
                 cwd=str(path.parent),

@@ -1,6 +1,6 @@
 """A job: a front door and its settings in; a supervised torchrun subprocess, its log, progress and fate out.
 
-Files are the interface (`train.log`, `metrics.jsonl`, `job.json`, `error.json` in the run folder), so any viewer can attach to a running job.
+Files are the interface (the log, `metrics.jsonl`, `job.json`, `error.json` in the run folder), so any viewer can attach to a running job.
 """
 
 import asyncio
@@ -54,15 +54,16 @@ def flags(settings: dict[str, Any]) -> list[str]:
 class Job:
     """One supervised subprocess that works in a run folder."""
 
-    def __init__(self, command: list[str], run_dir: Path, environment: dict[str, str] | None = None):
+    def __init__(self, command: list[str], run_dir: Path, environment: dict[str, str] | None = None, log: str = "train.log"):
         self.command = command
         self.run_dir = Path(run_dir)
+        self.log = self.run_dir / log
         self.environment = environment or {}
         self._process: subprocess.Popen | None = None
         self._read = 0
 
     @classmethod
-    def torchrun(cls, module: str, settings: dict[str, Any], run_dir: Path, nproc_per_node: int = 1) -> "Job":
+    def torchrun(cls, module: str, settings: dict[str, Any], run_dir: Path, nproc_per_node: int = 1, log: str = "train.log") -> "Job":
         """`torchrun --nproc_per_node=N -m MODULE FLAGS --run-dir RUN_DIR`, on a free port of this machine.
 
         Ranks on the CPU share its cores: each gets its part as OMP_NUM_THREADS unless the variable is set already.
@@ -72,12 +73,7 @@ class Job:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc_per_node}", "-m", module]
         command += flags({**settings, "run_dir": str(run_dir)})
         threads = max(1, (os.cpu_count() or 1) // nproc_per_node)
-        return cls(command, run_dir, {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))})
-
-    @property
-    def log(self) -> Path:
-        """The job's log file."""
-        return self.run_dir / "train.log"
+        return cls(command, run_dir, {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}, log)
 
     @property
     def status(self) -> dict[str, Any]:
@@ -172,7 +168,7 @@ class Job:
         if status["reason"]:
             raise JobCancelled(f"{status['reason']}; its files are in {self.run_dir}")
         if status["returncode"] != 0:
-            raise JobFailed(explain(self.run_dir, status["returncode"]))
+            raise JobFailed(explain(self.log, status["returncode"]))
         return status
 
 
@@ -189,11 +185,10 @@ def is_running(run_dir: Path) -> bool:
     return status.get("state") == "running" and str(path) in words
 
 
-def explain(run_dir: Path, returncode: int | None) -> str:
+def explain(log: Path, returncode: int | None) -> str:
     """Why a job failed: the first failing rank's error on top, its traceback, then the last lines of the log."""
-    run_dir = Path(run_dir)
     lines = []
-    error_file = run_dir / "error.json"
+    error_file = log.parent / "error.json"
     if error_file.exists():
         message = json.loads(error_file.read_text()).get("message", {})
         if isinstance(message, dict):
@@ -203,7 +198,6 @@ def explain(run_dir: Path, returncode: int | None) -> str:
             lines += [str(message), ""]
     if not lines:
         lines = [f"The job ended with exit status {returncode}.", ""]
-    log = run_dir / "train.log"
     if log.exists():
         tail = log.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:]
         lines += [f"Last lines of {log}:", *tail]

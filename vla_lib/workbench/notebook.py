@@ -26,11 +26,15 @@ class NotebookRun:
         self.parameters = values
         self._folder = folder
 
-    def settings(self, settings_class: type, **more: Any) -> Any:
-        """An instance of a front door's settings from the parameters that it knows, and from `more`."""
+    def settings(self, settings_class: type, **more: Any) -> dict[str, Any]:
+        """The parameters that a front door's settings know, and `more`, validated by those settings: `Settings(**run.settings(Settings))`.
+
+        Raises UserError where the settings refuse a value.
+        """
         names = set(settings_class.__dataclass_fields__)
-        given = {name: value for name, value in self.parameters.items() if name in names}
-        return settings_class(**{**given, **more})
+        given = {name: value for name, value in self.parameters.items() if name in names} | more
+        settings_class(**given)
+        return given
 
     def add_results(self, **values: Any) -> dict[str, Any]:
         """Merge `values` into the run's results.json; returns all results."""

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from vla_lib.episodes.clocks import STAGGER_S, force_curve
 from vla_lib.episodes.episode import Episode
-from vla_lib.episodes.rates import Rates, intervals_ms, measure
+from vla_lib.episodes.rates import Rates, distinct_hz, intervals_ms, measure
 from vla_lib.episodes.verdict import GOOD, REJECTED, USABLE
 from vla_lib.workbench.plots.style import style
 
@@ -45,7 +45,8 @@ def intervals(episode: Episode) -> Figure:
             axis.hist(shown, bins=60, color=LINE)
             axis.axvline(usual, color=GAP, lw=1)
             axis.set_yscale("log")
-            axis.set_title(f"{name}: {1e3 / usual if usual else float('nan'):.1f} Hz, longest {steps.max():.0f} ms", fontsize=9)
+            rate = distinct_hz(episode.robot) if "distinct" in name else 1e3 / usual if usual else float("nan")
+            axis.set_title(f"{name}: {rate:.1f} Hz, longest {steps.max():.0f} ms", fontsize=9)
             axis.set_xlabel("interval (ms), clipped at 4 x median" if (steps > 4 * usual).any() else "interval (ms)")
         for axis in axes[:, 0]:
             axis.set_ylabel("count")

@@ -31,10 +31,9 @@ def overview(episode: Episode, steps: Steps, at_s: float, mmode: SensorImage | N
     mmode = mmode if mmode is not None else sensor_image(episode)
     shown = _left_views(episode, at_s)
     with style():
-        figure = plt.figure(figsize=(13, 8.6))
-        top, bottom = figure.subfigures(2, 1, height_ratios=(1, 2.1))
-        _draw_pictures(top, shown)
-        axes = bottom.subplots(3, 2, sharex=True)
+        figure = plt.figure(figsize=(13, 8.2), layout="none")  # fixed places: fitting the layout would take longer than drawing
+        _draw_pictures(figure, shown, grid={"left": 0.01, "right": 0.99, "top": 0.925, "bottom": 0.70, "wspace": 0.03})
+        axes = figure.subplots(3, 2, sharex=True, gridspec_kw={"left": 0.065, "right": 0.985, "top": 0.68, "bottom": 0.06, "wspace": 0.16})
         _draw_lines(axes[0, 0], episode.robot.t_s - episode.start_s, episode.robot.pose[:, :3] - episode.robot.pose[0, :3], "xyz")
         axes[0, 0].set_ylabel("position from\nstart (mm)")
         _draw_lines(axes[1, 0], episode.robot.t_s - episode.start_s, episode.robot.pose[:, 3:], ("alpha", "beta", "gamma"))
@@ -42,7 +41,7 @@ def overview(episode: Episode, steps: Steps, at_s: float, mmode: SensorImage | N
         _draw_lines(axes[2, 0], episode.robot.t_s - episode.start_s, episode.robot.joints, [f"joint {k}" for k in range(1, 7)])
         axes[2, 0].set_ylabel("joints (deg)")
         _draw_force(axes[0, 1], episode)
-        _draw_mmode(axes[1, 1], mmode, episode.start_s, bottom)
+        _draw_mmode(axes[1, 1], mmode, episode.start_s)
         _draw_actions(axes[2, 1], episode, steps)
         for axis in axes.flat:
             _mark(axis, episode, steps, at_s)
@@ -89,7 +88,7 @@ def sensor(episode: Episode, steps: Steps, at_s: float | None = None, mmode: Sen
     with style():
         figure, axes = plt.subplots(2, 1, figsize=(10, 5.2), sharex=True, height_ratios=(1, 1.6))
         _draw_force(axes[0], episode)
-        _draw_mmode(axes[1], mmode, episode.start_s, figure)
+        _draw_mmode(axes[1], mmode, episode.start_s)
         for axis in axes:
             _mark(axis, episode, steps, at_s)
         axes[-1].set_xlabel("time since first robot row (s)")
@@ -132,10 +131,10 @@ def _mark(axis: Axes, episode: Episode, steps: Steps, at_s: float | None) -> Non
     axis.set_xlim(_limits(episode))
 
 
-def _draw_pictures(figure: "Figure | plt.SubFigure", shown: list[PictureAt], columns: int | None = None) -> None:  # type: ignore[name-defined]
+def _draw_pictures(figure: Figure, shown: list[PictureAt], columns: int | None = None, grid: dict[str, float] | None = None) -> None:
     columns = columns or max(1, len(shown))
     lines = max(1, -(-len(shown) // columns))
-    axes = figure.subplots(lines, columns, squeeze=False)
+    axes = figure.subplots(lines, columns, squeeze=False, gridspec_kw=grid)
     for axis in axes.flat:
         axis.axis("off")
     if not shown:
@@ -188,33 +187,23 @@ def _draw_force(axis: Axes, episode: Episode) -> None:
     axis.fill_between(t_s[:whole:thin], folded.min(axis=1), folded.max(axis=1), color=COLORS[1], lw=0.8)
 
 
-def _draw_mmode(axis: Axes, image: SensorImage | None, start_s: float, figure: "Figure | plt.SubFigure") -> None:  # type: ignore[name-defined]
+def _draw_mmode(axis: Axes, image: SensorImage | None, start_s: float) -> None:
     axis.set_ylabel("A-scan depth (bin)")
     axis.grid(False)
-    if image is None or not np.isfinite(image.values).any():
+    if image is None or len(image.t_s) < 2 or not np.isfinite(image.values).any():
         axis.text(0.5, 0.5, "no sensor", ha="center", va="center", transform=axis.transAxes)
         return
     low, high = np.nanpercentile(image.values[::4, ::4], (1, 99.5))
-    edges = _edges(image.t_s - start_s)
-    drawn = axis.pcolormesh(
-        edges, np.arange(0, len(image.values) + 1, 3)[: len(image.values[::3]) + 1], _rows(image), cmap="magma", vmin=low, vmax=high
-    )
-    drawn.set_rasterized(True)
-    axis.invert_yaxis()
-    figure.colorbar(drawn, ax=axis, label="intensity", pad=0.01, aspect=12)
-
-
-def _rows(image: SensorImage) -> np.ndarray:
-    """Every third depth bin: more than a screen shows."""
-    return image.values[::3][: len(np.arange(0, len(image.values) + 1, 3)) - 1]
-
-
-def _edges(t_s: np.ndarray) -> np.ndarray:
-    """Borders of columns, half-way between their times; a column never stretches across a gap by more than twice the usual."""
-    if len(t_s) < 2:
-        return np.array([t_s[0] - 0.01, t_s[0] + 0.01])
-    middle = (t_s[1:] + t_s[:-1]) / 2
-    return np.concatenate([[t_s[0] - (middle[0] - t_s[0])], middle, [t_s[-1] + (t_s[-1] - middle[-1])]])
+    t_s = image.t_s - start_s
+    usual = float(np.median(np.diff(t_s)))
+    at_s = np.arange(t_s[0], t_s[-1] + usual / 2, usual)
+    column = np.clip(np.searchsorted(t_s, at_s + usual / 2) - 1, 0, len(t_s) - 1)
+    drawn = image.values[::2, column].astype(np.float32)
+    drawn[:, at_s - t_s[column] > 1.5 * usual] = np.nan  # a gap stays blank
+    extent = (float(t_s[0]), float(at_s[-1] + usual), float(len(image.values)), 0.0)
+    axis.imshow(drawn, extent=extent, aspect="auto", cmap="magma", vmin=low, vmax=high, interpolation="nearest")
+    text = f"colours: intensity {low:.3g} to {high:.3g}"
+    axis.text(0.01, 0.03, text, transform=axis.transAxes, fontsize=7, color="white", bbox={"color": "black", "alpha": 0.4, "lw": 0})
 
 
 def _draw_actions(axis: Axes, episode: Episode, steps: Steps) -> None:

@@ -1,0 +1,118 @@
+"""The house keeps its own rules: style, notebook hygiene, one list of dependencies, arrows that point one way, a README that tells the truth."""
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+
+from vla_lib.workbench.parameters import read_parameters
+
+PROJECT = Path(__file__).resolve().parents[1]
+NOTEBOOKS = sorted((PROJECT / "notebooks").glob("*.ipynb"))
+ROOMS = ("core", "episodes", "features", "policy", "training", "runtime", "sim", "evaluation", "benchmarks", "workbench")
+MAY_IMPORT = {
+    "core": set(),
+    "episodes": {"core"},
+    "features": {"core", "episodes"},
+    "policy": {"core", "episodes", "features"},
+    "training": {"core", "episodes", "features", "policy"},
+    "sim": {"core", "episodes"},
+    "runtime": {"core", "episodes", "features", "policy"},
+    "evaluation": {"core", "episodes", "features", "policy", "training", "runtime", "sim"},
+    "benchmarks": set(ROOMS),
+    "workbench": set(ROOMS) - {"benchmarks"},
+}
+
+
+@pytest.mark.parametrize("words", (["check", "."], ["format", "--check", "."]), ids=("check", "format"))
+def test_ruff_is_clean(words):
+    done = subprocess.run([sys.executable, "-m", "ruff", *words], cwd=PROJECT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_arrows_point_one_way():
+    wrong = []
+    for path in sorted((PROJECT / "vla_lib").glob("*/**/*.py")):
+        room = path.relative_to(PROJECT / "vla_lib").parts[0]
+        for name in imported(path):
+            parts = name.split(".")
+            if parts[0] == "vla_lib" and len(parts) > 1 and parts[1] != room and parts[1] in ROOMS and parts[1] not in MAY_IMPORT[room]:
+                wrong.append(f"{path.relative_to(PROJECT)} imports {name}")
+    assert wrong == []
+
+
+def imported(path: Path) -> list[str]:
+    names = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
+    return names
+
+
+def test_reading_episodes_imports_nothing_heavy():
+    code = "import sys, vla_lib.episodes, vla_lib.preprocess; print([m for m in ('torch', 'transformers', 'matplotlib') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+def test_modules_stay_one_noun_long():
+    long = {str(path.relative_to(PROJECT)): n for path in (PROJECT / "vla_lib").rglob("*.py") if (n := len(path.read_text().splitlines())) > 400}
+    assert long == {}
+
+
+def test_the_lock_pins_every_dependency():
+    wanted = {re.match(r"[\w-]+", line)[0].lower() for line in tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]["dependencies"]}
+    pinned = {line.split("==")[0].lower() for line in (PROJECT / "requirements.lock").read_text().splitlines() if "==" in line}
+    assert wanted - pinned == set()
+
+
+def test_conda_installs_the_same_lock():
+    dependencies = yaml.safe_load((PROJECT / "environment.yml").read_text())["dependencies"]
+    assert dependencies[-1] == {"pip": ["--requirement requirements.lock", "--editable ."]}
+    assert {item if isinstance(item, str) else "pip:" for item in dependencies} == {"python=3.11", "pip", "pip:"}
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebooks_are_clean(path):
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    assert re.fullmatch(r"\d\d_[a-z_]+", path.stem)
+    assert (notebook.nbformat, notebook.nbformat_minor) == (4, 5)
+    assert notebook.metadata == {
+        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+        "language_info": {"name": "python"},
+    }
+    assert read_parameters(path)
+    assert notebook.cells[0].cell_type == "markdown"
+    for word in ("question", "inputs", "good answer", "time"):
+        assert word in notebook.cells[0].source.lower(), f"the first cell does not tell the {word}"
+    for cell in notebook.cells:
+        assert re.fullmatch(r"[a-z]+(-[a-z0-9]+)*", cell.id), cell.id
+        if cell.cell_type == "code":
+            assert cell.outputs == [] and cell.execution_count is None, f"{cell.id} has outputs"
+            assert len(cell.source.splitlines()) <= 14, f"{cell.id} is too long"
+            assert not re.search(r"^\s*class ", cell.source, re.M), f"{cell.id} defines a class"
+
+
+def test_the_readmes_commands_are_the_makefiles():
+    told = set(re.findall(r"\bmake ([a-z]+)", (PROJECT / "README.md").read_text()))
+    targets = set(re.findall(r"^([a-z]+):", (PROJECT / "Makefile").read_text(), re.M))
+    assert {"demo", "test", "lab"} <= told
+    assert told - targets == set()
+    ci = (PROJECT / ".ci" / "run").read_text()
+    assert "make test" in ci
+
+
+def test_the_readmes_front_doors_exist():
+    text = (PROJECT / "README.md").read_text()
+    for module in set(re.findall(r"-m vla_lib\.([a-z_]+)", text)):
+        assert (PROJECT / "vla_lib" / f"{module}.py").exists(), module
+    for notebook in set(re.findall(r"\b(\d\d_[a-z_]+)\b", text)):
+        assert (PROJECT / "notebooks" / f"{notebook}.ipynb").exists(), notebook

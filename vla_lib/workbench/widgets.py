@@ -1,0 +1,155 @@
+"""Widgets: they choose what the plot functions draw. Each has a static twin for headless runs and HTML pages."""
+
+import base64
+import io
+import uuid
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from IPython.display import HTML
+from matplotlib.figure import Figure
+
+from vla_lib.core.errors import UserError
+from vla_lib.episodes import Episode, EpisodeFiles, build_steps, find_episodes, load_prepared
+from vla_lib.episodes.instants import sensor_image
+from vla_lib.workbench.plots.episodes import overview
+
+STEP_S = 0.1
+
+
+def png(figure: Figure) -> bytes:
+    """The figure as PNG bytes."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def offline_slider(figures: Iterable[Figure], labels: Iterable[str]) -> HTML:
+    """A range input over pictures of the figures: it works in a saved page without a kernel and without the network."""
+    identifier = f"s{uuid.uuid4().hex[:8]}"
+    pictures = [base64.b64encode(png(figure)).decode() for figure in figures]
+    labels = list(labels)
+    images = "".join(
+        f"<img class='{identifier}' alt='{label}' style='max-width:100%;display:{'block' if n == 0 else 'none'}' src='data:image/png;base64,{data}'>"
+        for n, (label, data) in enumerate(zip(labels, pictures, strict=True))
+    )
+    script = (
+        f"document.querySelectorAll('.{identifier}').forEach((e,n)=>e.style.display=n==this.value?'block':'none');"
+        f"document.getElementById('{identifier}').textContent=this.dataset.labels.split('|')[this.value]"
+    )
+    control = (
+        f"<input type='range' min='0' max='{len(labels) - 1}' value='0' style='width:60%' aria-label='instant' "
+        f"data-labels='{'|'.join(labels)}' oninput=\"{script}\"> <span id='{identifier}'>{labels[0]}</span>"
+    )
+    return HTML(f"<div>{control}{images}</div>")
+
+
+def episode_table(root: Path) -> pd.DataFrame:
+    """All raw episodes below `root`: dataset, task, episode, layout, and the verdict and steps of those that are prepared."""
+    rows = []
+    for files in find_episodes(root):
+        row = {
+            "dataset": files.dataset,
+            "task": files.task,
+            "episode": files.name,
+            "layout": files.layout,
+            "verdict": "not judged yet (notebook 02)",
+        }
+        if (files.path / "data.pkl").exists():
+            try:
+                metadata = load_prepared(files.path).metadata
+                row |= {"verdict": metadata["verdict"], "steps": metadata["num_actions"], "seconds": round(metadata["duration_seconds"], 1)}
+            except UserError as error:
+                row["verdict"] = f"data.pkl refused: {error}"
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def choose_episode(root: Path, dataset: str = "", episode: str = "") -> EpisodeFiles:
+    """The first episode below `root` of that dataset and with that text in its name. Raises UserError where none fits."""
+    found = find_episodes(root)
+    fits = [files for files in found if dataset in ("", files.dataset) and episode in files.name]
+    if not fits:
+        names = ", ".join(sorted({files.dataset for files in found})) or "none at all"
+        raise UserError(f"No episode below {root} has dataset '{dataset}' and '{episode}' in its name; the datasets there are {names}.")
+    return fits[0]
+
+
+class EpisodeView:
+    """One opened episode with its action steps and thinned A-scans, ready to be drawn at any instant."""
+
+    def __init__(self, files: EpisodeFiles, action_hz: float = 10.0):
+        self.episode = Episode.open(files)
+        self.steps = build_steps(self.episode, action_hz)
+        self.mmode = sensor_image(self.episode)
+
+    def draw(self, at_s: float) -> Figure:
+        """Everything at `at_s` seconds since the first robot row."""
+        return overview(self.episode, self.steps, at_s, self.mmode)
+
+    def slider(self, instants: int = 6) -> HTML:
+        """The static twin of the time slider: `instants` moments, evenly over the motion."""
+        times = [self.episode.duration_s * (k + 0.5) / instants for k in range(instants)]
+        return offline_slider((self.draw(t_s) for t_s in times), [f"{t_s:.1f} s" for t_s in times])
+
+
+class EpisodeBrowser:
+    """Dropdowns for dataset and episode (with a text filter), a time slider with play, and the drawn instant."""
+
+    def __init__(self, root: Path, action_hz: float = 10.0):
+        import ipywidgets
+
+        self.root, self.action_hz = root, action_hz
+        self._files = find_episodes(root)
+        verdicts = episode_table(root).set_index("episode")["verdict"] if self._files else {}
+        self._label = {files.path: f"{files.name}  [{verdicts[files.name]}]" for files in self._files}
+        self._view: EpisodeView | None = None
+        datasets = sorted({files.dataset for files in self._files})
+        self.dataset = ipywidgets.Dropdown(options=["all datasets", *datasets], description="dataset")
+        self.filter = ipywidgets.Text(placeholder="part of a name or verdict", description="filter", continuous_update=False)
+        self.chosen = ipywidgets.Dropdown(description="episode", layout={"width": "640px"})
+        self.time = ipywidgets.IntSlider(description="time (0.1 s)", readout=True, continuous_update=False, layout={"width": "560px"})
+        self.play = ipywidgets.Play(interval=700, step=5)
+        self.picture = ipywidgets.Image(format="png", layout={"max_width": "1250px"})
+        self.message = ipywidgets.HTML()
+        ipywidgets.jslink((self.play, "value"), (self.time, "value"))
+        self.dataset.observe(self._list, "value")
+        self.filter.observe(self._list, "value")
+        self.chosen.observe(self._open, "value")
+        self.time.observe(self._draw, "value")
+        self._list()
+        top = ipywidgets.HBox([self.dataset, self.filter])
+        self.widget = ipywidgets.VBox([top, self.chosen, ipywidgets.HBox([self.play, self.time]), self.message, self.picture])
+
+    def _ipython_display_(self) -> None:
+        from IPython.display import display
+
+        display(self.widget)
+
+    def _list(self, _change: Any = None) -> None:
+        fits = [files for files in self._files if self.dataset.value in ("all datasets", files.dataset)]
+        fits = [files for files in fits if self.filter.value.lower() in self._label[files.path].lower()]
+        self.chosen.options = [(self._label[files.path], files) for files in fits]
+        if not fits:
+            self.message.value = "No episode fits the filter."
+
+    def _open(self, _change: Any = None) -> None:
+        if self.chosen.value is None:
+            return
+        try:
+            self._view = EpisodeView(self.chosen.value, self.action_hz)
+        except UserError as error:
+            self._view, self.picture.value, self.message.value = None, b"", str(error)
+            return
+        self.message.value = ""
+        last = int(self._view.episode.duration_s / STEP_S)
+        self.play.max = self.time.max = last
+        if self.time.value == last // 2:
+            self._draw()
+        self.time.value = last // 2
+
+    def _draw(self, _change: Any = None) -> None:
+        if self._view is not None:
+            self.picture.value = png(self._view.draw(self.time.value * STEP_S))
