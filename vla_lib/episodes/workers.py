@@ -1,6 +1,6 @@
 """Jobs in; their results out as they finish, computed by worker processes of our own.
 
-A worker is `python -m vla_lib.episodes.workers`, fed with pickled jobs through a pipe. So a caller's script or notebook is never
+A worker is a fresh interpreter that runs `main` below, fed with pickled jobs through a pipe. So a caller's script or notebook is never
 imported again in a worker, a worker that dies tells exactly which job killed it, and workers end when their parent does.
 """
 
@@ -66,7 +66,7 @@ def run_all(work: Callable[[Any], Any], jobs: Sequence[Any], count: int) -> Iter
 
 
 def _start() -> "subprocess.Popen[bytes]":
-    return subprocess.Popen([sys.executable, "-m", __name__], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    return subprocess.Popen([sys.executable, "-c", f"from {__name__} import main; main()"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
 
 def _ask(worker: "subprocess.Popen[bytes]", work: Callable[[Any], Any], job: Any) -> Any:
@@ -104,7 +104,8 @@ def _serve(requests: BinaryIO, answers: BinaryIO) -> None:
         answers.flush()
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Answer jobs from standard input until it closes."""
     pipe = sys.stdout.buffer
     sys.stdout = sys.stderr  # a print must not end up between the answers
     with contextlib.suppress(KeyboardInterrupt, BrokenPipeError):
