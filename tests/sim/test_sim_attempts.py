@@ -150,3 +150,25 @@ def test_actions_that_are_not_finite_never_move_the_rig():
     assert np.array_equal(rig.arm.pose, before)
     with pytest.raises(UserError, match="divides 650"):
         SimRig(pictures=False, action_hz=12)
+
+
+def test_creeping_through_the_right_depth_is_no_success():
+    rig = SimRig(pictures=False, max_time_s=60.0)
+
+    def creep(rig):
+        if rig.tissue.punctured:
+            return np.array([0, 0, -0.03, 0, 0, 0, 1])  # 0.3 mm/s, without end
+        return demonstrator_action(rig)
+
+    info, _ = run(rig, 6, creep)
+    assert (info["success"], info["reason"]) == (False, "force over the limit")
+
+
+def test_a_needle_that_stays_in_place_but_trembles_succeeds_at_the_time_limit():
+    def tremble(rig):
+        action = demonstrator_action(rig)
+        action[2] += 0.25 * (-1) ** (rig.steps // 2) if rig.tissue.punctured else 0
+        return action
+
+    info, _ = run(SimRig(pictures=False, max_time_s=15.0), 6, tremble)
+    assert (info["success"], info["time_s"]) == (True, 15.0)

@@ -16,7 +16,7 @@ SPEED_MM_S = 5.0
 TURN_DEG_S = 12.0
 HOVER_MM = 4.0  # waits at this height over the surface until it is above the target
 DONE_DEPTH_MM = 0.08
-HOLD_S = 1.0
+HOLD_S = 1.6  # longer than the rest that the judgement asks for
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def velocity(seen: Measured) -> np.ndarray:
         speed[:2] *= 0.3  # the gel holds the needle
     hover = -1.2 * (height - HOVER_MM - 0.8 * max(0.0, lateral - 0.8))
     hover = SPEED_MM_S * np.tanh(hover / SPEED_MM_S)
-    insert = -4.0 if seen.remaining_mm is None else -4.0 * np.tanh(1.3 * seen.remaining_mm / 4.0)
+    insert = -4.0 if seen.remaining_mm is None else -4.0 * np.tanh(1.8 * seen.remaining_mm / 4.0)
     above = _smooth((1.4 - lateral) / 0.7)  # 1 within 0.7 mm of the target's axis, 0 beyond 1.4 mm
     inside = _smooth((0.5 - height) / 0.5)
     weight = max(above, inside)
