@@ -38,14 +38,14 @@ class JobCancelled(Exception):
 
 
 def flags(settings: dict[str, Any]) -> list[str]:
-    """Command-line flags of a front door from its settings: `{"lr": 1e-4, "resume": False}` -> `--lr 0.0001 --no-resume`; None is left out."""
+    """Command-line flags of a front door from its settings: `{"lr": 1e-4, "resume": False}` -> `--lr 0.0001 --no-resume`; None and empty lists are left out."""
     words: list[str] = []
     for name, value in settings.items():
         flag = name.replace("_", "-")
         if isinstance(value, bool):
             words.append(f"--{flag}" if value else f"--no-{flag}")
         elif isinstance(value, list | tuple):
-            words += [f"--{flag}", *map(str, value)]
+            words += [f"--{flag}", *map(str, value)] if value else []
         elif value is not None:
             words += [f"--{flag}", str(value)]
     return words

@@ -87,6 +87,7 @@ def begin(name: str, namespace: dict[str, Any]) -> NotebookRun:
         folder = RunFolder.create(path.stem, values, notebook=str(path))
         run = NotebookRun(folder.path, values, folder)
     if shell is not None:
+        shell.run_line_magic("matplotlib", "inline")  # any Figure that a cell ends with is drawn
         shell.events.register("post_run_cell", run._cell_ended)
         atexit.register(run._kernel_ends)
         _current = run

@@ -9,7 +9,8 @@ from IPython.display import HTML
 from vla_lib.episodes.verdict import verdict_table
 
 SENTENCES = ("reasons", "problem")
-CELL = "padding:2px 8px;text-align:{align};vertical-align:top;{more}"
+WRAPPING = ("episode", "clock", "used by")
+CELL = "padding:2px 6px;text-align:{align};vertical-align:top;{more}"
 
 
 def fit(frame: pd.DataFrame, precision: int = 3, height_px: int = 480) -> HTML:
@@ -17,7 +18,9 @@ def fit(frame: pd.DataFrame, precision: int = 3, height_px: int = 480) -> HTML:
 
     def cell(column: str, value: Any, tag: str = "td") -> str:
         sentence = column in SENTENCES
-        more = "min-width:26em;white-space:normal;" if sentence else "white-space:nowrap;"
+        more = "white-space:nowrap;"
+        if column in SENTENCES + WRAPPING:
+            more = f"min-width:{24 if sentence else 12}em;white-space:normal;overflow-wrap:anywhere;"
         number = isinstance(value, int | float) and not isinstance(value, bool)
         text = (
             ""
@@ -35,7 +38,7 @@ def fit(frame: pd.DataFrame, precision: int = 3, height_px: int = 480) -> HTML:
     style = "<style>@media print {.fit-table {max-height:none !important; overflow:visible !important}}</style>"
     return HTML(
         f"{style}<div class='fit-table' style='max-height:{height_px}px;overflow:auto'>"
-        f"<table style='border-collapse:collapse;font-size:12px;margin:0'><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+        f"<table style='border-collapse:collapse;font-size:11px;margin:0'><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
     )
 
 
@@ -45,3 +48,9 @@ def verdicts(summaries: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
     shown = {"episode": "episode", "layout": "layout", "verdict": "verdict", "seconds": "s", "steps": "steps", "valid": "valid"}
     shown |= {"robot_hz": "rows Hz", "pose_hz": "poses Hz", "sensor_hz": "sensor Hz", "camera_hz": "camera Hz", "reasons": "reasons"}
     return frame[[name for name in shown if name in frame]].rename(columns=shown)
+
+
+def frame(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
+    """Rows of a preflight table as a frame, underscores read as spaces."""
+    found = pd.DataFrame(list(rows))
+    return found.rename(columns={name: str(name).replace("_", " ") for name in found.columns})
