@@ -73,7 +73,12 @@ class Raw:
     start: float = T0
 
     def write(self, folder: Path, name: str | None = None) -> Path:
-        names = {"F0": "ZED_Captures_1th", "F1": "recv_all_20251020_224016", "F2": "episode_20251020_224016", "F3": "data_collection_20251020_224016"}
+        names = {
+            "F0": "ZED_Captures_1th",
+            "F1": "recv_all_20251020_224016",
+            "F2": "episode_20251020_224016",
+            "F3": "data_collection_20251020_224016",
+        }
         path = Path(folder) / (name or names[self.layout])
         path.mkdir(parents=True)
         self._robot(path)
@@ -93,7 +98,14 @@ class Raw:
         rows = np.column_stack([self.start + t + 0.002, self.start + t, self.start + t, force, joints, self.pose(seen)])
         rows = self.edit_rows(rows) if self.edit_rows else rows
         pose, joint = [f"pose_{k}" for k in "xyzabr"], [f"joint_{k}" for k in range(1, 7)]
-        header = ["recv_timestamp", "origin_timestamp", "send_timestamp", "force" if self.layout == "F2" else "force_placeholder", *joint, *pose]
+        header = [
+            "recv_timestamp",
+            "origin_timestamp",
+            "send_timestamp",
+            "force" if self.layout == "F2" else "force_placeholder",
+            *joint,
+            *pose,
+        ]
         file = {"F0": "robot_rt_1.csv", "F2": "robot_states.csv"}.get(self.layout, "robot_state_20251020.csv")
         if self.layout == "F0":
             rows = np.column_stack([rows[:, 1], rows[:, 4:]])
@@ -133,7 +145,9 @@ class Raw:
         save: Any = np.savez_compressed if self.compressed else np.savez
         if self.layout == "F2":
             ends = np.arange(650, len(t) + 1, self.stride)
-            save(path / (self.sensor_name or "sensor_data.npz"), timestamps=at[ends - 1], data=np.stack([values[e - 650 : e] for e in ends]))
+            save(
+                path / (self.sensor_name or "sensor_data.npz"), timestamps=at[ends - 1], data=np.stack([values[e - 650 : e] for e in ends])
+            )
             return
         time, force, aline = self.keys
         name = self.sensor_name or ("sensor_data_20251020_1761003616.npz" if self.layout == "F1" else "sensor_data_20251020.npz")

@@ -71,7 +71,9 @@ def test_trap_05_views_are_aligned_by_time(prepare):
 
 
 def wrapping(t):
-    return np.stack([*smooth_pose(t)[..., :3].T, *(((np.array([170, 10, 178])[:, None] + np.array([12, 1, 6])[:, None] * t) + 180) % 360 - 180)], -1)
+    return np.stack(
+        [*smooth_pose(t)[..., :3].T, *(((np.array([170, 10, 178])[:, None] + np.array([12, 1, 6])[:, None] * t) + 180) % 360 - 180)], -1
+    )
 
 
 def near_ninety(t):

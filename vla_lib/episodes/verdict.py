@@ -17,7 +17,8 @@ from vla_lib.episodes.steps import Steps
 
 GOOD, USABLE, REJECTED = "good", "usable with exclusions", "rejected"
 
-LEAST_STEPS = 10
+LEAST_VALID_S = 0.8
+"""One chunk of eight actions at 10 Hz: less cannot be trained on."""
 LEAST_VALID_PART = 0.5
 STILL_MM = 0.5
 FAR_START_S = 2.0
@@ -64,8 +65,9 @@ def judge(episode: Episode, steps: Steps, rates: Rates | None = None, extra: Ite
     if invalid:
         streams = ", ".join(sorted(steps.gaps))
         findings.append(Finding(EXCLUDED, "episode", f"{invalid} of {len(steps)} steps are invalid (gaps in {streams})"))
-    if steps.valid.sum() < LEAST_STEPS:
-        findings.append(Finding(FATAL, "episode", f"only {int(steps.valid.sum())} steps are valid, {LEAST_STEPS} are needed"))
+    if steps.valid.sum() / steps.hz < LEAST_VALID_S - 1e-9:
+        text = f"only {int(steps.valid.sum())} steps are valid: {steps.valid.sum() / steps.hz:.1f} s, {LEAST_VALID_S} s are needed"
+        findings.append(Finding(FATAL, "episode", text))
     elif steps.valid.mean() < LEAST_VALID_PART:
         findings.append(Finding(FATAL, "episode", f"{invalid} of {len(steps)} steps lie across gaps: more than half"))
     if any(f.weight == FATAL for f in findings):
