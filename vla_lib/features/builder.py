@@ -58,7 +58,7 @@ def build(settings: BuildSettings) -> dict[str, Any]:
         bindings.check(
             binding, form.binding(checkpoint, binding["layer"], binding["tick_stride"], binding["dtype"]), "The first rank's plan"
         )
-        extractor = FeatureExtractor(load_vlm(checkpoint, processor, binding["layer"], device, binding["dtype"]), form)
+        extractor = FeatureExtractor(load_vlm(checkpoint, processor, binding["layer"], device, binding["dtype"], settings.compile), form)
         if ranks.first:
             print(
                 f"model {checkpoint.name}, {binding['layer']} of {checkpoint.depth} layers, {binding['dtype']} on {device}, {ranks.world} rank(s)",

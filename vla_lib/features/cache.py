@@ -10,6 +10,7 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,16 @@ class EpisodeFeatures:
     key: str
     header: Mapping[str, Any]
 
+    @cached_property
+    def raw(self) -> np.ndarray:
+        """(ticks, bytes of one tick) uint8 view of `tokens`: what gathering copies, whatever the number type."""
+        return self.tokens.view(torch.uint8).flatten(1).numpy()
+
+    @cached_property
+    def raw_mask(self) -> np.ndarray:
+        """(ticks, T) bool view of `mask`."""
+        return self.mask.numpy()
+
     def newest(self, steps: np.ndarray | Sequence[int] | int, latency_steps: int = 0) -> np.ndarray:
         """Number of the newest tick that was at step - `latency_steps` or before, -1 where there is none yet; the shape of `steps`."""
         return np.searchsorted(self.tick_step.numpy(), np.asarray(steps) - latency_steps, side="right") - 1
@@ -95,13 +106,13 @@ class FeatureCache:
 
     def episode(self, episode: Any) -> EpisodeFeatures:
         """Features of a PreparedEpisode. Raises UserError where they are absent, unreadable, or were made from other data."""
-        key = episode_key(self.root, episode.path)
-        features = self._open.get(key)
+        features = self._open.get(str(episode.path))
         if features is None:
-            features = self._open[key] = read_features(feature_file(self.folder, key), self.binding, key, self.root)
+            key = episode_key(self.root, episode.path)
+            features = self._open[str(episode.path)] = read_features(feature_file(self.folder, key), self.binding, key, self.root)
         if reason := stale_reason(features.header, episode):
             raise UserError(
-                f'The features of {key} in cache "{self.binding["id"]}" are stale: {reason}. {BUILD_HINT.format(root=self.root)}'
+                f'The features of {features.key} in cache "{self.binding["id"]}" are stale: {reason}. {BUILD_HINT.format(root=self.root)}'
             )
         return features
 
@@ -111,14 +122,15 @@ class FeatureCache:
 
 def gather(features: Sequence[EpisodeFeatures], ticks: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens (B, T, D) and mask (B, T) of one tick each of B episodes; a tick of -1 gives zeros and a mask of False."""
-    first = features[0]
-    tokens = torch.empty((len(ticks), *first.tokens.shape[1:]), dtype=first.tokens.dtype)
-    mask = torch.empty((len(ticks), first.mask.shape[1]), dtype=torch.bool)
+    first = features[0].tokens
+    tokens = torch.empty((len(ticks), *first.shape[1:]), dtype=first.dtype)
+    mask = torch.empty((len(ticks), first.shape[1]), dtype=torch.bool)
+    rows, known = tokens.view(torch.uint8).flatten(1).numpy(), mask.numpy()
     for place, (episode, tick) in enumerate(zip(features, ticks, strict=True)):
         if tick < 0:
-            tokens[place], mask[place] = 0, False
+            rows[place], known[place] = 0, False
         else:
-            tokens[place], mask[place] = episode.tokens[tick], episode.mask[tick]
+            rows[place], known[place] = episode.raw[tick], episode.raw_mask[tick]
     return tokens, mask
 
 

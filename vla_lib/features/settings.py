@@ -41,6 +41,8 @@ class BuildSettings:
     """`auto` (this rank's GPU, else the CPU), `cpu`, or `cuda:N`."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Number type of model and cache; `auto`: bfloat16 on a GPU, float32 on a CPU."""
+    compile: bool = False
+    """Fuse the model's blocks with torch.compile (GPU): about a minute at the start, faster batches afterwards."""
     overwrite: bool = False
     """Compute every episode again, also those whose features are up to date."""
     preflight_only: bool = False

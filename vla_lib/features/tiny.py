@@ -13,7 +13,7 @@ from pathlib import Path
 from vla_lib.core.errors import UserError
 
 FAMILIES = ("qwen2_5_vl", "qwen3_vl")
-FORM = 1  # raise when the written checkpoint changes, so that an older one in a user's cache is not taken for it
+FORM = 2  # raise when the written checkpoint changes, so that an older one in a user's cache is not taken for it
 HIDDEN = 128
 
 SPECIAL_TOKENS = (
@@ -163,12 +163,12 @@ def _config(family: str, vocabulary: int, ids: dict[str, int]):
         "bos_token_id": ids["<|endoftext|>"],
         "eos_token_id": ids["<|im_end|>"],
     }
-    vision = {"depth": 4, "hidden_size": 64, "num_heads": 4, "intermediate_size": 128, "out_hidden_size": HIDDEN, "spatial_merge_size": 2}
+    vision = {"depth": 2, "hidden_size": 64, "num_heads": 2, "intermediate_size": 128, "out_hidden_size": HIDDEN, "spatial_merge_size": 2}
     if family == "qwen3_vl":
         text |= {"head_dim": 32, "rope_parameters": text["rope_parameters"] | {"mrope_interleaved": True}}
-        vision |= {"patch_size": 16, "num_position_embeddings": 256, "deepstack_visual_indexes": [1]}
+        vision |= {"patch_size": 16, "num_position_embeddings": 256, "deepstack_visual_indexes": [0]}
     else:
-        vision |= {"patch_size": 14, "window_size": 112, "fullatt_block_indexes": [1, 3]}
+        vision |= {"patch_size": 14, "window_size": 112, "fullatt_block_indexes": [1]}
     tokens = {
         "image_token_id": ids["<|image_pad|>"],
         "video_token_id": ids["<|video_pad|>"],
