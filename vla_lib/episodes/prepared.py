@@ -74,6 +74,10 @@ class _PathList:
         return f"{self.prefix}{self.middle[number].decode()}{self.suffix}"
 
 
+_latest: tuple[object, dict[str, Any]] | None = None
+"""The content read last and the episode it belongs to: opening an episode and touching it at once reads it once."""
+
+
 class PreparedEpisode:
     """One episode as `data.pkl` holds it; N steps, S sensor samples. See FORMATS in the documentation for the units."""
 
@@ -81,6 +85,7 @@ class PreparedEpisode:
         """Open and check the episode folder. Raises UserError, naming what is wrong, where data.pkl cannot be trusted."""
         self.path = Path(path)
         """The episode folder."""
+        self._token = object()
         content = self._read()
         self.metadata: dict[str, Any] = content["metadata"]
         self.instruction: str = content["instruction"]
@@ -89,13 +94,17 @@ class PreparedEpisode:
         self.has_sensor: bool = content["sensor_data"] is not None
         self._steps = len(content["action"])
         self._small: dict[str, Any] | None = None
-        self._paths: dict[str, _PathList] | None = None
+        self._paths: dict[str, _PathList] = {}
         self._stream: dict[str, Any] | None = None
         self._sensor: Array | None = None
 
     def _read(self) -> dict[str, Any]:
+        global _latest
+        if _latest is not None and _latest[0] is self._token:
+            return _latest[1]
         content = read_pickle(self.path / DATA_NAME)
         check_content(content, self.path / DATA_NAME)
+        _latest = (self._token, content)
         return content
 
     def __len__(self) -> int:
@@ -137,16 +146,13 @@ class PreparedEpisode:
 
     def _arrays(self) -> dict[str, Any]:
         if self._small is None:
-            self._keep(self._read())
-        assert self._small is not None
+            content = self._read()
+            names = ("action", "timestamp", "valid", "state", "image_index", "image_timestamp")
+            small = {name: content[name] for name in names}
+            if content["sensor_data"] is not None:
+                small["sensor_index"] = content["sensor_data"]["index"].astype(np.int64, copy=False)
+            self._small = small
         return self._small
-
-    def _keep(self, content: dict[str, Any]) -> None:
-        names = ("action", "timestamp", "valid", "state", "image_index", "image_timestamp")
-        self._small = {name: content[name] for name in names}
-        self._paths = {view: _PathList(paths) for view, paths in content["image"].items()}
-        if content["sensor_data"] is not None:
-            self._small["sensor_index"] = content["sensor_data"]["index"].astype(np.int64, copy=False)
 
     @property
     def action(self) -> Array:
@@ -180,14 +186,18 @@ class PreparedEpisode:
 
     def image_path(self, view: str, number: int) -> Path:
         """Path of the picture with the given number in a view."""
-        self._arrays()
-        assert self._paths is not None
-        return self.path / self._paths[view][number]
+        return self.path / self._view_paths(view)[number]
 
     def image_count(self, view: str) -> int:
-        self._arrays()
-        assert self._paths is not None
-        return len(self._paths[view])
+        """Number of pictures of a view."""
+        return len(self._view_paths(view))
+
+    def _view_paths(self, view: str) -> "_PathList | list[str]":
+        if view not in self._paths:
+            if _latest is not None and _latest[0] is self._token:
+                return _latest[1]["image"][view]  # type: ignore[no-any-return]
+            self._paths |= {key: _PathList(paths) for key, paths in self._read()["image"].items()}
+        return self._paths[view]
 
     def picture_path(self, view: str, step: int) -> Path | None:
         """Newest picture of a view at or before step `step`; None where there is none (or no such view)."""
@@ -205,9 +215,7 @@ class PreparedEpisode:
         if not self.has_sensor:
             raise UserError(f"{self.path} has no sensor stream.")
         if self._stream is None:
-            content = self._read()
-            self._keep(content)
-            self._stream = content["sensor_data"]
+            self._stream = self._read()["sensor_data"]
         assert self._stream is not None
         return self._stream
 
@@ -228,7 +236,6 @@ class PreparedEpisode:
             if not self.has_sensor:
                 raise UserError(f"{self.path} has no sensor stream.")
             content = self._read()
-            self._keep(content)
             path = self.path / content["sensor_data"]["array"]
             try:
                 mapped = np.load(path, mmap_mode="r", allow_pickle=False)
