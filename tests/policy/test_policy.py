@@ -15,7 +15,14 @@ COL = tuple([0, 1, 2, 0, 1, 2] * 2 + [-1])
 
 
 def make_config(**changes) -> PolicyConfig:
-    values = {"head": "regression", "views": ("View1_left", "View5"), "token_dim": 8, "token_view": VIEW, "token_row": ROW, "token_col": COL}
+    values = {
+        "head": "regression",
+        "views": ("View1_left", "View5"),
+        "token_dim": 8,
+        "token_view": VIEW,
+        "token_row": ROW,
+        "token_col": COL,
+    }
     return PolicyConfig(**(values | {"sensor_window_size": 13, "width": 32, "layers": 2, "heads": 2} | changes))
 
 
@@ -135,9 +142,10 @@ def test_trap_21_actions_are_normalised_and_the_clamp_follows_their_range():
 
     def perfect(policy, context, noisy, timestep):
         alpha = scheduler.alphas_cumprod[timestep][:, None, None]
-        return (noisy - alpha.sqrt() * wanted) / (1 - alpha).sqrt()
+        noise = (noisy - alpha.sqrt() * wanted) / (1 - alpha).sqrt()
+        return alpha.sqrt() * noise - (1 - alpha).sqrt() * wanted
 
-    policy.head._noise = perfect
+    policy.head._velocity = perfect
     chunk = policy.predict(observe(2), ddim_steps=10)
     assert torch.allclose(chunk[..., 0], torch.tensor(0.3 + 3.5 * 0.1), atol=1e-3)
     assert (chunk[..., 6] == 1.0).all()  # a constant dimension comes back exactly

@@ -12,7 +12,16 @@ from synthetic import write_dataset  # noqa: E402
 
 from vla_lib.training.settings import AsyncSettings, DiffusionSettings  # noqa: E402
 
-SMALL = {"width": 32, "layers": 1, "heads": 2, "sensor_window_size": 13, "num_workers": 0, "wandb_mode": "disabled", "device": "cpu", "warmup_steps": 2}
+SMALL = {
+    "width": 32,
+    "layers": 1,
+    "heads": 2,
+    "sensor_window_size": 13,
+    "num_workers": 0,
+    "wandb_mode": "disabled",
+    "device": "cpu",
+    "warmup_steps": 2,
+}
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,5 @@
 """Run under torchrun by a test: trains, and each rank writes the weights that it ends with and the samples that it drew."""
 
-
 import torch
 
 from vla_lib.core import frontdoor

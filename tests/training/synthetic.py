@@ -53,7 +53,14 @@ def write_dataset(
             from vla_lib.episodes import load_prepared
 
             write_features(
-                feature_file(folder, key), binding, load_prepared(path), key, torch.from_numpy(tokens).half(), mask, torch.from_numpy(ticks), []
+                feature_file(folder, key),
+                binding,
+                load_prepared(path),
+                key,
+                torch.from_numpy(tokens).half(),
+                mask,
+                torch.from_numpy(ticks),
+                [],
             )
     return made
 

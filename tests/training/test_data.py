@@ -85,7 +85,14 @@ def test_trap_23_every_draw_is_used_once_in_order_by_any_number_of_ranks(count, 
     plans = [list(EpochPlan(draws, batch, accum, r, world, position).steps()) for r in range(world)]
     assert len({tuple(len(step) for step in plan) for plan in plans}) == 1  # all ranks run as many forward passes
     assert all(len(m.indices) == batch for plan in plans for step in plan for m in step)
-    used = [i for steps in zip(*plans, strict=True) for ms in zip(*steps, strict=True) for m in ms for i, c in zip(m.indices, m.counts, strict=True) if c]
+    used = [
+        i
+        for steps in zip(*plans, strict=True)
+        for ms in zip(*steps, strict=True)
+        for m in ms
+        for i, c in zip(m.indices, m.counts, strict=True)
+        if c
+    ]
     assert used == list(range(position, count))
     assert len(plans[0]) == len(EpochPlan(draws, batch, accum, 0, world, position))
     shared = [i for step in plans[0] for m in step for i in m.shared]
@@ -252,6 +259,10 @@ def test_loading_touches_no_weight_of_a_loader_worker(mixed):
 
     samples = sample_set(mixed)
     requests = [(np.array([k, k + 5]), np.ones(2, np.float32)) for k in range(6)]
-    loader = torch.utils.data.DataLoader(MicroBatchDataset(samples), sampler=requests, batch_size=None, num_workers=1, persistent_workers=False)
+    loader = torch.utils.data.DataLoader(
+        MicroBatchDataset(samples), sampler=requests, batch_size=None, num_workers=1, persistent_workers=False
+    )
     for (numbers, _), batch in zip(requests, loader, strict=True):
-        assert torch.equal(batch["sensor"], samples.batch(numbers)["sensor"]) and torch.equal(batch["vl_tokens"], samples.batch(numbers)["vl_tokens"])
+        assert torch.equal(batch["sensor"], samples.batch(numbers)["sensor"]) and torch.equal(
+            batch["vl_tokens"], samples.batch(numbers)["vl_tokens"]
+        )

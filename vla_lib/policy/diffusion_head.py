@@ -1,4 +1,8 @@
-"""The diffusion model's head: a noisy normalised chunk (B, H, 7) and its timestep in, the noise in it out; DDIM turns that into chunks."""
+"""The diffusion model's head: a noisy normalised chunk (B, H, 7) and its timestep in, the noise in it out; DDIM turns that into chunks.
+
+The network's output is read as the velocity v = sqrt(a) noise - sqrt(1 - a) x0 (Salimans and Ho 2022), from which noise and x0 both follow
+without a division: predicted as noise alone, x0 at the first sampling steps is the error of the noise divided by sqrt(a) ~ 0.005.
+"""
 
 import math
 
@@ -9,15 +13,20 @@ from torch import Tensor, nn
 from vla_lib.policy.config import ACTION_DIM, PolicyConfig
 
 
+DRAWS = 4  # (noise, timestep) pairs a sample and training step: the context, the costly part, is computed once for all of them
+
+
 class DiffusionHead(nn.Module):
-    """Noise prediction with the cosine schedule; x0 is clamped to the range of the normalised training actions while sampling."""
+    """DDPM with the cosine schedule; x0 is clamped to the range of the normalised training actions while sampling."""
 
     def __init__(self, config: PolicyConfig):
         super().__init__()
         from diffusers import DDPMScheduler
 
         self.horizon, self.timesteps, self.ddim_steps = config.horizon, config.diffusion_timesteps, config.ddim_steps
-        self.scheduler = DDPMScheduler(num_train_timesteps=self.timesteps, beta_schedule="squaredcos_cap_v2", clip_sample=False)
+        self.scheduler = DDPMScheduler(
+            num_train_timesteps=self.timesteps, beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction"
+        )
         width = config.width
         self.noisy_in = nn.Linear(ACTION_DIM, width)
         self.time_in = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
@@ -27,22 +36,30 @@ class DiffusionHead(nn.Module):
         half = width // 2
         self.register_buffer("frequencies", torch.exp(-math.log(10_000.0) * torch.arange(half) / half), persistent=False)
 
-    def _noise(self, policy, context: dict, noisy: Tensor, timestep: Tensor) -> Tensor:
+    def _velocity(self, policy, context: dict, noisy: Tensor, timestep: Tensor) -> Tensor:
         phase = timestep.float()[:, None] * self.frequencies  # (B, W/2)
         time = self.time_in(torch.cat([phase.sin(), phase.cos()], -1))[:, None]  # (B, 1, W)
         queries = policy.queries + self.noisy_in(noisy) + time
         return self.out(policy.trunk(context, queries)).float()
 
     def loss(self, policy, context: dict, target: Tensor, draws: dict) -> Tensor:
-        """Squared error of the predicted noise, (B, H, 7); `draws`: noise (B, H, 7), timestep (B,) int64."""
-        noisy = self.scheduler.add_noise(target, draws["noise"], draws["timestep"])
-        return F.mse_loss(self._noise(policy, context, noisy, draws["timestep"]), draws["noise"], reduction="none")
+        """Squared error of the velocity (the noise's, divided by a), mean of the draws, (B, H, 7).
+
+        `draws`: noise (B, DRAWS, H, 7), timestep (B, DRAWS) int64.
+        """
+        batch, count = draws["timestep"].shape
+        context = {k: None if v is None else v.repeat_interleave(count, 0) for k, v in context.items()}
+        target, noise, timestep = target.repeat_interleave(count, 0), draws["noise"].flatten(0, 1), draws["timestep"].flatten()
+        noisy = self.scheduler.add_noise(target, noise, timestep)
+        wanted = self.scheduler.get_velocity(target, noise, timestep)
+        error = F.mse_loss(self._velocity(policy, context, noisy, timestep), wanted, reduction="none")
+        return error.unflatten(0, (batch, count)).mean(1)
 
     def draw(self, count: int, generator: torch.Generator) -> dict[str, Tensor]:
-        """Noise (count, H, 7) and timesteps (count,) for one training forward."""
+        """Noise (count, DRAWS, H, 7) and timesteps (count, DRAWS) for one training forward."""
         return {
-            "noise": torch.randn(count, self.horizon, ACTION_DIM, generator=generator),
-            "timestep": torch.randint(self.timesteps, (count,), generator=generator),
+            "noise": torch.randn(count, DRAWS, self.horizon, ACTION_DIM, generator=generator),
+            "timestep": torch.randint(self.timesteps, (count, DRAWS), generator=generator),
         }
 
     def sample(self, policy, context: dict, noise: Tensor, ddim_steps: int | None) -> Tensor:
@@ -53,6 +70,7 @@ class DiffusionHead(nn.Module):
         scheduler = DDIMScheduler(
             num_train_timesteps=self.timesteps,
             beta_schedule="squaredcos_cap_v2",
+            prediction_type="v_prediction",
             clip_sample=True,
             clip_sample_range=float(policy.normaliser.action_range),
             timestep_spacing="trailing",
@@ -60,5 +78,5 @@ class DiffusionHead(nn.Module):
         scheduler.set_timesteps(ddim_steps or self.ddim_steps, device=device)
         x = noise
         for t in scheduler.timesteps:
-            x = scheduler.step(self._noise(policy, context, x, t.expand(batch)), t, x).prev_sample
+            x = scheduler.step(self._velocity(policy, context, x, t.expand(batch)), t, x).prev_sample
         return x

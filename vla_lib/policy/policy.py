@@ -99,7 +99,7 @@ class Policy(nn.Module):
     ) -> Tensor:
         """Observation batch -> (B, horizon, 7) actions: mm, degrees (rotation vector), gripper; float32.
 
-        The diffusion head samples with DDIM in `ddim_steps` (default: the policy's own) from `noise` (B, horizon, 7), or from what a CPU
+        The diffusion head samples with DDIM in `ddim_steps` (default: the policy's own) from `noise` (B, horizon, 7) or (B, draws, horizon, 7), or from what a CPU
         `generator` draws (default: seed 0, so that the same observation gives the same chunk). The module must be in eval mode; raises RuntimeError otherwise.
         """
         if self.training:
@@ -108,7 +108,8 @@ class Policy(nn.Module):
         observation = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in observation.items()}
         if noise is None:
             noise = self.head.draw(observation["state"].shape[0], generator or torch.Generator().manual_seed(0)).get("noise")
-        noise = None if noise is None else noise.to(device)
+        if noise is not None:
+            noise = (noise[:, 0] if noise.ndim == 4 else noise).to(device)  # of a training draw the first one serves
         return self.normaliser.raw_action(self.head.sample(self, self.context(observation), noise, ddim_steps))
 
     def _check(self, observation: dict[str, Tensor]) -> None:

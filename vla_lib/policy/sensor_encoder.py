@@ -46,14 +46,15 @@ class SensorEncoder(nn.Module):
         sensor = sensor.float()
         force = (sensor[..., 0] - mean[0]) / std[0]  # (B, S)
         # mixing is linear, so it goes before the normalisation: S x 1025 numbers are touched once
-        frames = torch.matmul(self.filters, sensor[..., 1:])  # (B, K, 1025)
+        frames = torch.matmul(self.filters, sensor)[..., 1:]  # (B, K, 1025); sliced afterwards, so that the window is not copied
         frames = (frames - self.filters.sum(1)[:, None] * mean[1:]) / std[1:]
         x = self.act(self.conv1(frames))  # (B, 32, 257)
         x = self.act(self.conv2(x))  # (B, 64, 129)
         heat = self.peak_heat(x).float()  # (B, P, 129)
         grid = torch.linspace(-1, 1, heat.shape[-1], device=heat.device)
-        depth = (heat.softmax(-1) * grid).sum(-1)  # (B, P) in [-1, 1] of the scan's depth
-        height = heat.logsumexp(-1) - heat.mean(-1)
+        where = heat.softmax(-1)
+        depth = (where * grid).sum(-1)  # (B, P) in [-1, 1] of the scan's depth
+        height = (where * heat).sum(-1) - heat.mean(-1)
         x = self.act(self.conv3(x))[..., :64]  # (B, 64, 64)
         segments = x.unflatten(-1, (SEGMENTS, 8)).permute(0, 2, 1, 3).flatten(2)  # (B, 8, 512)
         tokens = torch.cat(

@@ -33,6 +33,7 @@ from vla_lib.training.statistics import training_statistics
 from vla_lib.training.validation import BASELINES, validate
 
 STARVED = 0.2  # share of the time waited for data above which the loader is called the bottleneck
+EPOCH_SAVE_S = 2.0  # epochs shorter than this do not each write a checkpoint
 T_BINS = 10  # of the diffusion timestep histogram
 
 
@@ -261,7 +262,8 @@ class Trainer:
         if settings.head == "diffusion":
             extra["train/diffusion_t_counts"] = t_counts.tolist()
         self._validate(extra)
-        self._save()
+        if self._due() or time.monotonic() - self.saved_at >= EPOCH_SAVE_S:
+            self._save()
 
     def _loader(self, requests: list) -> torch.utils.data.DataLoader:
         s = self.settings
@@ -296,7 +298,7 @@ class Trainer:
             waited += time.monotonic() - before
             drawn = self.policy.draw(micro.size, generator)  # of all processes: the noise belongs to the place in the draws
             if "timestep" in drawn:
-                timesteps.append(drawn["timestep"][: len(micro.shared)].numpy())
+                timesteps.append(drawn["timestep"][: len(micro.shared)].flatten().numpy())
             own = slice(micro.offset, micro.offset + settings.batch_size)
             draws = {k: v[own].to(device) for k, v in drawn.items()}
             batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}

@@ -21,10 +21,10 @@ def truncate(path: Path, step: int, epochs: float) -> None:
 
 def wandb_mode(asked: str) -> str:
     """`auto` becomes `online` where a key is set (environment or netrc), else `offline`: a run never waits for a network."""
-    if os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun"):
-        return "disabled" if os.environ["WANDB_MODE"] == "disabled" else "offline"
     if asked != "auto":
         return asked
+    if os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun"):
+        return "disabled" if os.environ["WANDB_MODE"] == "disabled" else "offline"
     if os.environ.get("WANDB_API_KEY"):
         return "online"
     with contextlib.suppress(OSError, netrc.NetrcParseError):

@@ -1,0 +1,257 @@
+"""The loop: it learns, it does not cheat, every figure that it reports is the one that it means."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+from synthetic import write_dataset
+
+from vla_lib.core.errors import UserError
+from vla_lib.core.files import read_jsonl
+from vla_lib.policy.diffusion_head import DRAWS
+from vla_lib.train_async import main as train_async
+from vla_lib.train_diffusion import main as train_diffusion
+from vla_lib.training import loop
+from vla_lib.training.checkpoint import load_policy
+from vla_lib.training.data import prepare_data
+from vla_lib.training.process import StopRequest
+from vla_lib.training.sampler import MicroBatch
+from vla_lib.training.validation import validate
+
+
+def make_trainer(settings):
+    """A trainer that has been built but has not begun."""
+    from accelerate import Accelerator
+
+    trainer = loop.Trainer(settings, Accelerator(cpu=True), StopRequest())
+    trainer.data = prepare_data(settings)
+    trainer._build(None)
+    trainer.log, trainer.started = None, 0.0
+    return trainer
+
+
+def micro(indices, batch_size=None):
+    indices = np.asarray(indices)
+    return MicroBatch(indices, np.ones(len(indices), np.float32), indices, 0, len(indices))
+
+
+def take(trainer, *groups):
+    """One optimiser step of the given micro-batches."""
+    dataset = loop.MicroBatchDataset(trainer.data.train)
+    micros = [micro(g) for g in groups]
+    return trainer._step(micros, iter([dataset[(m.indices, m.counts)] for m in micros]))
+
+
+def test_async_writes_everything_and_its_policy_loads(async_settings, tmp_path):
+    settings = async_settings(epochs=2, wandb_mode="offline")
+    results = train_async(settings)
+    rows = read_jsonl(tmp_path / "run" / "metrics.jsonl")
+    steps = [r for r in rows if "train/loss_step" in r]
+    assert [r["step"] for r in steps] == list(range(1, results["step"] + 1))
+    assert {"time", "train/lr", "train/vl_reuse_counter", "train/sensor_samples"} <= set(steps[0])
+    validations = [r for r in rows if "val/loss_epoch" in r]
+    assert [r["epoch"] for r in validations] == [1, 2] and {"train/loader_wait_share", "train/vl_reuse_counts"} <= set(validations[0])
+    assert json.loads((tmp_path / "run" / "results.json").read_text()) == results
+    assert {
+        "step",
+        "epochs",
+        "train_episodes",
+        "val_episodes",
+        "val_loss",
+        "best_step",
+        "val_mae_mm",
+        "val_mae_deg",
+        "parameters",
+        "wall_s",
+    } <= set(results)
+    folder = tmp_path / "run" / "checkpoints"
+    assert sorted(p.name for p in folder.iterdir()) == ["qwen_vla_async.pt", "qwen_vla_async_best.pt", "qwen_vla_async_final.pt"]
+    for path in folder.iterdir():
+        policy, info = load_policy(path, binding=prepare_data(settings).binding)
+        assert not policy.training and sorted(info["split"]) == ["train", "val"] and info["settings"]["horizon"] == 8
+    samples = prepare_data(settings).train
+    chunk = policy.predict(samples.batch([0, 1]))
+    assert chunk.shape == (2, 8, 7) and (chunk[..., 6] == 1).all()
+    final, latest = torch.load(folder / "qwen_vla_async_final.pt"), torch.load(folder / "qwen_vla_async.pt")
+    assert all(torch.equal(final["policy"][k], latest["policy"][k]) for k in final["policy"])
+
+
+def test_diffusion_writes_everything_and_its_policy_loads(diffusion_settings, tmp_path):
+    settings = diffusion_settings(epochs=1, diffusion_timesteps=20, ddim_steps=4, training_stage="stage1")
+    train_diffusion(settings)
+    rows = read_jsonl(tmp_path / "run" / "metrics.jsonl")
+    assert {"train/noise_loss", "train/diffusion_t"} <= set(rows[0])
+    counts = next(r for r in rows if "val/loss_epoch" in r)["train/diffusion_t_counts"]
+    assert sum(counts) == DRAWS * len(prepare_data(settings).train) and min(counts) > 0
+    folder = tmp_path / "run" / "checkpoints"
+    assert sorted(p.name for p in folder.iterdir()) == ["diffusion_stage1_best.pt", "diffusion_stage1_latest.pt"]
+    policy, info = load_policy(folder / "diffusion_stage1_best.pt")
+    batch = prepare_data(settings).val.batch(range(3))
+    assert torch.equal(policy.predict(batch), policy.predict(batch))
+    other = policy.predict(batch, torch.Generator().manual_seed(1))
+    assert not torch.equal(policy.predict(batch), other) and info["front_door"] == "train_diffusion"
+
+
+@pytest.mark.parametrize(("kind", "steps", "lr"), [("async", 250, 5e-3), ("diffusion", 700, 5e-3)])
+def test_overfits_one_episode(kind, steps, lr, single, async_settings, diffusion_settings, tmp_path):
+    """Under 2 % of the mean-baseline's error on one episode."""
+    build, train = (async_settings, train_async) if kind == "async" else (diffusion_settings, train_diffusion)
+    extra = {"diffusion_timesteps": 50} if kind == "diffusion" else {}
+    settings = build(
+        dataset_root=single,
+        val_fraction=0.0,
+        max_steps=steps,
+        lr=lr,
+        batch_size=32,
+        grad_accum_steps=1,
+        width=64,
+        layers=2,
+        ema_decay=0.98,
+        **extra,
+    )
+    train(settings)
+    name = settings.final or settings.latest
+    policy, _ = load_policy(tmp_path / "run" / "checkpoints" / name)
+    found = validate(policy, prepare_data(settings).train, 64)
+    assert found["val/action_loss"] < 0.02 * found["val/baseline_mean_action_loss"]
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    """Enough short episodes that what is learnt holds for new ones."""
+    root = tmp_path_factory.mktemp("scenes")
+    write_dataset(root, {"part1": 60}, steps=12, seed=1)
+    return root
+
+
+def test_trap_18_the_target_is_not_inside_the_input(scenes, async_settings, monkeypatch):
+    """With targets shuffled against inputs nothing can be learnt: the held-out error is the mean baseline's. Unshuffled it is far below."""
+    settings = async_settings(dataset_root=scenes, max_steps=250, lr=3e-3, batch_size=32, grad_accum_steps=1, val_fraction=0.25, width=64)
+    honest = train_async(settings)
+    assert honest["val_action_loss"] < 0.5 * honest["baselines"]["mean"]["action_loss"]
+
+    def shuffled(*args):
+        data = prepare_data(*args)
+        for samples in (data.train, data.val):
+            generator = torch.Generator().manual_seed(9)
+            samples._action = samples._action[torch.randperm(len(samples._action), generator=generator)]
+        return data
+
+    monkeypatch.setattr(loop, "prepare_data", shuffled)
+    cheated = train_async(dataclasses.replace(settings, run_dir=settings.run_dir.with_name("shuffled"), max_steps=100))
+    assert cheated["val_action_loss"] > 0.9 * cheated["baselines"]["mean"]["action_loss"]
+
+
+def test_trap_15_sensor_loss_weight_counts_at_batch_size_one(async_settings):
+    """The gradient of a sample with sensor is `sensor_loss_weight` times what it is at weight 1, at batch size 1 too."""
+    norms = {}
+    for weight in (1.0, 3.0):
+        trainer = make_trainer(async_settings(batch_size=1, grad_accum_steps=1, sensor_loss_weight=weight, clip_norm=1e9))
+        take(trainer, [5])
+        norms[weight] = trainer.row["train/grad_norm"]
+    assert norms[3.0] == pytest.approx(3 * norms[1.0], rel=1e-4)
+
+
+def test_accumulation_equals_one_large_batch(async_settings):
+    """Micro-batches of 2+2+1 samples give the gradient of one batch of 5, although their chunks have other numbers of valid steps."""
+    states = []
+    for groups in ([[0, 1], [20, 21], [23]], [[0, 1, 20, 21, 23]]):
+        trainer = make_trainer(async_settings(batch_size=len(groups[0])))
+        take(trainer, *groups)
+        states.append((trainer.row, trainer.policy.state_dict()))
+    assert states[0][0]["train/loss_step"] == pytest.approx(states[1][0]["train/loss_step"], rel=1e-5)
+    assert states[0][0]["train/grad_norm"] == pytest.approx(states[1][0]["train/grad_norm"], rel=1e-4)
+
+
+def test_trap_22_validation_is_in_eval_mode_and_leaves_the_mode_alone(async_settings):
+    trainer = make_trainer(async_settings(dropout=0.5))
+    policy, val = trainer.policy.train(), trainer.data.val
+    first = validate(policy, val, 16)
+    assert policy.training and first == validate(policy, val, 16)  # with dropout active two passes would differ
+    parts = []
+
+    def add(x):
+        parts.append(x)
+        return x
+
+    for rank in range(2):
+        validate(policy, val, 7, rank, 2, add)
+    whole = sum(parts)
+    assert float(whole[1] / whole[0]) == pytest.approx(first["val/loss_epoch"], rel=1e-6)  # any number of processes, any batch size
+
+
+def test_baselines_are_what_they_say(async_settings):
+    trainer = make_trainer(async_settings())
+    val, mean = trainer.data.val, trainer.policy.normaliser.action_mean.numpy()
+    found = validate(trainer.policy, val, 16)
+    batch = val.batch(range(len(val)))
+    action, mask, before = batch["action"].numpy(), batch["action_mask"].numpy(), batch["previous_action"].numpy()
+    for name, guess in (("zero", np.zeros(7)), ("mean", mean), ("persistence", before[:, None])):
+        error = np.abs(guess - action)[mask]
+        assert found[f"val/baseline_{name}_mae_mm"] == pytest.approx(error[:, :3].mean(), rel=1e-4)
+        assert found[f"val/baseline_{name}_mae_deg"] == pytest.approx(error[:, 3:6].mean(), rel=1e-4)
+    assert found["val/mae_mm"] == pytest.approx(found["val/baseline_mean_mae_mm"], rel=1e-4)  # a new regression head says the mean
+
+
+def test_learning_rate_warms_up_and_falls(async_settings):
+    trainer = make_trainer(async_settings(warmup_steps=4, max_steps=100, lr=1.0))
+    rates = []
+    for trainer.step in range(100):
+        rates.append(trainer._learning_rate())
+    assert rates[0] == pytest.approx(0.25, rel=0.01) and np.argmax(rates) == 3
+    assert all(a >= b for a, b in zip(rates[3:], rates[4:], strict=False)) and 0.01 < rates[-1] < 0.012
+
+
+def test_trap_20_cached_features_and_lora_are_never_combined(diffusion_settings):
+    """Stage 1 reads the cache and holds no weight of a language model; every weight that it holds gets a gradient."""
+    trainer = make_trainer(diffusion_settings(diffusion_timesteps=10))
+    assert not [n for n, _ in trainer.policy.named_parameters() if "lora" in n]
+    trainer.optimizer.step, zero = (lambda: None), trainer.optimizer.zero_grad
+    trainer.optimizer.zero_grad = lambda **_: None
+    take(trainer, [1, 2, 3, 4])
+    assert [n for n, p in trainer.policy.named_parameters() if p.grad is None and "missing" not in n] == []
+    zero()
+
+
+def test_out_of_memory_names_the_three_remedies_with_this_runs_numbers(async_settings, monkeypatch):
+    def full(self):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(loop.Trainer, "run", full)
+    with pytest.raises(UserError, match=r"--batch-size 2 instead of 4.*--grad-accum-steps 16 instead of 8.*--image-resize-height 180"):
+        train_async(async_settings(batch_size=4, grad_accum_steps=8))
+
+
+def test_a_starving_loader_is_reported(async_settings, monkeypatch, capsys):
+    import time
+
+    from vla_lib.training.samples import MicroBatchDataset
+
+    read = MicroBatchDataset.__getitem__
+
+    def slow(self, request):
+        time.sleep(0.1)
+        return read(self, request)
+
+    monkeypatch.setattr(MicroBatchDataset, "__getitem__", slow)
+    train_async(async_settings(max_steps=2, grad_accum_steps=2))
+    assert "The loader starves the training" in capsys.readouterr().out
+
+
+def test_a_loss_that_is_not_finite_stops_the_training(async_settings, monkeypatch):
+    from vla_lib.policy import Policy
+
+    forward = Policy.forward
+    monkeypatch.setattr(Policy, "forward", lambda self, *a: forward(self, *a) * float("nan"))
+    with pytest.raises(UserError, match="not finite at step 1.*--lr"):
+        train_async(async_settings(max_steps=2))
+
+
+def test_bf16_trains_and_its_checkpoint_predicts_in_float32(diffusion_settings, tmp_path):
+    settings = diffusion_settings(precision="bf16", max_steps=2, diffusion_timesteps=10, ddim_steps=2)
+    train_diffusion(settings)
+    policy, _ = load_policy(tmp_path / "run" / "checkpoints" / "diffusion_stage1_latest.pt")
+    assert {p.dtype for p in policy.parameters()} == {torch.float32}
+    assert torch.isfinite(policy.predict(prepare_data(settings).train.batch([0]))).all()
