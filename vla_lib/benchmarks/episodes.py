@@ -33,7 +33,7 @@ def rows(fast: bool = False) -> list[BenchRow]:
         run_jobs(make_jobs(folder / "raw"), 1, show=False)
         found += [sample_row(folder / "raw" / "part1" / "recv_all_20251020_000000"), *open_rows(folder, 200 if fast else 1000)]
         shutil.rmtree(folder / "many")
-        return [*found, workers_row(folder, 4 if fast else 12, seconds)]
+        return [*found, workers_row(folder, 4 if fast else 24, seconds)]
 
 
 def write_raw(path: Path, seconds: float, windows: bool) -> None:

@@ -89,11 +89,13 @@ def _require(condition: Any, text: str) -> None:
 
 
 def _array(value: Any, shape: tuple[int | None, ...], kind: str, name: str) -> Any:
-    _require(type(value) is np.ndarray, f"{name} is no array")
-    fits = value.ndim == len(shape) and all(want is None or want == have for want, have in zip(shape, value.shape, strict=True))
-    shown = "(" + ", ".join("n" if want is None else str(want) for want in shape) + ")"
-    _require(fits, f"{name} has shape {value.shape}, {shown} is needed")
-    _require(value.dtype.kind in kind, f"{name} has dtype {value.dtype}")
+    if type(value) is not np.ndarray:
+        raise ValueError(f"{name} is no array")
+    if len(value.shape) != len(shape) or any(want not in (None, have) for want, have in zip(shape, value.shape, strict=True)):
+        shown = "(" + ", ".join("n" if want is None else str(want) for want in shape) + ")"
+        raise ValueError(f"{name} has shape {value.shape}, {shown} is needed")
+    if value.dtype.kind not in kind:
+        raise ValueError(f"{name} has dtype {value.dtype}")
     return value
 
 

@@ -1,0 +1,77 @@
+"""Every figure of notebooks 01 and 02 is drawn from good and from broken episodes, with units on its axes."""
+
+import io
+
+import matplotlib
+import numpy as np
+import pytest
+from conftest import prepare_all
+from raw_episodes import JPEG, Raw
+
+from vla_lib.episodes import Episode, build_steps, find_prepared, load_prepared
+from vla_lib.episodes.recheck import recheck
+from vla_lib.workbench.plots import episode_rates, episodes
+
+matplotlib.use("Agg")
+T = np.arange(0, 2, 0.01)
+CASES = {
+    "whole": Raw("F1", seconds=2.0, right=True),
+    "windows": Raw("F2", seconds=2.5, sensor_ahead=1.5, force_column=np.sin(np.arange(250) / 9)),
+    "no_sensor": Raw("F0", seconds=2.0),
+    "gaps": Raw("F3", seconds=2.0, views=(1, 3), row_times=T[(T < 0.7) | (T > 1.0)], first_picture={3: 0.9}),
+}
+
+
+@pytest.fixture(params=CASES)
+def episode(request, tmp_path):
+    path = CASES[request.param].write(tmp_path / "d")
+    if request.param == "gaps":
+        sorted((path / "View1").glob("*.jpg"))[0].write_bytes(JPEG[:10] + b"x" * 400 + b"\xff\xd9")  # whole by its end, damaged inside
+    return Episode.open(path)
+
+
+def axes_with_lines(figure):
+    figure.savefig(io.BytesIO(), format="png", dpi=30)
+    return [axis for axis in figure.axes if axis.lines or axis.patches or axis.images]
+
+
+def test_figures_of_an_instant(episode):
+    steps = build_steps(episode)
+    for figure in (
+        episodes.overview(episode, steps, 0.3),
+        episodes.motion(episode, steps, 0.3),
+        episodes.sensor(episode, steps, 0.3),
+        episodes.actions(episode, steps),
+    ):
+        drawn = axes_with_lines(figure)
+        assert drawn
+        units = " ".join(axis.get_ylabel() + axis.get_xlabel() for axis in drawn)
+        assert "(s)" in units
+    titles = [axis.get_title() for axis in episodes.instant(episode, 0.3).axes]
+    assert any("ms old" in title for title in titles)
+
+
+def test_invalid_spans_are_shaded(tmp_path):
+    episode = Episode.open(CASES["gaps"].write(tmp_path / "d"))
+    steps = build_steps(episode)
+    axis = episodes.actions(episode, steps).axes[0]
+    spans = [patch.get_extents().transformed(axis.transData.inverted()) for patch in axis.patches]
+    assert len(spans) == 1 and spans[0].x0 == pytest.approx(0.6, abs=1e-6) and spans[0].x1 == pytest.approx(1.1, abs=1e-6)
+
+
+def test_figures_of_rates(episode):
+    assert axes_with_lines(episode_rates.intervals(episode))
+    timeline = episode_rates.timeline(episode)
+    assert {label.get_text() for label in timeline.axes[0].get_yticklabels()} >= {"robot", *episode.pictures}
+    assert axes_with_lines(episode_rates.offset_evidence(episode))
+
+
+def test_figures_of_verdicts_and_of_the_check(tmp_path):
+    path = CASES["whole"].write(tmp_path / "root" / "part1")
+    (tmp_path / "root" / "part1" / "recv_all_20250101_000001").mkdir()
+    outcome = prepare_all(tmp_path / "root")
+    bars = [bar.get_height() for bar in episode_rates.verdicts([r.summary for r in outcome.reports]).axes[0].patches]
+    assert bars == [1, 0, 1]
+    assert axes_with_lines(episode_rates.verdicts([]))
+    table = recheck(load_prepared(find_prepared(tmp_path / "root")[0]), Episode.open(path), 5)
+    assert "5 of 5" in episode_rates.recheck(table).axes[2].get_title()
