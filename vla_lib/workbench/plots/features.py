@@ -92,10 +92,14 @@ def pca_maps(features: EpisodeFeatures, frames: Mapping[str, Sequence[np.ndarray
 
 
 def similarity(episodes: Sequence[EpisodeFeatures], views: Sequence[str] | None = None) -> Figure:
-    """Cosine similarity of ticks (features centred over all shown), within each episode and against the others, over time in steps."""
+    """Cosine similarity of ticks (features centred over all shown), within each episode and against the others, over time in steps.
+
+    Ticks that lack a picture which the episode has elsewhere are left out.
+    """
     layout = episodes[0].layout
     chosen = np.concatenate([np.r_[layout.view_slice(view)] for view in (views or layout.views)])
-    vectors = [_flat(episode, chosen) for episode in episodes]
+    whole = [_whole(episode) for episode in episodes]
+    vectors = [_flat(episode, chosen)[kept] for episode, kept in zip(episodes, whole, strict=True)]
     joined = np.concatenate(vectors)
     joined = joined - joined.mean(0)
     joined /= np.maximum(np.linalg.norm(joined, axis=1, keepdims=True), 1e-9)
@@ -104,7 +108,7 @@ def similarity(episodes: Sequence[EpisodeFeatures], views: Sequence[str] | None 
     with style():
         figure = Figure(figsize=(11, 4.4))
         left, right = figure.subplots(1, 2, width_ratios=(1, 1.15))
-        shown = left.imshow(cosine, vmin=-1, vmax=1, cmap="RdBu_r", interpolation="nearest")
+        shown = left.imshow(cosine, vmin=-1, vmax=1, cmap="RdBu_r", interpolation="nearest", aspect="auto")
         for edge in edges[1:-1]:
             left.axhline(edge - 0.5, color="black", lw=0.6)
             left.axvline(edge - 0.5, color="black", lw=0.6)
@@ -115,7 +119,7 @@ def similarity(episodes: Sequence[EpisodeFeatures], views: Sequence[str] | None 
         left.set_title("Similarity of all ticks")
         figure.colorbar(shown, ax=left, label="cosine of centred features", shrink=0.8)
         for number, episode in enumerate(episodes):
-            steps = episode.tick_step.numpy()
+            steps = episode.tick_step.numpy()[whole[number]]
             inside = cosine[edges[number], edges[number] : edges[number + 1]]
             right.plot(steps, inside, marker=".", ms=3, label=f"{number + 1}: {names[number]}")
             others = np.delete(cosine[edges[number] : edges[number + 1]], np.r_[edges[number] : edges[number + 1]], axis=1)
@@ -149,7 +153,8 @@ def fit_probe(
     """Fit features -> position on some episodes and predict the others.
 
     positions_mm: per episode (ticks, 3), the tool's position at each tick; held_out: numbers of the held-out episodes (default: every
-    fourth). The ridge strength is chosen on a quarter of the training episodes, never on the held-out ones. Needs four episodes or more.
+    fourth). The ridge strength is chosen on a quarter of the training episodes, never on the held-out ones. Ticks that lack a picture
+    are left out. Raises ValueError for fewer than four episodes.
     """
     if len(episodes) < 4:
         raise ValueError(f"a probe with held-out episodes needs four episodes or more, got {len(episodes)}")
@@ -157,9 +162,10 @@ def fit_probe(
     train = [number for number in range(len(episodes)) if number not in held]
     inner = set(train[1::4])
     tokens = np.arange(episodes[0].layout.tokens)
-    x = np.concatenate([_flat(episode, tokens) for episode in episodes])
-    y = np.concatenate([np.asarray(position, np.float64)[:, :3] for position in positions_mm])
-    owner = np.repeat(np.arange(len(episodes)), [len(episode.tick_step) for episode in episodes])
+    whole = [_whole(episode) for episode in episodes]
+    x = np.concatenate([_flat(episode, tokens)[kept] for episode, kept in zip(episodes, whole, strict=True)])
+    y = np.concatenate([np.asarray(position, np.float64)[kept, :3] for position, kept in zip(positions_mm, whole, strict=True)])
+    owner = np.repeat(np.arange(len(episodes)), [kept.sum() for kept in whole])
     strengths = np.logspace(-4, 4, 9) if strengths is None else strengths
     outer_train, inner_train = np.isin(owner, train), np.isin(owner, [number for number in train if number not in inner])
     inner_test = np.isin(owner, list(inner))
@@ -197,6 +203,12 @@ def probe(result: Probe) -> Figure:
             f"Linear probe: features to tool position, trained on {result.train_episodes} episodes, shown on {result.held_out_episodes} held out"
         )
     return figure
+
+
+def _whole(episode: EpisodeFeatures) -> np.ndarray:
+    """(ticks,) bool: ticks with every picture that the episode has at any tick."""
+    known = episode.raw_mask.sum(1)
+    return known == known.max()
 
 
 def _flat(episode: EpisodeFeatures, tokens: np.ndarray) -> np.ndarray:
