@@ -22,7 +22,7 @@ _HAND_PLACE_MM = (-38.0, 0.0, 42.0)  # in the tool frame, which begins at the ti
 _HAND_LOOKS_AT_MM = (4.0, 0.0, -6.0)
 
 # Marks on the silicone (x, y, radius in mm, on the phantom), so that its surface is not a blank: they do not move with the target.
-_SPECKS = ((-19, -17, 1.1), (-20, 6, 0.8), (-12, 20, 1.0), (3, -20, 0.9), (15, -19, 1.2), (20, -5, 0.8), (19, 15, 1.1), (4, 20, 0.8))
+_SPECKS = ((-22, -20, 1.1), (-23, 6, 0.8), (-13, 23, 1.0), (3, -23, 0.9), (16, -22, 1.2), (23, -5, 0.8), (22, 17, 1.1), (4, 23, 0.8))
 
 _XML = """
 <mujoco model="needle insertion rig">
@@ -49,11 +49,11 @@ _XML = """
   <worldbody>
     <light name="lamp" pos="{cx} {cy} 300" dir="0 0 -1" directional="true" diffuse="0.7 0.7 0.7" specular="0.2 0.2 0.2" castshadow="false"/>
     <body name="target" mocap="true" pos="{cx} {cy} {sz}">
-      <geom type="cylinder" size="6.0 0.05" pos="0 0 0.05" material="paper"/>
-      <geom type="box" size="4.6 1.3 0.05" pos="7.2 0 0.10" material="bar"/>
-      <geom type="cylinder" size="4.6 0.05" pos="0 0 0.20" material="ring"/>
-      <geom type="cylinder" size="2.4 0.05" pos="0 0 0.30" material="paper"/>
-      <geom type="cylinder" size="0.8 0.05" pos="0 0 0.40" material="ring"/>
+      <geom type="cylinder" size="7.6 0.05" pos="0 0 0.05" material="paper"/>
+      <geom type="box" size="4.6 1.6 0.05" pos="9.4 0 0.10" material="bar"/>
+      <geom type="cylinder" size="6.0 0.05" pos="0 0 0.20" material="ring"/>
+      <geom type="cylinder" size="3.0 0.05" pos="0 0 0.30" material="paper"/>
+      <geom type="cylinder" size="1.0 0.05" pos="0 0 0.40" material="ring"/>
     </body>
     <body name="tool" mocap="true" pos="{cx} {cy} {start}">
       <geom type="ellipsoid" size="0.55 0.55 1.6" pos="0 0 1.6" material="steel"/>
@@ -64,9 +64,9 @@ _XML = """
       <camera name="View5" pos="{hx} {hy} {hz}" fovy="{hand_fovy}"/>
     </body>
     <body name="phantom" mocap="true" pos="{cx} {cy} {sz}">
-      <geom type="box" size="23 23 10" pos="0 0 -10" material="silicone"/>
-      <geom type="box" size="4 9 12" pos="27 0 -14" material="clamp"/>
-      <geom type="box" size="4 9 12" pos="-27 0 -14" material="clamp"/>
+      <geom type="box" size="26 26 10" pos="0 0 -10" material="silicone"/>
+      <geom type="box" size="4 9 12" pos="30 0 -14" material="clamp"/>
+      <geom type="box" size="4 9 12" pos="-30 0 -14" material="clamp"/>
       {specks}
     </body>
     <body name="ground" pos="{cx} {cy} {bench}">

@@ -38,8 +38,8 @@ VIEWS = ("View1_left", "View2_left", "View3_left", "View4_left", "View5")
 # Ranges of what is randomised in the pictures, about the values in scene.py.
 CAMERA_PLACE_JITTER_MM = 0.3
 CAMERA_TURN_JITTER_DEG = 0.15
-LIGHT_LEVEL = (0.75, 1.15)
-AMBIENT_LEVEL = (0.30, 0.45)
+LIGHT_LEVEL = (0.85, 1.1)
+AMBIENT_LEVEL = (0.32, 0.42)
 PHANTOM_JITTER_MM = 2.0
 PHANTOM_YAW_DEG = 6.0
 
@@ -148,7 +148,7 @@ def sample_world(seed: int, task: str = DEFAULT_TASK) -> World:
 
 def _sample_looks(rng: np.random.Generator, row: dict) -> dict:
     return {
-        "silicone_rgb": tuple(np.clip(np.asarray(row["silicone_rgb"]) * rng.uniform(0.94, 1.04, 3), 0, 1)),
+        "silicone_rgb": tuple(np.clip(np.asarray(row["silicone_rgb"]) * rng.uniform(0.95, 1.03, 3), 0, 1)),
         "ring_hue": float(rng.uniform(*row["ring_hue"]) % 1.0),
         "table_level": float(rng.uniform(0.8, 1.1)),
         "light_mm": tuple(rng.uniform((-80, -80, 180), (80, 80, 260))),  # about the workspace centre

@@ -112,7 +112,7 @@ def _draw_space(axis, paths: Sequence[np.ndarray], truth: Mapping[str, Any]) -> 
     x, y = truth["target_xy_mm"]
     angle = np.linspace(0, 2 * np.pi, 60)
     for height, radius, colour, name in (
-        (truth["surface_z_mm"], 4.6, TARGET, "target"),
+        (truth["surface_z_mm"], 6.0, TARGET, "target"),
         (truth["membrane_z_mm"], 8.0, MEMBRANE, "membrane (hidden)"),
     ):
         axis.plot(x + radius * np.cos(angle), y + radius * np.sin(angle), height, color=colour, lw=1.5, label=name)
@@ -125,7 +125,7 @@ def _draw_space(axis, paths: Sequence[np.ndarray], truth: Mapping[str, Any]) -> 
 
 
 def _draw_above(axis, paths: Sequence[np.ndarray], target: np.ndarray) -> None:
-    axis.add_patch(Circle(target, 4.6, fill=False, color=TARGET, lw=1, ls=":"))
+    axis.add_patch(Circle(target, 6.0, fill=False, color=TARGET, lw=1, ls=":"))
     axis.add_patch(Circle(target, LATERAL_TOLERANCE_MM, color=TARGET, alpha=0.25, lw=0, label="tolerance"))
     for position in paths:
         axis.plot(position[:, 0], position[:, 1], color=PATH, lw=1.5)
