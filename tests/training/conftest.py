@@ -6,11 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from synthetic import write_dataset  # noqa: E402
+from synthetic import write_dataset
 
-from vla_lib.training.settings import AsyncSettings, DiffusionSettings  # noqa: E402
+from vla_lib.training.settings import AsyncSettings, DiffusionSettings
 
 SMALL = {
     "width": 32,
@@ -22,6 +23,16 @@ SMALL = {
     "device": "cpu",
     "warmup_steps": 2,
 }
+
+
+@pytest.fixture(autouse=True)
+def quiet_machine(tmp_path, monkeypatch):
+    """One thread (so that sums have one order) and a W&B folder of the test's own."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -94,7 +94,7 @@ def test_diffusion_writes_everything_and_its_policy_loads(diffusion_settings, tm
     assert not torch.equal(policy.predict(batch), other) and info["front_door"] == "train_diffusion"
 
 
-@pytest.mark.parametrize(("kind", "steps", "lr"), [("async", 250, 5e-3), ("diffusion", 700, 5e-3)])
+@pytest.mark.parametrize(("kind", "steps", "lr"), [("async", 120, 3e-3), ("diffusion", 300, 3e-3)])
 def test_overfits_one_episode(kind, steps, lr, single, async_settings, diffusion_settings, tmp_path):
     """Under 2 % of the mean-baseline's error on one episode."""
     build, train = (async_settings, train_async) if kind == "async" else (diffusion_settings, train_diffusion)
@@ -128,7 +128,7 @@ def scenes(tmp_path_factory):
 
 def test_trap_18_the_target_is_not_inside_the_input(scenes, async_settings, monkeypatch):
     """With targets shuffled against inputs nothing can be learnt: the held-out error is the mean baseline's. Unshuffled it is far below."""
-    settings = async_settings(dataset_root=scenes, max_steps=250, lr=3e-3, batch_size=32, grad_accum_steps=1, val_fraction=0.25, width=64)
+    settings = async_settings(dataset_root=scenes, max_steps=250, lr=3e-3, batch_size=32, grad_accum_steps=1, val_fraction=0.25)
     honest = train_async(settings)
     assert honest["val_action_loss"] < 0.5 * honest["baselines"]["mean"]["action_loss"]
 

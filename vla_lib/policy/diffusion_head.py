@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from vla_lib.policy.config import ACTION_DIM, PolicyConfig
 
-
 DRAWS = 4  # (noise, timestep) pairs a sample and training step: the context, the costly part, is computed once for all of them
 
 

@@ -99,8 +99,9 @@ class Policy(nn.Module):
     ) -> Tensor:
         """Observation batch -> (B, horizon, 7) actions: mm, degrees (rotation vector), gripper; float32.
 
-        The diffusion head samples with DDIM in `ddim_steps` (default: the policy's own) from `noise` (B, horizon, 7) or (B, draws, horizon, 7), or from what a CPU
-        `generator` draws (default: seed 0, so that the same observation gives the same chunk). The module must be in eval mode; raises RuntimeError otherwise.
+        The diffusion head samples with DDIM in `ddim_steps` (default: the policy's own) from `noise` (B, horizon, 7), or of training draws
+        (B, draws, horizon, 7) from the first, or from what a CPU `generator` draws (default: seed 0, so that the same observation gives
+        the same chunk). The module must be in eval mode; raises RuntimeError otherwise.
         """
         if self.training:
             raise RuntimeError("predict() needs eval mode: call policy.eval() first")

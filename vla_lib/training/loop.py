@@ -67,7 +67,8 @@ def out_of_memory(settings: TrainingSettings) -> str:
         if settings.batch_size > 1
         else "a smaller --width (the batch size is 1 already)",
         f"with it --grad-accum-steps {more} instead of {settings.grad_accum_steps} (the same effective batch)",
-        f"smaller pictures: --image-resize-height {settings.image_resize_height // 2} --image-resize-width {settings.image_resize_width // 2}, with a VL cache built for them",
+        f"smaller pictures: --image-resize-height {settings.image_resize_height // 2} --image-resize-width {settings.image_resize_width // 2}, "
+        "with a VL cache built for them",
     ]
     return f"Out of memory. Remedies, in this order: (1) {remedies[0]}; (2) {remedies[1]}; (3) {remedies[2]}. Then go on with --resume."
 

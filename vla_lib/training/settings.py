@@ -169,7 +169,7 @@ class DiffusionSettings(TrainingSettings):
     sensor_window_size: int = 650
     """Sensor samples that end at the step's time (650 Hz: 650 = 1 s)."""
     training_stage: Literal["stage1", "stage2"] = "stage1"
-    """stage1: the VLM stays frozen and its features come from the cache (recommended); stage2: LoRA on the live language model."""
+    """stage1: the VLM stays frozen and its features come from the cache; stage2 (LoRA on the language model) is refused for now."""
     diffusion_timesteps: int = 100
     """Timesteps of the DDPM noise schedule (cosine)."""
     ddim_steps: int = 10
@@ -183,6 +183,10 @@ class DiffusionSettings(TrainingSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.training_stage != "stage1":
+            raise UserError(
+                "--training-stage stage2 (LoRA on the live VLM) is not available in this version; train stage1, as the guide recommends."
+            )
         if not 1 <= self.ddim_steps <= self.diffusion_timesteps:
             raise UserError(f"--ddim-steps {self.ddim_steps} must lie between 1 and --diffusion-timesteps {self.diffusion_timesteps}.")
 

@@ -1,0 +1,255 @@
+"""Kills, stops, resumptions, several processes: the result is the uninterrupted run's."""
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from conftest import SMALL, launch
+
+from vla_lib.core.errors import UserError
+from vla_lib.core.files import append_jsonl, read_jsonl
+from vla_lib.train_async import main as train_async
+from vla_lib.training import checkpoint, loop
+from vla_lib.training.checkpoint import load_policy, read_checkpoint
+from vla_lib.training.metrics import truncate
+
+STEPS = 12
+RUN = {"max_steps": STEPS, "batch_size": 4, "grad_accum_steps": 2, "lr": 1e-3, "dropout": 0.1, "checkpoint_every_steps": 2}
+
+
+def weights(run: Path) -> dict:
+    content = read_checkpoint(run / "checkpoints" / "qwen_vla_async.pt")
+    return {**{f"raw {k}": v for k, v in content["training"]["model"].items()}, **content["policy"]}
+
+
+def same(a: dict, b: dict, tolerance: float = 0.0) -> bool:
+    return a.keys() == b.keys() and all(
+        torch.equal(a[k], b[k]) if not tolerance else torch.allclose(a[k], b[k], atol=tolerance, rtol=0) for k in a
+    )
+
+
+def figures(run: Path) -> list[tuple]:
+    return [(r["step"], r.get("epoch"), r.get("train/loss_step"), r.get("val/loss_epoch")) for r in read_jsonl(run / "metrics.jsonl")]
+
+
+def wait_for_step(run: Path, step: int, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 90
+    while not any(r["step"] >= step for r in read_jsonl(run / "metrics.jsonl")):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def whole(mixed, tmp_path_factory):
+    """The uninterrupted run."""
+    from vla_lib.training.settings import AsyncSettings
+
+    torch.set_num_threads(1)
+    run = tmp_path_factory.mktemp("whole") / "run"
+    train_async(AsyncSettings(**SMALL, **RUN, dataset_root=mixed, run_dir=run))
+    return run
+
+
+@pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGTERM])
+def test_trap_24_killed_and_resumed_is_the_uninterrupted_run(kill, whole, mixed, async_settings, tmp_path):
+    run = tmp_path / "run"
+    process = launch("train_async", {**RUN, "dataset_root": mixed, "run_dir": run}, background=True)
+    wait_for_step(run, 5, process)
+    process.send_signal(kill)
+    output = process.communicate(timeout=60)[0]
+    saved = read_checkpoint(run / "checkpoints" / "qwen_vla_async.pt")["step"]
+    last = max(r["step"] for r in read_jsonl(run / "metrics.jsonl"))
+    if kill == signal.SIGTERM:
+        assert process.returncode == 0 and saved == last and "go on with --resume" in output  # saved within the step
+    else:
+        assert process.returncode == -signal.SIGKILL and saved > last - 3
+    if last < STEPS:  # it was stopped on the way, not after the end
+        results = train_async(async_settings(**RUN, resume=True))
+        assert results["step"] == STEPS
+    assert same(weights(run), weights(whole))
+    assert figures(run) == figures(whole)
+
+
+def test_resuming_a_finished_run_with_more_epochs_goes_on(async_settings, tmp_path):
+    first = train_async(async_settings(epochs=1))
+    more = train_async(async_settings(epochs=2, resume=True))
+    assert more["step"] == 2 * first["step"] and more["epochs"] == 2
+    assert [f[1] for f in figures(tmp_path / "run") if f[1]] == [1, 2]
+
+
+def test_trap_24_resume_without_a_checkpoint_is_an_error(async_settings):
+    with pytest.raises(UserError, match="There is no checkpoint"):
+        train_async(async_settings(resume=True))
+    with pytest.raises(UserError, match="--resume needs --run-dir"):
+        train_async(async_settings(resume=True, run_dir=None))
+
+
+def test_a_run_folder_is_never_trained_over(async_settings):
+    train_async(async_settings(max_steps=1))
+    with pytest.raises(UserError, match="exists already; pass --resume"):
+        train_async(async_settings(max_steps=1))
+
+
+def test_resume_refuses_other_settings_and_names_both_sides(async_settings):
+    train_async(async_settings(max_steps=1))
+    with pytest.raises(UserError, match=r"--lr: checkpoint 0.0001, now 0.5.*--width: checkpoint 32, now 64"):
+        train_async(async_settings(max_steps=2, resume=True, lr=0.5, width=64))
+
+
+def test_resume_and_load_refuse_another_cache(async_settings, tmp_path):
+    train_async(async_settings(max_steps=1))
+    path = tmp_path / "run" / "checkpoints" / "qwen_vla_async.pt"
+    info = load_policy(path)[1]
+    with pytest.raises(UserError, match=r"views: .*View5.*against.*View9"):
+        load_policy(path, binding={**info["binding"], "views": ["View9"]})
+    content = read_checkpoint(path)
+    content["binding"]["layer"] = 7
+    checkpoint.save_checkpoint(path, content)
+    with pytest.raises(UserError, match="layer: 7 against 2"):
+        train_async(async_settings(max_steps=2, resume=True))
+
+
+def test_trap_25_loading_is_strict_and_damage_is_named(async_settings, tmp_path):
+    train_async(async_settings(max_steps=1))
+    path = tmp_path / "run" / "checkpoints" / "qwen_vla_async.pt"
+    content = read_checkpoint(path)
+    whole = path.read_bytes()
+    for change in ("missing", "extra"):
+        state = dict(content["policy"])
+        if change == "missing":
+            del state["head.out.weight"]
+        else:
+            state["head.colour"] = torch.zeros(1)
+        checkpoint.save_checkpoint(path, content | {"policy": state})
+        with pytest.raises(UserError, match=r"do not fit its policy.*head\.(out\.weight|colour)"):
+            load_policy(path)
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="cannot be read as a checkpoint"):
+        load_policy(path)
+    torch.save({"a": 1}, path)
+    with pytest.raises(UserError, match="not a checkpoint of this workbench"):
+        load_policy(path)
+    torch.save({"format": os.system}, path)  # anything beyond tensors and plain values is refused
+    with pytest.raises(UserError, match="cannot be read as a checkpoint"):
+        load_policy(path)
+
+
+def test_a_full_disk_keeps_the_last_good_checkpoint(async_settings, tmp_path, monkeypatch, capsys):
+    save, calls = torch.save, []
+
+    def full(value, path):
+        calls.append(value["step"])
+        if value["step"] == 2:
+            save({"half": torch.zeros(10)}, path)
+            raise OSError(28, "No space left on device")
+        save(value, path)
+
+    monkeypatch.setattr(checkpoint.torch, "save", full)
+    seen = []
+    row = loop.Trainer._row
+
+    def watch(self, *args):
+        row(self, *args)
+        seen.append(read_checkpoint(self.latest)["step"])
+
+    monkeypatch.setattr(loop.Trainer, "_row", watch)
+    train_async(async_settings(max_steps=4, checkpoint_every_steps=1, val_fraction=0.0))
+    assert seen == [0, 1, 1, 3] and "is untouched; training goes on" in capsys.readouterr().out
+    assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == ["qwen_vla_async.pt", "qwen_vla_async_final.pt"]
+
+
+def test_latest_is_never_older_than_the_interval(async_settings, monkeypatch):
+    now, seen = [0.0], []
+    monkeypatch.setattr(loop.time, "monotonic", lambda: now[0])
+    step = loop.Trainer._step
+
+    def slow(self, *args):
+        now[0] += 7.0
+        result = step(self, *args)
+        seen.append(now[0] - self.saved_at)
+        return result
+
+    monkeypatch.setattr(loop.Trainer, "_step", slow)
+    train_async(async_settings(max_steps=9, checkpoint_every_s=20.0, epochs=99, batch_size=1, grad_accum_steps=1))
+    assert max(seen) <= 20.0 + 7.0
+
+
+def test_truncate_drops_what_came_after_the_checkpoint(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    for row in ({"step": 1}, {"step": 2}, {"step": 2, "epoch": 1}, {"step": 3}, {"step": 4}, {"step": 4, "epoch": 2}):
+        append_jsonl(path, row)
+    with open(path, "a") as file:
+        file.write('{"step": 5, "tra')  # killed while writing
+    truncate(path, 4, 1)
+    assert [(r["step"], r.get("epoch")) for r in read_jsonl(path)] == [(1, None), (2, None), (2, 1), (3, None), (4, None)]
+
+
+def test_trap_19_two_ranks_equal_one_of_twice_the_batch(mixed, async_settings, tmp_path):
+    """Weights after 5 steps agree within 1e-5, all ranks hold the same bits, they drew different samples, validation covers all of them."""
+    flags = {"max_steps": 5, "lr": 1e-3, "grad_accum_steps": 2}
+    worker = Path(__file__).with_name("rank_worker.py")
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(worker), "--no-sensor-enabled"]
+    for name, value in {**SMALL, **flags, "batch_size": 3, "dataset_root": mixed, "run_dir": tmp_path / "two"}.items():
+        words += ["--" + name.replace("_", "-"), str(value)]
+    done = subprocess.run(words, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    ranks = [torch.load(tmp_path / "two" / f"rank{r}.pt") for r in range(2)]
+    assert same(ranks[0]["weights"], ranks[1]["weights"])
+    assert ranks[0]["metrics"] == ranks[1]["metrics"]
+    one = train_async(async_settings("one", **flags, batch_size=6, sensor_enabled=False))
+    content = read_checkpoint(tmp_path / "one" / "checkpoints" / "qwen_vla_async.pt")
+    assert same(content["training"]["model"], ranks[0]["weights"], 1e-5)
+    assert content["metrics"] == pytest.approx(ranks[0]["metrics"], rel=1e-4)
+    assert figures(tmp_path / "one")[4][2] == pytest.approx(figures(tmp_path / "two")[4][2], rel=1e-4)
+    a, b = ranks[0]["drawn"], ranks[1]["drawn"]
+    assert len(a) == len(b) == 30 and a != b and one["processes"] == 1
+
+
+def test_losing_a_rank_ends_the_job_and_one_process_goes_on(mixed, async_settings, tmp_path):
+    """No process is left behind, and --resume with another number of processes ends at the same step without a doubled or missing one."""
+    run = tmp_path / "run"
+    flags = {"max_steps": 14, "batch_size": 2, "grad_accum_steps": 2, "checkpoint_every_steps": 1}
+    process = launch("train_async", {**flags, "dataset_root": mixed, "run_dir": run}, processes=2, background=True)
+    wait_for_step(run, 3, process)
+    ranks = psutil.Process(process.pid).children(recursive=True)
+    victim = next(p for p in ranks if p.environ().get("RANK") == "1")
+    victim.kill()
+    output = process.communicate(timeout=90)[0]
+    assert process.returncode != 0 and "Signal 9 (SIGKILL)" in output
+    assert not psutil.wait_procs(ranks, timeout=5)[1]
+    results = train_async(async_settings(**flags, resume=True))
+    assert results["step"] == 14 and results["processes"] == 1
+    assert [f[0] for f in figures(run) if f[2] is not None] == list(range(1, 15))
+
+
+def test_two_nodes_meet_on_this_machine(mixed, tmp_path):
+    """Two launchers with a c10d rendezvous, as on two machines; a user's error ends both with its sentence."""
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    words = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", "--rdzv_id=test"]
+    words += [f"--rdzv_endpoint=127.0.0.1:{port}", "--local_addr=127.0.0.1", "-m", "vla_lib.train_async", "--max-steps", "2"]
+    for name, value in {**SMALL, "dataset_root": mixed, "run_dir": tmp_path / "run"}.items():
+        words += ["--" + name.replace("_", "-"), str(value)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    nodes = [subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(2)]
+    outputs = [node.communicate(timeout=120)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], outputs
+    assert read_checkpoint(tmp_path / "run" / "checkpoints" / "qwen_vla_async.pt")["training"]["world"] == 2
+
+
+def test_resume_keeps_the_split_of_the_run(async_settings, tmp_path):
+    train_async(async_settings(max_steps=1))
+    path = tmp_path / "run" / "checkpoints" / "qwen_vla_async.pt"
+    before = read_checkpoint(path)["split"]
+    train_async(dataclasses.replace(async_settings(max_steps=2), resume=True))
+    assert read_checkpoint(path)["split"] == before
