@@ -270,6 +270,23 @@ def test_an_output_root_leaves_the_data_set_alone(root, tmp_path):
     assert statuses(prepare_all(root, output_root=tmp_path / "out")) == ["unchanged", "unchanged"]
 
 
+def test_an_output_root_inside_the_data_set_is_not_taken_for_recordings(root):
+    prepare_all(root, output_root=root / "prepared")
+    assert len(find_episodes(root)) == 2 and len(find_prepared(root)) == 2
+
+
+def test_gaps_reach_data_pkl_and_the_windows(tmp_path):
+    t, sensor = np.arange(0, 3, 0.01), np.arange(1950) / 650
+    raw = Raw(row_times=t[(t < 1.015) | (t > 1.205)], sensor_times=sensor[(sensor < 2.02) | (sensor > 2.33)], camera_hz=2.0)
+    path = raw.write(tmp_path / "root" / "part1")
+    report = prepare_all(tmp_path / "root").reports[0]
+    episode = load_prepared(path)
+    assert report.verdict == "usable with exclusions" and np.flatnonzero(~episode.valid).tolist() == [10, 11, 12, 20, 21, 22, 23]
+    assert np.flatnonzero(~episode.sensor_full(65)).tolist() == [0, 21, 22, 23, 24]
+    assert [episode.sensor_window(k, 65) is None for k in (20, 22, 24, 25)] == [False, True, True, False]
+    assert set(episode.metadata["gaps"]) == {"robot", "sensor"} and report.summary["full_windows"] == 24
+
+
 def test_memory_stays_small_however_large_the_sensor_files(tmp_path):
     Raw("F2", seconds=5.0, stride=65, compressed=True, camera_hz=2).write(tmp_path / "root" / "New_dataset" / "A")  # 110 MB of windows
     jobs = make_jobs(tmp_path / "root")

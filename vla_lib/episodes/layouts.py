@@ -106,6 +106,9 @@ def _walk(folder: Path, base: Path, depth: int, seen: set[tuple[int, int]]) -> I
     if (status.st_dev, status.st_ino) in seen:
         return
     seen.add((status.st_dev, status.st_ino))
+    names = {entry.name for entry in entries}
+    if "data.pkl" in names and not any(name.lower().endswith((".csv", ".npz")) for name in names):
+        return  # prepared under an output root: its raw files lie elsewhere
     files = _examine(folder, entries, base) if depth or folder != base or _has_robot_log(entries) else None
     if files is not None:
         yield files

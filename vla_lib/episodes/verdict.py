@@ -24,6 +24,7 @@ STILL_MM = 0.5
 FAR_START_S = 2.0
 EXPECTED_SENSOR_HZ = (600.0, 700.0)
 OLD_POSE_PART = 0.9
+CLOCK_OFF_S = 0.02
 
 
 @dataclass
@@ -104,7 +105,7 @@ def _judge_sensor(episode: Episode, rates: Rates) -> list[Finding]:
     found = []
     sensor = rates["sensor"]
     clock = episode.sensor_clock
-    if clock.how.startswith("estimated"):
+    if clock.how.startswith("estimated") and abs(clock.offset_s) > CLOCK_OFF_S:
         found.append(Finding(EXCLUDED, "sensor", f"its clock is off: {clock.sentence()}"))
     if sensor.gaps:
         found.append(Finding(EXCLUDED, "sensor", _gap_text(sensor.gaps, episode.start_s)))
