@@ -64,7 +64,7 @@ class PixelRecipe:
 
     def patch_size(self, height: int, width: int) -> tuple[int, int]:
         """(height, width) in pixels that the model sees for a picture of this size."""
-        from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
+        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
         return smart_resize(*self.fitted_size(height, width), self.factor, self.min_pixels, self.max_pixels)
 

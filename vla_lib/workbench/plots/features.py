@@ -125,9 +125,7 @@ def similarity(episodes: Sequence[EpisodeFeatures], views: Sequence[str] | None 
             others = np.delete(cosine[edges[number] : edges[number + 1]], np.r_[edges[number] : edges[number + 1]], axis=1)
             if others.size:
                 right.plot(steps, others.mean(1), color=right.lines[-1].get_color(), ls=":", lw=1)
-        right.set(
-            xlabel="action step", ylabel="cosine", title="To the episode's own first tick (line); to the other episodes, mean (dotted)"
-        )
+        right.set(xlabel="action step", ylabel="cosine", title="Line: to the episode's own first tick\nDotted: to the other episodes, mean")
         right.legend(loc="best", fontsize=7)
     return figure
 
