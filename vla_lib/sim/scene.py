@@ -47,6 +47,7 @@ _XML = """
     <material name="clamp" rgba="0.20 0.21 0.24 1" specular="0.3" shininess="0.3"/>
   </asset>
   <worldbody>
+    <!-- near things first: what lies behind them is then rejected by depth before it is shaded -->
     <light name="lamp" pos="{cx} {cy} 300" dir="0 0 -1" directional="true" diffuse="0.7 0.7 0.7" specular="0.2 0.2 0.2" castshadow="false"/>
     <body name="target" mocap="true" pos="{cx} {cy} {sz}">
       <geom type="cylinder" size="7.6 0.05" pos="0 0 0.05" material="paper"/>
@@ -70,8 +71,8 @@ _XML = """
       {specks}
     </body>
     <body name="ground" pos="{cx} {cy} {bench}">
-      <geom type="box" size="250 250 5" material="bench"/>
       {tiles}
+      <geom type="box" size="250 250 5" material="bench"/>
     </body>
     {cameras}
   </worldbody>
