@@ -219,3 +219,17 @@ def test_the_cosine_schedule_ends_in_pure_noise():
     """Noise at the last timestep is pure noise, at the first almost none (cosine schedule)."""
     alphas = make_policy(head="diffusion").head.scheduler.alphas_cumprod
     assert alphas[0] > 0.999 and alphas[-1] < 1e-4 and (alphas.diff() < 0).all()
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_view_dropout_hides_whole_views_in_training_only(head):
+    policy = make_policy(head=head, view_dropout=0.5)
+    batch = observe() | {"action": torch.randn(3, 8, 7)}
+    draws = policy.draw(3, torch.Generator().manual_seed(0))
+    assert draws["hide_view"].shape == (3, 2)
+    draws["hide_view"] = torch.tensor([[False, True]] * 3)
+    hidden = batch | {"vl_mask": batch["vl_mask"].clone()}
+    hidden["vl_mask"][:, 6:12] = False
+    shown = {k: v for k, v in draws.items() if k != "hide_view"}
+    assert torch.equal(policy.train()(batch, draws), policy(hidden, shown))
+    assert torch.equal(policy.eval()(batch, draws), policy(batch, shown))

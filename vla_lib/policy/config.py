@@ -37,6 +37,7 @@ class PolicyConfig:
     layers: int = 3
     heads: int = 4
     dropout: float = 0.0
+    view_dropout: float = 0.0
     diffusion_timesteps: int = 100
     ddim_steps: int = 10
 

@@ -80,14 +80,26 @@ class Policy(nn.Module):
         `draws` are the random numbers of the diffusion head (`draw`), given from outside so that they belong to the sample and not
         to the process. Padded steps (action_mask) are masked by the caller.
         """
+        draws = draws or {}
+        if self.training and "hide_view" in draws:
+            batch = batch | {"vl_mask": batch["vl_mask"] & ~self._of_hidden_views(draws["hide_view"])}
         target = self.normaliser.action(batch["action"])
-        error = self.head.loss(self, self.context(batch), target, draws or {})  # (B, H, 7)
+        error = self.head.loss(self, self.context(batch), target, draws)  # (B, H, 7)
         varies = self.normaliser.action_varies
         return (error.float() * varies).sum(-1) / varies.sum().clamp_min(1.0)
 
     def draw(self, count: int, generator: torch.Generator) -> dict[str, Tensor]:
-        """The random numbers that `count` samples need for one training forward (none for regression); on the CPU."""
-        return self.head.draw(count, generator)
+        """The random numbers that `count` samples need for one training forward, on the CPU: those of the head, and with view dropout
+        `hide_view` (count, views) bool."""
+        draws = self.head.draw(count, generator)
+        if self.config.view_dropout:
+            draws["hide_view"] = torch.rand(count, len(self.config.views), generator=generator) < self.config.view_dropout
+        return draws
+
+    def _of_hidden_views(self, hide_view: Tensor) -> Tensor:
+        """(B, views) bool -> (B, T) bool, True for the tokens of those views; text tokens are never hidden."""
+        shown = hide_view.new_zeros(hide_view.shape[0], 1)
+        return torch.cat([shown, hide_view], 1)[:, self.memory.view_index]  # index 0: text
 
     @torch.no_grad()
     def predict(

@@ -52,6 +52,7 @@ class TrainingData:
             layers=settings.layers,
             heads=settings.heads,
             dropout=settings.dropout,
+            view_dropout=settings.view_dropout,
             **extra,
         )
 

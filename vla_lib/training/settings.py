@@ -81,6 +81,8 @@ class TrainingSettings:
     """Attention heads."""
     dropout: float = 0.0
     """Dropout in the trunk."""
+    view_dropout: float = 0.0
+    """Chance that a camera view is hidden from a training sample: against learning scenes by heart, and for a camera that fails."""
 
     num_workers: int = 2
     """Loader processes of each training process; 0: load in the training process itself."""
@@ -133,7 +135,7 @@ class TrainingSettings:
         for name in ("lr", "clip_norm"):
             if not getattr(self, name) > 0:
                 raise UserError(f"{flag(name)} is {getattr(self, name)}; it must be above 0.")
-        for name in ("val_fraction", "ema_decay", "dropout"):
+        for name in ("val_fraction", "ema_decay", "dropout", "view_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{flag(name)} is {getattr(self, name)}; it must be at least 0 and below 1.")
 

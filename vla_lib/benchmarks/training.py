@@ -1,0 +1,126 @@
+"""Training benchmarks: batches read as batches, the loader against the step, two processes against one, torch.compile. Rows out."""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vla_lib.benchmarks.rows import BenchRow
+from vla_lib.core.errors import UserError
+from vla_lib.core.files import read_jsonl
+
+
+def rows(fast: bool = False, dataset_root: Path | None = None) -> list[BenchRow]:
+    """Measure on `dataset_root` (prepared, with a VL cache; default: $VLA_BENCH_DATA). Raises UserError without one."""
+    root = dataset_root or (Path(os.environ["VLA_BENCH_DATA"]) if "VLA_BENCH_DATA" in os.environ else None)
+    if root is None:
+        raise UserError("The training benchmark needs a prepared data set with a VL cache; set VLA_BENCH_DATA to its root.")
+    return [*loading(root, 40 if fast else 200), *compiled(root, 5 if fast else 20), two_processes(root, 6 if fast else 30)]
+
+
+def _prepared(root: Path) -> tuple[Any, Any]:
+    from vla_lib.training.data import prepare_data
+    from vla_lib.training.settings import AsyncSettings
+
+    settings = AsyncSettings(dataset_root=root)
+    return settings, prepare_data(settings)
+
+
+def _step_time_s(policy: Any, batch: dict, count: int) -> float:
+    def step() -> None:
+        policy.zero_grad(set_to_none=True)
+        policy(batch).mean().backward()
+
+    step()
+    step()
+    begin = time.perf_counter()
+    for _ in range(count):
+        step()
+    return (time.perf_counter() - begin) / count
+
+
+def loading(root: Path, batches: int, batch_size: int = 32) -> list[BenchRow]:
+    """Bytes of windows and features into tensors a second, from warm files; against reading sample by sample, and against the step."""
+    import torch
+
+    from vla_lib.policy import Policy
+
+    settings, data = _prepared(root)
+    samples = data.train
+    draws = np.random.default_rng(0).integers(0, len(samples), (batches, batch_size))
+    for numbers in draws:
+        samples.batch(numbers)  # warm
+    begin = time.perf_counter()
+    for numbers in draws:
+        samples.batch(numbers)
+    ours_s = (time.perf_counter() - begin) / batches
+    begin = time.perf_counter()
+    for numbers in draws[: max(4, batches // 10)]:
+        single = [samples.batch([n]) for n in numbers]
+        {k: torch.cat([s[k] for s in single]) for k in single[0]}
+    each_s = (time.perf_counter() - begin) / max(4, batches // 10)
+    size = samples.bytes_per_sample() * batch_size / 1e9
+    policy = Policy(data.policy_config(settings))
+    step_s = _step_time_s(policy, samples.batch(draws[0]), 3)
+    note = f"batches of {batch_size}, {samples.bytes_per_sample() / 1e3:.0f} kB a sample, {torch.get_num_threads()} threads"
+    return [
+        BenchRow("batch reading, against sample by sample", size / ours_s, size / each_s, "GB/s", each_s / ours_s, ">= 1 GB/s", note),
+        BenchRow("batch reading, against what the step consumes", 1 / ours_s, 1 / step_s, "batches/s", step_s / ours_s, ">= 5x", note),
+    ]
+
+
+def compiled(root: Path, count: int) -> list[BenchRow]:
+    """Forward and backward with torch.compile against without; no row where there is no compiler."""
+    from vla_lib.policy import Policy
+
+    if shutil.which("g++") is None and shutil.which("clang++") is None:
+        return []
+    settings, data = _prepared(root)
+    batch = data.train.batch(np.arange(min(32, len(data.train))))
+    policy = Policy(data.policy_config(settings))
+    plain_s = _step_time_s(policy, batch, count)
+    try:
+        policy.compile()
+        compiled_s = _step_time_s(policy, batch, count)
+    except Exception as error:  # a broken tool chain is no result of ours
+        print(f"torch.compile does not work here: {str(error).splitlines()[0]}", flush=True)
+        return []
+    return [
+        BenchRow("step with torch.compile, against without", 1 / compiled_s, 1 / plain_s, "steps/s", plain_s / compiled_s, "", "batch 32")
+    ]
+
+
+def two_processes(root: Path, steps: int) -> BenchRow:
+    """Samples a second of two processes against one, one thread each; efficiency is half the ratio."""
+    with tempfile.TemporaryDirectory() as folder:
+        rates = {n: _rate(root, Path(folder) / str(n), n, steps) for n in (1, 2)}
+    ratio = rates[2] / rates[1]
+    return BenchRow(
+        "two processes, against one", rates[2], rates[1], "samples/s", ratio, "", f"efficiency {ratio / 2:.0%}, batch 16 a process"
+    )
+
+
+def _rate(root: Path, run_dir: Path, processes: int, steps: int) -> float:
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m", "vla_lib.train_async"]
+    words += ["--dataset-root", str(root), "--run-dir", str(run_dir), "--max-steps", str(steps), "--batch-size", "16"]
+    words += ["--grad-accum-steps", "1", "--num-workers", "0", "--wandb-mode", "disabled", "--checkpoint-every-s", "1e9"]
+    subprocess.run(words, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
+    taken = [r["elapsed_s"] for r in read_jsonl(run_dir / "metrics.jsonl") if "train/loss_step" in r]
+    skip = min(2, len(taken) - 2)
+    return 16 * processes * (len(taken) - 1 - skip) / (taken[-1] - taken[skip])
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--dataset-root", type=Path)
+    parser.add_argument("--fast", action="store_true")
+    arguments = parser.parse_args()
+    for row in rows(arguments.fast, arguments.dataset_root):
+        print(row)
