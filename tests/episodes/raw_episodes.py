@@ -93,7 +93,7 @@ class Raw:
     def _robot(self, path: Path) -> None:
         t = self.row_times if self.row_times is not None else np.arange(0, self.seconds, 0.01)
         seen = np.floor(t * self.refresh_hz + 1e-9) / self.refresh_hz if self.refresh_hz else t
-        joints = np.stack([10 * np.sin(0.3 * seen + k) for k in range(6)], axis=1)
+        joints = 0.1 * self.pose(seen)  # they rest when the arm rests
         force = self.force_column if self.force_column is not None else np.zeros(len(t))
         rows = np.column_stack([self.start + t + 0.002, self.start + t, self.start + t, force, joints, self.pose(seen)])
         rows = self.edit_rows(rows) if self.edit_rows else rows

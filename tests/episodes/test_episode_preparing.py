@@ -8,6 +8,8 @@ import pickle
 import signal
 import subprocess
 import sys
+import threading
+import time
 import tracemalloc
 
 import numpy as np
@@ -136,6 +138,23 @@ def test_a_held_lock_is_waited_for_and_a_killed_holder_frees_it(tmp_path):
     with folder_lock(tmp_path):
         assert (tmp_path / ".data.pkl.lock").exists()
     assert not (tmp_path / ".data.pkl.lock").exists()
+
+
+def test_a_lock_file_that_went_while_waiting_is_not_taken_for_the_lock(tmp_path):
+    opened, seen = threading.Event(), []
+
+    def second():
+        opened.set()
+        with folder_lock(tmp_path):
+            seen.append((tmp_path / ".data.pkl.lock").exists())
+
+    waiting = threading.Thread(target=second)
+    with folder_lock(tmp_path):
+        waiting.start()
+        assert opened.wait(10)
+        time.sleep(0.3)  # by now it waits for the file that goes with this lock
+    waiting.join(10)
+    assert seen == [True]
 
 
 def test_a_kill_in_the_middle_leaves_no_half_file(root):
