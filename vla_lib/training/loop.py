@@ -363,8 +363,8 @@ class Trainer:
         text = f"epoch {row['epoch']:g} (step {self.step}): loader wait {100 * extra['train/loader_wait_share']:.0f} %"
         if self.data.val is not None:
             reduce = (lambda x: self.accelerator.reduce(x, "sum")) if self.world > 1 else (lambda x: x)
-            with self.accelerator.autocast():
-                found = validate(self.averaged.policy, self.data.val, max(s.batch_size, 16), self.rank, self.world, reduce, s.seed)
+            options = (max(s.batch_size, 16), self.rank, self.world, reduce, s.seed, self.accelerator.autocast)
+            found = validate(self.averaged.policy, self.data.val, *options)
             self.metrics = found
             row |= found
             if found["val/action_loss"] < self.best.get("action_loss", math.inf):

@@ -1,6 +1,7 @@
 """A policy and held-out samples in, the losses and the errors in mm and degrees out, beside the zero, mean and persistence baselines."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
@@ -22,13 +23,15 @@ def validate(
     world: int = 1,
     reduce: Callable[[Tensor], Tensor] = lambda x: x,
     seed: int = 0,
+    autocast: Callable[[], AbstractContextManager] = nullcontext,
 ) -> dict[str, float]:
     """Errors over all valid steps of all chunks; each process takes its share and `reduce` sums over the processes.
 
     val/loss_epoch: the training loss (noise loss for diffusion); val/action_loss: Huber loss of the predicted actions in standard
     deviations of the training actions, the same measure for both models and for val/baseline_<name>_action_loss; val/mae_mm and
     val/mae_deg: mean absolute error of an axis. Noise belongs to the sample, so the figures do not depend on the number of processes.
-    The policy is put into eval mode and left as it was.
+    The policy is put into eval mode and left as it was;
+    `autocast` surrounds its calls.
     """
     was_training = policy.training
     policy.eval()
@@ -43,12 +46,14 @@ def validate(
         mask = batch["action_mask"][..., None]  # (B, H, 1)
         drawn = [policy.draw(1, torch.Generator().manual_seed(seed * 1_000_003 + int(i))) for i in numbers]
         draws = {k: torch.cat([d[k] for d in drawn]).to(device) for k in drawn[0]}
-        loss = policy(batch, draws)  # (B, H)
+        with autocast():
+            loss = policy(batch, draws)  # (B, H)
+            predicted = policy.predict(batch, noise=draws.get("noise"))
         sums[0] += mask.sum()
         sums[1] += (loss.double() * mask[..., 0]).sum()
         target = batch["action"]
         guesses = {
-            "model": policy.predict(batch, noise=draws.get("noise")),
+            "model": predicted,
             "zero": torch.zeros_like(target),
             "mean": normaliser.action_mean.expand_as(target),
             "persistence": batch["previous_action"][:, None].expand_as(target),
