@@ -81,7 +81,8 @@ def test_a_window_is_full_only_where_its_samples_are_there_and_fresh():
     assert window_full(index, t, at, 65, 650, [(0.45, 0.47)]).tolist() == [False, True, False, True, False]
     assert window_full(index, t, at, 650, 650, []).tolist() == [False, False, False, True, False]
     holed = np.where(t > 0.45, t + 0.2, t)  # a hole that nobody listed
-    assert window_full(newest_at_or_before(holed, at) + 1, holed, at, 65, 650, []).tolist() == [False, True, False, True, True]
+    later = np.array([0.44, 0.7, 0.8])
+    assert window_full(newest_at_or_before(holed, later) + 1, holed, later, 65, 650, []).tolist() == [True, False, True]
     assert not window_full(np.zeros(5, int), np.empty(0), at, 65, 650, []).any()
 
 
