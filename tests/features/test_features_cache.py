@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -396,8 +397,8 @@ def test_preflight_bytes_are_the_files_sizes(dataset):
 
 def test_no_space_stops_before_the_model_is_loaded(dataset, monkeypatch):
     monkeypatch.setattr(builder, "load_vlm", None)
-    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: os.terminal_size((0, 0)) and type("Usage", (), {"free": 1 << 20})())
-    with pytest.raises(UserError, match="GB are free"):
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: SimpleNamespace(free=1 << 20))
+    with pytest.raises(UserError, match="GB free, too little"):
         build(dataset)
 
 

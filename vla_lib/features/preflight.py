@@ -83,7 +83,7 @@ class Preflight:
         needed = sum(episode.bytes for episode in self.todo(overwrite)) + SPARE_BYTES
         if self.todo(overwrite) and needed > self.free_bytes:
             raise UserError(
-                f"The features need {needed / 1e9:.2f} GB where {self.free_bytes / 1e9:.2f} GB are free under {cache_folder('ROOT').as_posix()}; "
+                f"The features need {needed / 1e9:.2f} GB and the dataset's disk has {self.free_bytes / 1e9:.2f} GB free, too little; "
                 "free some space (`vla cache ls`, `vla cache rm`), or take a coarser --vl-pooling or a larger --vlm-reuse-count."
             )
 
