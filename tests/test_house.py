@@ -58,17 +58,23 @@ def imported(path: Path) -> list[str]:
 
 
 def test_reading_episodes_imports_nothing_heavy():
-    code = "import sys, vla_lib.episodes, vla_lib.preprocess; print([m for m in ('torch', 'transformers', 'matplotlib') if m in sys.modules])"
+    code = (
+        "import sys, vla_lib.episodes, vla_lib.preprocess; print([m for m in ('torch', 'transformers', 'matplotlib') if m in sys.modules])"
+    )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
 
 
 def test_modules_stay_one_noun_long():
-    long = {str(path.relative_to(PROJECT)): n for path in (PROJECT / "vla_lib").rglob("*.py") if (n := len(path.read_text().splitlines())) > 400}
+    long = {
+        str(path.relative_to(PROJECT)): n for path in (PROJECT / "vla_lib").rglob("*.py") if (n := len(path.read_text().splitlines())) > 400
+    }
     assert long == {}
 
 
 def test_the_lock_pins_every_dependency():
-    wanted = {re.match(r"[\w-]+", line)[0].lower() for line in tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]["dependencies"]}
+    wanted = {
+        re.match(r"[\w-]+", line)[0].lower() for line in tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]["dependencies"]
+    }
     pinned = {line.split("==")[0].lower() for line in (PROJECT / "requirements.lock").read_text().splitlines() if "==" in line}
     assert wanted - pinned == set()
 
@@ -97,7 +103,7 @@ def test_notebooks_are_clean(path):
         assert re.fullmatch(r"[a-z]+(-[a-z0-9]+)*", cell.id), cell.id
         if cell.cell_type == "code":
             assert cell.outputs == [] and cell.execution_count is None, f"{cell.id} has outputs"
-            assert len(cell.source.splitlines()) <= 14, f"{cell.id} is too long"
+            assert cell.id == "parameters" or len(cell.source.splitlines()) <= 14, f"{cell.id} is too long"
             assert not re.search(r"^\s*class ", cell.source, re.M), f"{cell.id} defines a class"
 
 

@@ -132,8 +132,8 @@ class EpisodeBrowser:
         fits = [files for files in self._files if self.dataset.value in ("all datasets", files.dataset)]
         fits = [files for files in fits if self.filter.value.lower() in self._label[files.path].lower()]
         self.chosen.options = [(self._label[files.path], files) for files in fits]
-        if not fits:
-            self.message.value = "No episode fits the filter."
+        self.chosen.index = 0 if fits else None
+        self.message.value = "" if fits else "No episode fits the filter."
 
     def _open(self, _change: Any = None) -> None:
         if self.chosen.value is None:

@@ -1,0 +1,49 @@
+from pathlib import Path
+
+import pytest
+
+from vla_lib import simulate
+from vla_lib.core.errors import UserError
+from vla_lib.workbench import widgets
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    """Two small recorded episodes."""
+    folder = tmp_path_factory.mktemp("widgets") / "data"
+    simulate.main(
+        simulate.Settings(dataset_root=folder, episodes_f1=1, episodes_f2=1, picture_width=160, picture_height=90, idle_tail_s=0.5)
+    )
+    return folder
+
+
+def test_the_browser_opens_the_first_episode_and_redraws_on_the_slider(root):
+    browser = widgets.EpisodeBrowser(root)
+    assert browser.chosen.index == 0
+    first = bytes(browser.picture.value)
+    assert first.startswith(b"\x89PNG")
+    browser.time.value += 20
+    assert bytes(browser.picture.value) != first
+
+
+def test_the_browser_filters_by_dataset_and_text(root):
+    browser = widgets.EpisodeBrowser(root)
+    assert len(browser.chosen.options) == 2
+    browser.dataset.value = "New_dataset"
+    assert [label.split()[0][:8] for label, _ in browser.chosen.options] == ["episode_"]
+    browser.filter.value = "no such name"
+    assert browser.chosen.options == ()
+    assert browser.message.value == "No episode fits the filter."
+    browser.filter.value = ""
+    assert browser.chosen.index == 0 and browser.message.value == ""
+
+
+def test_the_static_twin_needs_neither_kernel_nor_network(root):
+    page = widgets.EpisodeView(widgets.choose_episode(root)).slider(3).data
+    assert page.count("data:image/png;base64") == 3
+    assert "http" not in page
+
+
+def test_a_missing_episode_is_told_with_what_there_is(root):
+    with pytest.raises(UserError, match="the datasets there are New_dataset, White_silicone_white_circle"):
+        widgets.choose_episode(root, "part1")
