@@ -18,6 +18,7 @@ from vla_lib.training.checkpoint import load_policy
 from vla_lib.training.data import prepare_data
 from vla_lib.training.process import StopRequest
 from vla_lib.training.sampler import MicroBatch
+from vla_lib.training.samples import MicroBatchDataset
 from vla_lib.training.validation import validate
 
 
@@ -39,7 +40,7 @@ def micro(indices, batch_size=None):
 
 def take(trainer, *groups):
     """One optimiser step of the given micro-batches."""
-    dataset = loop.MicroBatchDataset(trainer.data.train)
+    dataset = MicroBatchDataset(trainer.data.train)
     micros = [micro(g) for g in groups]
     return trainer._step(micros, iter([dataset[(m.indices, m.counts)] for m in micros]))
 
@@ -226,8 +227,6 @@ def test_out_of_memory_names_the_three_remedies_with_this_runs_numbers(async_set
 
 def test_a_starving_loader_is_reported(async_settings, monkeypatch, capsys):
     import time
-
-    from vla_lib.training.samples import MicroBatchDataset
 
     read = MicroBatchDataset.__getitem__
 

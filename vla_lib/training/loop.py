@@ -21,18 +21,18 @@ from vla_lib.core.files import write_json
 from vla_lib.core.progress import Progress
 from vla_lib.core.run_folder import runs_root
 from vla_lib.policy.policy import Policy
+from vla_lib.training import reporting
 from vla_lib.training.checkpoint import check_binding, load_weights, read_checkpoint, save_checkpoint
 from vla_lib.training.data import prepare_data
 from vla_lib.training.ema import AveragedPolicy
 from vla_lib.training.metrics import MetricsLog, truncate
 from vla_lib.training.process import StopRequest, die_with_parent
 from vla_lib.training.sampler import EpochPlan, MicroBatch, draw_epoch
-from vla_lib.training.samples import MicroBatchDataset
+from vla_lib.training.samples import batch_loader
 from vla_lib.training.settings import TrainingSettings, resume_conflicts
 from vla_lib.training.statistics import training_statistics
-from vla_lib.training.validation import BASELINES, validate
+from vla_lib.training.validation import validate
 
-STARVED = 0.2  # share of the time waited for data above which the loader is called the bottleneck
 EPOCH_SAVE_S = 2.0  # epochs shorter than this do not each write a checkpoint
 T_BINS = 10  # of the diffusion timestep histogram
 
@@ -53,24 +53,10 @@ def train(settings: TrainingSettings) -> dict[str, Any]:
         with StopRequest() as stop:
             return Trainer(settings, accelerator, stop).run()
     except torch.OutOfMemoryError as error:
-        raise UserError(out_of_memory(settings)) from error
+        raise UserError(reporting.out_of_memory(settings)) from error
     finally:
         with contextlib.suppress(Exception):
             accelerator.end_training()
-
-
-def out_of_memory(settings: TrainingSettings) -> str:
-    """The guide's three remedies, filled in with this run's numbers."""
-    smaller, more = max(1, settings.batch_size // 2), settings.grad_accum_steps * 2
-    remedies = [
-        f"--batch-size {smaller} instead of {settings.batch_size}"
-        if settings.batch_size > 1
-        else "a smaller --width (the batch size is 1 already)",
-        f"with it --grad-accum-steps {more} instead of {settings.grad_accum_steps} (the same effective batch)",
-        f"smaller pictures: --image-resize-height {settings.image_resize_height // 2} --image-resize-width {settings.image_resize_width // 2}, "
-        "with a VL cache built for them",
-    ]
-    return f"Out of memory. Remedies, in this order: (1) {remedies[0]}; (2) {remedies[1]}; (3) {remedies[2]}. Then go on with --resume."
 
 
 class Trainer:
@@ -92,7 +78,8 @@ class Trainer:
         settings = self.settings
         before = self._previous()
         self.data = prepare_data(settings, before["split"] if before else None)
-        self._say_data()
+        if self.main:
+            print("\n".join(reporting.data_lines(self.data)), flush=True)
         self._build(before)
         log = None
         if self.main:
@@ -149,17 +136,6 @@ class Trainer:
                 f"--resume with other settings than the run began with: {'; '.join(conflicts)}. Give the same ones, or start a new run."
             )
         return before
-
-    def _say_data(self) -> None:
-        if not self.main:
-            return
-        data = self.data
-        for row in data.weights_table():
-            print(
-                f"{row['dataset']}: {row['train_episodes']} training and {row['val_episodes']} held-out episodes, {row['train_steps']} steps, "
-                f"weight {row['weight']:g}, {100 * row['share']:.1f} % of the draws",
-                flush=True,
-            )
 
     def _build(self, before: dict[str, Any] | None) -> None:
         settings, data, device = self.settings, self.data, self.accelerator.device
@@ -239,7 +215,7 @@ class Trainer:
         if settings.max_steps:
             steps = steps[: settings.max_steps - self.step]
         requests = [(m.indices, m.counts) for step in steps for m in step]
-        loader = iter(self._loader(requests))
+        loader = iter(batch_loader(data.train, requests, settings.num_workers, self.accelerator.device.type == "cuda"))
         waited, began = 0.0, time.monotonic()
         reuse_counts, t_counts = np.zeros(settings.vlm_reuse_count, np.int64), np.zeros(T_BINS, np.int64)
         for micros in steps:
@@ -265,19 +241,6 @@ class Trainer:
         self._validate(extra)
         if self._due() or time.monotonic() - self.saved_at >= EPOCH_SAVE_S:
             self._save()
-
-    def _loader(self, requests: list) -> torch.utils.data.DataLoader:
-        s = self.settings
-        workers = min(s.num_workers, len(requests))
-        return torch.utils.data.DataLoader(
-            MicroBatchDataset(self.data.train),
-            sampler=requests,  # a request is a whole micro-batch
-            batch_size=None,
-            num_workers=workers,
-            persistent_workers=False,
-            pin_memory=self.accelerator.device.type == "cuda",
-            worker_init_fn=_quiet_worker,
-        )
 
     def _step(self, micros: list[MicroBatch], loader: Any) -> tuple[float, np.ndarray | None]:
         """One optimiser step. Returns the seconds waited for data and the diffusion timesteps of all processes (None for regression)."""
@@ -360,7 +323,6 @@ class Trainer:
     def _validate(self, extra: dict[str, Any]) -> None:
         s = self.settings
         row = {"epoch": self._epochs_done(), "step": self.step, "elapsed_s": round(self._elapsed(), 3), **extra}
-        text = f"epoch {row['epoch']:g} (step {self.step}): loader wait {100 * extra['train/loader_wait_share']:.0f} %"
         if self.data.val is not None:
             reduce = (lambda x: self.accelerator.reduce(x, "sum")) if self.world > 1 else (lambda x: x)
             options = (max(s.batch_size, 16), self.rank, self.world, reduce, s.seed, self.accelerator.autocast)
@@ -370,16 +332,8 @@ class Trainer:
             if found["val/action_loss"] < self.best.get("action_loss", math.inf):
                 self.best = {"action_loss": found["val/action_loss"], "step": self.step, "epoch": row["epoch"]} | {"metrics": found}
                 self._save(best=True)
-            baselines = ", ".join(f"{b} {found[f'val/baseline_{b}_action_loss']:.4f}" for b in BASELINES)
-            text += f", held-out error {found['val/action_loss']:.4f} ({baselines}), {found['val/mae_mm']:.4f} mm, {found['val/mae_deg']:.4f} deg"
         if self.main:
-            print(text, flush=True)
-            if extra["train/loader_wait_share"] > STARVED:
-                print(
-                    f"The loader starves the training: {100 * extra['train/loader_wait_share']:.0f} % of the time was waited for data. Raise --num-workers "
-                    f"(now {s.num_workers}), or put the data set on a faster disk.",
-                    flush=True,
-                )
+            print("\n".join(reporting.epoch_lines(row, s.num_workers)), flush=True)
         if self.log:
             self.log.log(row)
 
@@ -430,30 +384,8 @@ class Trainer:
             print(f"{said}; training goes on and tries again.", flush=True)
 
     def _end(self) -> dict[str, Any]:
-        s, data = self.settings, self.data
-        best = self.best.get("metrics", {})
-        results = {
-            "step": self.step,
-            "epochs": self.epoch,
-            "state": "stopped" if self.stopped else "done",
-            "train_episodes": len(data.split["train"]),
-            "val_episodes": len(data.split["val"]),
-            "train_samples": len(data.train),
-            "val_loss": best.get("val/loss_epoch"),
-            "best_step": self.best.get("step"),
-            "val_action_loss": best.get("val/action_loss"),
-            "val_mae_mm": best.get("val/mae_mm"),
-            "val_mae_deg": best.get("val/mae_deg"),
-            "baselines": {b: {k: best.get(f"val/baseline_{b}_{k}") for k in ("action_loss", "mae_mm", "mae_deg")} for b in BASELINES}
-            if best
-            else {},
-            "parameters": self.policy.parameter_count(),
-            "processes": self.world,
-            "wall_s": round(self._elapsed(), 3),
-            "cache": data.binding.get("id"),
-            "checkpoint": str(self.latest),
-            "run_dir": str(self.run_dir),
-        }
+        s = self.settings
+        results = reporting.results(self)
         if self.main:
             if self.stopped:
                 print(f"stopped by {self.stopped} at step {self.step}; {self.latest} is saved, go on with --resume", flush=True)
@@ -471,7 +403,3 @@ class Trainer:
 
 def _seed(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
-
-
-def _quiet_worker(_: int) -> None:
-    torch.set_num_threads(1)

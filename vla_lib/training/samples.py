@@ -182,3 +182,20 @@ class MicroBatchDataset(torch.utils.data.Dataset):
         batch["count"] = torch.from_numpy(counts)
         batch["age_steps"] = torch.from_numpy(self.samples.age_steps[indices])
         return batch
+
+
+def batch_loader(samples: SampleSet, requests: list, num_workers: int, pin_memory: bool) -> torch.utils.data.DataLoader:
+    """Batches of the (indices, counts) in `requests`, in order; workers end with the epoch (persistent_workers=False)."""
+    return torch.utils.data.DataLoader(
+        MicroBatchDataset(samples),
+        sampler=requests,  # a request is a whole micro-batch
+        batch_size=None,
+        num_workers=min(num_workers, len(requests)),
+        persistent_workers=False,
+        pin_memory=pin_memory,
+        worker_init_fn=_quiet_worker,
+    )
+
+
+def _quiet_worker(_: int) -> None:
+    torch.set_num_threads(1)

@@ -1,0 +1,77 @@
+"""What a training knows in; the sentences of its log, its results and its out-of-memory advice out."""
+
+from typing import TYPE_CHECKING, Any
+
+from vla_lib.training.data import TrainingData
+from vla_lib.training.settings import TrainingSettings
+from vla_lib.training.validation import BASELINES
+
+if TYPE_CHECKING:
+    from vla_lib.training.loop import Trainer
+
+STARVED = 0.2  # share of the time waited for data above which the loader is called the bottleneck
+
+
+def out_of_memory(settings: TrainingSettings) -> str:
+    """The guide's three remedies, filled in with this run's numbers."""
+    smaller, more = max(1, settings.batch_size // 2), settings.grad_accum_steps * 2
+    remedies = [
+        f"--batch-size {smaller} instead of {settings.batch_size}"
+        if settings.batch_size > 1
+        else "a smaller --width (the batch size is 1 already)",
+        f"with it --grad-accum-steps {more} instead of {settings.grad_accum_steps} (the same effective batch)",
+        f"smaller pictures: --image-resize-height {settings.image_resize_height // 2} --image-resize-width {settings.image_resize_width // 2}, "
+        "with a VL cache built for them",
+    ]
+    return f"Out of memory. Remedies, in this order: (1) {remedies[0]}; (2) {remedies[1]}; (3) {remedies[2]}. Then go on with --resume."
+
+
+def data_lines(data: TrainingData) -> list[str]:
+    """One line a data set: episodes, steps, weight, share of the draws."""
+    return [
+        f"{row['dataset']}: {row['train_episodes']} training and {row['val_episodes']} held-out episodes, {row['train_steps']} steps, "
+        f"weight {row['weight']:g}, {100 * row['share']:.1f} % of the draws"
+        for row in data.weights_table()
+    ]
+
+
+def epoch_lines(row: dict[str, Any], num_workers: int) -> list[str]:
+    """The line of a validation, and the loader's complaint where it starves the training."""
+    waited = row["train/loader_wait_share"]
+    text = f"epoch {row['epoch']:g} (step {row['step']}): loader wait {100 * waited:.0f} %"
+    if "val/action_loss" in row:
+        baselines = ", ".join(f"{b} {row[f'val/baseline_{b}_action_loss']:.4f}" for b in BASELINES)
+        text += f", held-out error {row['val/action_loss']:.4f} ({baselines}), {row['val/mae_mm']:.4f} mm, {row['val/mae_deg']:.4f} deg"
+    if waited <= STARVED:
+        return [text]
+    complaint = (
+        f"The loader starves the training: {100 * waited:.0f} % of the time was waited for data. Raise --num-workers (now {num_workers}), "
+    )
+    return [text, complaint + "or put the data set on a faster disk."]
+
+
+def results(trainer: "Trainer") -> dict[str, Any]:
+    """What results.json holds; the errors are those of the best validation."""
+    data, best = trainer.data, trainer.best.get("metrics", {})
+    return {
+        "step": trainer.step,
+        "epochs": trainer.epoch,
+        "state": "stopped" if trainer.stopped else "done",
+        "train_episodes": len(data.split["train"]),
+        "val_episodes": len(data.split["val"]),
+        "train_samples": len(data.train),
+        "val_loss": best.get("val/loss_epoch"),
+        "best_step": trainer.best.get("step"),
+        "val_action_loss": best.get("val/action_loss"),
+        "val_mae_mm": best.get("val/mae_mm"),
+        "val_mae_deg": best.get("val/mae_deg"),
+        "baselines": {b: {k: best.get(f"val/baseline_{b}_{k}") for k in ("action_loss", "mae_mm", "mae_deg")} for b in BASELINES}
+        if best
+        else {},
+        "parameters": trainer.policy.parameter_count(),
+        "processes": trainer.world,
+        "wall_s": round(trainer._elapsed(), 3),
+        "cache": data.binding.get("id"),
+        "checkpoint": str(trainer.latest),
+        "run_dir": str(trainer.run_dir),
+    }
