@@ -7,6 +7,7 @@ regression (fitted on four fifths of the scenes) predicts the target, the needle
 """
 
 import argparse
+import contextlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -17,6 +18,8 @@ STRENGTHS = np.logspace(-6, 2, 9)
 
 def scenes(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(pictures (count, 5, 180, 320, 3) uint8, target (count, 2) mm, tip (count, 3) mm); each scene is another phantom."""
+    with contextlib.suppress(ImportError):
+        import triton  # noqa: F401  (its LLVM must be loaded before Mesa's, which drawing loads; the other way round crashes the process)
     from vla_lib.sim.render import PictureMaker, through_jpeg
     from vla_lib.sim.world import VIEWS, sample_world
 

@@ -9,6 +9,12 @@ import numpy as np
 from vla_lib.core.errors import UserError
 
 DEFAULT_POOLING = "grid:4x6"
+# Chosen by `python -m vla_lib.benchmarks.pooling --scenes 600` (simulated rig, tiny model, layer 2, 320x180; median error of a ridge
+# regression on 120 held-out scenes, offset needle to target in mm):
+#             mean   2x3   3x4   4x6   6x11 (all tokens)
+#   5 views   5.42  2.41  1.98  1.77  1.80
+#   3 views   5.81  2.93  2.21  1.83  1.84
+# Finer than 4x6 buys nothing; the mean loses the place.
 
 
 @dataclass(frozen=True)
