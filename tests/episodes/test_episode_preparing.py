@@ -19,6 +19,7 @@ from raw_episodes import T0, Raw, samples
 
 from vla_lib.core.errors import UserError
 from vla_lib.episodes import find_episodes, find_prepared, load_prepared, make_jobs, run_jobs
+from vla_lib.episodes.pipeline import run_job
 from vla_lib.episodes.prepare import folder_lock
 from vla_lib.preprocess import Settings, main
 
@@ -102,7 +103,9 @@ def test_the_fingerprint_survives_copying(root, tmp_path):
 
 
 # --- parallel, locks, kills ------------------------------------------------------------------------------------
-def test_workers_give_the_same_as_one_process(root, tmp_path):
+@pytest.mark.parametrize("forked", (True, False))
+def test_workers_give_the_same_as_one_process(root, tmp_path, monkeypatch, forked):
+    monkeypatch.setattr("vla_lib.episodes.workers._may_fork", lambda: forked)
     one, two = tmp_path / "one", tmp_path / "two"
     prepare_all(root, output_root=one)
     assert statuses(prepare_all(root, 2, output_root=two)) == ["written", "written"]
@@ -177,7 +180,9 @@ def test_a_kill_in_the_middle_leaves_no_half_file(root):
     assert not list(first.glob(".*"))
 
 
-def test_a_worker_that_dies_names_its_episode_and_the_rest_goes_on(root, monkeypatch):
+@pytest.mark.parametrize("forked", (True, False))
+def test_a_worker_that_dies_names_its_episode_and_the_rest_goes_on(root, monkeypatch, forked):
+    monkeypatch.setattr("vla_lib.episodes.workers._may_fork", lambda: forked)
     from vla_lib.episodes import pipeline
 
     jobs = make_jobs(root)
@@ -191,8 +196,6 @@ def test_a_worker_that_dies_names_its_episode_and_the_rest_goes_on(root, monkeyp
 def _die_on_the_first(job):
     if job.key.endswith("1"):
         os.kill(os.getpid(), signal.SIGKILL)
-    from vla_lib.episodes.pipeline import run_job
-
     return run_job(job)
 
 

@@ -1,12 +1,15 @@
 """Jobs in; their results out as they finish, computed by worker processes of our own.
 
-A worker is a fresh interpreter that runs `main` below, fed with pickled jobs through a pipe. So a caller's script or notebook is never
-imported again in a worker, a worker that dies tells exactly which job killed it, and workers end when their parent does.
+A worker is fed with pickled jobs through a pipe. In a plain program it is a fork (no start-up time); where other threads run, as in a
+notebook, forking is not safe and it is a fresh interpreter that runs `main` below. Either way a caller's script is never imported
+again in a worker, a worker that dies tells exactly which job killed it, and workers end when their parent does.
 """
 
 import contextlib
+import os
 import pickle
 import queue
+import signal
 import subprocess
 import sys
 import threading
@@ -28,10 +31,14 @@ def run_all(work: Callable[[Any], Any], jobs: Sequence[Any], count: int) -> Iter
         todo.put(job)
     done: queue.SimpleQueue[tuple[Any, Any]] = queue.SimpleQueue()
     stop = threading.Event()
-    live: list[subprocess.Popen[bytes]] = []
+    live: list[Worker] = []
+    if _may_fork():
+        for _ in range(min(count, len(jobs))):
+            live.append(_Fork(live))
+    ready = list(live)
 
     def serve() -> None:
-        worker: subprocess.Popen[bytes] | None = None
+        worker: Worker | None = ready.pop() if ready else None
         while not stop.is_set():
             try:
                 job = todo.get_nowait()
@@ -65,11 +72,58 @@ def run_all(work: Callable[[Any], Any], jobs: Sequence[Any], count: int) -> Iter
                 worker.wait()
 
 
+def _may_fork() -> bool:
+    """Whether this is the only thread (tqdm's sleeping monitor aside): a lock held by another would stay held in the child."""
+    return all(thread is threading.main_thread() or type(thread).__name__ == "TMonitor" for thread in threading.enumerate())
+
+
+class _Fork:
+    """A forked worker, with as much of Popen's face as is needed here."""
+
+    def __init__(self, older: "Sequence[Worker]"):
+        requests, self_to = os.pipe()
+        self_from, answers = os.pipe()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self.pid = os.fork()
+        if not self.pid:
+            with contextlib.suppress(BaseException):
+                for worker in older:  # else an older worker would not see its parent's end
+                    os.close(worker.stdin.fileno())
+                    os.close(worker.stdout.fileno())
+                os.close(self_to)
+                os.close(self_from)
+                sys.stdout = sys.stderr
+                signal.signal(signal.SIGINT, signal.SIG_IGN)
+                _serve(os.fdopen(requests, "rb"), os.fdopen(answers, "wb"))
+            os._exit(0)
+        os.close(requests)
+        os.close(answers)
+        self.stdin: Any = os.fdopen(self_to, "wb")
+        self.stdout: Any = os.fdopen(self_from, "rb")
+        self.status: int | None = None
+
+    def poll(self) -> int | None:
+        return self.status
+
+    def wait(self) -> int:
+        if self.status is None:
+            self.status = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        return self.status
+
+    def kill(self) -> None:
+        if self.status is None:
+            os.kill(self.pid, signal.SIGKILL)
+
+
+Worker = subprocess.Popen[bytes] | _Fork
+
+
 def _start() -> "subprocess.Popen[bytes]":
     return subprocess.Popen([sys.executable, "-c", f"from {__name__} import main; main()"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
 
-def _ask(worker: "subprocess.Popen[bytes]", work: Callable[[Any], Any], job: Any) -> Any:
+def _ask(worker: Worker, work: Callable[[Any], Any], job: Any) -> Any:
     assert worker.stdin and worker.stdout
     try:
         pickle.dump((work, job), worker.stdin)
@@ -81,7 +135,7 @@ def _ask(worker: "subprocess.Popen[bytes]", work: Callable[[Any], Any], job: Any
         raise WorkerDied(f"its worker process ended with status {status} (out of memory?)") from error
 
 
-def _end(worker: "subprocess.Popen[bytes]") -> None:
+def _end(worker: Worker) -> None:
     with contextlib.suppress(OSError):
         if worker.stdin:
             worker.stdin.close()
