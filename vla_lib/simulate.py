@@ -24,7 +24,7 @@ class Settings:
     """Number of F1 episodes (White_silicone_white_circle)."""
     episodes_f2: int = 10
     """Number of F2 episodes (New_dataset/<task>)."""
-    task: str = "Silicone_insertion"
+    task: str = "Silicone_block"
     """Task folder of the F2 episodes."""
     seed: int = 0
     """Seed of the whole recording: the same seed and settings give the same episodes."""

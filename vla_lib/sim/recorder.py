@@ -39,7 +39,7 @@ class Plan:
 
     episodes_f1: int
     episodes_f2: int
-    task_f2: str = "Silicone_insertion"
+    task_f2: str = "Silicone_block"
     seed: int = 0
     picture_width: int = 320
     picture_height: int = 180

@@ -1,5 +1,6 @@
 """Pictures of the scene: a world and a tool pose in, (H, W, 3) uint8 pictures of the views out. Draws without a display, through EGL."""
 
+import contextlib
 import io
 import os
 import subprocess
@@ -25,6 +26,8 @@ def prepare_gl() -> None:
     """Choose EGL unless the environment chose otherwise, and one drawing thread a process. Must come before mujoco is imported."""
     os.environ.setdefault("MUJOCO_GL", "egl")
     os.environ.setdefault("LP_NUM_THREADS", "1")  # Mesa's software renderer; parallel over episodes instead
+    with contextlib.suppress(ImportError):  # after Mesa's first picture, the first import of triton (torch does it late) crashes the process
+        import triton  # noqa: F401
 
 
 def check_gl() -> None:

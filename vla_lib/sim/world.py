@@ -50,8 +50,8 @@ TASKS = {
         "silicone_rgb": (0.86, 0.85, 0.82),
         "ring_hue": (-0.03, 0.02),
     },
-    "Silicone_insertion": {
-        "folders": ("New_dataset", "Silicone_insertion"),
+    "Silicone_block": {
+        "folders": ("New_dataset", "Silicone_block"),
         "silicone_rgb": (0.76, 0.82, 0.86),
         "ring_hue": (-0.05, 0.03),
     },
@@ -60,12 +60,12 @@ DEFAULT_TASK = "White_silicone_white_circle"
 
 
 def task_of(name: str) -> dict:
-    """The table row of a task; any other looks like Silicone_insertion."""
+    """The table row of a task; any other looks like Silicone_block."""
     if name in TASKS:
         return TASKS[name]
     if not all(part.isalnum() for part in name.split("_")):
-        raise UserError(f"The task name {name!r} cannot name a folder; use words joined by underscores, such as Silicone_insertion.")
-    return TASKS["Silicone_insertion"] | {"folders": ("New_dataset", name)}
+        raise UserError(f"The task name {name!r} cannot name a folder; use words joined by underscores, such as Silicone_block.")
+    return TASKS["Silicone_block"] | {"folders": ("New_dataset", name)}
 
 
 def instruction_of(name: str) -> str:
