@@ -4,7 +4,7 @@
                  sensor (B, S, 1026) raw units and sensor_mask (B,) bool where the policy uses the sensor
     action j of a chunk is the motion from step k+j to step k+j+1: translation (mm) and rotation vector (deg) in the base frame, gripper
 
-The trunk is one transformer: the sequence [state, age, sensor tokens, horizon action queries] attends to itself and to the VL tokens.
+The trunk is one transformer: the sequence [state, age, scene tokens, sensor tokens, horizon action queries] attends to itself and to the VL tokens.
 The regression head reads the action queries; the diffusion head first adds the noisy chunk and its timestep to them (DDPM, Ho et al.
 2020, with the cosine schedule of Nichol and Dhariwal 2021; DDIM sampling, Song et al. 2021; schedulers from `diffusers`).
 """
@@ -18,7 +18,7 @@ from vla_lib.policy.diffusion_head import DiffusionHead
 from vla_lib.policy.normaliser import Normaliser
 from vla_lib.policy.regression_head import RegressionHead
 from vla_lib.policy.sensor_encoder import SensorEncoder
-from vla_lib.policy.trunk import Block, VLMemory
+from vla_lib.policy.trunk import Block, SceneReader, VLMemory
 
 AGE_SCALE_S = 0.3  # three steps of 100 ms: ages of the default reuse count lie within 0..1
 
@@ -32,6 +32,7 @@ class Policy(nn.Module):
         width = config.width
         self.normaliser = Normaliser(config)
         self.memory = VLMemory(config.token_dim, width, config.token_view, config.token_row, config.token_col)
+        self.scene = SceneReader(config.tokens, config.token_dim, width, config.dropout)
         self.state_in = nn.Sequential(nn.Linear(STATE_DIM, width), nn.GELU(), nn.Linear(width, width))
         self.age_in = nn.Sequential(nn.Linear(2, width), nn.GELU(), nn.Linear(width, width))
         self.queries = nn.Parameter(torch.randn(config.horizon, width) * 0.02)
@@ -51,9 +52,11 @@ class Policy(nn.Module):
         Raises UserError where the observation does not fit the policy (token layout, sensor window, missing keys).
         """
         self._check(observation)
-        memory, memory_mask = self.memory(self.normaliser.tokens(observation["vl_tokens"]), observation["vl_mask"])
+        tokens, seen = self.normaliser.tokens(observation["vl_tokens"]), observation["vl_mask"]
+        memory, memory_mask = self.memory(tokens, seen)
         age = observation["vl_age_s"].float()[:, None] / AGE_SCALE_S
         prefix = [self.state_in(self.normaliser.state(observation["state"]))[:, None], self.age_in(torch.cat([age, age**2], -1))[:, None]]
+        prefix.append(self.scene(tokens, seen))
         sensor = None
         if self.sensor_encoder is not None:
             sensor = self.sensor_encoder(observation["sensor"], observation["sensor_mask"], self.normaliser)

@@ -71,3 +71,25 @@ class VLMemory(nn.Module):
         batch = x.shape[0]
         x = torch.cat([self.nothing.to(x.dtype).expand(batch, 1, -1), x], 1)
         return x, torch.cat([mask.new_ones(batch, 1), mask], 1)
+
+
+class SceneReader(nn.Module):
+    """Normalised VL tokens (B, T, D) -> scene tokens (B, count, width), with weights of its own for each token position.
+
+    Attention must learn what a position of the grid means; here it is known by construction, so where a target lies is read off far fewer
+    scenes. A shared reduction keeps it small for wide VLMs. Unseen tokens count as the still scene (zeros).
+    """
+
+    def __init__(self, tokens: int, token_dim: int, width: int, dropout: float, rank: int = 32, count: int = 4):
+        super().__init__()
+        self.count = count
+        self.reduce = nn.Linear(token_dim, rank, bias=False)
+        self.read = nn.Sequential(
+            nn.Dropout(dropout), nn.Linear(tokens * rank, 2 * width), nn.GELU(), nn.Dropout(dropout), nn.Linear(2 * width, count * width)
+        )
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        """(B, T, D), (B, T) bool -> (B, count, width)."""
+        seen = self.reduce(tokens.masked_fill(~mask[..., None], 0.0))  # (B, T, rank)
+        return self.norm(self.read(seen.flatten(1)).unflatten(-1, (self.count, -1)))
