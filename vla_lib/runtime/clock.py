@@ -1,0 +1,90 @@
+"""Two clocks for one loop: simulated time, which moves only when the loop waits or is told that work took time, and real time."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from vla_lib.core.errors import UserError
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Duration of a piece of work: `base_ms` plus an exponentially distributed rest of mean `jitter_ms`."""
+
+    base_ms: float = 0.0
+    jitter_ms: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not (self.base_ms >= 0 and self.jitter_ms >= 0):
+            raise UserError(f"A latency of {self.base_ms:g} ms with {self.jitter_ms:g} ms jitter cannot be; both must be 0 or more.")
+
+    def draw_s(self, rng: np.random.Generator) -> float:
+        """One duration in seconds."""
+        return (self.base_ms + (float(rng.exponential(self.jitter_ms)) if self.jitter_ms else 0.0)) / 1000.0
+
+
+class Clock(Protocol):
+    """Seconds since the clock was made."""
+
+    simulated: bool
+
+    def now(self) -> float: ...
+
+    def sleep_until(self, t_s: float) -> None: ...
+
+    def spend(self, work: str) -> None:
+        """Tell that `work` has just been done: simulated time passes by its latency, real time has passed already."""
+        ...
+
+
+class SimulatedClock:
+    """Deterministic by seed. `latencies`: "vlm" and "expert" -> Latency; work that is not named takes no time."""
+
+    simulated = True
+
+    def __init__(self, latencies: Mapping[str, Latency] | None = None, seed: int = 0):
+        self.latencies = dict(latencies or {})
+        if unknown := set(self.latencies) - {"vlm", "expert"}:
+            raise UserError(f"There is no work named {', '.join(sorted(unknown))}; latencies belong to vlm and expert.")
+        self._t_s = 0.0
+        self._rng = {work: np.random.default_rng([seed & 0xFFFFFFFF, *work.encode()]) for work in self.latencies}
+
+    def now(self) -> float:
+        """Simulated seconds."""
+        return self._t_s
+
+    def sleep_until(self, t_s: float) -> None:
+        """Jump there; never back."""
+        self._t_s = max(self._t_s, t_s)
+
+    def draw_s(self, work: str) -> float:
+        """How long `work` takes this time. Each kind of work has a random stream of its own."""
+        return self.latencies[work].draw_s(self._rng[work]) if work in self.latencies else 0.0
+
+    def spend(self, work: str) -> None:
+        """Let simulated time pass by a drawn latency."""
+        self._t_s += self.draw_s(work)
+
+
+class RealClock:
+    """Real time, by the monotonic performance counter."""
+
+    simulated = False
+
+    def __init__(self) -> None:
+        self._zero = time.perf_counter()
+
+    def now(self) -> float:
+        """Seconds since the clock was made."""
+        return time.perf_counter() - self._zero
+
+    def sleep_until(self, t_s: float) -> None:
+        """Sleep; returns at once where the time has passed."""
+        while (left := t_s - self.now()) > 0:
+            time.sleep(left)
+
+    def spend(self, work: str) -> None:
+        """Nothing: the time has passed."""

@@ -1,0 +1,63 @@
+"""A trained policy as the runner's expert: features with their age, state and sensor window in, a chunk (H, 7) in mm and degrees out.
+
+The observation batch is the one of vla_lib.training.samples.SampleSet.batch with B = 1; the same keys, types, units and rule of masking.
+"""
+
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+
+from vla_lib.core.errors import UserError
+from vla_lib.policy.config import SENSOR_CHANNELS
+from vla_lib.policy.policy import Policy
+from vla_lib.runtime.vlm_worker import Features
+
+Array = np.ndarray[Any, Any]
+
+
+class Expert(Protocol):
+    """What the runner asks of an expert. `sensor_window`: samples that it reads, 0 for none."""
+
+    sensor_window: int
+
+    def __call__(self, features: Features, age_s: float, state: Array, window: Array | None) -> Array: ...
+
+
+class PolicyExpert:
+    """See the module's docstring. `without` masks an input as training masks a missing one: "vl" (every view and the text), "sensor"."""
+
+    def __init__(self, policy: Policy, without: Literal["nothing", "vl", "sensor"] = "nothing", ddim_steps: int | None = None):
+        if without not in ("nothing", "vl", "sensor"):
+            raise UserError(f"A policy can be run without nothing, vl or sensor, not without {without!r}.")
+        self.policy, self.without, self.ddim_steps = policy, without, ddim_steps
+        self.sensor_window = policy.config.sensor_window_size if policy.config.uses_sensor else 0
+
+    def observation(self, features: Features, age_s: float, state: Array, window: Array | None) -> dict[str, torch.Tensor]:
+        """The batch of one; `window` (S, 1026) or None where it is not full."""
+        mask = torch.as_tensor(features.mask, dtype=torch.bool)
+        batch = {
+            "vl_tokens": torch.as_tensor(features.tokens)[None],
+            "vl_mask": (torch.zeros_like(mask) if self.without == "vl" else mask)[None],
+            "vl_age_s": torch.tensor([age_s], dtype=torch.float32),
+            "state": torch.as_tensor(np.asarray(state, np.float32))[None],
+        }
+        if self.sensor_window:
+            present = window is not None and self.without != "sensor"
+            batch["sensor"] = (
+                torch.from_numpy(np.asarray(window, np.float32))[None] if present else torch.zeros(1, self.sensor_window, SENSOR_CHANNELS)
+            )
+            batch["sensor_mask"] = torch.tensor([present])
+        return batch
+
+    def __call__(self, features: Features, age_s: float, state: Array, window: Array | None) -> Array:
+        """(H, 7) float32 actions."""
+        with torch.inference_mode():
+            chunk = self.policy.predict(self.observation(features, age_s, state, window), ddim_steps=self.ddim_steps)
+        return chunk[0].float().cpu().numpy()
+
+    def usual_step(self) -> tuple[float, float]:
+        """Norms of a fast step of the training data, mean plus three spreads of each axis: mm and degrees in one action period."""
+        normaliser = self.policy.normaliser
+        fast = (normaliser.action_mean.abs() + 3 * normaliser.action_std * normaliser.action_varies).cpu().numpy()
+        return float(np.linalg.norm(fast[:3])), float(np.linalg.norm(fast[3:6]))

@@ -1,0 +1,100 @@
+"""Every tick and every event of a run in; arrays, counts and a JSON-able summary out."""
+
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vla_lib.core.files import append_jsonl
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass
+class Tick:
+    """One action period."""
+
+    step: int
+    t_s: float
+    """When the tick began, on the run's clock."""
+    lateness_ms: float
+    """How much later than its due time."""
+    mode: str = "act"
+    """wait, act, hold, retreat or stop."""
+    reason: str = ""
+    """Why it did not act."""
+    action: tuple[float, ...] = (0.0,) * 7
+    """(7,) sent: mm, degrees, gripper."""
+    limited: tuple[str, ...] = ()
+    """Limits that changed the action."""
+    vl_age_s: float | None = None
+    vl_busy: bool = False
+    """Whether the VLM was working when the expert was asked."""
+    sensor_age_s: float | None = None
+    force_mN: float | None = None
+    expert_ms: float | None = None
+    """How long the expert took; None where it was not asked."""
+    pose: tuple[float, ...] = ()
+    """(6,) measured, mm and degrees."""
+    commanded: tuple[float, ...] = ()
+    """(6,) commanded after the action, mm and degrees."""
+
+
+@dataclass
+class RunLog:
+    """What a run did. `ended`: the reason of its end; `stopped`: whether safety or the operator ended it."""
+
+    ticks: list[Tick] = field(default_factory=list)
+    events: list[dict[str, Any]] = field(default_factory=list)
+    vlm_ms: list[float] = field(default_factory=list)
+    """How long each VLM tick took."""
+    ended: str = ""
+    stopped: bool = False
+
+    def event(self, t_s: float, kind: str, reason: str) -> None:
+        """Note that something began: hold, resume, retreat, stop, warning, end."""
+        self.events.append({"t_s": round(t_s, 4), "step": self.ticks[-1].step if self.ticks else 0, "kind": kind, "reason": reason})
+
+    def column(self, name: str) -> Array:
+        """A field of every tick as an array; None becomes NaN."""
+        values = [getattr(tick, name) for tick in self.ticks]
+        return np.array([np.nan if value is None else value for value in values])
+
+    def summary(self) -> dict[str, Any]:
+        """Counts and percentiles, JSON-able."""
+        expert = [tick.expert_ms for tick in self.ticks if tick.expert_ms is not None]
+        asked = [tick for tick in self.ticks if tick.expert_ms is not None]
+        age = [tick.vl_age_s for tick in self.ticks if tick.vl_age_s is not None]
+        return {
+            "ended": self.ended,
+            "stopped": self.stopped,
+            "ticks": len(self.ticks),
+            "modes": dict(Counter(tick.mode for tick in self.ticks)),
+            "reasons": dict(Counter(tick.reason for tick in self.ticks if tick.reason)),
+            "limited": dict(Counter(name for tick in self.ticks for name in tick.limited)),
+            "missed_deadlines": sum(tick.reason == "missed deadline" for tick in self.ticks),
+            "skipped_ticks": max(0, self.ticks[-1].step + 1 - len(self.ticks)) if self.ticks else 0,
+            "lateness_ms": _percentiles([tick.lateness_ms for tick in self.ticks]),
+            "expert_ms": _percentiles(expert),
+            "vlm_ms": _percentiles(self.vlm_ms),
+            "vl_age_s": _percentiles(age),
+            "expert_while_vlm_busy": sum(tick.vl_busy for tick in asked),
+            "expert_calls": len(asked),
+        }
+
+    def write(self, path: str | Path) -> None:
+        """Append all ticks, then all events, then the summary, as JSON lines."""
+        for tick in self.ticks:
+            append_jsonl(path, {"tick": asdict(tick)})
+        for event in self.events:
+            append_jsonl(path, {"event": event})
+        append_jsonl(path, {"summary": self.summary()})
+
+
+def _percentiles(values: list[float]) -> dict[str, float] | None:
+    if not values:
+        return None
+    found = np.percentile(values, (50, 99, 100))
+    return {"median": float(found[0]), "p99": float(found[1]), "max": float(found[2])}

@@ -1,0 +1,311 @@
+"""The dual-rate loop: a robot, an expert, a VLM worker and a clock in; safe motion and the log of every tick out.
+
+Each action period (10 Hz): read the robot, fill the sensor ring, hand pictures to the VLM when its turn has come (every `vlm_reuse_count`
+periods, or as soon as it is free again), take its newest finished features, check the robot's condition, ask the expert where the chunk
+plan needs it, limit the action, send it. Before the first features and the first full sensor window nothing moves. The simulated clock runs the
+very same lines; there, work takes the time that the clock draws for it.
+"""
+
+import threading
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from vla_lib.core.errors import UserError
+from vla_lib.episodes.poses import GRIPPER_CLOSED, apply_action
+from vla_lib.runtime import safety
+from vla_lib.runtime.clock import Clock
+from vla_lib.runtime.execution import ChunkPlan, ExecutionSettings
+from vla_lib.runtime.expert import Expert
+from vla_lib.runtime.robot_io import Array, Observation, RobotIO
+from vla_lib.runtime.run_log import RunLog, Tick
+from vla_lib.runtime.safety import HoldBudget, SafetyLimits
+from vla_lib.runtime.sensor_buffer import SensorBuffer
+from vla_lib.runtime.vlm_worker import Features, VlmWorker
+from vla_lib.runtime.watchdog import Watchdog
+
+Watch = Callable[[Tick, Observation], None]
+STILL = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, GRIPPER_CLOSED)
+
+
+@dataclass(frozen=True)
+class RunnerSettings:
+    """Rates and the way of executing chunks; take rates from the checkpoint's settings."""
+
+    action_hz: float = 10.0
+    vlm_reuse_count: int = 3
+    """Action periods from one VLM tick to the next."""
+    chunks: ExecutionSettings = field(default_factory=ExecutionSettings)
+    deadline_ms: float = 0.0
+    """An action is sent within this time after its tick is due, or not at all; 0: one action period."""
+    buffer_samples: int = 1300
+    """Sensor samples that are kept: two seconds at 650 Hz."""
+
+    def __post_init__(self) -> None:
+        if not self.action_hz > 0 or self.vlm_reuse_count < 1 or not self.deadline_ms >= 0 or self.buffer_samples < 1:
+            raise UserError(
+                "The runner needs action_hz above 0, vlm_reuse_count and buffer_samples of 1 or more, deadline_ms of 0 or more."
+            )
+
+    @property
+    def period_s(self) -> float:
+        """Seconds of one action."""
+        return 1.0 / self.action_hz
+
+    @property
+    def deadline_s(self) -> float:
+        """Seconds from a tick's due time to the last moment for its action."""
+        return self.deadline_ms / 1000.0 or self.period_s
+
+
+class Runner:
+    """One run: make a new one for the next. `watch(tick, observation)` is called after every tick, for live views."""
+
+    def __init__(
+        self,
+        io: RobotIO,
+        expert: Expert,
+        vlm: VlmWorker,
+        clock: Clock,
+        settings: RunnerSettings,
+        limits: SafetyLimits,
+        watch: Watch | None = None,
+    ):
+        self.io, self.expert, self.vlm, self.clock = io, expert, vlm, clock
+        self.settings, self.limits, self._watch = settings, limits, watch
+        self.log = RunLog()
+        self.sensor = SensorBuffer(max(settings.buffer_samples, expert.sensor_window))
+        self._plan, self._held = ChunkPlan(settings.chunks), HoldBudget(limits.hold_s)
+        self._lock = threading.Lock()  # guards the reason of the stop
+        self._stop_reason = ""
+        self._features: Features | None = None
+        self._asked_step: int | None = None
+        self._commanded: Array | None = None
+        self._started = False
+        self._retreat_left = 0
+        self._force_tail = np.empty(0, np.float32)
+        self._first_timestamp = 0.0
+        self._warn_of_slow_limits()
+
+    def request_stop(self, reason: str = safety.OPERATOR) -> None:
+        """Stop the robot now, from any thread; the run ends at its next tick."""
+        with self._lock:
+            first = not self._stop_reason
+            self._stop_reason = self._stop_reason or reason
+        if first:
+            self.io.stop(reason)  # not under the lock: it must get through while a send hangs
+
+    def run(self, max_s: float, until: Callable[[], str] | None = None) -> RunLog:
+        """Run for `max_s` seconds, until `until()` returns a reason, or until safety ends it. The robot is stopped at the end, whatever happens.
+
+        Raises what `watch` or a wrong setting (UserError) raises; failures of robot, policy and VLM end the run with a named reason.
+        """
+        begin_s, period_s, step = self.clock.now(), self.settings.period_s, 0
+        watchdog = None if self.clock.simulated else Watchdog(self.limits.watchdog_s, lambda: self.request_stop(safety.WATCHDOG))
+        try:
+            with watchdog or nullcontext():
+                while True:
+                    due_s = begin_s + step * period_s
+                    self.clock.sleep_until(due_s)
+                    if watchdog:
+                        watchdog.beat()
+                    now_s = self.clock.now()
+                    tick = Tick(step, now_s - begin_s, 1000.0 * max(0.0, now_s - due_s))
+                    if self.log.ticks and self.log.ticks[-1].mode == "hold":
+                        self._held.held(self.log.ticks[-1].step * period_s, step * period_s)
+                    observation = self._read(tick)
+                    over = until() if until and observation else ""
+                    if over or tick.t_s >= max_s - 1e-9:
+                        self.log.ended = over or "time limit"
+                        break
+                    if observation:
+                        self._tick(tick, observation, due_s)
+                    self._note(tick)
+                    if self._watch and observation:
+                        self._watch(tick, observation)
+                    if tick.mode == "stop":
+                        self.log.ended, self.log.stopped = tick.reason, True
+                        break
+                    step = max(step + 1, int((self.clock.now() - begin_s) / period_s + 1e-9))
+        finally:
+            self.request_stop(self.log.ended or "error")
+        self.log.event(tick.t_s, "end", self.log.ended)
+        return self.log
+
+    # ---------------------------------------------------------------- one tick
+
+    def _read(self, tick: Tick) -> Observation | None:
+        try:
+            observation = self.io.read_observation()
+            new = self.sensor.append(observation.sensor, observation.sensor_timestamps)
+            tick.pose = tuple(float(value) for value in observation.state[6:12])
+        except Exception as error:
+            self._stop(tick, f"{safety.ROBOT_FAILED}: {type(error).__name__}: {error}")
+            return None
+        if not self.log.ticks:
+            self._first_timestamp = observation.timestamp - tick.t_s
+        force = new[:, 0]
+        tick.force_mN = safety.greatest_force(self._force_tail, force) if len(force) else None
+        self._force_tail = np.concatenate([self._force_tail, force])[-64:]
+        newest = self.sensor.newest_s
+        tick.sensor_age_s = None if newest is None else self._robot_now(tick, observation) - newest
+        return observation
+
+    def _robot_now(self, tick: Tick, observation: Observation) -> float:
+        """Now on the robot's clock, which goes on when the robot's answers freeze."""
+        return max(observation.timestamp, self._first_timestamp + tick.t_s)
+
+    def _tick(self, tick: Tick, observation: Observation, due_s: float) -> None:
+        self._look(tick, observation)
+        if self._stop_reason or self.vlm.failure:
+            self._stop(tick, self._stop_reason or f"{safety.VLM_DIED}: {self.vlm.failure}")
+        elif self._retreat_left or (tick.force_mN is not None and tick.force_mN > self.limits.force_mN):
+            self._retreat(tick)
+        elif not self._started and (missing := self._missing(tick, observation)):
+            if tick.t_s > self.limits.start_s:
+                self._stop(tick, f"{safety.NOT_READY}: {missing}")
+            else:
+                tick.mode, tick.reason = "wait", missing
+        elif reason := self._condition(tick, observation):
+            self._plan.clear()
+            self._hold(tick, reason)
+        else:
+            self._started = True
+            self._act(tick, observation, due_s)
+
+    def _look(self, tick: Tick, observation: Observation) -> None:
+        """Hand pictures to the VLM when it is its turn, and take what it has finished."""
+        now_s = self.clock.now()
+        turn = self._asked_step is None or tick.step - self._asked_step >= self.settings.vlm_reuse_count
+        if turn and not self.vlm.failure and not self.vlm.busy(now_s):
+            self.vlm.submit(observation.pictures, observation.instruction, tick.step, now_s)
+            self._asked_step = tick.step
+        newest = self.vlm.newest(now_s)
+        if newest is not None and newest is not self._features:
+            self._features = newest
+            self.log.vlm_ms.append(1000.0 * newest.took_s)
+        if self._features is not None:
+            tick.vl_age_s = (tick.step - self._features.step) * self.settings.period_s  # in whole periods, as in training
+
+    def _missing(self, tick: Tick, observation: Observation) -> str:
+        """What must be there before the first motion."""
+        if self._features is None:
+            return "no VL features yet"
+        if self.limits.sensor_required and self._window(tick, observation) is None:
+            return "no full sensor window yet"
+        return ""
+
+    def _window(self, tick: Tick, observation: Observation) -> Array | None:
+        """The expert's sensor window, None where it is not full; one sample stands for the stream where the expert reads none."""
+        return self.sensor.window(self.expert.sensor_window or 1, self._robot_now(tick, observation))
+
+    def _condition(self, tick: Tick, observation: Observation) -> str:
+        """Why the robot must not move now; "" where it may."""
+        limits, now = self.limits, self._robot_now(tick, observation)
+        ages = [now - t for view, t in observation.picture_timestamps.items() if view in observation.pictures]
+        checks = (
+            (tick.force_mN is not None and not np.isfinite(tick.force_mN), safety.NON_FINITE_SENSOR),
+            (limits.sensor_required and (tick.sensor_age_s is None or tick.sensor_age_s > limits.sensor_age_s), safety.STALE_SENSOR),
+            (limits.sensor_required and self.expert.sensor_window and self._window(tick, observation) is None, safety.BROKEN_WINDOW),
+            (not np.isfinite(observation.state).all(), safety.NON_FINITE_STATE),
+            (now - observation.state_timestamp > limits.state_age_s, safety.STALE_STATE),
+            (any(age > limits.picture_age_s for age in ages), safety.STALE_PICTURES),
+            (tick.vl_age_s is None or tick.vl_age_s > limits.vl_age_s + 1e-9, safety.STALE_VL),
+        )
+        return next((reason for true, reason in checks if true), "")
+
+    def _act(self, tick: Tick, observation: Observation, due_s: float) -> None:
+        if self._plan.wants_chunk(tick.step):
+            begun_s = self.clock.now()
+            tick.vl_busy = self.vlm.busy(begun_s)
+            window = self._window(tick, observation) if self.expert.sensor_window else None
+            try:
+                chunk = self.expert(self._features, tick.vl_age_s, observation.state, window)
+            except UserError:
+                raise
+            except Exception as error:
+                return self._stop(tick, f"{safety.EXPERT_FAILED}: {type(error).__name__}: {error}")
+            self.clock.spend("expert")
+            tick.expert_ms = 1000.0 * (self.clock.now() - begun_s)
+            self._plan.add(tick.step, chunk)
+        if self.clock.now() > due_s + self.settings.deadline_s + 1e-9:
+            return self._hold(tick, safety.MISSED_DEADLINE, send=False)  # too late to send anything for this period
+        action = self._plan.action(tick.step)
+        if action is None or action.shape != (7,) or not np.isfinite(action).all():
+            self._plan.clear()
+            return self._hold(tick, safety.NON_FINITE_ACTION)
+        place = self._commanded[:3] if self._commanded is not None else np.array(tick.pose[:3])
+        limited, tick.limited = self._limit(action, place)
+        if safety.OUTSIDE in tick.limited and np.linalg.norm(limited[:3]) < 1e-3 * np.linalg.norm(action[:3]):
+            return self._hold(tick, safety.OUTSIDE)
+        self._send(tick, limited)
+
+    def _limit(self, action: Array, place: Array) -> tuple[Array, tuple[str, ...]]:
+        limited, touched = safety.limit_action(action, self.limits, self.settings.period_s, place)
+        return limited, tuple(touched)
+
+    def _hold(self, tick: Tick, reason: str, send: bool = True) -> None:
+        """Stand still for this period; stop where the robot has been held for too long."""
+        if self._held.spent(tick.step * self.settings.period_s):
+            return self._stop(tick, reason)
+        tick.mode, tick.reason = "hold", reason
+        if send:
+            self._send(tick, np.array(STILL), moves=False)
+
+    def _retreat(self, tick: Tick) -> None:
+        """Draw the needle back along its axis, then stop."""
+        per_tick_mm = self.limits.retreat_speed_mm_s * self.settings.period_s
+        if not self._retreat_left:
+            self._retreat_left = 1 + int(np.ceil(self.limits.retreat_mm / per_tick_mm - 1e-9))
+            self._plan.clear()
+        self._retreat_left -= 1
+        if not self._retreat_left or not np.isfinite(tick.pose).all():
+            return self._stop(tick, safety.FORCE_LIMIT)
+        tick.mode, tick.reason = "retreat", safety.FORCE_LIMIT
+        action = safety.retreat_action(np.array(tick.pose), self.limits, self.settings.period_s)
+        place = self._commanded[:3] if self._commanded is not None else np.array(tick.pose[:3])
+        action, tick.limited = self._limit(action, place)
+        self._send(tick, action)
+
+    def _send(self, tick: Tick, action: Array, moves: bool = True) -> None:
+        if self._stop_reason:
+            return self._stop(tick, self._stop_reason)
+        try:
+            self.io.send_action(action)
+        except Exception as error:
+            return self._stop(tick, f"{safety.ROBOT_FAILED}: {type(error).__name__}: {error}")
+        tick.action = tuple(float(value) for value in action)
+        if self._stop_reason:  # the stop came in between: it is the last word
+            self.io.stop(self._stop_reason)
+            return self._stop(tick, self._stop_reason)
+        if moves:
+            self._commanded = apply_action(np.array(tick.pose) if self._commanded is None else self._commanded, action)
+        if self._commanded is not None:
+            tick.commanded = tuple(float(value) for value in self._commanded)
+
+    def _stop(self, tick: Tick, reason: str) -> None:
+        tick.mode, tick.reason = "stop", reason
+        self.request_stop(reason)
+
+    # ---------------------------------------------------------------- the log
+
+    def _note(self, tick: Tick) -> None:
+        before = self.log.ticks[-1] if self.log.ticks else None
+        self.log.ticks.append(tick)
+        if before is None or (tick.mode, tick.reason) != (before.mode, before.reason):
+            kind = "resume" if tick.mode == "act" and before is not None and before.mode == "hold" else tick.mode
+            self.log.event(tick.t_s, kind, tick.reason)
+
+    def _warn_of_slow_limits(self) -> None:
+        """A limit below the demonstrated speed makes a policy do what nobody showed it: say so in the log."""
+        usual_step = getattr(self.expert, "usual_step", None)
+        if usual_step is None:
+            return
+        allowed = (self.limits.speed_mm_s * self.settings.period_s, self.limits.turn_deg_s * self.settings.period_s)
+        for name, unit, shown, most in zip(("speed", "rotation"), ("mm", "deg"), usual_step(), allowed, strict=True):
+            if shown > most:
+                self.log.event(
+                    0.0, "warning", f"the {name} limit of {most:.2f} {unit} a step is below the demonstrated {shown:.2f} {unit} a step"
+                )

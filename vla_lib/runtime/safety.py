@@ -1,0 +1,132 @@
+"""Safety, always on: the robot's condition and an action in; the action within the limits, or a named reason to hold, retreat or stop, out."""
+
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from vla_lib.core.errors import UserError
+from vla_lib.episodes.poses import pose_to_matrix
+
+Array = np.ndarray[Any, Any]
+
+# Reasons, as they stand in the log.
+STALE_VL, STALE_SENSOR, STALE_STATE, STALE_PICTURES = "stale VL features", "stale sensor", "stale state", "stale pictures"
+MISSED_DEADLINE, NON_FINITE_ACTION, NON_FINITE_SENSOR = "missed deadline", "non-finite action", "non-finite sensor"
+BROKEN_WINDOW, NON_FINITE_STATE, OUTSIDE, FORCE_LIMIT, VLM_DIED = (
+    "broken sensor window",
+    "non-finite state",
+    "workspace box",
+    "force limit",
+    "VLM worker died",
+)
+NOT_READY, WATCHDOG, OPERATOR, ROBOT_FAILED, EXPERT_FAILED = "not ready", "watchdog", "operator", "robot failed", "policy failed"
+
+
+@dataclass(frozen=True)
+class SafetyLimits:
+    """Limits of one robot and task. The defaults are the simulated rig's; a real arm's own limits must be at least as strict in the controller."""
+
+    workspace_mm: tuple[tuple[float, float], tuple[float, float], tuple[float, float]]
+    """(low, high) of x, y, z of the tip, base frame."""
+    speed_mm_s: float = 15.0
+    """Greatest speed: the norm of the translation, so that the direction is kept."""
+    turn_deg_s: float = 45.0
+    """Greatest turning speed: the norm of the rotation vector."""
+    force_mN: float = 150.0
+    """Measured force (mean of 13 samples, 20 ms) above which the needle is drawn back and the run ends."""
+    retreat_mm: float = 5.0
+    """Way of the retreat, along the tool's z axis (from the tip to the flange)."""
+    retreat_speed_mm_s: float = 5.0
+    vl_age_s: float = 1.0
+    """Oldest VL features to act on."""
+    picture_age_s: float = 1.0
+    """Oldest picture of any view to act on."""
+    sensor_age_s: float = 0.1
+    """Oldest newest sample to act on."""
+    state_age_s: float = 0.2
+    sensor_required: bool = True
+    """False: a robot without a sensor; its force cannot be limited here."""
+    hold_s: float = 0.5
+    """A run that was held for this long, in one piece or in twice this time, is stopped."""
+    start_s: float = 15.0
+    """Longest wait for the first features and the first full sensor window."""
+    watchdog_s: float = 0.5
+    """Real clock: the robot is stopped when no tick came for this long."""
+
+    def __post_init__(self) -> None:
+        if len(self.workspace_mm) != 3 or any(not low < high for low, high in self.workspace_mm):
+            raise UserError(f"The workspace box {self.workspace_mm} needs (low, high) in mm for x, y and z, low below high.")
+        for name, value in vars(self).items():
+            if isinstance(value, int | float) and not isinstance(value, bool) and not value > 0:
+                raise UserError(f"The safety limit {name} is {value}; it must be above 0.")
+
+
+def limit_norm(vector: Array, most: float) -> Array:
+    """`vector` shortened to the norm `most`; its direction stays."""
+    norm = float(np.linalg.norm(vector))
+    return vector * (most / norm) if norm > most else vector
+
+
+def limit_action(action: Array, limits: SafetyLimits, period_s: float, commanded_mm: Array) -> tuple[Array, list[str]]:
+    """The (7,) finite action within speed, rotation and workspace, and the names of the limits that changed it.
+
+    `commanded_mm` (3,): where the tip is commanded to be. A motion that would leave the box is shortened to end at its wall, along its own
+    direction; outside of the box only motions that leave no axis further behind are let through.
+    """
+    limited = np.array(action, float)
+    limited[:3] = limit_norm(limited[:3], limits.speed_mm_s * period_s)
+    limited[3:6] = limit_norm(limited[3:6], limits.turn_deg_s * period_s)
+    touched = [
+        name for name, part in (("speed", slice(0, 3)), ("rotation", slice(3, 6))) if not np.array_equal(limited[part], action[part])
+    ]
+    part = 1.0
+    for place, step, (low, high) in zip(commanded_mm, limited[:3], limits.workspace_mm, strict=True):
+        if step > 0 and place + step > high:
+            part = min(part, max(high - place, 0.0) / step)
+        elif step < 0 and place + step < low:
+            part = min(part, max(place - low, 0.0) / -step)
+    if part < 1.0:
+        limited[:3] *= part
+        touched.append(OUTSIDE)
+    return limited, touched
+
+
+def retreat_action(pose: Array, limits: SafetyLimits, period_s: float) -> Array:
+    """(7,) one period of drawing the needle back along its own axis; pose (6,) mm, Euler degrees."""
+    axis = pose_to_matrix(np.asarray(pose, float))[:3, 2]
+    return np.concatenate([axis * limits.retreat_speed_mm_s * period_s, np.zeros(3), [1.0]])
+
+
+def greatest_force(before: Array, force_mN: Array, window: int = 13) -> float:
+    """The greatest mean of `window` consecutive samples that ends within `force_mN` (n,); `before`: up to window - 1 samples ahead of it.
+
+    NaN where one of them is not finite; -inf where there is no sample.
+    """
+    if not len(force_mN):
+        return -np.inf
+    joined = np.concatenate([before[-(window - 1) :], force_mN]).astype(float)
+    if not np.isfinite(joined).all():
+        return float("nan")
+    width = min(window, len(joined))
+    return float(np.convolve(joined, np.full(width, 1.0 / width), "valid")[-len(force_mN) :].max())
+
+
+class HoldBudget:
+    """How long the robot was held. Held pieces within twice the budget add up, so that a flickering fault ends the run as well."""
+
+    def __init__(self, limit_s: float):
+        self.limit_s = limit_s
+        self._pieces: deque[tuple[float, float]] = deque()  # (begin, end)
+
+    def held(self, begin_s: float, end_s: float) -> None:
+        """A piece of time in which the robot was held."""
+        self._pieces.append((begin_s, end_s))
+
+    def spent(self, now_s: float) -> bool:
+        """Whether the run must stop now."""
+        since = now_s - 2 * self.limit_s
+        while self._pieces and self._pieces[0][1] <= since:
+            self._pieces.popleft()
+        return sum(end - max(begin, since) for begin, end in self._pieces) >= self.limit_s - 1e-9
