@@ -8,12 +8,10 @@ from vla_lib.training.settings import AsyncSettings as Settings
 
 
 def main(settings: Settings) -> dict[str, Any]:
-    """Train; returns what results.json holds. Under torchrun the first failing process leaves its error for the launcher."""
-    from torch.distributed.elastic.multiprocessing.errors import record
-
+    """Train; returns what results.json holds."""
     from vla_lib.training.loop import train
 
-    return record(train)(settings)
+    return train(settings)
 
 
 if __name__ == "__main__":

@@ -1,3 +1,6 @@
+import os
+import subprocess
+import sys
 from dataclasses import dataclass
 
 import pytest
@@ -33,3 +36,12 @@ def test_bad_input_exits_with_2(words, capsys):
         frontdoor.start(Settings, print, words)
     assert end.value.code == 2
     assert capsys.readouterr().err.strip()
+
+
+def test_a_failing_rank_tells_its_sentence_to_the_launcher(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "vla_lib.train_async"]
+    environment = {**os.environ, "TORCHELASTIC_ERROR_FILE": str(tmp_path / "error.json")}
+    done = subprocess.run([*command, "--dataset-root", str(tmp_path / "nowhere")], capture_output=True, text=True, env=environment)
+    assert done.returncode != 0
+    assert f"error: --dataset-root {tmp_path / 'nowhere'} is not a folder." in done.stderr
+    assert "nowhere is not a folder" in (tmp_path / "error.json").read_text()

@@ -1,10 +1,12 @@
 """A front door: a settings dataclass and a `main` in; flags, `--help`, one-sentence errors and exit statuses out."""
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from vla_lib.core.errors import UserError
+from vla_lib.core.processes import die_with_parent
 
 S = TypeVar("S")
 
@@ -22,7 +24,15 @@ def parse(settings_class: type[S], argv: Sequence[str] | None = None) -> S:
 
 
 def start(settings_class: type[S], main: Callable[[S], Any], argv: Sequence[str] | None = None) -> None:
-    """Run a front door as a program: parse, run `main`, turn a UserError into one line on stderr and exit status 2."""
+    """Run a front door as a program: parse, run `main`, turn a UserError into one line on stderr and exit status 2.
+
+    As a rank of torchrun it dies with its launcher, and leaves its error where the launcher reports the first failing rank's from.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        from torch.distributed.elastic.multiprocessing.errors import record
+
+        die_with_parent()
+        main = record(main)
     try:
         main(parse(settings_class, argv))
     except UserError as error:

@@ -51,7 +51,7 @@ _XML = """
     <light name="lamp" pos="{cx} {cy} 300" dir="0 0 -1" directional="true" diffuse="0.7 0.7 0.7" specular="0.2 0.2 0.2" castshadow="false"/>
     <body name="target" mocap="true" pos="{cx} {cy} {sz}">
       <geom type="cylinder" size="7.6 0.05" pos="0 0 0.05" material="paper"/>
-      <geom type="box" size="4.6 1.6 0.05" pos="9.4 0 0.10" material="bar"/>
+      <geom type="box" size="7.5 2.2 0.05" pos="12.5 0 0.10" material="bar"/>
       <geom type="cylinder" size="6.0 0.05" pos="0 0 0.20" material="ring"/>
       <geom type="cylinder" size="3.0 0.05" pos="0 0 0.30" material="paper"/>
       <geom type="cylinder" size="1.0 0.05" pos="0 0 0.40" material="ring"/>

@@ -26,7 +26,7 @@ from vla_lib.training.checkpoint import check_binding, load_weights, read_checkp
 from vla_lib.training.data import prepare_data
 from vla_lib.training.ema import AveragedPolicy
 from vla_lib.training.metrics import MetricsLog, truncate
-from vla_lib.training.process import StopRequest, die_with_parent
+from vla_lib.training.process import StopRequest
 from vla_lib.training.sampler import EpochPlan, MicroBatch, draw_epoch
 from vla_lib.training.samples import batch_loader
 from vla_lib.training.settings import TrainingSettings, resume_conflicts
@@ -39,7 +39,6 @@ T_BINS = 10  # of the diffusion timestep histogram
 
 def train(settings: TrainingSettings) -> dict[str, Any]:
     """Train, and return what results.json holds. Raises UserError for bad input, a lost checkpoint, or memory that does not suffice."""
-    die_with_parent()
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 

@@ -1,9 +1,6 @@
-"""The training process's surroundings: signals turned into one flag, orphans prevented, the device and precision chosen."""
+"""Signals in, one flag out that the training loop looks at once a step."""
 
-import ctypes
-import os
 import signal
-import sys
 from types import FrameType
 
 
@@ -29,13 +26,3 @@ class StopRequest:
     def _ask(self, number: int, _: FrameType | None) -> None:
         self.asked = signal.Signals(number).name
 
-
-def die_with_parent() -> None:
-    """Under torchrun on Linux: be killed when the launcher dies, so that no rank is left behind holding a GPU."""
-    if sys.platform != "linux" or "TORCHELASTIC_RUN_ID" not in os.environ:
-        return
-    pr_set_pdeathsig = 1
-    parent = os.getppid()
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, int(signal.SIGKILL))
-    if os.getppid() != parent:  # it died in between
-        os.kill(os.getpid(), signal.SIGKILL)

@@ -5,7 +5,7 @@ Records a data set on the simulated rig unless one is given, then runs notebooks
 
 import shutil
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ from vla_lib.workbench.notebook import shown
 from vla_lib.workbench.runs import results_of
 
 NOTEBOOKS = ("01_inspect_episodes", "02_detect_hz", "03_cache_vl_features", "04_train_async", "06_evaluate")
-FREE_BYTES = 12e9  # recording, prepared streams and cache of the demo's size, with room to spare
 
 
 @dataclass(frozen=True)
@@ -30,16 +29,20 @@ class Size:
 
     simulate: dict[str, Any]
     train: dict[str, Any]
-    free_bytes: float = FREE_BYTES
-    inspect: dict[str, Any] = field(default_factory=dict)
+    free_bytes: float
 
 
+REGULARISED = {"dropout": 0.2, "view_dropout": 0.2, "weight_decay": 0.1}  # a few hundred episodes at most: little to learn places from
 SIZES = {
-    "demo": Size({"episodes_f1": 30, "episodes_f2": 10}, {"batch_size": 16, "grad_accum_steps": 1, "lr": 5e-4, "epochs": 12}),
+    "demo": Size(
+        {"episodes_f1": 132, "episodes_f2": 12, "idle_tail_s": 2.0},
+        {"batch_size": 16, "grad_accum_steps": 1, "lr": 5e-4, "epochs": 4, **REGULARISED},
+        14e9,
+    ),
     "small": Size(
-        {"episodes_f1": 5, "episodes_f2": 2, "picture_width": 160, "picture_height": 90, "idle_tail_s": 1.0},
-        {"batch_size": 16, "grad_accum_steps": 1, "lr": 1e-3, "epochs": 6, "val_fraction": 0.3},
-        2e9,
+        {"episodes_f1": 24, "episodes_f2": 2, "picture_width": 160, "picture_height": 90, "idle_tail_s": 0.5},
+        {"batch_size": 16, "grad_accum_steps": 1, "lr": 1e-3, "epochs": 4, "val_fraction": 0.2, **REGULARISED},
+        3e9,
     ),
 }
 
