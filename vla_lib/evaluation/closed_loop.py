@@ -1,0 +1,183 @@
+"""Checkpoints and unseen seeds in; success counts with intervals, errors, forces, times and reasons of failure on the simulated rig out.
+
+    found = closed_loop({"async": AttemptSettings(checkpoint), "async, no VL": AttemptSettings(checkpoint, without="vl")}, unseen_seeds(100))
+    found["async"].summary()
+
+All variants meet the same phantoms. Attempts run in fresh processes: no GL context and no thread of the caller is shared with them.
+"""
+
+import multiprocessing
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vla_lib.core.errors import UserError
+from vla_lib.core.files import read_json
+from vla_lib.core.progress import Progress
+from vla_lib.evaluation.attempt import AttemptSettings, attempt, film
+
+FIRST_SEED = 7_000_000  # reported seeds begin here; recordings draw theirs from 62 bits
+TUNING_SEED = 8_000_000  # for choosing between variants, so that the reported ones stay unseen
+
+
+@dataclass(frozen=True)
+class ClosedLoop:
+    """The attempts of one variant, in the order of their seeds; each is a record of `evaluation.attempt.judged` with its `path`."""
+
+    settings: AttemptSettings
+    attempts: list[dict[str, Any]]
+
+    def summary(self) -> dict[str, Any]:
+        """Plain figures: `successes` of `attempts`, `success_rate`, `interval_95` (Wilson), distributions (median, p90, max) of
+        |lateral| and |depth| error in mm over punctured attempts, peak force over all, time over successes, counts of reasons."""
+        rows = self.attempts
+        wins, through = [row for row in rows if row["success"]], [row for row in rows if row["punctured"]]
+        return {
+            "attempts": len(rows),
+            "successes": len(wins),
+            "success_rate": len(wins) / len(rows) if rows else None,
+            "interval_95": wilson(len(wins), len(rows)) if rows else None,
+            "punctured": len(through),
+            "lateral_mm": distribution([row["lateral_mm"] for row in through]),
+            "depth_error_mm": distribution([abs(row["depth_error_mm"]) for row in through]),
+            "peak_force_mN": distribution([row["peak_force_mN"] for row in rows]),
+            "time_to_target_s": distribution([row["time_s"] for row in wins]),
+            "reasons": dict(Counter(row["reason"] for row in rows if not row["success"]).most_common()),
+            "held_ticks": sum(row["runner"]["modes"].get("hold", 0) for row in rows),
+        }
+
+    def results(self) -> dict[str, Any]:
+        """What results.json records: settings, summary, and every attempt without its path and events."""
+        left_out = ("path", "events", "truth", "runner")
+        attempts = [{name: value for name, value in row.items() if name not in left_out} for row in self.attempts]
+        settings = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self.settings).items()}
+        return {"settings": settings, "summary": self.summary(), "attempts": attempts}
+
+
+def closed_loop(
+    variants: Mapping[str, AttemptSettings], seeds: Sequence[int], workers: int = 0, show: bool = True
+) -> dict[str, ClosedLoop]:
+    """Try every variant on every seed, in `workers` processes (0: one a CPU core). Results do not depend on their number.
+
+    Raises UserError where a checkpoint, its VLM or EGL is missing, or where an attempt's process dies.
+    """
+    seeds = [int(seed) for seed in seeds]
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise UserError("A closed-loop evaluation needs at least one seed, and each seed once.")
+    jobs = [(name, seed) for seed in seeds for name in variants]
+    found: dict[str, dict[int, dict[str, Any]]] = {name: {} for name in variants}
+    workers = min(len(jobs), workers or len(os.sched_getaffinity(0)))
+    with Progress(len(jobs), "closed loop", "attempts", show=show) as progress, _processes(workers) as pool:
+        futures = {pool.submit(attempt, variants[name], seed): (name, seed) for name, seed in jobs}
+        try:
+            for future in as_completed(futures):
+                name, seed = futures[future]
+                found[name][seed] = future.result()
+                wins, tried = sum(row["success"] for row in found[name].values()), len(found[name])
+                progress.update(1, note=f"{name}: {wins} of {tried}")
+        except BrokenProcessPool:
+            raise UserError("A process of the closed-loop evaluation died (out of memory?); run it again with fewer workers.") from None
+        finally:
+            for future in futures:
+                future.cancel()
+    return {name: ClosedLoop(settings, [found[name][seed] for seed in seeds]) for name, settings in variants.items()}
+
+
+def masked(settings: AttemptSettings) -> dict[str, AttemptSettings]:
+    """The variants of a checkpoint with everything, without VL and without the sensor (masked as missing inputs are)."""
+    return {
+        "all inputs": settings,
+        "VL masked": replace(settings, without="vl"),
+        "sensor masked": replace(settings, without="sensor"),
+    }
+
+
+def latency_sweep(settings: AttemptSettings, delays_ms: Sequence[float] = (0.0, 300.0, 600.0)) -> dict[str, AttemptSettings]:
+    """The variants of a checkpoint with VL features that come later and later."""
+    return {f"VLM delay {delay:g} ms": replace(settings, vlm_latency_ms=float(delay)) for delay in delays_ms}
+
+
+def films(settings: AttemptSettings, seeds: Sequence[int], frames: int = 12, workers: int = 0) -> list[dict[str, Any]]:
+    """Film of the attempts of `seeds` (see `evaluation.attempt.film`), made by running them again."""
+    with _processes(min(len(seeds), workers or len(os.sched_getaffinity(0))) or 1) as pool:
+        return list(pool.map(film, [settings] * len(seeds), seeds, [frames] * len(seeds)))
+
+
+def unseen_seeds(count: int, dataset_root: str | Path | None = None, first: int = FIRST_SEED) -> list[int]:
+    """`count` seeds from `first` on; those that the recording below `dataset_root` used are left out."""
+    if count < 1:
+        raise UserError(f"A closed-loop evaluation of {count} seeds cannot be; give 1 or more.")
+    manifest = Path(dataset_root) / "simulation.json" if dataset_root else None
+    used = {int(entry["seed"]) for entry in read_json(manifest)["episodes"]} if manifest and manifest.is_file() else set()
+    seeds: list[int] = []
+    while len(seeds) < count:
+        if first not in used:
+            seeds.append(first)
+        first += 1
+    return seeds
+
+
+def compare(one: ClosedLoop, other: ClosedLoop) -> dict[str, Any]:
+    """Two variants on the same seeds: how many both, only one, only the other and neither managed; exact two-sided sign test.
+
+    Raises UserError where the seeds differ.
+    """
+    if [row["seed"] for row in one.attempts] != [row["seed"] for row in other.attempts]:
+        raise UserError("Only runs on the same seeds can be compared; evaluate both on the same ones.")
+    from scipy.stats import binomtest
+
+    pairs = Counter((bool(a["success"]), bool(b["success"])) for a, b in zip(one.attempts, other.attempts, strict=True))
+    only_one, only_other = pairs[True, False], pairs[False, True]
+    p = float(binomtest(only_one, only_one + only_other).pvalue) if only_one + only_other else 1.0
+    return {"both": pairs[True, True], "only_one": only_one, "only_other": only_other, "neither": pairs[False, False], "p_value": p}
+
+
+def wilson(successes: int, attempts: int) -> tuple[float, float]:
+    """95 % interval of a success rate (Wilson 1927)."""
+    from scipy.stats import binomtest
+
+    interval = binomtest(successes, attempts).proportion_ci(0.95, method="wilson")
+    return float(interval.low), float(interval.high)
+
+
+def distribution(values: Sequence[float]) -> dict[str, float] | None:
+    """Median, 90th percentile and maximum; None without values."""
+    if not len(values):
+        return None
+    found = np.percentile(values, (50, 90, 100))
+    return {"median": float(found[0]), "p90": float(found[1]), "max": float(found[2])}
+
+
+def _processes(workers: int) -> ProcessPoolExecutor:
+    from vla_lib.sim.render import check_gl
+
+    check_gl()  # once, with a sentence, before many processes fail
+    context = multiprocessing.get_context("spawn")  # neither a GL context nor torch's threads survive a fork
+    return ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(os.getpid(),))
+
+
+def _begin(parent: int) -> None:
+    """A worker leaves Ctrl-C to its parent, dies with it on Linux, and computes on one thread: seeds run beside each other."""
+    import signal
+    import sys
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.getppid() != parent:
+            os._exit(1)
+    from vla_lib.sim.render import prepare_gl
+
+    prepare_gl()  # imports triton first: after Mesa's first picture its import would crash the process
+    import torch
+
+    torch.set_num_threads(1)
