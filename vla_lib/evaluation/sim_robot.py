@@ -20,7 +20,11 @@ class SimRobot:
         self._pending: np.ndarray | None = None
         self._observation, self.info = rig.reset(seed=seed)
         self.done = False
-        self._begin_s = clock.now()
+        self.begin()
+
+    def begin(self) -> None:
+        """The rig's time starts now (it does so when made, too)."""
+        self._begin_s = self.clock.now()
 
     def read_observation(self) -> Observation:
         """The newest of everything; after the attempt is decided the rig stands."""

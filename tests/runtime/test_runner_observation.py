@@ -1,0 +1,140 @@
+"""What the policy sees in a run is what it saw in training: a recorded episode is played back and every observation compared."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
+from synthetic import write_dataset
+
+from vla_lib.episodes import load_prepared
+from vla_lib.features.cache import FeatureCache
+from vla_lib.policy.config import PolicyConfig
+from vla_lib.policy.policy import Policy
+from vla_lib.runtime.clock import Latency, SimulatedClock
+from vla_lib.runtime.expert import PolicyExpert
+from vla_lib.runtime.robot_io import Observation
+from vla_lib.runtime.runner import Runner, RunnerSettings
+from vla_lib.runtime.safety import SafetyLimits
+from vla_lib.runtime.vlm_worker import Features, SimulatedVlm
+from vla_lib.training.samples import SampleSet
+
+BOX = ((-1e3, 1e3),) * 3
+STEPS = 30
+
+
+class Playback:
+    """An episode as a robot: what was recorded up to now. Pictures are stood in for by the number of the step."""
+
+    def __init__(self, episode, clock):
+        self.episode, self.clock, self._read = episode, clock, 0
+
+    def read_observation(self) -> Observation:
+        k = min(round(self.clock.now() * 10), len(self.episode) - 1)
+        now, end = float(self.episode.timestamp[k]), int(self.episode.sensor_index[k])
+        begin, self._read = self._read, end
+        return Observation(
+            timestamp=now,
+            state=self.episode.state[k],
+            state_timestamp=now,
+            pictures={"step": k},
+            picture_timestamps={"step": now},
+            sensor=self.episode.sensor[begin:end],
+            sensor_timestamps=self.episode.sensor_timestamp[begin:end],
+            instruction=self.episode.instruction,
+        )
+
+    def send_action(self, action) -> None:
+        pass
+
+    def stop(self, reason) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory):
+    root = tmp_path_factory.mktemp("recorded")
+    (path,) = write_dataset(root, {"part1": 1}, steps=STEPS, stride=1, lead_s=1.2)
+    return load_prepared(path), FeatureCache.open(root)
+
+
+def small_policy(cache, window: int = 65) -> Policy:
+    layout = cache.layout
+    torch.manual_seed(0)
+    config = PolicyConfig(
+        "regression",
+        layout.views,
+        cache.binding["hidden_size"],
+        tuple(layout.view_id.tolist()),
+        tuple(layout.row.tolist()),
+        tuple(layout.col.tolist()),
+        sensor_window_size=window,
+        width=16,
+        layers=1,
+        heads=2,
+    )
+    policy = Policy(config).eval()
+    with torch.no_grad():
+        for weights in policy.parameters():  # a new policy's head is zero, and would answer everything alike
+            weights.normal_(0.0, 0.2)
+    return policy
+
+
+class Recorder(PolicyExpert):
+    """Keeps every observation batch."""
+
+    def __call__(self, features, age_s, state, window):
+        self.seen = [*getattr(self, "seen", []), self.observation(features, age_s, state, window)]
+        return super().__call__(features, age_s, state, window)
+
+
+@pytest.mark.parametrize("window", (65, 650))
+@pytest.mark.parametrize("latency_ms", (0.0, 200.0, 300.0))
+def test_live_observations_are_the_training_samples(recorded, window, latency_ms):
+    episode, cache = recorded
+    features = cache.episode(episode)
+    samples = SampleSet([episode], cache, sensor_window_size=window, vlm_reuse_count=3, vlm_latency_ms=latency_ms)
+    clock = SimulatedClock({"vlm": Latency(latency_ms)})
+    expert = Recorder(small_policy(cache, window))
+    vlm = SimulatedVlm(lambda pictures, instruction: (features.tokens[pictures["step"]], features.mask[pictures["step"]]), clock)
+    log = Runner(Playback(episode, clock), expert, vlm, clock, RunnerSettings(), SafetyLimits(workspace_mm=BOX)).run(STEPS / 10)
+    acted = [tick.step for tick in log.ticks if tick.mode == "act"]
+    assert acted == list(range(round(latency_ms / 100), STEPS))  # from the first finished features on, at every step
+    batch = samples.batch(acted)
+    for place, seen in enumerate(expert.seen):
+        assert set(seen) == {"vl_tokens", "vl_mask", "vl_age_s", "state", "sensor", "sensor_mask"}
+        for name, value in seen.items():
+            assert value.dtype == batch[name].dtype and value.shape[1:] == batch[name].shape[1:], name
+            assert torch.equal(value[0], batch[name][place]), f"{name} at step {acted[place]}"
+
+
+def test_masked_inputs_are_masked_as_missing_ones(recorded):
+    episode, cache = recorded
+    features = cache.episode(episode)
+    policy = small_policy(cache)
+    given = Features(features.tokens[0], features.mask[0], 0, 0.0)
+    window = np.array(episode.sensor[:65])
+    whole = PolicyExpert(policy).observation(given, 0.1, episode.state[0], window)
+    blind = PolicyExpert(policy, "vl").observation(given, 0.1, episode.state[0], window)
+    numb = PolicyExpert(policy, "sensor").observation(given, 0.1, episode.state[0], window)
+    assert not blind["vl_mask"].any() and whole["vl_mask"].all() and blind["sensor_mask"].all()
+    assert not numb["sensor_mask"].any() and not numb["sensor"].any() and numb["vl_mask"].all()
+    other = Features(features.tokens[0] + 5, features.mask[0], 0, 0.0)
+    act = PolicyExpert(policy, "vl")
+    assert np.array_equal(act(given, 0.1, episode.state[0], window), act(other, 0.1, episode.state[0], window))
+    act = PolicyExpert(policy, "sensor")
+    assert np.array_equal(act(given, 0.1, episode.state[0], window), act(given, 0.1, episode.state[0], window + 50))
+    act = PolicyExpert(policy)
+    assert not np.array_equal(act(given, 0.1, episode.state[0], window), act(other, 0.1, episode.state[0], window))
+    assert not np.array_equal(act(given, 0.1, episode.state[0], window), act(given, 0.1, episode.state[0], window + 50))
+
+
+def test_the_usual_step_follows_the_training_statistics(recorded):
+    policy = small_policy(recorded[1])
+    policy.normaliser.action_mean.copy_(torch.tensor([0.3, 0, 0, 0, 0, 0, 1.0]))
+    policy.normaliser.action_std.copy_(torch.tensor([0, 0, 0.4 / 3, 0, 0, 1.0, 1.0]))
+    policy.normaliser.action_varies.copy_(torch.tensor([1.0, 1, 1, 1, 1, 1, 0]))
+    assert PolicyExpert(policy).usual_step() == pytest.approx((0.5, 3.0))

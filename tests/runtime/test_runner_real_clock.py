@@ -1,0 +1,103 @@
+"""The real clock: the same loop with a thread, a process, a watchdog. Logic only: counts and reasons, never milliseconds."""
+
+import threading
+
+import pytest
+from plain_robot import BOX, PlainExpert, PlainRobot
+from plain_vlm import make_broken, make_mortal, make_quick, make_slow, tokens_of
+
+from vla_lib.runtime.clock import RealClock
+from vla_lib.runtime.runner import Runner, RunnerSettings
+from vla_lib.runtime.safety import SafetyLimits
+from vla_lib.runtime.vlm_worker import ExtractorProcess, ThreadedVlm
+
+PATIENT = {"sensor_age_s": 5.0, "state_age_s": 5.0, "picture_age_s": 5.0, "vl_age_s": 5.0, "watchdog_s": 5.0, "hold_s": 3.0}
+
+
+def build(compute, expert=None, limits=None, watch=None, edit=None):
+    clock = RealClock()
+    robot = PlainRobot(clock, edit=edit)
+    vlm = ThreadedVlm(compute)
+    limits = SafetyLimits(workspace_mm=BOX, **{**PATIENT, **(limits or {})})
+    return Runner(robot, expert or PlainExpert(), vlm, clock, RunnerSettings(), limits, watch), robot, vlm
+
+
+def test_the_loop_keeps_its_ticks_while_the_vlm_works_in_a_process():
+    runner, robot, vlm = build(ExtractorProcess(make_slow))
+    try:
+        log = runner.run(2.0)
+    finally:
+        vlm.close()
+    assert log.ended == "time limit" and not log.stopped
+    summary = log.summary()
+    assert summary["ticks"] + summary["skipped_ticks"] == 20
+    assert len({tick.step for tick in log.ticks}) == len(log.ticks)
+    assert len(log.vlm_ms) >= 2 and summary["expert_while_vlm_busy"] >= 1  # both at once
+    assert all(features.tokens[0, 1] == len("insert") for features, *_ in runner.expert.asked)
+    assert not vlm._compute.process.is_alive()
+    assert len(robot.stops) == 1
+
+
+@pytest.mark.parametrize("how", ("killed", "ends"))
+def test_a_vlm_process_that_dies_stops_the_run(how):
+    process = ExtractorProcess(make_quick if how == "killed" else make_mortal)
+
+    def watch(tick, observation):
+        if how == "killed" and tick.step == 3:
+            process.process.kill()
+
+    runner, robot, vlm = build(process, watch=watch)
+    try:
+        log = runner.run(10.0)
+    finally:
+        vlm.close()
+    assert log.ended.startswith("VLM worker died: RuntimeError: the VLM process ended") and log.stopped
+    assert log.ticks[-1].step < 40 and len(robot.stops) == 1
+
+
+def test_a_vlm_that_cannot_be_made_says_why():
+    with pytest.raises(RuntimeError, match="ValueError: no such weights"):
+        ExtractorProcess(make_broken)
+
+
+def test_a_slow_vlm_thread_makes_features_stale_and_stops():
+    release = threading.Event()
+    calls = []
+
+    def compute(pictures, instruction):
+        calls.append(1)
+        if len(calls) == 2:
+            release.wait(20)
+        return tokens_of(pictures, instruction)
+
+    runner, robot, vlm = build(compute, limits={"vl_age_s": 0.5, "hold_s": 0.3})
+    log = runner.run(15.0)
+    release.set()
+    vlm.close()
+    assert log.ended == "stale VL features" and [tick.mode for tick in log.ticks][-1] == "stop"
+    assert sum(tick.mode == "hold" for tick in log.ticks) >= 1
+
+
+def test_the_watchdog_stops_a_robot_whose_loop_hangs():
+    release, bitten = threading.Event(), threading.Event()
+
+    def hang(t_s, fields):
+        if t_s > 0.25:
+            assert bitten.wait(20)
+
+    runner, robot, vlm = build(tokens_of, limits={"watchdog_s": 0.3}, edit=hang)
+    original = robot.stop
+    robot.stop = lambda reason: (original(reason), bitten.set())
+    log = runner.run(15.0)
+    release.set()
+    vlm.close()
+    assert robot.stops[0][1] == "watchdog" and log.ended == "watchdog"
+    assert len(robot.sent) <= 4
+
+
+def test_a_stop_from_another_thread_is_the_last_word():
+    runner, robot, vlm = build(tokens_of)
+    threading.Timer(0.35, runner.request_stop).start()
+    log = runner.run(15.0)
+    vlm.close()
+    assert log.ended == "operator" and robot.stops[0][1] == "operator"
