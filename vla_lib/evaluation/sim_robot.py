@@ -19,6 +19,7 @@ class SimRobot:
         self.stopped = ""
         self._pending: np.ndarray | None = None
         self._observation, self.info = rig.reset(seed=seed)
+        self._unread = [self._observation]  # what the sensor saw before the start
         self.done = False
         self.begin()
 
@@ -28,7 +29,7 @@ class SimRobot:
 
     def read_observation(self) -> Observation:
         """The newest of everything; after the attempt is decided the rig stands."""
-        parts = [] if self.rig.steps else [self._observation]
+        parts, self._unread = self._unread, []
         due = int((self.clock.now() - self._begin_s) * self.rig.action_hz + 1e-6)
         while self.rig.steps < due and not self.done:
             action = np.zeros(6) if self._pending is None or self.stopped else self._pending

@@ -24,6 +24,7 @@ def error_table(metrics: dict[str, dict[str, Any]]) -> pd.DataFrame:
                 "translation MAE (mm)": found["translation_mae_mm"],
                 "translation RMSE (mm)": found["translation_rmse_mm"],
                 "rotation MAE (deg)": found["rotation_mae_deg"],
+                "rotation RMSE (deg)": found["rotation_rmse_deg"],
                 "path error of a chunk (mm)": found["path_error_mm"],
                 "R2 (mean)": float(np.mean(r2)) if r2 else None,
             }
@@ -56,6 +57,9 @@ def results(found: OpenLoop) -> dict[str, Any]:
         "held_out_episodes": len(np.unique(found.episode)),
         "translation_mae_mm": ours["translation_mae_mm"],
         "rotation_mae_deg": ours["rotation_mae_deg"],
+        "translation_rmse_mm": ours["translation_rmse_mm"],
+        "rotation_rmse_deg": ours["rotation_rmse_deg"],
+        "episode_keys": sorted({str(key) for key in found.episode}),
         "beats": beaten(metrics),
         "metrics": metrics,
         "by_dataset": found.by_dataset(),
