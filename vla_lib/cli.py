@@ -11,7 +11,7 @@ from vla_lib.core.errors import UserError
 from vla_lib.core.frontdoor import EXIT_BAD_INPUT
 from vla_lib.core.run_folder import PROJECT
 
-EXIT_FAILED, EXIT_CANCELLED = 1, 130
+EXIT_CANCELLED = 130
 FRONT_DOORS = ("simulate", "preprocess", "build_vl_cache", "train_async", "train_diffusion", "evaluate", "bench")
 
 
@@ -89,10 +89,10 @@ def _run(arguments: argparse.Namespace) -> int:
     if repeated:
         raise UserError(f"Parameter {repeated[0]} is given twice; give it once.")
     result = run_notebook(arguments.notebook, dict(arguments.parameters), text=True)
-    print(f"{result.state}: {shown(result.page if result.page.exists() else result.path)}")
     if result.error:
-        print(result.error, file=sys.stderr)
-    return {"done": 0, "cancelled": EXIT_CANCELLED}.get(result.state, EXIT_FAILED)
+        print(f"error: {result.error}", file=sys.stderr)
+    print(f"{result.state}: {shown(result.page if result.page.exists() else result.path)}")
+    return result.exit_status
 
 
 def _runs(arguments: argparse.Namespace) -> int:

@@ -69,12 +69,10 @@ def test_the_training_ran_as_two_supervised_processes(demo):
 def test_the_policy_beats_all_three_baselines_on_held_out_episodes(demo):
     done, runs = demo
     results = read_json(run_of(runs, "06_evaluate") / "results.json")
-    ours = results["metrics"]["policy"]["translation_rmse_mm"]
-    assert {name: ours < results["metrics"][name]["translation_rmse_mm"] for name in ("zero", "mean", "persistence")} == dict.fromkeys(
-        ("zero", "mean", "persistence"), True
-    )
-    train = set(read_json(run_of(runs, "04_train_async") / "results.json")["split"]["train"])
-    assert not train & set(results["episodes"])
+    errors = {name: found["translation_rmse_mm"] for name, found in results["metrics"].items()}
+    assert all(errors["policy"] < errors[name] for name in ("zero", "mean", "persistence")), errors
+    assert len(results["episode_keys"]) == results["held_out_episodes"] >= 4
+    assert re.search(r"held-out episodes the policy (beats|does NOT beat)", done.stdout)
 
 
 def test_the_table_tells_rates_steps_errors_times_and_the_report(demo):
@@ -82,7 +80,7 @@ def test_the_table_tells_rates_steps_errors_times_and_the_report(demo):
     for words in ("rate of sensor samples", "650.", "episodes prepared", "VL feature cache", "optimiser steps", "time in all"):
         assert words in done.stdout, words
     for method in ("policy", "zero", "mean", "persistence"):
-        assert re.search(rf"held-out error, {method}\s+0\.\d+ mm", done.stdout)
+        assert re.search(rf"held-out RMS error, {method}\s+0\.\d+ mm", done.stdout)
     report = re.search(r"^report: (.*)$", done.stdout, re.M).group(1)
     assert Path(report).stat().st_size < 5e6
     assert "data:image/png;base64" in Path(report).read_text()

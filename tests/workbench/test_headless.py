@@ -48,6 +48,15 @@ def test_a_failing_cell_fails_the_run_with_its_cause(write_notebook):
     assert "ZeroDivisionError" in result.page.read_text()
 
 
+def test_a_cell_that_refuses_its_input_exits_2_with_its_sentence(write_notebook):
+    path = write_notebook(
+        "n: int = 1", "from vla_lib.core.errors import UserError\nraise UserError('There is no dataset root x; give one.')"
+    )
+    done = subprocess.run([sys.executable, "-m", "vla_lib.cli", "run", str(path)], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == "error: There is no dataset root x; give one."
+
+
 def test_a_dying_kernel_fails_the_run(write_notebook):
     result = run_notebook(write_notebook("n: int = 1", "import os; os._exit(1)"), {}, log=False)
     assert read_record(result.path)["state"] == "failed"

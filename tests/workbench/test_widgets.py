@@ -40,7 +40,7 @@ def test_the_browser_filters_by_dataset_and_text(root):
 
 def test_the_static_twin_needs_neither_kernel_nor_network(root):
     page = widgets.EpisodeView(widgets.choose_episode(root)).slider(3).data
-    assert page.count("data:image/png;base64") == 3
+    assert page.count("data:image/jpeg;base64") == 3
     assert "http" not in page
 
 

@@ -48,7 +48,7 @@ SIZES = {
 
 
 def run(dataset_root: Path | None, vl_model: str, nproc_per_node: int, size_name: str) -> int:
-    """Run the demo; prints the summary and the report's path. Returns 0, or 1 where a stage fails and 130 where it was cancelled.
+    """Run the demo; prints the summary and the report's path. Returns 0, or 1 where a stage fails, 2 where it refuses its input, 130 where it was cancelled.
 
     Raises UserError for bad input before anything expensive starts.
     """
@@ -60,7 +60,7 @@ def run(dataset_root: Path | None, vl_model: str, nproc_per_node: int, size_name
         "demo", {"dataset_root": str(root), "vl_model": vl_model, "nproc_per_node": nproc_per_node, "size": size_name}
     )
     flow = Flow(folder)
-    state, error = "failed", None
+    state, error, exit_status = "failed", None, 1
     try:
         if not own_data:
             print("=== recording on the simulated rig", flush=True)
@@ -69,11 +69,11 @@ def run(dataset_root: Path | None, vl_model: str, nproc_per_node: int, size_name
             flow.times_s["recording"] = time.monotonic() - start
         train = {} if own_data else size.train  # a user's data are trained to the guide's letter
         flow.run(stages(root, vl_model, nproc_per_node, train))
-        state = "done"
+        state, exit_status = "done", 0
     except StageFailed as failure:
-        state, error = failure.result.state, str(failure)
+        state, error, exit_status = failure.result.state, str(failure), failure.result.exit_status
     except KeyboardInterrupt:
-        state, error = "cancelled", "interrupted"
+        state, error, exit_status = "cancelled", "interrupted", 130
     except Exception as failure:
         error = f"{type(failure).__name__}: {failure}"
         raise
@@ -87,7 +87,7 @@ def run(dataset_root: Path | None, vl_model: str, nproc_per_node: int, size_name
     for note in notes:
         print(note)
     print(f"\nreport: {shown(page)}")
-    return {"done": 0, "cancelled": 130}.get(state, 1)
+    return exit_status
 
 
 def preflight(root: Path, own_data: bool, vl_model: str, nproc_per_node: int, free_bytes: float) -> None:
@@ -138,13 +138,12 @@ def summarise(flow: Flow) -> tuple[pd.DataFrame, list[str]]:
         rows.append(("training", f"{trained['step']} optimiser steps, {trained['parameters'] / 1e6:.2f} M parameters"))
     notes = []
     for name, found in evaluated.get("metrics", {}).items():
-        rows.append((f"held-out error, {name}", f"{found['translation_mae_mm']:.3f} mm, {found['rotation_mae_deg']:.3f} deg a step"))
+        rows.append((f"held-out RMS error, {name}", f"{found['translation_rmse_mm']:.3f} mm, {found['rotation_rmse_deg']:.3f} deg a step"))
     if evaluated:
         lost_to = [name for name, won in evaluated["beats"].items() if not won]
+        verdict = f"does NOT beat {', '.join(lost_to)}" if lost_to else "beats the zero, mean and persistence baselines"
         notes.append(
-            "The policy beats the zero, mean and persistence baselines."
-            if not lost_to
-            else f"The policy does NOT beat: {', '.join(lost_to)}."
+            f"On {evaluated['held_out_episodes']} held-out episodes the policy {verdict} (RMS errors of translation and of rotation)."
         )
     rows += [(f"time of {name}", clock(took)) for name, took in flow.times_s.items()]
     rows.append(("time in all", clock(sum(flow.times_s.values()))))

@@ -49,6 +49,12 @@ class RunResult:
     path: Path
     state: str
     error: str | None = None
+    bad_input: bool = False  # a cell refused what it was given (UserError), as against breaking on the way
+
+    @property
+    def exit_status(self) -> int:
+        """0 done, 2 bad input, 130 cancelled, 1 failed."""
+        return 2 if self.bad_input else {"done": 0, "cancelled": 130}.get(self.state, 1)
 
     @property
     def page(self) -> Path:
@@ -66,7 +72,7 @@ def run_notebook(name: str | Path, given: dict[str, Any], text: bool = False, lo
     values = resolve(path, given, text)
     run = RunFolder.create(path.stem, values, notebook=str(path), given=sorted(given))
     executed = run.path / "notebook.ipynb"
-    state, error = "failed", None
+    state, error, bad_input = "failed", None, False
     with _kernel_environment(run.path), _interrupts_reach_the_kernel(), _plain_log(log):
         try:
             papermill.execute_notebook(
@@ -83,7 +89,8 @@ def run_notebook(name: str | Path, given: dict[str, Any], text: bool = False, lo
             state = "done"
         except PapermillExecutionError as failure:
             state = "cancelled" if failure.ename in CANCELLED else "failed"
-            error = f"{failure.ename}: {failure.evalue}"
+            bad_input = failure.ename == UserError.__name__
+            error = failure.evalue if bad_input else f"{failure.ename}: {failure.evalue}"
         except KeyboardInterrupt:
             state, error = "cancelled", "interrupted"
         except Exception as failure:  # a dead kernel, a full disk: recorded, and told like any other failure
@@ -92,7 +99,7 @@ def run_notebook(name: str | Path, given: dict[str, Any], text: bool = False, lo
             if executed.exists():
                 export_html(executed, run.path / "notebook.html")
             run.finish(state, error)
-    return RunResult(run.path, state, error)
+    return RunResult(run.path, state, error, bad_input)
 
 
 @contextmanager
@@ -153,10 +160,3 @@ class _OutputLines(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         time = self.formatTime(record, self.datefmt)
         return "\n".join(f"{time} {line}" for line in record.getMessage().splitlines() if line.strip())
-
-
-def require_done(result: RunResult) -> RunResult:
-    """The result itself where the run is done. Raises UserError with cause and page where it failed or was cancelled."""
-    if result.state != "done":
-        raise UserError(f"{result.path.name} {result.state}: {result.error}. See {result.page}")
-    return result
