@@ -9,6 +9,7 @@ from vla_lib.core.files import write_json
 from vla_lib.evaluation import closed_loop as closed
 from vla_lib.evaluation.attempt import AttemptSettings, film, fly
 from vla_lib.evaluation.metrics import open_loop_metrics
+from vla_lib.evaluation.rehearsal import rehearse
 from vla_lib.evaluation.sim_robot import SimRobot, sim_limits
 from vla_lib.features.form import FeatureForm
 from vla_lib.features.vlm import load_processor, open_checkpoint
@@ -16,11 +17,13 @@ from vla_lib.policy.config import PolicyConfig
 from vla_lib.policy.policy import Policy
 from vla_lib.runtime.clock import Latency, SimulatedClock
 from vla_lib.runtime.execution import ExecutionSettings
+from vla_lib.runtime.run_log import RunLog, Tick
 from vla_lib.runtime.runner import RunnerSettings
 from vla_lib.runtime.safety import SafetyLimits
 from vla_lib.sim.demonstrator import demonstrator_action
 from vla_lib.sim.rig import SimRig
 from vla_lib.training.checkpoint import save_checkpoint
+from vla_lib.workbench.plots import closed_loop as plots
 
 
 class Scripted:
@@ -115,6 +118,15 @@ def test_the_rig_follows_the_clock_and_stands_after_a_stop():
     assert robot.rig.arm.command[0] == pytest.approx(robot.rig.world.start_mm[0] + 0.5)
 
 
+def test_the_rig_goes_on_after_the_attempt_where_it_is_told_to():
+    for go_on, seconds in ((False, 0.5), (True, 1.0)):
+        clock = SimulatedClock()
+        robot = SimRobot(SimRig(pictures=False, max_time_s=0.5), clock, seed=5, go_on=go_on)
+        clock.sleep_until(1.0)
+        robot.read_observation()
+        assert robot.rig.steps == round(10 * seconds) and robot.over() == "no puncture"
+
+
 # ---------------------------------------------------------------- figures
 
 
@@ -148,6 +160,24 @@ def test_the_summary_counts_what_happened(tmp_path):
     assert "path" not in found.results()["attempts"][0]
     empty = closed.ClosedLoop(found.settings, [row(1, False, "no puncture", punctured=False)]).summary()
     assert empty["lateral_mm"] is None and empty["time_to_target_s"] is None
+
+
+def test_the_plots_tell_units_and_counts(tmp_path):
+    (tmp_path / "a.pt").touch()
+    rows = [row(1, True), row(2, True), row(3, False, "no puncture", punctured=False)]
+    found = {"all inputs": closed.ClosedLoop(AttemptSettings(tmp_path / "a.pt"), rows)}
+    figure = plots.success(found)
+    assert "2 of 3" in [text.get_text() for text in figure.axes[0].texts]
+    assert "no puncture" in [text.get_text() for text in figure.axes[1].get_legend().get_texts()]
+    figure = plots.errors(found)
+    assert [len(line.get_xdata()) for line in figure.axes[0].lines] == [2]  # the attempt without a puncture has no place
+    assert all("(" in axis.get_xlabel() for axis in figure.axes)
+    record, _ = scripted(3)
+    log = RunLog([Tick(k, k / 10, 0.2, vl_age_s=0.1, expert_ms=5.0) for k in range(20)], vlm_ms=[30.0, 31.0])
+    assert all("(" in axis.get_xlabel() for axis in plots.timing(log).axes)
+    frame = {"t_s": 0.5, "pictures": {"View5": np.zeros((9, 16, 3), np.uint8)}, "a_scan": np.ones(1025), "force_mN": 7.0}
+    strip = plots.film_strip(record | {"frames": [frame | {"action": np.zeros(7), "reason": "stale sensor"}] * 3}, views=("View5",))
+    assert len(strip.axes) == 6 and "7 mN\nstale sensor" in strip.axes[-1].get_xlabel()
 
 
 def test_wilsons_interval():
@@ -215,16 +245,26 @@ def checkpoint(tmp_path_factory):
 
 def test_a_checkpoint_is_tried_in_processes_and_filmed_again(checkpoint):
     settings = AttemptSettings(checkpoint, max_time_s=0.8)
-    variants = {name: settings for name in ("one", "two")}
-    found = closed.closed_loop(variants | {"blind": closed.masked(settings)["VL masked"]}, [3], workers=2, show=False)
-    assert found["one"].attempts == found["two"].attempts  # whichever process it was
-    (record,) = found["one"].attempts
+    found = closed.closed_loop({"whole": settings, "blind": closed.masked(settings)["VL masked"]}, [3], workers=1, show=False)
+    (record,) = found["whole"].attempts
     assert record["reason"] == "no puncture" and record["time_s"] == pytest.approx(0.8) and record["runner"]["expert_calls"] == 8
     assert record["runner"]["vl_age_s"]["max"] == pytest.approx(0.2)
     assert found["blind"].attempts[0]["path"] != record["path"]
     shown = film(settings, 3, frames=4)
     frames = shown.pop("frames")
-    assert shown == record  # the film shows the very attempt that was judged
+    assert shown == record  # the film, made in another process, shows the very attempt that was judged
     assert [len(frame["pictures"]) for frame in frames] == [2] * 4
     assert frames[-1]["a_scan"].shape == (1025,) and np.isfinite(frames[-1]["force_mN"])
     assert frames[0]["pictures"]["View5"].shape == (180, 320, 3)
+
+
+def test_a_checkpoint_is_rehearsed_in_real_time(checkpoint):
+    """Logic only: counts and reasons, never milliseconds."""
+    runners, ticks = [], []
+    settings = AttemptSettings(checkpoint, max_time_s=0.7)
+    found = rehearse(settings, 3, lambda tick, observation: ticks.append(tick.step), runners.append, dry_run=True)
+    log = found["log"]
+    assert [tick.step for tick in log.ticks] == ticks and runners[0].log is log
+    assert found["reason"] and not found["success"] and found["runner"]["ended"] == log.ended
+    assert len(runners[0].io.sent) >= 1 and "stop" in runners[0].io.sent[-1]
+    assert not np.ptp(found["path"]["position_mm"], axis=0).any()  # a dry run moves nothing

@@ -107,10 +107,11 @@ def fly(
 def judged(robot: SimRobot, log: RunLog) -> dict[str, Any]:
     """What came of an attempt, JSON-able: success, reason of failure ("" at success), errors in mm, forces in mN, times in s, the runner's summary.
 
-    Where safety ended the run the reason begins with "stopped: ".
+    Where safety ended an attempt that was not decided yet the reason begins with "stopped: ".
     """
     info = robot.info
-    reason = "" if info["success"] else f"stopped: {log.ended}" if log.stopped else info["reason"] or log.ended
+    undecided = f"stopped: {log.ended}" if log.stopped else log.ended
+    reason = "" if info["success"] else info["reason"] or undecided
     names = ("seed", "success", "lateral_mm", "depth_error_mm", "punctured", "peak_force_mN", "time_s", "truth")
     return {name: info[name] for name in names} | {"reason": reason, "runner": log.summary(), "events": log.events}
 

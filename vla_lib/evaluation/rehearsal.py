@@ -57,7 +57,7 @@ def rehearse(
         expert = PolicyExpert(policy, settings.without, settings.ddim_steps or None)
         warm_up(expert, process, rig, seed)
         clock = RealClock()
-        robot = SimRobot(rig, clock, seed)
+        robot = SimRobot(rig, clock, seed, go_on)
         io: RobotIO = DryRunIO(robot) if dry_run else robot
         run = RunnerSettings(hz, info["settings"]["vlm_reuse_count"], ExecutionSettings(settings.execution, settings.chunk_steps))
         runner = Runner(io, expert, vlm, clock, run, SafetyLimits(**sim_limits()), watch)

@@ -12,10 +12,10 @@ from vla_lib.sim.world import FORCE_LIMIT_MN, WORKSPACE_MM
 
 class SimRobot:
     """A reset rig that follows `clock`: each reading runs it up to now, one action period after the other, with the action sent before
-    or standing still. A period belongs to the action that was sent in it."""
+    or standing still. A period belongs to the action that was sent in it. Its time ends where the attempt is decided, unless it is to `go_on`."""
 
-    def __init__(self, rig: SimRig, clock: Clock, seed: int):
-        self.rig, self.clock = rig, clock
+    def __init__(self, rig: SimRig, clock: Clock, seed: int, go_on: bool = False):
+        self.rig, self.clock, self.go_on = rig, clock, go_on
         self.stopped = ""
         self._pending: np.ndarray | None = None
         self._observation, self.info = rig.reset(seed=seed)
@@ -28,14 +28,14 @@ class SimRobot:
         self._begin_s = self.clock.now()
 
     def read_observation(self) -> Observation:
-        """The newest of everything; after the attempt is decided the rig stands."""
+        """The newest of everything."""
         parts, self._unread = self._unread, []
         due = int((self.clock.now() - self._begin_s) * self.rig.action_hz + 1e-6)
-        while self.rig.steps < due and not self.done:
+        while self.rig.steps < due and (self.go_on or not self.done):
             action = np.zeros(6) if self._pending is None or self.stopped else self._pending
             self._pending = None
             self._observation, _, terminated, truncated, self.info = self.rig.step(action)
-            self.done = terminated or truncated
+            self.done = self.done or terminated or truncated
             parts.append(self._observation)
         newest: dict[str, Any] = self._observation
         sensor = [part["sensor"] for part in parts] or [newest["sensor"][:0]]
