@@ -62,6 +62,14 @@ def test_the_demonstrator_succeeds_through_the_runner(execution):
         assert np.array(path["position_mm"]).shape == (len(path["t_s"]), 3) and len(path["force_mN"]) == len(path["t_s"])
 
 
+def test_a_one_second_window_is_full_from_the_first_step():
+    rig = SimRig(pictures=False)
+    expert = Scripted(rig)
+    expert.sensor_window = 650
+    record = fly(rig, expert, no_vlm, 41, RunnerSettings(), SafetyLimits(**sim_limits()))
+    assert record["success"] and record["runner"]["modes"] == {"act": record["runner"]["ticks"]}
+
+
 def test_attempts_are_deterministic_by_the_seed():
     latencies = {"vlm": Latency(50, 80)}
     rig = SimRig(pictures=False)

@@ -237,6 +237,27 @@ def test_the_operators_stop_is_the_last_word(setup):
     assert log.ended == safety.OPERATOR and len(log.ticks) == 9 and len(run.robot.sent) == 8
 
 
+def test_no_action_follows_a_stop_that_comes_while_the_policy_thinks(setup):
+    run = setup()
+    run.expert.act = lambda call: (run.runner.request_stop() if call == 5 else None, np.full((8, 7), 0.01))[1]
+    log = run.run(10)
+    assert log.ended == safety.OPERATOR and len(run.robot.sent) == 5 and log.ticks[-1].step == 5
+
+
+def test_a_stop_that_comes_while_an_action_is_sent_is_said_again_after_it(setup):
+    run = setup()
+    send = run.robot.send_action
+
+    def slow_send(action):
+        if len(run.robot.sent) == 5:
+            run.runner.request_stop()
+        send(action)
+
+    run.robot.send_action = slow_send
+    log = run.run(10)
+    assert log.ended == safety.OPERATOR and len(run.robot.sent) == 6 and len(run.robot.stops) == 2
+
+
 def test_trap_35_a_limit_below_the_demonstrated_speed_is_told(setup):
     class Shown(PlainExpert):
         def usual_step(self):

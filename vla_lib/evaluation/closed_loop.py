@@ -73,7 +73,7 @@ def closed_loop(
         raise UserError("A closed-loop evaluation needs at least one seed, and each seed once.")
     jobs = [(name, seed) for seed in seeds for name in variants]
     found: dict[str, dict[int, dict[str, Any]]] = {name: {} for name in variants}
-    workers = min(len(jobs), workers or len(os.sched_getaffinity(0)))
+    workers = min(len(jobs), workers or _cores())
     with Progress(len(jobs), "closed loop", "attempts", show=show) as progress, _processes(workers) as pool:
         futures = {pool.submit(attempt, variants[name], seed): (name, seed) for name, seed in jobs}
         try:
@@ -106,7 +106,7 @@ def latency_sweep(settings: AttemptSettings, delays_ms: Sequence[float] = (0.0, 
 
 def films(settings: AttemptSettings, seeds: Sequence[int], frames: int = 12, workers: int = 0) -> list[dict[str, Any]]:
     """Film of the attempts of `seeds` (see `evaluation.attempt.film`), made by running them again."""
-    with _processes(min(len(seeds), workers or len(os.sched_getaffinity(0))) or 1) as pool:
+    with _processes(min(len(seeds), workers or _cores()) or 1) as pool:
         return list(pool.map(film, [settings] * len(seeds), seeds, [frames] * len(seeds)))
 
 
@@ -153,6 +153,10 @@ def distribution(values: Sequence[float]) -> dict[str, float] | None:
         return None
     found = np.percentile(values, (50, 90, 100))
     return {"median": float(found[0]), "p90": float(found[1]), "max": float(found[2])}
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _processes(workers: int) -> ProcessPoolExecutor:
