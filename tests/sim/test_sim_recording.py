@@ -67,9 +67,7 @@ def test_f1_is_written_as_the_lab_writes_it(recorded):
 
 def test_f2_is_written_as_the_lab_writes_it(recorded):
     folder, entry = episode(recorded, "F2")
-    assert re.fullmatch(r"episode_\d{8}_\d{6}", folder.name) and folder.parent.relative_to(recorded) == Path(
-        "New_dataset/Silicone_block"
-    )
+    assert re.fullmatch(r"episode_\d{8}_\d{6}", folder.name) and folder.parent.relative_to(recorded) == Path("New_dataset/Silicone_block")
     log = pd.read_csv(folder / "robot_states.csv")
     assert list(log.columns) == ["recv_timestamp", "origin_timestamp", "send_timestamp", "force", *COLUMNS]
     assert all(re.fullmatch(r"\d{10}\.\d{6}\.jpg", path.name) for path in folder.glob("images/View*/*"))

@@ -26,7 +26,8 @@ def prepare_gl() -> None:
     """Choose EGL unless the environment chose otherwise, and one drawing thread a process. Must come before mujoco is imported."""
     os.environ.setdefault("MUJOCO_GL", "egl")
     os.environ.setdefault("LP_NUM_THREADS", "1")  # Mesa's software renderer; parallel over episodes instead
-    with contextlib.suppress(ImportError):  # after Mesa's first picture, the first import of triton (torch does it late) crashes the process
+    # After Mesa's first picture, the first import of triton (torch does it late) crashes the process: so it comes before.
+    with contextlib.suppress(ImportError):
         import triton  # noqa: F401
 
 

@@ -27,8 +27,9 @@ from vla_lib.training.data import prepare_data
 from vla_lib.training.ema import AveragedPolicy
 from vla_lib.training.metrics import MetricsLog, truncate
 from vla_lib.training.process import StopRequest
-from vla_lib.training.sampler import EpochPlan, MicroBatch, draw_epoch
+from vla_lib.training.sampler import EpochPlan, MicroBatch, draw_epoch, step_seed
 from vla_lib.training.samples import batch_loader
+from vla_lib.training.schedule import learning_rate
 from vla_lib.training.settings import TrainingSettings, resume_conflicts
 from vla_lib.training.statistics import training_statistics
 from vla_lib.training.validation import validate
@@ -246,12 +247,12 @@ class Trainer:
         settings, data, accelerator, device = self.settings, self.data, self.accelerator, self.accelerator.device
         shared = np.concatenate([m.shared for m in micros])
         valid = int(data.train.valid_actions[shared].sum())  # action steps that count, over all processes and micro-batches
-        lr = self._learning_rate()
+        lr = learning_rate(self.settings, self.step, self._done())
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         if settings.dropout:
-            torch.manual_seed(_seed(settings.seed, self.step, self.rank))
-        generator = torch.Generator().manual_seed(_seed(settings.seed, self.step))
+            torch.manual_seed(step_seed(settings.seed, self.step, self.rank))
+        generator = torch.Generator().manual_seed(step_seed(settings.seed, self.step))
         self.model.train()
         waited, timesteps = 0.0, []
         sums = torch.zeros(2, dtype=torch.float64, device=device)  # loss, stop requests
@@ -291,12 +292,10 @@ class Trainer:
             self._save(must=True)
         return waited, np.concatenate(timesteps) if timesteps else None
 
-    def _learning_rate(self) -> float:
-        """Linear warm-up, cosine to 1 %: a function of the share of the run that is done, whatever the number of processes."""
+    def _done(self) -> float:
+        """The share of the run that is done, whatever the number of processes."""
         s = self.settings
-        done = self.step / s.max_steps if s.max_steps else (self.epoch + self.position / len(self.data.train)) / s.epochs
-        cosine = 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
-        return s.lr * cosine * min(1.0, (self.step + 1) / max(1, s.warmup_steps))
+        return self.step / s.max_steps if s.max_steps else (self.epoch + self.position / len(self.data.train)) / s.epochs
 
     def _row(self, shared: np.ndarray, loss: float, lr: float, norm: float, timesteps: list) -> None:
         s, samples = self.settings, self.data.train
@@ -398,7 +397,3 @@ class Trainer:
 
     def _elapsed(self) -> float:
         return self.elapsed_s + time.monotonic() - self.started
-
-
-def _seed(*numbers: int) -> int:
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)

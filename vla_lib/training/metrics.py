@@ -44,17 +44,17 @@ class MetricsLog:
         self.path = run_dir / "metrics.jsonl"
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.touch()
-        self._wandb = self._start(project, wandb_mode(mode), config, wandb_id, run_dir.name)
+        self._wandb = self._start(project, wandb_mode(mode), config, wandb_id, run_dir)
 
     @staticmethod
-    def _start(project: str, mode: str, config: dict[str, Any], wandb_id: str, name: str) -> Any:
+    def _start(project: str, mode: str, config: dict[str, Any], wandb_id: str, run_dir: Path) -> Any:
         if mode == "disabled":
             return None
         os.environ.setdefault("WANDB_SILENT", "true")
         try:
             import wandb
 
-            options = {"project": project, "id": wandb_id, "name": name, "config": config}
+            options = {"project": project, "id": wandb_id, "name": run_dir.name, "config": config, "dir": str(run_dir)}
             try:
                 resume = {"resume": "allow"} if mode == "online" else {}
                 return wandb.init(mode=mode, settings=wandb.Settings(init_timeout=30, console="off"), **options, **resume)

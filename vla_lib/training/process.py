@@ -25,4 +25,3 @@ class StopRequest:
 
     def _ask(self, number: int, _: FrameType | None) -> None:
         self.asked = signal.Signals(number).name
-

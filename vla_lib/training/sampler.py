@@ -72,3 +72,8 @@ def shares(weights: np.ndarray, groups: list[str]) -> dict[str, float]:
     total = float(np.sum(weights))
     names = np.asarray(groups)
     return {str(name): float(np.sum(weights[names == name]) / total) for name in np.unique(names)}
+
+
+def step_seed(*numbers: int) -> int:
+    """One seed from several numbers (run's seed, step, rank), as far apart as if they were drawn."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
