@@ -52,7 +52,7 @@ class Settings:
     report: Path | None = None
     """Write all measurements and verdicts as JSON to this file."""
     quiet: bool = False
-    """Print no progress and no table."""
+    """Print the progress only, no line an episode."""
 
     def __post_init__(self) -> None:
         if self.dataset_root is None and not self.dataset_dirs:
@@ -103,7 +103,7 @@ def main(settings: Settings) -> dict[str, Any]:
         raise UserError(
             f"No episode was found below {places}: an episode is a folder with a robot log (CSV with a clock and pose columns)."
         )
-    outcome = run_jobs(jobs, settings.workers, show=not settings.quiet)
+    outcome = run_jobs(jobs, settings.workers)
     results = {
         "episodes": len(outcome.reports),
         "written": outcome.count("written"),

@@ -47,3 +47,11 @@ def test_the_static_twin_needs_neither_kernel_nor_network(root):
 def test_a_missing_episode_is_told_with_what_there_is(root):
     with pytest.raises(UserError, match="the datasets there are New_dataset, White_silicone_white_circle"):
         widgets.choose_episode(root, "part1")
+
+
+def test_another_root_lists_its_own_episodes(root, tmp_path):
+    browser = widgets.EpisodeBrowser(tmp_path)
+    assert browser.message.value == f"There is no recorded episode below {tmp_path}."
+    browser.root.value = str(root)
+    assert len(browser.chosen.options) == 2 and browser.message.value == ""
+    assert bytes(browser.picture.value).startswith(b"\x89PNG")

@@ -96,18 +96,17 @@ class EpisodeView:
 
 
 class EpisodeBrowser:
-    """Dropdowns for dataset and episode (with a text filter), a time slider with play, and the drawn instant."""
+    """A root, dropdowns for dataset and episode (with a text filter), a time slider with play, and the drawn instant."""
 
     def __init__(self, root: Path, action_hz: float = 10.0):
         import ipywidgets
 
-        self.root, self.action_hz = root, action_hz
-        self._files = find_episodes(root)
-        verdicts = episode_table(root).set_index("episode")["verdict"] if self._files else {}
-        self._label = {files.path: f"{files.name}  [{verdicts[files.name]}]" for files in self._files}
+        self.action_hz = action_hz
+        self._files: list[EpisodeFiles] = []
+        self._label: dict[Path, str] = {}
         self._view: EpisodeView | None = None
-        datasets = sorted({files.dataset for files in self._files})
-        self.dataset = ipywidgets.Dropdown(options=["all datasets", *datasets], description="dataset")
+        self.root = ipywidgets.Text(value=str(root), description="root", continuous_update=False, layout={"width": "640px"})
+        self.dataset = ipywidgets.Dropdown(options=["all datasets"], description="dataset")
         self.filter = ipywidgets.Text(placeholder="part of a name or verdict", description="filter", continuous_update=False)
         self.chosen = ipywidgets.Dropdown(description="episode", layout={"width": "640px"})
         self.time = ipywidgets.IntSlider(description="time (0.1 s)", readout=True, continuous_update=False, layout={"width": "560px"})
@@ -115,25 +114,38 @@ class EpisodeBrowser:
         self.picture = ipywidgets.Image(format="png", layout={"max_width": "1250px"})
         self.message = ipywidgets.HTML()
         ipywidgets.jslink((self.play, "value"), (self.time, "value"))
+        self.root.observe(self._read, "value")
         self.dataset.observe(self._list, "value")
         self.filter.observe(self._list, "value")
         self.chosen.observe(self._open, "value")
         self.time.observe(self._draw, "value")
-        self._list()
+        self._read()
         top = ipywidgets.HBox([self.dataset, self.filter])
-        self.widget = ipywidgets.VBox([top, self.chosen, ipywidgets.HBox([self.play, self.time]), self.message, self.picture])
+        self.widget = ipywidgets.VBox([self.root, top, self.chosen, ipywidgets.HBox([self.play, self.time]), self.message, self.picture])
 
     def _ipython_display_(self) -> None:
         from IPython.display import display
 
         display(self.widget)
 
+    def _read(self, _change: Any = None) -> None:
+        root = Path(self.root.value).expanduser()
+        try:
+            self._files = find_episodes(root)
+        except UserError as error:
+            self._files, self.message.value = [], str(error)
+        verdicts = episode_table(root).groupby("episode")["verdict"].first() if self._files else {}
+        self._label = {files.path: f"{files.name}  [{verdicts[files.name]}]" for files in self._files}
+        self.dataset.options = ["all datasets", *sorted({files.dataset for files in self._files})]
+        self._list()
+
     def _list(self, _change: Any = None) -> None:
         fits = [files for files in self._files if self.dataset.value in ("all datasets", files.dataset)]
         fits = [files for files in fits if self.filter.value.lower() in self._label[files.path].lower()]
         self.chosen.options = [(self._label[files.path], files) for files in fits]
         self.chosen.index = 0 if fits else None
-        self.message.value = "" if fits else "No episode fits the filter."
+        if not fits:
+            self.message.value = "No episode fits the filter." if self._files else f"There is no recorded episode below {self.root.value}."
 
     def _open(self, _change: Any = None) -> None:
         if self.chosen.value is None:
