@@ -13,10 +13,10 @@ from vla_lib.sim.rig import SimRig
 from vla_lib.sim.world import VIEWS, sample_world
 
 
-def rows(episodes: int = 4, seconds: float = 2.0) -> list[BenchRow]:
-    """Measure for some `seconds` a row, and record `episodes` episodes in a temporary folder. Raises UserError where EGL is missing."""
+def rows(fast: bool = False) -> list[BenchRow]:
+    """Draw for some seconds, record some episodes in a temporary folder, step one attempt. Raises UserError where EGL is missing."""
     check_gl()
-    return [pictures_row(seconds), recording_row(episodes, workers=2), rig_row()]
+    return [pictures_row(0.5 if fast else 2.0), recording_row(2 if fast else 8, workers=2), rig_row()]
 
 
 def pictures_row(seconds: float) -> BenchRow:

@@ -15,13 +15,16 @@ import numpy as np
 from vla_lib.benchmarks.rows import BenchRow
 from vla_lib.core.errors import UserError
 from vla_lib.core.files import read_jsonl
+from vla_lib.core.run_folder import runs_root
 
 
 def rows(fast: bool = False, dataset_root: Path | None = None) -> list[BenchRow]:
-    """Measure on `dataset_root` (prepared, with a VL cache; default: $VLA_BENCH_DATA). Raises UserError without one."""
-    root = dataset_root or (Path(os.environ["VLA_BENCH_DATA"]) if "VLA_BENCH_DATA" in os.environ else None)
-    if root is None:
-        raise UserError("The training benchmark needs a prepared data set with a VL cache; set VLA_BENCH_DATA to its root.")
+    """Measure on `dataset_root` (prepared, with a VL cache; default: what `make demo` recorded). Raises UserError where there is none."""
+    root = dataset_root or runs_root() / "demo-data"
+    if not root.is_dir():
+        raise UserError(
+            f"The training benchmark needs a prepared data set with a VL cache, and {root} is not there; run `make demo` first."
+        )
     return [*loading(root, 40 if fast else 200), *compiled(root, 5 if fast else 20), two_processes(root, 6 if fast else 30)]
 
 
