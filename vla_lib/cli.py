@@ -3,6 +3,7 @@
 import argparse
 import ast
 import os
+import signal
 import socket
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ FRONT_DOORS = ("simulate", "preprocess", "build_vl_cache", "train_async", "train
 def main(argv: list[str] | None = None) -> None:
     """Parse the command line and run one command. Exit status: 0 done, 1 failed, 2 bad input, 130 cancelled."""
     arguments = _parser().parse_args(argv)
+    signal.signal(signal.SIGTERM, _cancelled)
     try:
         raise SystemExit(arguments.command(arguments))
     except UserError as error:
@@ -29,6 +31,10 @@ def main(argv: list[str] | None = None) -> None:
     except BrokenPipeError:  # `vla runs | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(0) from None
+
+
+def _cancelled(_number: int, _frame: object) -> None:
+    raise KeyboardInterrupt
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -59,7 +59,7 @@ class TrainingView:
         from vla_lib.workbench.plots.training import training_curves
 
         rows = read_jsonl(self.job.run_dir / "metrics.jsonl")
-        if rows:
+        if any(key.startswith("train/") for row in rows for key in row):  # a cache job has progress, but no curves
             picture = io.BytesIO()
             training_curves(rows).savefig(picture, format="png")
             self._curves.value = picture.getvalue()
