@@ -1,4 +1,4 @@
-"""Front door: prepared episodes in, their vision-language feature cache out (`vla_lib.features`). Plain or under torchrun."""
+"""Computes the VL feature cache of prepared episodes, once for all trainings."""
 
 from typing import Any
 

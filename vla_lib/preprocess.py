@@ -1,4 +1,4 @@
-"""Front door: raw episodes in; `data.pkl` and `sensor.npy` beside each, a table of verdicts and a list of what was left out, out.
+"""Measures and judges raw episodes and writes `data.pkl` and `sensor.npy` beside each; tells what was left out and why.
 
     python -m vla_lib.preprocess --dataset-root ROOT --action-hz 10
     python -m vla_lib.preprocess --dataset-dirs ROOT/White_silicone_white_circle ROOT/New_dataset

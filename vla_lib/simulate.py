@@ -1,4 +1,4 @@
-"""Front door: record demonstrations on the simulated rig as raw episodes, as the lab would.
+"""Records demonstrations on the simulated rig as raw episodes, as the lab would.
 
     python -m vla_lib.simulate --dataset-root OUT --episodes-f1 30 --episodes-f2 10
 
