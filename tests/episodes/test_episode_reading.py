@@ -275,3 +275,11 @@ def test_a_table_that_cannot_be_understood_is_refused(tmp_path, text):
     (tmp_path / "datasets.yaml").write_text(text)
     with pytest.raises(UserError, match="datasets.yaml"):
         DatasetTable.load(tmp_path)
+
+
+def test_a_folder_whose_only_log_is_blank_is_an_episode_to_record_again(tmp_path):
+    folder = tmp_path / "White_silicone_white_circle" / "third try"
+    folder.mkdir(parents=True)
+    (folder / "robot.csv").touch()
+    (found,) = find_episodes(tmp_path)
+    assert found.path == folder and found.robot_log is None

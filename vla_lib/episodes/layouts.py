@@ -149,7 +149,8 @@ def _examine(folder: Path, entries: "list[os.DirEntry[str]]", base: Path) -> Epi
             images = True
     headers = {path: columns for path in csvs if (columns := robot_columns(read_header(path)))}
     logs = sorted(headers, key=lambda path: (-path.stat().st_size, path.name))
-    if not logs and not EPISODE_NAME.match(folder.name) and not views and not (sensors and csvs):
+    blank = any(path.stat().st_size == 0 for path in csvs)  # a log that was never written: an episode to record again, not to pass over
+    if not logs and not EPISODE_NAME.match(folder.name) and not views and not (sensors and csvs) and not blank:
         return None
     dataset, task = dataset_of(folder, base)
     return EpisodeFiles(
