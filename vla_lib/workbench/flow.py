@@ -36,8 +36,8 @@ class Flow:
         """Run the stages in order. All parameters are checked before the first starts. Raises StageFailed at the first that does not end as done."""
         for stage in stages:
             resolve(notebook_path(stage.notebook), stage.parameters)
-        for number, stage in enumerate(stages, 1):
-            print(f"\n=== {stage.notebook} ({number} of {len(stages)})", flush=True)
+        for stage in stages:
+            print(f"\n=== {stage.notebook}", flush=True)
             start = time.monotonic()
             result = run_notebook(stage.notebook, stage.parameters)
             self.runs.append(result)
