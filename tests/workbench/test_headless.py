@@ -57,9 +57,11 @@ def test_a_cell_that_refuses_its_input_exits_2_with_its_sentence(write_notebook)
     assert done.stderr.splitlines()[-1] == "error: There is no dataset root x; give one."
 
 
-def test_a_dying_kernel_fails_the_run(write_notebook):
+def test_a_run_whose_kernel_dies_is_lost(write_notebook):
     result = run_notebook(write_notebook("n: int = 1", "import os; os._exit(1)"), {}, log=False)
-    assert read_record(result.path)["state"] == "failed"
+    record = read_record(result.path)
+    assert (record["state"], record["error"]) == ("lost", "the kernel died (killed, or out of memory)")
+    assert result.page.exists()
 
 
 def test_a_bad_parameter_starts_nothing(write_notebook, runs_folder):
@@ -114,7 +116,7 @@ def test_a_killed_kernel_leaves_no_process(write_notebook, runs_folder):
     assert driver.wait() == 1
     assert psutil.wait_procs(family, timeout=30)[1] == []
     (folder,) = runs_folder.iterdir()
-    assert read_record(folder)["state"] == "failed"
+    assert read_record(folder)["state"] == "lost"
 
 
 def test_a_failing_job_raises_its_cause_first(tmp_path):

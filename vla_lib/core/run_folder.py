@@ -68,8 +68,8 @@ class RunFolder:
         write_json(self.path / "run.json", self.record)
 
     def finish(self, state: str, error: str | None = None) -> None:
-        """Close the record as `done`, `failed` or `cancelled`; the first closing holds, later ones change nothing."""
-        if state not in STATES[1:4]:
+        """Close the record as `done`, `failed`, `cancelled` or `lost`; the first closing holds, later ones change nothing."""
+        if state not in STATES[1:]:
             raise ValueError(f"a run cannot end as {state!r}")
         if self.record.get("state") != "running":
             return

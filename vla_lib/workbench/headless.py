@@ -16,6 +16,7 @@ from typing import Any
 import papermill
 import psutil
 from jupyter_client.manager import AsyncKernelManager
+from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
 from vla_lib.core.errors import UserError
@@ -44,7 +45,7 @@ class LocalKernelManager(AsyncKernelManager):
 
 @dataclass(frozen=True)
 class RunResult:
-    """How a headless run ended: its folder, `done`, `failed` or `cancelled`, and the error."""
+    """How a headless run ended: its folder, `done`, `failed`, `cancelled` or `lost`, and the error."""
 
     path: Path
     state: str
@@ -93,7 +94,9 @@ def run_notebook(name: str | Path, given: dict[str, Any], text: bool = False, lo
             error = failure.evalue if bad_input else f"{failure.ename}: {failure.evalue}"
         except KeyboardInterrupt:
             state, error = "cancelled", "interrupted"
-        except Exception as failure:  # a dead kernel, a full disk: recorded, and told like any other failure
+        except DeadKernelError:
+            state, error = "lost", "the kernel died (killed, or out of memory)"
+        except Exception as failure:  # a full disk, a broken notebook: recorded, and told like any other failure
             error = f"{type(failure).__name__}: {failure}"
         finally:
             if executed.exists():
