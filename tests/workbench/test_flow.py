@@ -11,6 +11,7 @@ import pytest
 from vla_lib.core.files import read_json, read_jsonl
 from vla_lib.core.run_folder import read_record
 from vla_lib.workbench.demo import NOTEBOOKS
+from vla_lib.workbench.headless import run_notebook
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +74,21 @@ def test_the_policy_beats_all_three_baselines_on_held_out_episodes(demo):
     assert all(errors["policy"] < errors[name] for name in ("zero", "mean", "persistence")), errors
     assert len(results["episode_keys"]) == results["held_out_episodes"] >= 4
     assert re.search(r"held-out episodes the policy (beats|does NOT beat)", done.stdout)
+
+
+def test_notebook_05_trains_on_the_same_data(demo, runs_folder):
+    _, runs = demo
+    given = {
+        "dataset_root": str(runs / "small-data"),
+        "max_steps": 4,
+        "batch_size": 2,
+        "grad_accum_steps": 1,
+        "val_fraction": 0.1,
+        "num_workers": 0,
+    }
+    result = run_notebook("05_train_diffusion", given, log=False)
+    assert result.state == "done", result.error
+    assert {path.name for path in (result.path / "checkpoints").iterdir()} == {"diffusion_stage1_latest.pt", "diffusion_stage1_best.pt"}
 
 
 def test_the_table_tells_rates_steps_errors_times_and_the_report(demo):
