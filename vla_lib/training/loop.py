@@ -168,10 +168,8 @@ class Trainer:
         self.policy = policy
         self.model = self.accelerator.prepare_model(policy)
         if self.main:
-            print(
-                f"{policy.parameter_count():,} parameters, {self.world} process(es) on {device.type}, {self.accelerator.mixed_precision}",
-                flush=True,
-            )
+            precision = self.accelerator.mixed_precision.replace("no", "float32")
+            print(f"{policy.parameter_count():,} parameters, {self.world} process(es) on {device.type}, {precision}", flush=True)
             if before is not None:
                 print(f"resumed {self.latest} at step {self.step}, epoch {self.epoch}", flush=True)
 
