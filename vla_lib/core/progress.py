@@ -2,9 +2,12 @@
 
 import sys
 import time
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
 
 from tqdm import tqdm
+
+T = TypeVar("T")
 
 
 class Progress:
@@ -52,6 +55,14 @@ class Progress:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def track(items: Iterable[T], total: int, label: str, unit: str = "items") -> Iterator[T]:
+    """Yield `items`, counting each as it is asked for again."""
+    with Progress(total, label, unit) as progress:
+        for item in items:
+            yield item
+            progress.update()
 
 
 def clock(seconds: float) -> str:
