@@ -2,12 +2,9 @@
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
-from typing import Any, TypeVar
+from typing import Any
 
 from tqdm import tqdm
-
-T = TypeVar("T")
 
 
 class Progress:
@@ -55,14 +52,6 @@ class Progress:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def track(items: Iterable[T], total: int, label: str, unit: str = "items") -> Iterator[T]:
-    """Yield `items`, counting each as it is asked for again."""
-    with Progress(total, label, unit) as progress:
-        for item in items:
-            yield item
-            progress.update()
 
 
 def clock(seconds: float) -> str:

@@ -20,6 +20,7 @@ import numpy as np
 
 from vla_lib.core.errors import UserError
 from vla_lib.core.files import read_json
+from vla_lib.core.processes import die_with_parent
 from vla_lib.core.progress import Progress
 from vla_lib.evaluation.attempt import AttemptSettings, attempt, film
 
@@ -170,15 +171,11 @@ def _processes(workers: int) -> ProcessPoolExecutor:
 def _begin(parent: int) -> None:
     """A worker leaves Ctrl-C to its parent, dies with it on Linux, and computes on one thread: seeds run beside each other."""
     import signal
-    import sys
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if sys.platform == "linux":
-        import ctypes
-
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-        if os.getppid() != parent:
-            os._exit(1)
+    die_with_parent()
+    if os.getppid() != parent:  # it died before
+        os._exit(1)
     from vla_lib.sim.render import prepare_gl
 
     prepare_gl()  # imports triton first: after Mesa's first picture its import would crash the process

@@ -11,13 +11,13 @@ import multiprocessing
 import os
 import shutil
 import signal
-import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from vla_lib.core.errors import UserError
 from vla_lib.core.files import read_json, write_json
+from vla_lib.core.processes import die_with_parent
 from vla_lib.core.progress import Progress
 from vla_lib.sim.demonstration import demonstrate
 from vla_lib.sim.layouts import Recording, episode_folder, write_episode
@@ -146,10 +146,7 @@ def _run(root: Path, plan: Plan, todo: list[Job], workers: int):
 def _follow_parent() -> None:
     """A worker leaves Ctrl-C to its parent, and on Linux dies with it, however the parent dies."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if sys.platform == "linux":
-        import ctypes
-
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    die_with_parent()
 
 
 _worker_maker: PictureMaker | None = None
