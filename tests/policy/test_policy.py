@@ -76,6 +76,17 @@ def test_without_sensor_nothing_of_it_remains():
         assert torch.equal(before, policy.predict(observation))
 
 
+@pytest.mark.parametrize("head", HEADS)
+def test_without_vl_no_token_is_seen_in_training_or_after(head):
+    policy, observation = make_policy(head=head, vl_enabled=False), observe()
+    before = policy.predict(observation)
+    hidden = observation | {"vl_tokens": observation["vl_tokens"] + 3.0, "vl_mask": ~observation["vl_mask"]}
+    assert torch.equal(before, policy.predict(hidden))
+    batch = {"action": torch.zeros(len(before), 8, 7)}
+    draws = policy.train().draw(len(before), torch.Generator().manual_seed(0))
+    assert torch.equal(policy(observation | batch, draws), policy(hidden | batch, draws))
+
+
 def test_samples_of_a_batch_do_not_touch_each_other():
     policy, observation = make_policy(), observe(4)
     alone = policy.predict({k: v[2:3] for k, v in observation.items()})

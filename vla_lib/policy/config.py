@@ -28,6 +28,7 @@ class PolicyConfig:
     token_view: tuple[int, ...]
     token_row: tuple[int, ...]
     token_col: tuple[int, ...]
+    vl_enabled: bool = True
     sensor_enabled: bool = True
     sensor_window_size: int = 65
     fusion: str = "concat"

@@ -53,6 +53,8 @@ class Policy(nn.Module):
         """
         self._check(observation)
         tokens, seen = self.normaliser.tokens(observation["vl_tokens"]), observation["vl_mask"]
+        if not self.config.vl_enabled:
+            seen = torch.zeros_like(seen)  # the learned stand-in of the memory is all that is left
         memory, memory_mask = self.memory(tokens, seen)
         age = observation["vl_age_s"].float()[:, None] / AGE_SCALE_S
         prefix = [self.state_in(self.normaliser.state(observation["state"]))[:, None], self.age_in(torch.cat([age, age**2], -1))[:, None]]

@@ -43,6 +43,7 @@ class TrainingData:
             token_view=tuple(np.asarray(layout.view_id).tolist()),
             token_row=tuple(np.asarray(layout.row).tolist()),
             token_col=tuple(np.asarray(layout.col).tolist()),
+            vl_enabled=settings.vl_enabled,
             sensor_enabled=settings.sensor_enabled,
             sensor_window_size=settings.sensor_window_size,
             fusion=settings.fusion,

@@ -54,6 +54,8 @@ class TrainingSettings:
     val_fraction: float = 0.1
     """Share of the episodes of each data set that is held out (at least one where there are two); 0: no validation."""
 
+    vl_enabled: bool = True
+    """Use the VL features; --no-vl-enabled hides every view and the text for good: what a policy can do without seeing."""
     sensor_enabled: bool = True
     """Use the force and OCT sensor; --no-sensor-enabled removes the encoder altogether."""
     sensor_window_size: int = 65
