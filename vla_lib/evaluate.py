@@ -1,56 +1,36 @@
-"""Evaluates a checkpoint on its held-out episodes beside the zero, mean and persistence baselines."""
+"""Evaluates checkpoints: held-out errors beside three baselines, success on unseen phantoms of the simulated rig.
 
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any, Literal
+    python -m vla_lib.evaluate --checkpoint runs/RUN/checkpoints/qwen_vla_async_best.pt
+    python -m vla_lib.evaluate --checkpoints async=A.pt no_vl=B.pt no_sensor=C.pt diffusion=D.pt --closed-loop-seeds 100 --masked --latency-sweep
 
-import tyro
+Checkpoints in; tables, and results.json in `--run-dir`, out."""
+
+from typing import Any
 
 from vla_lib.core import frontdoor
-from vla_lib.core.errors import UserError
 from vla_lib.core.files import write_json
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Evaluate a checkpoint on the episodes that its training held out."""
-
-    checkpoint: Path
-    """Checkpoint file, e.g. runs/<run>/checkpoints/qwen_vla_async_best.pt."""
-    dataset_root: Annotated[Path, tyro.conf.arg(aliases=("--dataset-dir",))] = Path("dataset")
-    """Folder of the data set that the checkpoint was trained on."""
-    episodes: Literal["val", "train"] = "val"
-    """Which episodes of the checkpoint's recorded split."""
-    batch_size: int = 64
-    """Samples in one forward pass."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: a GPU where there is one."""
-    run_dir: Path | None = None
-    """Folder that gets results.json; default: none, the results are printed only."""
-
-    def __post_init__(self) -> None:
-        if not Path(self.checkpoint).is_file():
-            raise UserError(f"There is no checkpoint {self.checkpoint}; train one first, or give the path of its .pt file.")
-        if not Path(self.dataset_root).is_dir():
-            raise UserError(f"There is no dataset root {self.dataset_root}; give the folder that holds the datasets with --dataset-root.")
-        if self.batch_size < 1:
-            raise UserError(f"--batch-size is {self.batch_size}; give 1 or more.")
+from vla_lib.evaluation.study import Settings, Study, evaluate
 
 
 def main(settings: Settings) -> dict[str, Any]:
-    """Evaluate, print the table, write results.json into the run folder; returns the results."""
-    import torch
+    """Evaluate, print the tables, write results.json into the run folder as results come; returns the results."""
+    from vla_lib.evaluation.summary import closed_loop_table, error_table, pair_table, phase_table
 
-    from vla_lib.evaluation.open_loop import evaluate_open_loop
-    from vla_lib.evaluation.summary import error_table, results
+    def save(study: Study) -> None:
+        if settings.run_dir is not None:
+            write_json(settings.run_dir / "results.json", study.results())
 
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if settings.device == "auto" else settings.device
-    found = evaluate_open_loop(settings.checkpoint, settings.dataset_root, settings.episodes, settings.batch_size, device)
-    summary = {"checkpoint": str(settings.checkpoint), "episodes": settings.episodes, **results(found)}
-    print(error_table(found.metrics()).to_string(index=False, float_format="{:.3f}".format))
-    if settings.run_dir is not None:
-        write_json(settings.run_dir / "results.json", summary)
-    return summary
+    study = evaluate(settings, save)
+    for name, found in study.open_loop.items():
+        print(
+            f"\n{name}, {settings.episodes} episodes\n{error_table(found.metrics()).to_string(index=False, float_format='{:.3f}'.format)}"
+        )
+        print(f"\n{name}, by phase\n{phase_table(found).to_string(index=False, float_format='{:.3f}'.format)}")
+    if study.closed_loop:
+        print(f"\n{closed_loop_table(study.closed_loop).to_string(index=False, na_rep='')}")
+    if len(study.closed_loop) > 1:
+        print(f"\n{pair_table(study.closed_loop).to_string(index=False)}")
+    return study.results()
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from vla_lib.core.files import read_json
 from vla_lib.core.processes import die_with_parent
 from vla_lib.core.progress import Progress
 from vla_lib.evaluation.attempt import AttemptSettings, attempt, film
+from vla_lib.evaluation.origin import MANIFEST
 
 FIRST_SEED = 7_000_000  # reported seeds begin here; recordings draw theirs from 62 bits
 TUNING_SEED = 8_000_000  # for choosing between variants, so that the reported ones stay unseen
@@ -67,37 +68,34 @@ def closed_loop(
 ) -> dict[str, ClosedLoop]:
     """Try every variant on every seed, in `workers` processes (0: one a CPU core). Results do not depend on their number.
 
-    Raises UserError where a checkpoint, its VLM or EGL is missing, or where an attempt's process dies.
+    Variants of equal settings share their attempts. Raises UserError where a checkpoint, its VLM or EGL is missing, or where an attempt's process dies.
     """
     seeds = [int(seed) for seed in seeds]
     if not seeds or len(set(seeds)) < len(seeds):
         raise UserError("A closed-loop evaluation needs at least one seed, and each seed once.")
-    jobs = [(name, seed) for seed in seeds for name in variants]
-    found: dict[str, dict[int, dict[str, Any]]] = {name: {} for name in variants}
+    names = {settings: name for name, settings in reversed(variants.items())}  # one name for equal settings, the first
+    jobs = [(settings, seed) for seed in seeds for settings in dict.fromkeys(variants.values())]
+    found: dict[AttemptSettings, dict[int, dict[str, Any]]] = {settings: {} for settings in names}
     workers = min(len(jobs), workers or _cores())
     with Progress(len(jobs), "closed loop", "attempts", show=show) as progress, _processes(workers) as pool:
-        futures = {pool.submit(attempt, variants[name], seed): (name, seed) for name, seed in jobs}
+        futures = {pool.submit(attempt, settings, seed): (settings, seed) for settings, seed in jobs}
         try:
             for future in as_completed(futures):
-                name, seed = futures[future]
-                found[name][seed] = future.result()
-                wins, tried = sum(row["success"] for row in found[name].values()), len(found[name])
-                progress.update(1, note=f"{name}: {wins} of {tried}")
+                settings, seed = futures[future]
+                found[settings][seed] = future.result()
+                wins, tried = sum(row["success"] for row in found[settings].values()), len(found[settings])
+                progress.update(1, note=f"{names[settings]}: {wins} of {tried}")
         except BrokenProcessPool:
             raise UserError("A process of the closed-loop evaluation died (out of memory?); run it again with fewer workers.") from None
         finally:
             for future in futures:
                 future.cancel()
-    return {name: ClosedLoop(settings, [found[name][seed] for seed in seeds]) for name, settings in variants.items()}
+    return {name: ClosedLoop(settings, [found[settings][seed] for seed in seeds]) for name, settings in variants.items()}
 
 
 def masked(settings: AttemptSettings) -> dict[str, AttemptSettings]:
-    """The variants of a checkpoint with everything, without VL and without the sensor (masked as missing inputs are)."""
-    return {
-        "all inputs": settings,
-        "VL masked": replace(settings, without="vl"),
-        "sensor masked": replace(settings, without="sensor"),
-    }
+    """The variants of a checkpoint without VL and without the sensor (masked as missing inputs are)."""
+    return {"VL masked": replace(settings, without="vl"), "sensor masked": replace(settings, without="sensor")}
 
 
 def latency_sweep(settings: AttemptSettings, delays_ms: Sequence[float] = (0.0, 300.0, 600.0)) -> dict[str, AttemptSettings]:
@@ -111,12 +109,12 @@ def films(settings: AttemptSettings, seeds: Sequence[int], frames: int = 12, wor
         return list(pool.map(film, [settings] * len(seeds), seeds, [frames] * len(seeds)))
 
 
-def unseen_seeds(count: int, dataset_root: str | Path | None = None, first: int = FIRST_SEED) -> list[int]:
-    """`count` seeds from `first` on; those that the recording below `dataset_root` used are left out."""
+def unseen_seeds(count: int, dataset_roots: Sequence[Path] = (), first: int = FIRST_SEED) -> list[int]:
+    """`count` seeds from `first` on; those that the recordings below `dataset_roots` used are left out."""
     if count < 1:
         raise UserError(f"A closed-loop evaluation of {count} seeds cannot be; give 1 or more.")
-    manifest = Path(dataset_root) / "simulation.json" if dataset_root else None
-    used = {int(entry["seed"]) for entry in read_json(manifest)["episodes"]} if manifest and manifest.is_file() else set()
+    manifests = [Path(root) / MANIFEST for root in dataset_roots]
+    used = {int(entry["seed"]) for path in manifests if path.is_file() for entry in read_json(path)["episodes"]}
     seeds: list[int] = []
     while len(seeds) < count:
         if first not in used:

@@ -15,17 +15,21 @@ from vla_lib.core.errors import UserError
 from vla_lib.core.progress import Progress
 from vla_lib.episodes import load_prepared
 from vla_lib.evaluation.baselines import BASELINES, baseline_chunks
+from vla_lib.evaluation.contact import phases
 from vla_lib.evaluation.metrics import open_loop_metrics
 from vla_lib.features.cache import FeatureCache
+from vla_lib.policy.config import PolicyConfig
 from vla_lib.training.checkpoint import load_policy
 from vla_lib.training.samples import SampleSet
 
 OBSERVATION = ("vl_tokens", "vl_mask", "vl_age_s", "state", "sensor", "sensor_mask")
+VL_MASKED, SENSOR_MASKED = "VL masked", "sensor masked"
 
 
 @dataclass(frozen=True)
 class OpenLoop:
-    """Predictions of one checkpoint on M samples: chunks (M, H, 7) of `policy` and each baseline, `target`, `mask` (M, H), where they come from."""
+    """Predictions of one checkpoint on M samples: chunks (M, H, 7) of `policy`, of the policy with an input masked (where asked for) and of each
+    baseline, `target`, `mask` (M, H), and where they come from."""
 
     chunks: dict[str, np.ndarray]
     target: np.ndarray
@@ -33,6 +37,8 @@ class OpenLoop:
     episode: np.ndarray  # (M,) key of the episode
     dataset: np.ndarray  # (M,)
     step: np.ndarray  # (M,)
+    phase: np.ndarray  # (M,) "contact", "free" or "unknown"
+    action_hz: float
 
     def metrics(self, keep: np.ndarray | None = None) -> dict[str, dict[str, Any]]:
         """Metrics of the policy and of each baseline over the samples in `keep` (M,) bool (default: all)."""
@@ -41,11 +47,20 @@ class OpenLoop:
 
     def by_dataset(self) -> dict[str, dict[str, dict[str, Any]]]:
         """`metrics` of each dataset apart."""
-        return {str(name): self.metrics(self.dataset == name) for name in np.unique(self.dataset)}
+        return self._by(self.dataset)
+
+    def by_phase(self) -> dict[str, dict[str, dict[str, Any]]]:
+        """`metrics` of the steps in contact, of those in free motion, and of those whose force is not known."""
+        return self._by(self.phase)
+
+    def _by(self, labels: np.ndarray) -> dict[str, dict[str, dict[str, Any]]]:
+        return {str(name): self.metrics(labels == name) for name in np.unique(labels)}
 
 
-def evaluate_open_loop(checkpoint: Path, dataset_root: Path, episodes: str = "val", batch_size: int = 64, device: str = "cpu") -> OpenLoop:
-    """Run the checkpoint's policy over the `val` or `train` episodes of its own recorded split.
+def evaluate_open_loop(
+    checkpoint: Path, dataset_root: Path, episodes: str = "val", batch_size: int = 64, device: str = "cpu", masked: bool = False
+) -> OpenLoop:
+    """Run the checkpoint's policy over the `val` or `train` episodes of its own recorded split; `masked`: also without VL and without sensor.
 
     Raises UserError where the checkpoint, an episode of its split or its feature cache is missing or another one.
     """
@@ -58,18 +73,22 @@ def evaluate_open_loop(checkpoint: Path, dataset_root: Path, episodes: str = "va
     mean_action = _mean_action([_episode(dataset_root, key) for key in info["split"]["train"]])
     policy.to(device)
 
-    predicted, target, mask, previous = [], [], [], []
+    inputs = inputs_of(policy.config) if masked else {}
+    predicted: dict[str, list[np.ndarray]] = {name: [] for name in ("policy", *inputs)}
+    target, mask, previous = [], [], []
     with Progress(len(samples), "open loop", "samples") as progress:
         for start in range(0, len(samples), batch_size):
             batch = samples.batch(np.arange(start, min(start + batch_size, len(samples))))
             observation = {key: batch[key].to(device) for key in OBSERVATION if key in batch}
             with torch.inference_mode():
-                predicted.append(policy.predict(observation).float().cpu().numpy())
+                predicted["policy"].append(policy.predict(observation).float().cpu().numpy())
+                for name, without in inputs.items():
+                    predicted[name].append(policy.predict(hidden(observation, without)).float().cpu().numpy())
             target.append(batch["action"].numpy())
             mask.append(batch["action_mask"].numpy())
             previous.append(batch["previous_action"].numpy())
             progress.update(len(target[-1]))
-    chunks = {"policy": np.concatenate(predicted)}
+    chunks = {name: np.concatenate(parts) for name, parts in predicted.items()}
     chunks |= baseline_chunks(np.concatenate(previous), mean_action, chunks["policy"].shape[1])
     return OpenLoop(
         chunks,
@@ -78,7 +97,21 @@ def evaluate_open_loop(checkpoint: Path, dataset_root: Path, episodes: str = "va
         np.array(keys)[samples.episode],
         np.array(samples.datasets),
         np.asarray(samples.step),
+        np.concatenate([phases(episode)[samples.step[samples.episode == k]] for k, episode in enumerate(prepared)]),
+        samples.action_hz,
     )
+
+
+def inputs_of(config: PolicyConfig) -> dict[str, str]:
+    """Name -> "vl" or "sensor" of each input that the policy uses and that can be masked."""
+    used = {VL_MASKED: ("vl", config.vl_enabled), SENSOR_MASKED: ("sensor", config.uses_sensor)}
+    return {name: without for name, (without, uses) in used.items() if uses}
+
+
+def hidden(observation: dict[str, Any], without: str) -> dict[str, Any]:
+    """The observation with the VL tokens ("vl") or the sensor window ("sensor") missing, as training marks missing ones."""
+    names = ("vl_mask",) if without == "vl" else ("sensor", "sensor_mask")
+    return observation | {name: torch.zeros_like(observation[name]) for name in names}
 
 
 def sample_set(episodes: Sequence[Any], dataset_root: Path, info: dict[str, Any]) -> SampleSet:

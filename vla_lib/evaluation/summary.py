@@ -1,22 +1,22 @@
-"""Open-loop predictions in; the tables and the results record that people read out."""
+"""Open-loop predictions and closed-loop attempts in; the tables and the results record that people read out."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from vla_lib.evaluation.baselines import BASELINES
+from vla_lib.evaluation.closed_loop import ClosedLoop, compare
 from vla_lib.evaluation.metrics import DIMENSIONS, UNITS
 from vla_lib.evaluation.open_loop import OpenLoop, beaten
 
-METHODS = ("policy", *BASELINES)
-
 
 def error_table(metrics: dict[str, dict[str, Any]]) -> pd.DataFrame:
-    """One row a method: mean and RMS error of a step's motion, error of the whole chunk's path, mean R2 over the moving dimensions."""
+    """One row a method (the policy, the policy with an input masked, each baseline): mean and RMS error of a step's motion,
+    error of the whole chunk's path, mean R2 over the moving dimensions."""
     rows = []
-    for name in METHODS:
-        found = metrics[name]
+    for name, found in metrics.items():
         r2 = [value["r2"] for value in found["dimensions"].values() if value["r2"] is not None]
         rows.append(
             {
@@ -30,6 +30,15 @@ def error_table(metrics: dict[str, dict[str, Any]]) -> pd.DataFrame:
             }
         )
     return pd.DataFrame(rows)
+
+
+def phase_table(found: OpenLoop) -> pd.DataFrame:
+    """`error_table` of the steps in contact and of those in free motion (and of those whose force is not known), one below the other."""
+    tables = {phase: error_table(metrics) for phase, metrics in found.by_phase().items()}
+    steps = {phase: int((found.phase == phase).sum()) for phase in tables}
+    return pd.concat([table.assign(phase=phase, steps=steps[phase]) for phase, table in tables.items()])[
+        ["phase", "steps", *next(iter(tables.values())).columns]
+    ]
 
 
 def dimension_table(metrics: dict[str, dict[str, Any]]) -> pd.DataFrame:
@@ -63,4 +72,62 @@ def results(found: OpenLoop) -> dict[str, Any]:
         "beats": beaten(metrics),
         "metrics": metrics,
         "by_dataset": found.by_dataset(),
+        "by_phase": found.by_phase(),
     }
+
+
+def side_by_side(found: Mapping[str, OpenLoop]) -> pd.DataFrame:
+    """One row a checkpoint: the policy's row of `error_table`, its held-out episodes, and the baselines that it does not beat."""
+    rows = []
+    for name, loop in found.items():
+        metrics = loop.metrics()
+        row = error_table(metrics).iloc[0].to_dict() | {"method": name}
+        lost_to = [other for other, won in beaten(metrics).items() if not won]
+        rows.append(row | {"episodes": len(np.unique(loop.episode)), "not better than": ", ".join(lost_to) or "-"})
+    return pd.DataFrame(rows).rename(columns={"method": "checkpoint"})
+
+
+def closed_loop_table(found: Mapping[str, ClosedLoop]) -> pd.DataFrame:
+    """One row a variant: successes with their 95 % interval; median and 90th percentile of errors, force and time; the reasons of failure."""
+    rows = []
+    for name, loop in found.items():
+        summary = loop.summary()
+        low, high = (100 * value for value in summary["interval_95"])
+        rows.append(
+            {
+                "variant": name,
+                "success": f"{summary['successes']} of {summary['attempts']}",
+                "95 % interval (%)": f"{low:.0f} to {high:.0f}",
+                "punctured": summary["punctured"],
+                "lateral error (mm)": _spread(summary["lateral_mm"], 2),
+                "depth error (mm)": _spread(summary["depth_error_mm"], 2),
+                "peak force (mN)": _spread(summary["peak_force_mN"], 0),
+                "time to target (s)": _spread(summary["time_to_target_s"], 1),
+                "reasons": ", ".join(f"{reason} {count}" for reason, count in summary["reasons"].items()) or "-",
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def pair_table(found: Mapping[str, ClosedLoop]) -> pd.DataFrame:
+    """The first variant against each other one on the same seeds: who succeeds where, and the p value of the sign test."""
+    (first, main), *others = found.items()
+    rows = []
+    for name, loop in others:
+        pair = compare(main, loop)
+        rows.append(
+            {
+                "first": first,
+                "other": name,
+                "both": pair["both"],
+                "only the first": pair["only_one"],
+                "only the other": pair["only_other"],
+                "neither": pair["neither"],
+                "p value": f"{pair['p_value']:.2g}",
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def _spread(found: dict[str, float] | None, digits: int) -> str:
+    return f"{found['median']:.{digits}f}, p90 {found['p90']:.{digits}f}" if found else ""

@@ -1,0 +1,122 @@
+"""Evaluation of several checkpoints: what is tried, what is refused, contact apart; no model runs here (tests/workbench/test_flow.py runs all of it)."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from vla_lib.core.errors import UserError
+from vla_lib.core.files import write_json
+from vla_lib.evaluation.contact import phases
+from vla_lib.evaluation.open_loop import hidden
+from vla_lib.evaluation.origin import rig_refusal, rig_settings
+from vla_lib.evaluation.study import Settings, variants
+from vla_lib.policy.config import PolicyConfig
+from vla_lib.training.checkpoint import save_checkpoint
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Write a checkpoint's record (no weights) trained on a recording of the rig below tmp_path/data."""
+    plan = {"picture_width": 160, "picture_height": 90, "camera_hz": 4.0}
+    write_json(tmp_path / "data" / "simulation.json", {"plan": plan, "episodes": []})
+
+    def write(name, source="tiny", views=("View5",), root=tmp_path / "data", latency_ms=0.0, **changes):
+        config = PolicyConfig("regression", views, 8, (0,), (0,), (0,), **changes)
+        content = {
+            "front_door": "train_async",
+            "policy_config": config.to_dict(),
+            "policy": {},
+            "split": {},
+            "step": 0,
+            "epoch": 0,
+            "metrics": {},
+        }
+        settings = {"dataset_root": str(root), "vlm_latency_ms": latency_ms}
+        path = tmp_path / name
+        save_checkpoint(path, content | {"binding": {"views": list(views), "source": source}, "settings": settings})
+        return path
+
+    return write
+
+
+def test_checkpoints_are_named_and_the_first_is_tried_in_all_ways(write, tmp_path):
+    given = (f"all={write('a.pt')}", f"blind={write('b.pt', vl_enabled=False, latency_ms=200.0)}")
+    settings = Settings(given, closed_loop_seeds=2, masked=True, latency_sweep=True, execution="chunk of n", chunk_steps=2, max_time_s=9.0)
+    found = variants(settings)
+    assert list(found) == [
+        "all",
+        "blind",
+        "all, VL masked",
+        "all, sensor masked",
+        "all, VLM delay 0 ms",
+        "all, VLM delay 300 ms",
+        "all, VLM delay 600 ms",
+    ]
+    assert {(v.execution, v.chunk_steps, v.max_time_s, v.picture_width, v.camera_hz) for v in found.values()} == {
+        ("chunk of n", 2, 9.0, 160, 4.0)
+    }
+    assert [v.vlm_latency_ms for v in found.values()] == [0, 200, 0, 0, 0, 300, 600]  # each as trained, unless told otherwise
+    assert found["all, VLM delay 0 ms"] == found["all"]  # tried once
+    blind = variants(dataclasses.replace(settings, checkpoints=(given[1],), latency_sweep=False))
+    assert list(blind) == ["blind", "blind, sensor masked"]  # there is no VL to mask
+
+
+def test_a_checkpoint_that_the_rig_cannot_judge_is_told_in_a_sentence(write, tmp_path):
+    assert rig_refusal(write("good.pt")) == "" and rig_settings(write("good.pt")).picture_height == 90
+    assert "the view Wrist, which the simulated rig does not have" in rig_refusal(write("views.pt", views=("Wrist",)))
+    assert "VLM of" in rig_refusal(write("vlm.pt", source=str(tmp_path / "Qwen-gone")))
+    (tmp_path / "lab").mkdir()
+    lab = write("lab.pt", root=tmp_path / "lab")
+    assert "was not recorded on the simulated rig" in rig_refusal(lab)
+    with pytest.raises(UserError, match="not recorded on the simulated rig"):
+        variants(Settings((str(lab),), closed_loop_seeds=1))
+    with pytest.raises(UserError, match="which is not there; give the folder of its data set with --dataset-root"):
+        rig_refusal(write("gone.pt", root=tmp_path / "gone"))
+
+
+def test_what_cannot_be_evaluated_is_refused(write, tmp_path):
+    path = write("a.pt")
+    for given, told in (
+        ({"checkpoints": ()}, "no checkpoint to evaluate"),
+        ({"checkpoints": (tmp_path / "b.pt",)}, "no checkpoint .*b.pt"),
+        ({"checkpoints": (path, path)}, "Two checkpoints are called a; name them apart"),
+        ({"checkpoints": (path,), "closed_loop_seeds": -1}, "--closed-loop-seeds is -1"),
+        ({"checkpoints": (path,), "dataset_root": tmp_path / "none"}, "no dataset root"),
+        ({"checkpoints": (path,), "execution": "all"}, "not by 'all'"),
+    ):
+        with pytest.raises(UserError, match=told):
+            Settings(**given)
+
+
+class Recorded:
+    """What `phases` reads of a prepared episode: 20 steps of 65 samples after 1 s of rest at -2 mN, pushed from step 10 on."""
+
+    has_sensor, sensor_hz = True, 650.0
+    sensor_index = 650 + 65 * np.arange(20)
+
+    def __init__(self, push_mN):
+        noise = np.random.default_rng(0).normal(scale=0.8, size=650 + 65 * 20)
+        self.sensor_force = (-2.0 + noise + push_mN * (np.arange(len(noise)) > 650 + 65 * 9)).astype(np.float32)
+
+    def __len__(self):
+        return 20
+
+
+def test_contact_is_told_by_the_force_above_the_episodes_own_rest():
+    assert phases(Recorded(20.0)).tolist() == ["free"] * 10 + ["contact"] * 10
+    assert set(phases(Recorded(2.0))) == {"free"}
+    late, none = Recorded(20.0), Recorded(20.0)
+    late.sensor_index = np.concatenate([[0, 0], late.sensor_index[2:]])
+    assert phases(late).tolist() == ["unknown"] * 2 + ["free"] * 8 + ["contact"] * 10
+    none.has_sensor = False
+    assert set(phases(none)) == {"unknown"}
+
+
+def test_a_hidden_input_is_missing_as_in_training():
+    observation = {"vl_tokens": torch.ones(2, 3, 4), "vl_mask": torch.ones(2, 3, dtype=torch.bool), "sensor": torch.ones(2, 5, 1026)}
+    observation["sensor_mask"] = torch.ones(2, dtype=torch.bool)
+    blind, numb = hidden(observation, "vl"), hidden(observation, "sensor")
+    assert not blind["vl_mask"].any() and blind["sensor"] is observation["sensor"]
+    assert not numb["sensor"].any() and not numb["sensor_mask"].any() and numb["vl_mask"].all()
