@@ -11,6 +11,7 @@ from vla_lib.evaluation.attempt import AttemptSettings, film, fly
 from vla_lib.evaluation.metrics import open_loop_metrics
 from vla_lib.evaluation.rehearsal import rehearse
 from vla_lib.evaluation.sim_robot import SimRobot, sim_limits
+from vla_lib.evaluation.summary import closed_loop_table, pair_table
 from vla_lib.features.form import FeatureForm
 from vla_lib.features.vlm import load_processor, open_checkpoint
 from vla_lib.policy.config import PolicyConfig
@@ -23,6 +24,7 @@ from vla_lib.runtime.safety import SafetyLimits
 from vla_lib.sim.demonstrator import demonstrator_action
 from vla_lib.sim.rig import SimRig
 from vla_lib.training.checkpoint import save_checkpoint
+from vla_lib.workbench.attempt_views import failures_first
 from vla_lib.workbench.plots import closed_loop as plots
 
 
@@ -180,6 +182,13 @@ def test_the_plots_tell_units_and_counts(tmp_path):
     figure = plots.errors(found)
     assert [len(line.get_xdata()) for line in figure.axes[0].lines] == [2]  # the attempt without a puncture has no place
     assert all("(" in axis.get_xlabel() for axis in figure.axes)
+    settled = closed.ClosedLoop(found["all inputs"].settings, [r | {"truth": {"target_xy_mm": (170.0, 1.0)}} for r in rows])
+    other = closed.ClosedLoop(settled.settings, [r | {"success": False} for r in settled.attempts])
+    legend = plots.paired(settled, other, ("A", "B")).axes[0].get_legend()
+    assert [text.get_text() for text in legend.get_texts()] == ["both: 0", "only A: 2", "only B: 0", "neither: 1"]
+    assert list(pair_table({"A": settled, "B": other})["only the first"]) == [2]
+    assert list(closed_loop_table({"A": settled})["success"]) == ["2 of 3"]
+    assert [row["reason"] for row in failures_first(settled, 2)] == ["no puncture", ""]
     record, _ = scripted(3)
     log = RunLog([Tick(k, k / 10, 0.2, vl_age_s=0.1, expert_ms=5.0) for k in range(20)], vlm_ms=[30.0, 31.0])
     assert all("(" in axis.get_xlabel() for axis in plots.timing(log).axes)
@@ -259,7 +268,8 @@ def test_a_checkpoint_is_tried_in_processes_and_filmed_again(checkpoint):
     assert record["runner"]["vl_age_s"]["max"] == pytest.approx(0.2)
     assert found["blind"].attempts[0]["path"] != record["path"]
     shown = film(settings, 3, frames=4)
-    frames = shown.pop("frames")
+    frames, sensor, t_s = (shown.pop(name) for name in ("frames", "sensor", "sensor_t_s"))
+    assert sensor.shape == (len(t_s), 1026) and (np.diff(t_s) > 0).all() and t_s[0] < 0 < t_s[-1]
     assert shown == record  # the film, made in another process, shows the very attempt that was judged
     assert [len(frame["pictures"]) for frame in frames] == [2] * 4
     assert frames[-1]["a_scan"].shape == (1025,) and np.isfinite(frames[-1]["force_mN"])

@@ -76,6 +76,35 @@ def test_the_policy_beats_all_three_baselines_on_held_out_episodes(demo):
     assert re.search(r"held-out episodes the policy (beats|does NOT beat)", done.stdout)
 
 
+def test_the_policy_is_tried_on_unseen_phantoms_and_its_attempts_are_drawn(demo):
+    done, runs = demo
+    run = run_of(runs, "06_evaluate")
+    results = read_json(run / "results.json")
+    (loop,) = results["closed_loop"].values()
+    recorded = {entry["seed"] for entry in read_json(runs / "small-data" / "simulation.json")["episodes"]}
+    assert len(loop["attempts"]) == results["attempts"] == 3 and not recorded & {row["seed"] for row in loop["attempts"]}
+    assert (loop["settings"]["picture_width"], loop["settings"]["picture_height"]) == (160, 90)  # as recorded
+    assert re.search(rf"closed-loop success\s+{results['successes']} of 3 unseen phantoms \(", done.stdout)
+    assert (run / "notebook.html").read_text().count('type="range"') == 3  # paths, film strips, sensor: browsable offline
+
+
+def test_notebook_06_tells_where_the_rig_is_no_judge(demo, runs_folder):
+    _, runs = demo
+    manifest = runs / "small-data" / "simulation.json"
+    best = run_of(runs, "04_train_async") / "checkpoints" / "qwen_vla_async_best.pt"
+    last = best.with_name("qwen_vla_async.pt")
+    hidden = manifest.rename(manifest.with_suffix(".hidden"))  # as if a lab had recorded it
+    try:
+        result = run_notebook("06_evaluate", {"checkpoint": f"best={best}", "compare_with": [f"last={last}"]}, log=False)
+    finally:
+        hidden.rename(manifest)
+    assert result.state == "done", result.error
+    results = read_json(result.path / "results.json")
+    assert results["name"] == "best" and set(results["compared_with"]) == {"last"} and "closed_loop" not in results
+    assert {"VL masked", "sensor masked"} < set(results["metrics"]) and {"contact", "free"} <= set(results["by_phase"])
+    assert (result.path / "notebook.html").read_text().count("was not recorded on the simulated rig") >= 4
+
+
 def test_notebook_05_trains_on_the_same_data(demo, runs_folder):
     _, runs = demo
     given = {

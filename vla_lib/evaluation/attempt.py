@@ -23,7 +23,8 @@ from vla_lib.runtime.vlm_worker import Compute, SimulatedVlm
 from vla_lib.sim.rig import SimRig
 from vla_lib.sim.world import DEFAULT_TASK
 
-_PATH_STRIDE = 65  # paths are kept at 10 Hz
+_PATH_STRIDE = 65  # paths are kept at 10 Hz, with the greatest force of each period
+_FILM_STRIDE = 13  # films keep the sensor at 50 Hz
 
 
 @dataclass(frozen=True)
@@ -100,8 +101,10 @@ def fly(
     robot = SimRobot(rig, clock, seed)
     runner = Runner(robot, expert, SimulatedVlm(compute, clock), clock, settings, limits, watch)
     log = runner.run(rig.max_time_s + 1.0, robot.over)
-    path = {name: values[::_PATH_STRIDE].round(3).tolist() for name, values in rig.path().items()}
-    return judged(robot, log) | {"path": path}
+    path = rig.path()
+    force = np.maximum.reduceat(path["force_mN"], np.arange(0, len(path["force_mN"]), _PATH_STRIDE))  # no peak is lost
+    kept = {"t_s": path["t_s"][::_PATH_STRIDE], "position_mm": path["position_mm"][::_PATH_STRIDE], "force_mN": force}
+    return judged(robot, log) | {"path": {name: values.round(3).tolist() for name, values in kept.items()}}
 
 
 def judged(robot: SimRobot, log: RunLog) -> dict[str, Any]:
@@ -117,13 +120,18 @@ def judged(robot: SimRobot, log: RunLog) -> dict[str, Any]:
 
 
 def film(settings: AttemptSettings, seed: int, frames: int = 12) -> dict[str, Any]:
-    """The attempt of `seed` once more, with film: the record of `attempt` plus `frames`, evenly over its time, the last included.
+    """The attempt of `seed` once more, with film: the record of `attempt` plus `frames`, evenly over its time, the last included, and the sensor at
+    50 Hz: `sensor` (n, 1026), `sensor_t_s` (n,), below 0 in the rest before the start.
 
     A frame: t_s, pictures {view: (H, W, 3) uint8}, a_scan (1025,) float32, force_mN, action (7,), mode, reason.
     """
     reel: list[dict[str, Any]] = []
+    sensor: list[np.ndarray] = []
+    sensor_t_s: list[np.ndarray] = []
 
     def watch(tick: Tick, observation: Observation) -> None:
+        sensor.append(observation.sensor[::_FILM_STRIDE])
+        sensor_t_s.append(tick.t_s + observation.sensor_timestamps[::_FILM_STRIDE] - observation.timestamp)
         newest = observation.sensor[-1] if len(observation.sensor) else np.full(1026, np.nan, np.float32)
         reel.append(
             {
@@ -139,7 +147,8 @@ def film(settings: AttemptSettings, seed: int, frames: int = 12) -> dict[str, An
 
     record = attempt(settings, seed, watch)
     keep = np.unique(np.linspace(0, len(reel) - 1, min(frames, len(reel))).round().astype(int)) if reel else []
-    return record | {"frames": [reel[k] for k in keep]}
+    scans = {"sensor": np.concatenate(sensor), "sensor_t_s": np.concatenate(sensor_t_s)} if sensor else {}
+    return record | {"frames": [reel[k] for k in keep]} | scans
 
 
 def _load(checkpoint: Path, device: str) -> tuple[Any, Compute, dict[str, Any]]:

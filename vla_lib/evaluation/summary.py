@@ -88,7 +88,8 @@ def side_by_side(found: Mapping[str, OpenLoop]) -> pd.DataFrame:
 
 
 def closed_loop_table(found: Mapping[str, ClosedLoop]) -> pd.DataFrame:
-    """One row a variant: successes with their 95 % interval; median and 90th percentile of errors, force and time; the reasons of failure."""
+    """One row a variant: successes with their 95 % interval; median / 90th percentile of lateral and depth error (punctured attempts), peak force
+    (all) and time to target (successes); the reasons of failure."""
     rows = []
     for name, loop in found.items():
         summary = loop.summary()
@@ -97,12 +98,12 @@ def closed_loop_table(found: Mapping[str, ClosedLoop]) -> pd.DataFrame:
             {
                 "variant": name,
                 "success": f"{summary['successes']} of {summary['attempts']}",
-                "95 % interval (%)": f"{low:.0f} to {high:.0f}",
+                "95 % interval": f"{low:.0f} to {high:.0f} %",
                 "punctured": summary["punctured"],
-                "lateral error (mm)": _spread(summary["lateral_mm"], 2),
-                "depth error (mm)": _spread(summary["depth_error_mm"], 2),
-                "peak force (mN)": _spread(summary["peak_force_mN"], 0),
-                "time to target (s)": _spread(summary["time_to_target_s"], 1),
+                "lateral (mm)": _spread(summary["lateral_mm"], 2),
+                "depth (mm)": _spread(summary["depth_error_mm"], 2),
+                "force (mN)": _spread(summary["peak_force_mN"], 0),
+                "time (s)": _spread(summary["time_to_target_s"], 1),
                 "reasons": ", ".join(f"{reason} {count}" for reason, count in summary["reasons"].items()) or "-",
             }
         )
@@ -130,4 +131,4 @@ def pair_table(found: Mapping[str, ClosedLoop]) -> pd.DataFrame:
 
 
 def _spread(found: dict[str, float] | None, digits: int) -> str:
-    return f"{found['median']:.{digits}f}, p90 {found['p90']:.{digits}f}" if found else ""
+    return f"{found['median']:.{digits}f} / {found['p90']:.{digits}f}" if found else ""

@@ -25,10 +25,11 @@ NOTEBOOKS = ("01_inspect_episodes", "02_detect_hz", "03_cache_vl_features", "04_
 
 @dataclass(frozen=True)
 class Size:
-    """How much the demo records and trains."""
+    """How much the demo records, trains and tries on the rig."""
 
     simulate: dict[str, Any]
     train: dict[str, Any]
+    evaluate: dict[str, Any]
     free_bytes: float
 
 
@@ -37,11 +38,13 @@ SIZES = {
     "demo": Size(
         {"episodes_f1": 132, "episodes_f2": 12, "idle_tail_s": 2.0},
         {"batch_size": 16, "grad_accum_steps": 1, "lr": 5e-4, "epochs": 4, **REGULARISED},
+        {"closed_loop_seeds": 20, "masked": False},
         14e9,
     ),
     "small": Size(
         {"episodes_f1": 24, "episodes_f2": 2, "picture_width": 160, "picture_height": 90, "idle_tail_s": 0.5},
         {"batch_size": 16, "grad_accum_steps": 1, "lr": 1e-3, "epochs": 4, "val_fraction": 0.2, **REGULARISED},
+        {"closed_loop_seeds": 3, "masked": False, "max_time_s": 8.0, "films": 1},
         3e9,
     ),
 }
@@ -67,8 +70,8 @@ def run(dataset_root: Path | None, vl_model: str, nproc_per_node: int, size_name
             start = time.monotonic()
             simulate.main(simulate.Settings(dataset_root=root, **size.simulate))
             flow.times_s["recording"] = time.monotonic() - start
-        train = {} if own_data else size.train  # a user's data are trained to the guide's letter
-        before, after = stages(root, vl_model, nproc_per_node, train)
+        train, evaluate = ({}, {}) if own_data else (size.train, size.evaluate)  # a user's data are trained to the guide's letter
+        before, after = stages(root, vl_model, nproc_per_node, train, evaluate)
         flow.run(before)
         after[0].parameters["cache_id"] = results_of(flow.runs[-1].path)["binding_id"]  # an older cache may lie beside the new one
         flow.run(after)
@@ -116,12 +119,15 @@ def preflight(root: Path, own_data: bool, vl_model: str, nproc_per_node: int, fr
         )
 
 
-def stages(root: Path, vl_model: str, nproc_per_node: int, train: dict[str, Any]) -> tuple[list[Stage], list[Stage]]:
+def stages(
+    root: Path, vl_model: str, nproc_per_node: int, train: dict[str, Any], evaluate: dict[str, Any]
+) -> tuple[list[Stage], list[Stage]]:
     """The demo's notebooks and what they are told: those up to the cache, and those that use it."""
     data = {"dataset_root": str(root)}
     told = {
         "03_cache_vl_features": {"vl_model": vl_model, "nproc_per_node": nproc_per_node},
         "04_train_async": {"nproc_per_node": nproc_per_node, **train},
+        "06_evaluate": evaluate,
     }
     every = [Stage(name, {**data, **told.get(name, {})}) for name in NOTEBOOKS]
     return every[:3], every[3:]
@@ -149,6 +155,10 @@ def summarise(flow: Flow) -> tuple[pd.DataFrame, list[str]]:
         notes.append(
             f"On {evaluated['held_out_episodes']} held-out episodes the policy {verdict} (RMS errors of translation and of rotation)."
         )
+    if "closed_loop" in evaluated:
+        low, high = (100 * value for value in evaluated["interval_95"])
+        told = f"{evaluated['successes']} of {evaluated['attempts']} unseen phantoms"
+        rows.append(("closed-loop success", f"{told} ({100 * evaluated['success_rate']:.0f} %, 95 % interval {low:.0f} to {high:.0f} %)"))
     rows += [(f"time of {name}", clock(took)) for name, took in flow.times_s.items()]
     rows.append(("time in all", clock(sum(flow.times_s.values()))))
     return pd.DataFrame(rows, columns=["what", "value"]), notes

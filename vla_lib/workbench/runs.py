@@ -36,6 +36,26 @@ def results_of(run: Path) -> dict[str, Any]:
     return read_json(path) if path.exists() else {}
 
 
+def find_checkpoints(root: Path | None = None) -> list[Path]:
+    """Every checkpoint of every run, newest run first, the best one of a run first."""
+    found = []
+    for run in reversed(find_runs(root=root)):
+        found += sorted((run / "checkpoints").glob("*.pt"), key=lambda path: ("_best" not in path.stem, path.name))
+    return found
+
+
+def name_of(checkpoint: Path) -> str:
+    """A short name for tables and plots: what was trained, without which input, when; the file's own name outside a run folder."""
+    run = checkpoint.parent.parent
+    if checkpoint.parent.name != "checkpoints" or not (run / "run.json").exists():
+        return checkpoint.stem
+    parameters = read_record(run).get("parameters", {})
+    without = "".join(f" no {name}" for key, name in (("vl_enabled", "VL"), ("sensor_enabled", "sensor")) if parameters.get(key) is False)
+    kind = "diffusion" if checkpoint.name.startswith("diffusion") else "async"
+    rest = checkpoint.stem.replace("qwen_vla_async", "").replace("diffusion_stage1", "").replace("_best", "").replace("_", " ")
+    return f"{kind}{without}{rest} {run.name.split('-', 2)[0][4:]}-{run.name.split('-', 2)[1]}"
+
+
 def newest_checkpoint(pattern: str, root: Path | None = None) -> Path:
     """The checkpoint of the newest run that has one matching `pattern` (e.g. `qwen_vla_async_best.pt`). Raises UserError where there is none."""
     for run in reversed(find_runs(root=root)):

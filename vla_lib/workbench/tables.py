@@ -1,5 +1,6 @@
 """Frames in; tables that fit a page out: short columns stay short, sentences wrap, long tables scroll."""
 
+import html
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -9,7 +10,7 @@ from IPython.display import HTML
 from vla_lib.episodes.verdict import verdict_table
 
 SENTENCES = ("reasons", "problem")
-WRAPPING = ("episode", "clock", "used by")
+WRAPPING = ("episode", "clock", "used by", "not better than")
 CELL = "padding:2px 6px;text-align:{align};vertical-align:top;{more}"
 
 
@@ -40,6 +41,11 @@ def fit(frame: pd.DataFrame, precision: int = 3, height_px: int = 480) -> HTML:
         f"{style}<div class='fit-table' style='max-height:{height_px}px;overflow:auto'>"
         f"<table style='border-collapse:collapse;font-size:11px;margin:0'><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
     )
+
+
+def sentence(text: str) -> HTML:
+    """A sentence where a table or a plot would stand."""
+    return HTML(f"<p>{html.escape(text)}</p>")
 
 
 def verdicts(summaries: Iterable[Mapping[str, Any]]) -> pd.DataFrame:

@@ -24,7 +24,7 @@ def success(found: Mapping[str, ClosedLoop]) -> Figure:
     reasons = list(dict.fromkeys(reason for summary in summaries.values() for reason in summary["reasons"]))
     place = np.arange(len(summaries))
     with style():
-        figure, (rate, why) = plt.subplots(1, 2, figsize=(10, 1.4 + 0.45 * len(summaries)), sharey=True)
+        figure, (rate, why) = plt.subplots(1, 2, figsize=(11, 1.4 + 0.45 * len(summaries)), sharey=True)
         for y, summary in zip(place, summaries.values(), strict=True):
             low, high = (100 * value for value in summary["interval_95"])
             share = 100 * summary["success_rate"]
@@ -43,7 +43,7 @@ def success(found: Mapping[str, ClosedLoop]) -> Figure:
         rate.invert_yaxis()
         why.set(xlabel="failed attempts", title="why attempts failed" if reasons else "no attempt failed")
         if reasons:
-            why.legend(fontsize=8)
+            why.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     plt.close(figure)
     return figure
 
@@ -71,6 +71,8 @@ def errors(found: Mapping[str, ClosedLoop]) -> Figure:
         place.legend(fontsize=8)
         force.axvline(FORCE_LIMIT_MN, color=BAD, lw=1, ls="--")
         force.set(xlabel="peak force (mN), dashed: limit", ylabel="share of attempts", ylim=(0, 1.02))
+        if not any(row["success"] for loop in found.values() for row in loop.attempts):
+            took.text(0.5, 0.5, "no success", transform=took.transAxes, ha="center")
         took.set(xlabel="time to success (s)", ylabel="share of successes", ylim=(0, 1.02))
     plt.close(figure)
     return figure
@@ -79,6 +81,32 @@ def errors(found: Mapping[str, ClosedLoop]) -> Figure:
 def _steps(axis: Any, values: Sequence[float], colour: str, name: str) -> None:
     if len(values):
         axis.ecdf(values, color=colour, label=name, lw=1.5)
+
+
+OUTCOMES = {(True, True): ("both", "#2e7d32"), (True, False): ("only {one}", GOOD), (False, True): ("only {other}", "#c58b00")}
+OUTCOMES[False, False] = ("neither", BAD)
+
+
+def paired(one: ClosedLoop, other: ClosedLoop, names: Sequence[str]) -> Figure:
+    """Two variants on the same phantoms: who succeeds where the target lies, and how far from its axis each one ends."""
+    with style():
+        figure, (place, error) = plt.subplots(1, 2, figsize=(10, 4.4))
+        rows = list(zip(one.attempts, other.attempts, strict=True))
+        for outcome, (label, colour) in OUTCOMES.items():
+            found = [(a, b) for a, b in rows if (bool(a["success"]), bool(b["success"])) == outcome]
+            target = np.array([a["truth"]["target_xy_mm"] for a, _ in found]).reshape(-1, 2)
+            told = f"{label.format(one=names[0], other=names[1])}: {len(found)}"
+            place.plot(*target.T, "o", color=colour, label=told)
+            error.plot([a["lateral_mm"] for a, _ in found], [b["lateral_mm"] for _, b in found], "o", ms=5, alpha=0.8, color=colour)
+        most = 1.05 * max([LATERAL_TOLERANCE_MM, *(row["lateral_mm"] for pair in rows for row in pair)])
+        error.plot((0, most), (0, most), color="#9a9a9a", lw=0.8)
+        error.add_patch(Rectangle((0, 0), LATERAL_TOLERANCE_MM, LATERAL_TOLERANCE_MM, color="#2e7d32", alpha=0.2, lw=0))
+        place.set(xlabel="x of the target (mm)", ylabel="y of the target (mm)", aspect="equal", title="who succeeds where")
+        place.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2, fontsize=8)
+        error.set(xlabel=f"{names[0]}: distance from the axis (mm)", ylabel=f"{names[1]}: distance from the axis (mm)")
+        error.set(xlim=(0, most), ylim=(0, most), aspect="equal", title="green: within the tolerance")
+    plt.close(figure)
+    return figure
 
 
 def timing(log: RunLog, deadline_ms: float = 100.0) -> Figure:
@@ -125,7 +153,7 @@ def film_strip(record: Mapping[str, Any], views: Sequence[str] = ("View1_left", 
             scan.plot(np.arange(len(frame["a_scan"])) * BIN_MM, frame["a_scan"], lw=0.6, color=GOOD)
             dx, dy, dz = frame["action"][:3]
             told = frame["reason"] or f"{dx:+.2f} {dy:+.2f} {dz:+.2f} mm"
-            scan.set_xlabel(f"depth (mm)\n{frame['force_mN']:.0f} mN\n{told}", fontsize=7)
+            scan.set_xlabel(f"depth (mm)\n{round(frame['force_mN'])} mN\n{told}", fontsize=7)
             scan.set(yticks=[], ylim=(0, 110))
             scan.tick_params(labelsize=6)
         for axis, view in zip(axes[:, 0], views, strict=False):

@@ -10,7 +10,14 @@ from vla_lib.evaluation.metrics import DIMENSIONS, UNITS
 from vla_lib.evaluation.open_loop import OpenLoop
 from vla_lib.workbench.plots.style import style
 
-COLOURS = {"policy": "#0b6e99", "zero": "#9a9a9a", "mean": "#c58b00", "persistence": "#b5482a"}
+COLOURS = {
+    "policy": "#0b6e99",
+    "VL masked": "#7a3fa0",
+    "sensor masked": "#2e7d32",
+    "zero": "#9a9a9a",
+    "mean": "#c58b00",
+    "persistence": "#b5482a",
+}
 
 
 def error_by_step(metrics: dict[str, dict[str, Any]], action_hz: float) -> Figure:
