@@ -9,13 +9,8 @@ from vla_lib.core.files import write_json
 from vla_lib.evaluation import closed_loop as closed
 from vla_lib.evaluation.attempt import AttemptSettings, film, fly
 from vla_lib.evaluation.metrics import open_loop_metrics
-from vla_lib.evaluation.rehearsal import rehearse
 from vla_lib.evaluation.sim_robot import SimRobot, sim_limits
 from vla_lib.evaluation.summary import closed_loop_table, pair_table
-from vla_lib.features.form import FeatureForm
-from vla_lib.features.vlm import load_processor, open_checkpoint
-from vla_lib.policy.config import PolicyConfig
-from vla_lib.policy.policy import Policy
 from vla_lib.runtime.clock import Latency, SimulatedClock
 from vla_lib.runtime.execution import ExecutionSettings
 from vla_lib.runtime.run_log import RunLog, Tick
@@ -23,7 +18,6 @@ from vla_lib.runtime.runner import RunnerSettings
 from vla_lib.runtime.safety import SafetyLimits
 from vla_lib.sim.demonstrator import demonstrator_action
 from vla_lib.sim.rig import SimRig
-from vla_lib.training.checkpoint import save_checkpoint
 from vla_lib.workbench.attempt_views import failures_first
 from vla_lib.workbench.plots import closed_loop as plots
 
@@ -239,27 +233,6 @@ def test_impossible_settings_are_refused(tmp_path):
 # ---------------------------------------------------------------- a checkpoint, whole
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    """A policy with random weights on the tiny VLM's features of two views."""
-    path = tmp_path_factory.mktemp("checkpoint") / "policy.pt"
-    views = ("View1_left", "View5")
-    source = open_checkpoint("tiny")
-    form = FeatureForm(load_processor(source), views, "grid:2x3", 360, 640)
-    binding, layout = form.binding(source, 2, 3, "float32"), form.layout
-    places = (tuple(part.tolist()) for part in (layout.view_id, layout.row, layout.col))
-    config = PolicyConfig("regression", views, binding["hidden_size"], *places, width=32, layers=1, heads=2)
-    policy = Policy(config)
-    with torch.no_grad():
-        generator = torch.Generator().manual_seed(0)
-        for weights in policy.parameters():
-            weights.normal_(0.0, 0.1, generator=generator)
-    content = {"front_door": "train_async", "policy_config": config.to_dict(), "policy": policy.state_dict(), "binding": binding}
-    settings = {"vlm_reuse_count": 3, "vlm_latency_ms": 0.0}
-    save_checkpoint(path, content | {"settings": settings, "split": {"train": [], "val": []}, "step": 0, "epoch": 0, "metrics": {}})
-    return path
-
-
 def test_a_checkpoint_is_tried_in_processes_and_filmed_again(checkpoint):
     settings = AttemptSettings(checkpoint, max_time_s=0.8)
     found = closed.closed_loop({"whole": settings, "blind": closed.masked(settings)["VL masked"]}, [3], workers=1, show=False)
@@ -274,15 +247,3 @@ def test_a_checkpoint_is_tried_in_processes_and_filmed_again(checkpoint):
     assert [len(frame["pictures"]) for frame in frames] == [2] * 4
     assert frames[-1]["a_scan"].shape == (1025,) and np.isfinite(frames[-1]["force_mN"])
     assert frames[0]["pictures"]["View5"].shape == (180, 320, 3)
-
-
-def test_a_checkpoint_is_rehearsed_in_real_time(checkpoint):
-    """Logic only: counts and reasons, never milliseconds."""
-    runners, ticks = [], []
-    settings = AttemptSettings(checkpoint, max_time_s=0.7)
-    found = rehearse(settings, 3, lambda tick, observation: ticks.append(tick.step), runners.append, dry_run=True)
-    log = found["log"]
-    assert [tick.step for tick in log.ticks] == ticks and runners[0].log is log
-    assert found["reason"] and not found["success"] and found["runner"]["ended"] == log.ended
-    assert len(runners[0].io.sent) >= 1 and "stop" in runners[0].io.sent[-1]
-    assert not np.ptp(found["path"]["position_mm"], axis=0).any()  # a dry run moves nothing

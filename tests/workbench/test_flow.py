@@ -105,6 +105,21 @@ def test_notebook_06_tells_where_the_rig_is_no_judge(demo, runs_folder):
     assert (result.path / "notebook.html").read_text().count("was not recorded on the simulated rig") >= 4
 
 
+def test_notebook_07_rehearses_in_real_time_without_a_person(demo, runs_folder):
+    _, runs = demo
+    best = run_of(runs, "04_train_async") / "checkpoints" / "qwen_vla_async_best.pt"
+    result = run_notebook("07_rehearse", {"checkpoint": str(best), "robot": "dry run", "max_time_s": 2.0}, log=False)
+    assert result.state == "done", result.error
+    lines = read_jsonl(result.path / "rehearsal.jsonl")
+    sent = read_jsonl(result.path / "dry_run.jsonl")
+    assert sum("tick" in line for line in lines) == len([line for line in sent if "action" in line]) + sum(
+        line["tick"]["mode"] in ("wait", "stop") or line["tick"]["reason"] == "missed deadline" for line in lines if "tick" in line
+    )
+    assert "stop" in sent[-1] and read_json(result.path / "results.json")["runner"]["ended"] == lines[-1]["summary"]["ended"]
+    page = (result.path / "notebook.html").read_text()
+    assert 'type="range"' in page and "145 mN, then a retreat of 5 mm" in page  # the limits that hold are shown
+
+
 def test_notebook_05_trains_on_the_same_data(demo, runs_folder):
     _, runs = demo
     given = {

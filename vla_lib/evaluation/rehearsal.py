@@ -2,77 +2,141 @@
 
     found = rehearse(AttemptSettings(checkpoint), seed=1, watch=lambda tick, observation: ...)
 
-The loop, the deadlines and the safety are those of a real arm; only the robot is simulated. `watch` runs in the control loop between two
-ticks: it must be quick (store, do not draw).
+A real arm is driven by the same `Pilot`; only the robot (anything that implements `RobotIO`) and its limits are others:
+
+    with Pilot(AttemptSettings(checkpoint)) as pilot:
+        pilot.warm_up(arm.read_observation())
+        log = pilot.run(arm, SafetyLimits(workspace_mm=...), max_s=30)
+
+`watch` runs in the control loop between two ticks: it must be quick (store, do not draw).
 """
 
 import gc
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from vla_lib.core.errors import UserError
 from vla_lib.evaluation.attempt import AttemptSettings, judged
 from vla_lib.evaluation.sim_robot import SimRobot, sim_limits
 from vla_lib.runtime.clock import RealClock
 from vla_lib.runtime.execution import ExecutionSettings
-from vla_lib.runtime.robot_io import DryRunIO, RobotIO
+from vla_lib.runtime.robot_io import DryRunIO, Observation, RobotIO
+from vla_lib.runtime.run_log import RunLog
 from vla_lib.runtime.runner import Runner, RunnerSettings, Watch
 from vla_lib.runtime.safety import SafetyLimits
-from vla_lib.runtime.vlm_worker import Compute, ExtractorProcess, ThreadedVlm
+from vla_lib.runtime.vlm_worker import Compute, ExtractorProcess, Features, ThreadedVlm
 from vla_lib.sim.rig import SimRig
+
+Started = Callable[[Runner], None]
+
+
+class Pilot:
+    """A checkpoint that can drive robots in real time: the policy here, its VLM in a process of its own. Injected latencies are left out.
+
+    Raises UserError where the checkpoint or its VLM is missing. `close` (or `with`) ends the VLM's process.
+    """
+
+    def __init__(self, settings: AttemptSettings):
+        from vla_lib.runtime.expert import PolicyExpert
+        from vla_lib.training.checkpoint import load_policy
+
+        policy, info = load_policy(settings.checkpoint, settings.device)
+        binding = info["binding"]
+        self.action_hz, self.views = float(policy.config.action_hz), tuple(binding["views"])
+        chunks = ExecutionSettings(settings.execution, settings.chunk_steps)
+        self.settings = RunnerSettings(self.action_hz, info["settings"]["vlm_reuse_count"], chunks)
+        self.expert = PolicyExpert(policy, settings.without, settings.ddim_steps or None)
+        try:
+            self._compute = ExtractorProcess(partial(make_extractor, binding, settings.device))
+        except RuntimeError as error:
+            raise UserError(f"The VLM of {settings.checkpoint} cannot run live: {error}") from error
+        self._vlm = ThreadedVlm(self._compute)
+
+    def warm_up(self, observation: Observation, times: int = 3) -> None:
+        """Run VLM and policy a few times on one observation: first calls allocate, compile and load, and would be late. Nothing moves."""
+        for _ in range(times):
+            tokens, mask = self._compute(observation.pictures, observation.instruction)
+            window = np.zeros((self.expert.sensor_window, 1026), np.float32) if self.expert.sensor_window else None
+            self.expert(Features(tokens, mask, 0, 0.0), 0.0, observation.state, window)
+
+    def run(
+        self,
+        io: RobotIO,
+        limits: SafetyLimits,
+        max_s: float,
+        watch: Watch | None = None,
+        started: Started | None = None,
+        until: Callable[[], str] | None = None,
+        clock: RealClock | None = None,
+    ) -> RunLog:
+        """Drive `io` for `max_s` seconds, until `until()` gives a reason, or until safety ends it; see Runner.
+
+        `started(runner)` is called before the first tick, so that a Stop button can call `runner.request_stop()`.
+        """
+        import torch
+
+        runner = Runner(io, self.expert, self._vlm, clock or RealClock(), self.settings, limits, watch)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # the expert is small; the other cores are the VLM's
+        gc.collect()
+        gc.freeze()  # the collector shall not walk through models in the middle of a tick
+        try:
+            if started:
+                started(runner)
+            return runner.run(max_s, until)
+        finally:
+            gc.unfreeze()
+            torch.set_num_threads(threads)
+
+    def close(self) -> None:
+        """End the VLM's process."""
+        self._vlm.close()
+
+    def __enter__(self) -> "Pilot":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 def rehearse(
     settings: AttemptSettings,
     seed: int,
     watch: Watch | None = None,
-    started: Callable[[Runner], None] | None = None,
-    dry_run: bool = False,
+    started: Started | None = None,
+    dry_run: Path | None = None,
     go_on: bool = False,
 ) -> dict[str, Any]:
     """One attempt in real time; returns the record of `evaluation.attempt.judged`, plus `log` (RunLog) and `path` at 650 Hz.
 
-    `started(runner)` gets the runner before the first tick, so that a Stop button can call `runner.request_stop()`. `dry_run`: actions are logged
-    and not sent. `go_on`: run for `max_time_s` even after the attempt is decided. Injected latencies of `settings` are left out: time is real.
+    `dry_run`: a JSON-lines file that gets the actions instead of the robot. `go_on`: run for `max_time_s` even after the attempt is decided.
     Raises UserError where the checkpoint, its VLM or EGL is missing.
     """
-    import torch
+    with Pilot(settings) as pilot:
+        size = {"picture_width": settings.picture_width, "picture_height": settings.picture_height, "camera_hz": settings.camera_hz}
+        rig = SimRig(task=settings.task, action_hz=pilot.action_hz, views=pilot.views, max_time_s=settings.max_time_s, **size)
+        try:
+            clock = RealClock()
+            first = SimRobot(rig, clock, seed)
+            pilot.warm_up(first.read_observation())
+            rig.step(np.zeros(6))  # draws, for the first time
+            robot = SimRobot(rig, clock, seed, go_on)
+            io: RobotIO = DryRunIO(robot, dry_run) if dry_run else robot
+            until = None if go_on else robot.over
 
-    from vla_lib.runtime.expert import PolicyExpert
-    from vla_lib.training.checkpoint import load_policy
+            def begin(runner: Runner) -> None:
+                if started:
+                    started(runner)
+                robot.begin()
 
-    policy, info = load_policy(settings.checkpoint, settings.device)
-    binding, hz = info["binding"], float(policy.config.action_hz)
-    try:
-        process = ExtractorProcess(partial(make_extractor, binding, settings.device))
-    except RuntimeError as error:
-        raise UserError(f"The VLM of {settings.checkpoint} cannot run live: {error}") from error
-    size = {"picture_width": settings.picture_width, "picture_height": settings.picture_height, "camera_hz": settings.camera_hz}
-    rig = SimRig(task=settings.task, action_hz=hz, views=tuple(binding["views"]), max_time_s=settings.max_time_s, **size)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the expert is small; the other cores are the VLM's
-    vlm = ThreadedVlm(process)
-    try:
-        expert = PolicyExpert(policy, settings.without, settings.ddim_steps or None)
-        warm_up(expert, process, rig, seed)
-        clock = RealClock()
-        robot = SimRobot(rig, clock, seed, go_on)
-        io: RobotIO = DryRunIO(robot) if dry_run else robot
-        run = RunnerSettings(hz, info["settings"]["vlm_reuse_count"], ExecutionSettings(settings.execution, settings.chunk_steps))
-        runner = Runner(io, expert, vlm, clock, run, SafetyLimits(**sim_limits()), watch)
-        if started:
-            started(runner)
-        gc.collect()
-        gc.freeze()  # the collector shall not walk through models in the middle of a tick
-        robot.begin()
-        log = runner.run(settings.max_time_s, None if go_on else robot.over)
-        return judged(robot, log) | {"log": log, "path": rig.path()}
-    finally:
-        gc.unfreeze()
-        vlm.close()
-        rig.close()
-        torch.set_num_threads(threads)
+            log = pilot.run(io, SafetyLimits(**sim_limits()), settings.max_time_s, watch, begin, until, clock)
+            return judged(robot, log) | {"log": log, "path": rig.path()}
+        finally:
+            rig.close()
 
 
 def make_extractor(binding: dict[str, Any], device: str) -> Compute:
@@ -80,17 +144,3 @@ def make_extractor(binding: dict[str, Any], device: str) -> Compute:
     from vla_lib.features.extractor import FeatureExtractor
 
     return FeatureExtractor.from_binding(binding, device).extract
-
-
-def warm_up(expert: Any, compute: Compute, rig: SimRig, seed: int) -> None:
-    """Run everything a few times: first calls allocate, compile and load, and would be late."""
-    import numpy as np
-
-    from vla_lib.runtime.vlm_worker import Features
-
-    observation, _ = rig.reset(seed=seed)
-    for _ in range(3):
-        tokens, mask = compute(observation["pictures"], observation["instruction"])
-        window = np.zeros((expert.sensor_window, 1026), np.float32) if expert.sensor_window else None
-        expert(Features(tokens, mask, 0, 0.0), 0.0, observation["state"], window)
-        rig.step(np.zeros(6))

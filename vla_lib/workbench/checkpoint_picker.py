@@ -28,6 +28,11 @@ class CheckpointPicker:
         pairs = self._pairs if self.widget is None else list(dict.fromkeys([self._first.value, *self._others.value]))
         return tuple(f"{name}={path}" for name, path in pairs)
 
+    @property
+    def first(self) -> Path:
+        """The one in question."""
+        return Path(self._pairs[0][1] if self.widget is None else self._first.value[1])
+
     def _build(self) -> None:
         import ipywidgets
 

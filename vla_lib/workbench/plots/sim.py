@@ -123,6 +123,7 @@ def _draw_space(axis, paths: Sequence[np.ndarray], truth: Mapping[str, Any]) -> 
     axis.set(xlabel="x (mm)", ylabel="y (mm)", zlabel="z (mm)", title="path of the tip")
     axis.legend(loc="upper left")
     axis.set_box_aspect(None, zoom=0.85)  # room for the label of z
+    axis.locator_params(nbins=5)
 
 
 def _draw_above(axis, paths: Sequence[np.ndarray], target: np.ndarray) -> None:

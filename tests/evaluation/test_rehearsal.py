@@ -1,0 +1,91 @@
+"""Rehearsals in real time: the same runner, a process of its own, a Stop that gets through. Logic only: counts and reasons, never milliseconds."""
+
+import asyncio
+
+import numpy as np
+import pytest
+
+from vla_lib.core.errors import UserError
+from vla_lib.core.files import read_jsonl
+from vla_lib.evaluation.attempt import AttemptSettings
+from vla_lib.evaluation.rehearsal import rehearse
+from vla_lib.evaluation.rehearsal_process import RehearsalProcess
+from vla_lib.workbench import rehearsal_view
+from vla_lib.workbench.jobs import JobCancelled
+
+
+def test_a_checkpoint_is_rehearsed_in_real_time(checkpoint, tmp_path):
+    runners, ticks = [], []
+    settings = AttemptSettings(checkpoint, max_time_s=0.7)
+    found = rehearse(settings, 3, lambda tick, observation: ticks.append(tick.step), runners.append, dry_run=tmp_path / "sent.jsonl")
+    log = found["log"]
+    assert [tick.step for tick in log.ticks] == ticks and runners[0].log is log
+    assert found["reason"] and not found["success"] and found["runner"]["ended"] == log.ended
+    assert runners[0].io.sent == read_jsonl(tmp_path / "sent.jsonl") and "stop" in runners[0].io.sent[-1]
+    assert not np.ptp(found["path"]["position_mm"], axis=0).any()  # a dry run moves nothing
+
+
+@pytest.fixture
+def views(monkeypatch):
+    """A person sits before the kernel; every view that is made."""
+    made = []
+
+    class Watched(rehearsal_view.RehearsalView):
+        def __init__(self, process):
+            super().__init__(process)
+            made.append(self)
+
+    monkeypatch.setattr(rehearsal_view, "interactive", lambda: True)
+    monkeypatch.setattr(rehearsal_view, "RehearsalView", Watched)
+    return made
+
+
+def test_the_stop_button_stops_the_robot(checkpoint, views):
+    process = RehearsalProcess(AttemptSettings(checkpoint, max_time_s=60.0), 3, go_on=True)
+
+    async def click():
+        while not (views and bytes(views[0]._picture.value)):  # a moment has been drawn
+            await asyncio.sleep(0.05)
+        views[0]._stop.click()
+
+    async def both():
+        return (await asyncio.gather(rehearsal_view.follow(process), click()))[0]
+
+    record, moments = asyncio.run(both())
+    log = record["log"]
+    assert (log.ended, log.stopped, log.ticks[-1].mode) == ("operator", True, "stop")
+    assert [event["kind"] for event in log.events][-2:] == ["stop", "end"] and log.events[-1]["reason"] == "operator"
+    assert [seen.tick.step for seen in moments] == [tick.step for tick in log.ticks]  # the watcher saw every tick
+    assert views[0]._stop.disabled and "operator" in views[0]._state.value
+    assert bytes(views[0]._picture.value).startswith(b"\xff\xd8")
+    told = dict(rehearsal_view.outcome(record).itertuples(index=False))
+    assert told["ended by"] == "operator" and told["verdict"].startswith("seed 3: ")
+    pictures, labels = rehearsal_view.some_pictures(moments)
+    assert set(pictures[0]) == {"View1_left", "View5"} and labels[0].endswith(" s")
+
+
+def test_an_interrupted_cell_stops_the_robot_and_ends_the_process(checkpoint):
+    process = RehearsalProcess(AttemptSettings(checkpoint, max_time_s=60.0), 3, go_on=True)
+
+    async def interrupted():
+        task = asyncio.create_task(rehearsal_view.follow(process))
+        await asyncio.sleep(0.2)
+        task.cancel()
+        await task
+
+    with pytest.raises(JobCancelled, match="the robot is stopped"):
+        asyncio.run(interrupted())
+    assert not process._process.is_alive()
+
+
+def test_what_cannot_be_rehearsed_is_told(checkpoint):
+    with pytest.raises(UserError, match="choose simulated rig or dry run"):
+        rehearsal_view.prepare(checkpoint, None, "real arm")
+    settings, table = rehearsal_view.prepare(checkpoint, None, "dry run", max_time_s=3.0)
+    assert (settings.picture_width, settings.picture_height, settings.max_time_s) == (
+        640,
+        360,
+        3.0,
+    )  # not the rig's own: as large as its VLM asks
+    told = dict(table.itertuples(index=False))
+    assert told["speed"] == "15 mm/s, 45 deg/s" and told["age of VL features in training"] == "0 to 200 ms"

@@ -1,0 +1,174 @@
+"""A running rehearsal in; a live view with a Stop button in JupyterLab, plain lines headless; the moments and the record out."""
+
+import asyncio
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from IPython.display import HTML
+
+from vla_lib.core.errors import UserError
+from vla_lib.evaluation.attempt import AttemptSettings
+from vla_lib.evaluation.origin import rig_settings
+from vla_lib.evaluation.rehearsal_process import Moment, RehearsalProcess
+from vla_lib.evaluation.sim_robot import sim_limits
+from vla_lib.runtime.safety import SafetyLimits
+from vla_lib.sim.world import FORCE_LIMIT_MN
+from vla_lib.training.checkpoint import read_checkpoint
+from vla_lib.workbench.attempt_views import verdict
+from vla_lib.workbench.jobs import JobCancelled
+from vla_lib.workbench.notebook import interactive, shown
+from vla_lib.workbench.plots.rehearsal import moment
+from vla_lib.workbench.widgets import drawn, offline_slider
+
+ROBOTS = ("simulated rig", "dry run")
+REDRAW_S = 0.7
+LINE_EVERY_S = 2.0
+
+
+async def follow(process: RehearsalProcess) -> tuple[dict[str, Any], list[Moment]]:
+    """Follow a rehearsal to its end; returns its record and all moments. `record, moments = await follow(process)` in a cell.
+
+    Raises JobCancelled where the cell is interrupted (the robot is stopped first), else what `RehearsalProcess.result` raises.
+    """
+    view = RehearsalView(process) if interactive() else PlainView()
+    moments: list[Moment] = []
+    try:
+        while process.running:
+            moments += process.poll()
+            view.tick(moments)
+            await asyncio.sleep(0.05)
+        record = process.result()
+    except (asyncio.CancelledError, KeyboardInterrupt):
+        process.stop()
+        time.sleep(0.5)  # a robot stops within a tick
+        raise JobCancelled("the cell was interrupted; the robot is stopped") from None
+    finally:
+        process.close()
+        view.close(moments)
+    return record, moments
+
+
+class PlainView:
+    """One line every few seconds."""
+
+    def __init__(self) -> None:
+        self._last_s = time.monotonic()
+        print("loading the policy and its VLM", flush=True)
+
+    def tick(self, moments: Sequence[Moment]) -> None:
+        """Print what the newest tick says, now and then."""
+        if moments and time.monotonic() - self._last_s >= LINE_EVERY_S:
+            self._last_s = time.monotonic()
+            print(told(moments[-1]), flush=True)
+
+    def close(self, moments: Sequence[Moment]) -> None:
+        """The last line."""
+        if moments:
+            print(told(moments[-1]), flush=True)
+
+
+class RehearsalView:
+    """Widgets of one rehearsal: the newest moment redrawn about once a second, its tick in words, a Stop button."""
+
+    def __init__(self, process: RehearsalProcess):
+        import ipywidgets
+        from IPython.display import display
+
+        self.process = process
+        self._drawn_s = 0.0
+        self._stop = ipywidgets.Button(description="Stop", icon="stop", button_style="danger", tooltip="stop the robot now")
+        self._stop.on_click(self._stop_clicked)
+        self._state = ipywidgets.HTML("<b>loading the policy and its VLM</b>")
+        self._picture = ipywidgets.Image(format="jpeg", layout={"max_width": "1200px", "visibility": "hidden"})
+        display(ipywidgets.VBox([ipywidgets.HBox([self._stop, self._state]), self._picture]))
+
+    def tick(self, moments: Sequence[Moment]) -> None:
+        """Show the newest tick; redraw now and then."""
+        if moments:
+            self._state.value = told(moments[-1])
+        if moments and time.monotonic() - self._drawn_s > REDRAW_S:
+            self.draw(moments)
+            self._drawn_s = time.monotonic()
+
+    def draw(self, moments: Sequence[Moment]) -> None:
+        """Redraw the figure."""
+        self._picture.value = drawn(moment(moments, FORCE_LIMIT_MN), "jpeg")
+        self._picture.layout.visibility = "visible"
+
+    def close(self, moments: Sequence[Moment]) -> None:
+        """The last moment stays; the button is dead."""
+        self._stop.disabled = True
+        if moments:
+            self.draw(moments)
+            self._state.value = f"<b>over</b>: {told(moments[-1])}"
+
+    def _stop_clicked(self, _button: Any) -> None:
+        self._state.value = "<b>stopping</b>"
+        self.process.stop()
+
+
+def told(seen: Moment) -> str:
+    """A tick in words."""
+    tick = seen.tick
+    age = "no VL features yet" if tick.vl_age_s is None else f"VL features {1000 * tick.vl_age_s:.0f} ms old"
+    force = "" if tick.force_mN is None else f", {tick.force_mN:.0f} mN"
+    return f"{tick.t_s:5.1f} s  {tick.mode}{', ' + tick.reason if tick.reason else ''}; {age}{force}; tick {tick.lateness_ms:.1f} ms late"
+
+
+def moments_slider(moments: Sequence[Moment], count: int = 4) -> HTML:
+    """The static twin of the live view: `count` instants, evenly over the run, the last included."""
+    ends = [int(k) for k in np.unique(np.linspace(1, len(moments), count + 1).round())[1:]]
+    return offline_slider((moment(moments[:k], FORCE_LIMIT_MN) for k in ends), [f"{moments[k - 1].tick.t_s:.1f} s" for k in ends])
+
+
+def prepare(checkpoint: Path, dataset_root: Path | None, robot: str, **how: Any) -> tuple[AttemptSettings, pd.DataFrame]:
+    """AttemptSettings of a rehearsal, and a table of what will run and which limits hold. Raises UserError for an unknown robot or checkpoint."""
+    if robot not in ROBOTS:
+        raise UserError(f"There is no robot {robot!r}; choose {' or '.join(ROBOTS)}.")
+    settings = replace(rig_settings(checkpoint, dataset_root, judge=False), **how)
+    limits = SafetyLimits(**sim_limits())
+    shown_limits = {
+        "speed": f"{limits.speed_mm_s:g} mm/s, {limits.turn_deg_s:g} deg/s",
+        "workspace x, y, z": ", ".join(f"{low:g} to {high:g} mm" for low, high in limits.workspace_mm),
+        "force": f"{limits.force_mN:g} mN, then a retreat of {limits.retreat_mm:g} mm",
+        "oldest VL features, pictures, sensor": f"{limits.vl_age_s:g} s, {limits.picture_age_s:g} s, {limits.sensor_age_s:g} s",
+        "hold before a stop": f"{limits.hold_s:g} s",
+    }
+    pictures = f"{settings.picture_width}x{settings.picture_height} at {settings.camera_hz:g} Hz"
+    rows = {"checkpoint": shown(checkpoint), "robot": robot, "pictures": pictures, "execution": settings.execution}
+    rows |= {"age of VL features in training": _trained_ages(checkpoint)} | shown_limits
+    return settings, pd.DataFrame(rows.items(), columns=["what", "value"])
+
+
+def _trained_ages(checkpoint: Path) -> str:
+    content = read_checkpoint(checkpoint)
+    hz, trained = float(content["policy_config"]["action_hz"]), content["settings"]
+    youngest = math.ceil(trained["vlm_latency_ms"] / 1000.0 * hz - 1e-9)
+    return f"{1000 * youngest / hz:.0f} to {1000 * (youngest + trained['vlm_reuse_count'] - 1) / hz:.0f} ms"
+
+
+def outcome(record: dict[str, Any]) -> pd.DataFrame:
+    """How the rehearsal ended, and how the runner did: one row a figure."""
+    runner = record["runner"]
+    rows = {"verdict": verdict(record), "ended by": runner["ended"], "ticks": runner["ticks"]}
+    rows |= {name: runner[name] for name in ("missed_deadlines", "skipped_ticks", "expert_calls", "expert_while_vlm_busy")}
+    for name, unit in (("lateness_ms", "ms"), ("expert_ms", "ms"), ("vlm_ms", "ms"), ("vl_age_s", "s")):
+        if found := runner[name]:
+            label = f"{name.rsplit('_', 1)[0]} median / p99 / max ({unit})"
+            rows[label] = f"{found['median']:.3g} / {found['p99']:.3g} / {found['max']:.3g}"
+    for name in ("modes", "limited", "reasons"):
+        rows[name] = ", ".join(f"{key} {count}" for key, count in runner[name].items()) or "none"
+    return pd.DataFrame([(name.replace("_", " "), str(value)) for name, value in rows.items()], columns=["what", "value"])
+
+
+def some_pictures(moments: Sequence[Moment]) -> tuple[list[dict[str, np.ndarray]], list[str]]:
+    """All views at the start, in the middle and at the end, with their times: what `plots.sim.montage` draws."""
+    seen = [one for one in moments if one.pictures]
+    chosen = [seen[k] for k in sorted({0, len(seen) // 2, len(seen) - 1})]
+    return [one.pictures for one in chosen], [f"{one.tick.t_s:.1f} s" for one in chosen]
