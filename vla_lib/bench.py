@@ -11,7 +11,7 @@ from vla_lib.core import frontdoor
 from vla_lib.core.errors import UserError
 from vla_lib.core.files import write_json
 
-ROOMS = ("episodes", "features", "sim", "training")
+ROOMS = ("episodes", "features", "runtime", "sim", "training")
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,13 @@ import asyncio
 import numpy as np
 import pytest
 
+from vla_lib.benchmarks import runtime as bench
 from vla_lib.core.errors import UserError
 from vla_lib.core.files import read_jsonl
 from vla_lib.evaluation.attempt import AttemptSettings
 from vla_lib.evaluation.rehearsal import rehearse
 from vla_lib.evaluation.rehearsal_process import RehearsalProcess
+from vla_lib.runtime.run_log import RunLog, Tick
 from vla_lib.workbench import rehearsal_view
 from vla_lib.workbench.jobs import JobCancelled
 
@@ -76,6 +78,15 @@ def test_an_interrupted_cell_stops_the_robot_and_ends_the_process(checkpoint):
     with pytest.raises(JobCancelled, match="the robot is stopped"):
         asyncio.run(interrupted())
     assert not process._process.is_alive()
+
+
+def test_the_benchmark_counts_every_tick():
+    ticks = [Tick(k, k / 10, 0.1 * k, vl_age_s=0.1, expert_ms=6.0 if k % 3 == 0 else 5.0, vl_busy=k % 3 == 0) for k in range(1, 31)]
+    log = RunLog([*ticks, Tick(33, 3.3, 9.0, "hold", "missed deadline")], vlm_ms=[30.0, 32.0], ended="time limit")
+    late, beside = bench.lateness_row(log), bench.concurrency_row(log)
+    assert 3.0 < late.ours < 9.0 and late.ratio == pytest.approx(5.0 / late.ours)
+    assert "31 ticks" in late.note and "max 9.00 ms; 1 missed deadlines, 3 skipped, 1 held" in late.note
+    assert (beside.ours, beside.baseline) == (6.0, 5.0) and "10 of 30 expert calls fell into VLM work; 2 VLM ticks" in beside.note
 
 
 def test_what_cannot_be_rehearsed_is_told(checkpoint):
