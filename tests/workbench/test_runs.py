@@ -3,7 +3,7 @@ import pytest
 from vla_lib.core.errors import UserError
 from vla_lib.core.files import write_json
 from vla_lib.core.run_folder import RunFolder
-from vla_lib.workbench import runs
+from vla_lib.workbench import checkpoint_picker, runs
 
 
 def test_the_table_shows_states_parameters_and_results():
@@ -32,3 +32,29 @@ def test_the_newest_checkpoint_is_found_or_missed_in_words():
         (run.path / "checkpoints" / "qwen_vla_async_best.pt").touch()
     RunFolder.create("04_train_async", {})  # newer, but without a checkpoint
     assert runs.newest_checkpoint("qwen_vla_async_best.pt").parent.parent == run.path
+
+
+def test_checkpoints_are_picked_by_parameters_or_by_clicks(monkeypatch, tmp_path):
+    files = ("qwen_vla_async.pt", "qwen_vla_async_best.pt", "qwen_vla_async_final.pt")
+    for parameters in ({"sensor_enabled": True}, {"vl_enabled": False}):
+        run = RunFolder.create("04_train_async", parameters)
+        (run.path / "checkpoints").mkdir()
+        for name in files:
+            (run.path / "checkpoints" / name).touch()
+    newest = runs.find_checkpoints()
+    assert [path.name for path in newest[:3]] == ["qwen_vla_async_best.pt", "qwen_vla_async.pt", "qwen_vla_async_final.pt"]
+    assert len({runs.name_of(path) for path in newest}) == 6 and runs.name_of(newest[0]).startswith("async no VL ")
+    elsewhere = tmp_path / "theirs.pt"
+    elsewhere.touch()
+    picker = checkpoint_picker.CheckpointPicker("", [f"seen={newest[3]}", str(elsewhere)])
+    assert (
+        picker.chosen == (f"{runs.name_of(newest[0])}={newest[0]}", f"seen={newest[3]}", f"theirs={elsewhere}")
+        and picker.first == newest[0]
+    )
+    monkeypatch.setattr(checkpoint_picker, "interactive", lambda: True)
+    picker = checkpoint_picker.CheckpointPicker(str(elsewhere), [])
+    picker._first.value = next(value for _, value in picker._first.options if value[1] == newest[4])
+    picker._others.value = [value for _, value in picker._others.options if value[1] in newest[:2]]
+    assert picker.first == newest[4] and [text.split("=", 1)[1] for text in picker.chosen] == [
+        str(path) for path in (newest[4], *newest[:2])
+    ]

@@ -9,14 +9,15 @@ from vla_lib.workbench.notebook import dataset_path, interactive, shown
 
 
 class CheckpointPicker:
-    """`checkpoint`: a path, or empty for the newest run's best one; `compare_with`: PATH or NAME=PATH each.
+    """`checkpoint`: a path, or empty for the newest run's best one; `compare_with`: PATH or NAME=PATH each, None where one is all that is wanted.
 
     In JupyterLab two lists choose others; `chosen` is what stands in them when it is read. Headless it is what was given.
     """
 
-    def __init__(self, checkpoint: str = "", compare_with: Sequence[str] = ()):
+    def __init__(self, checkpoint: str = "", compare_with: Sequence[str] | None = None):
         first = checkpoint or str(runs.newest_checkpoint("*_best.pt"))
-        pairs = [_named(text) for text in (first, *compare_with)]
+        pairs = [_named(text) for text in (first, *(compare_with or ()))]
+        self._one = compare_with is None
         self._pairs = list(dict.fromkeys(pairs))
         self.widget: Any = None
         if interactive():
@@ -38,11 +39,12 @@ class CheckpointPicker:
 
         on_disk = [(runs.name_of(path), path) for path in runs.find_checkpoints()]
         options = [(f"{name}   ({shown(path)})", (name, path)) for name, path in dict.fromkeys(self._pairs + on_disk)]
-        wide = {"width": "900px"}
-        self._first = ipywidgets.Dropdown(options=options, value=self._pairs[0], description="checkpoint", layout=wide)
+        wide = {"layout": {"width": "900px"}, "style": {"description_width": "100px"}}
+        self._first = ipywidgets.Dropdown(options=options, value=self._pairs[0], description="checkpoint", **wide)
         rest = tuple(self._pairs[1:])
-        self._others = ipywidgets.SelectMultiple(options=options, value=rest, rows=6, description="compare with", layout=wide)
-        self.widget = ipywidgets.VBox([self._first, self._others, ipywidgets.HTML("Run the cells below again after choosing.")])
+        self._others = ipywidgets.SelectMultiple(options=options, value=rest, rows=6, description="compare with", **wide)
+        lists = [self._first] if self._one else [self._first, self._others]
+        self.widget = ipywidgets.VBox([*lists, ipywidgets.HTML("Run the cells below again after choosing.")])
 
     def _ipython_display_(self) -> None:
         from IPython.display import display

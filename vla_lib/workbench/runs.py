@@ -52,8 +52,8 @@ def name_of(checkpoint: Path) -> str:
     parameters = read_record(run).get("parameters", {})
     without = "".join(f" no {name}" for key, name in (("vl_enabled", "VL"), ("sensor_enabled", "sensor")) if parameters.get(key) is False)
     kind = "diffusion" if checkpoint.name.startswith("diffusion") else "async"
-    rest = checkpoint.stem.replace("qwen_vla_async", "").replace("diffusion_stage1", "").replace("_best", "").replace("_", " ")
-    return f"{kind}{without}{rest} {run.name.split('-', 2)[0][4:]}-{run.name.split('-', 2)[1]}"
+    which = "" if "_best" in checkpoint.stem else " final" if "_final" in checkpoint.stem else " latest"
+    return f"{kind}{without}{which} {run.name.split('-', 2)[0][4:]}-{run.name.split('-', 2)[1]}"
 
 
 def newest_checkpoint(pattern: str, root: Path | None = None) -> Path:
