@@ -25,21 +25,26 @@ def rows(fast: bool = False, dataset_root: Path | None = None) -> list[BenchRow]
         raise UserError(
             f"The training benchmark needs a prepared data set with a VL cache, and {root} is not there; run `make demo` first."
         )
-    return [*loading(root, 40 if fast else 200), *compiled(root, 5 if fast else 20), two_processes(root, 6 if fast else 30)]
+    few = (40, 5, 6, 2) if fast else (200, 20, 30, 8)
+    return [*loading(root, few[0]), *compiled(root, few[1]), two_processes(root, few[2]), *live_vlm(root, few[3])]
 
 
-def _prepared(root: Path) -> tuple[Any, Any]:
+def _prepared(root: Path, head: str = "regression") -> tuple[Any, Any]:
     from vla_lib.training.data import prepare_data
-    from vla_lib.training.settings import AsyncSettings
+    from vla_lib.training.settings import AsyncSettings, DiffusionSettings
 
-    settings = AsyncSettings(dataset_root=root)
+    settings = (AsyncSettings if head == "regression" else DiffusionSettings)(dataset_root=root)
     return settings, prepare_data(settings)
 
 
 def _step_time_s(policy: Any, batch: dict, count: int) -> float:
+    import torch
+
+    draws = policy.draw(len(batch["state"]), torch.Generator().manual_seed(0))
+
     def step() -> None:
         policy.zero_grad(set_to_none=True)
-        policy(batch).mean().backward()
+        policy(batch, draws).mean().backward()
 
     step()
     step()
@@ -108,6 +113,55 @@ def two_processes(root: Path, steps: int) -> BenchRow:
     return BenchRow(
         "two processes, against one", rates[2], rates[1], "samples/s", ratio, "", f"efficiency {ratio / 2:.0%}, batch 16 a process"
     )
+
+
+def live_vlm(root: Path, count: int, batch_size: int = 16) -> list[BenchRow]:
+    """A training step of either model with features from the cache, against the same step that runs the VLM on the samples' pictures
+    (to the cached layer, without gradient): seconds from sample numbers to gradients.
+
+    The pictures are brought to the size at which the VLM reads the lab's (640x360 by default) beforehand; their decoding is not counted.
+    """
+    import torch
+
+    from vla_lib.features.extractor import FeatureExtractor
+    from vla_lib.policy import Policy
+
+    found = []
+    for name, head in (("async", "regression"), ("diffusion", "diffusion")):
+        settings, data = _prepared(root, head)
+        samples, policy = data.train, Policy(data.policy_config(settings))
+        extractor = FeatureExtractor.from_binding(data.binding)
+        draws = policy.draw(batch_size, torch.Generator().manual_seed(0))
+        taken: dict[bool, list[float]] = {False: [], True: []}
+        for numbers in np.random.default_rng(0).integers(0, len(samples), (count + 1, batch_size)):
+            pictures = _pictures(extractor, samples, numbers, (settings.image_resize_width, settings.image_resize_height))
+            ticks = np.arange(len(pictures)).reshape(batch_size, -1).tolist()
+            for live in (False, True):
+                begin = time.perf_counter()
+                batch = samples.batch(numbers)
+                if live:
+                    prepared = [torch.from_numpy(extractor.recipe.prepare(picture)) for picture in pictures]
+                    batch["vl_tokens"], batch["vl_mask"] = extractor.forward(prepared, ticks, samples.episodes[0].instruction)
+                policy.zero_grad(set_to_none=True)
+                policy(batch, draws).mean().backward()
+                taken[live].append(time.perf_counter() - begin)
+        cached_s, live_s = (float(np.median(taken[live][1:])) for live in (False, True))
+        size = f"{settings.image_resize_width}x{settings.image_resize_height}"
+        note = f"batch {batch_size}, {len(extractor.views)} views of {size}, {data.binding['model']}, {extractor.device.type}"
+        row = f"{name} training step with cached features, against the live VLM"
+        found.append(BenchRow(row, 1 / cached_s, 1 / live_s, "steps/s", live_s / cached_s, ">= 10x", note))
+    return found
+
+
+def _pictures(extractor: Any, samples: Any, numbers: np.ndarray, size: tuple[int, int]) -> list[Any]:
+    """The pictures behind the features of the samples, every view of one after the other, at `size` (width, height)."""
+    from PIL import Image
+
+    found = []
+    for number in numbers:
+        episode, tick = samples.episodes[samples.episode[number]], int(samples.step[number] - samples.age_steps[number])
+        found += [Image.open(episode.picture_path(view, tick)).convert("RGB").resize(size) for view in extractor.views]
+    return found
 
 
 def _rate(root: Path, run_dir: Path, processes: int, steps: int) -> float:
