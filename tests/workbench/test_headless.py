@@ -1,11 +1,9 @@
 import os
 import re
-import signal
 import subprocess
 import sys
 import time
 
-import psutil
 import pytest
 
 from vla_lib.core.errors import UserError
@@ -13,11 +11,6 @@ from vla_lib.core.files import read_json, write_json
 from vla_lib.core.run_folder import read_record
 from vla_lib.workbench.headless import run_notebook
 from vla_lib.workbench.jobs import Job, JobFailed
-
-JOB = (
-    "import sys\nfrom vla_lib.workbench.jobs import Job\n"
-    "await Job([sys.executable, '-c', f'import time; print(123, flush=True); time.sleep({seconds})'], run.path).watch()"
-)
 
 
 def test_a_headless_run_leaves_notebook_page_and_record(write_notebook):
@@ -84,39 +77,6 @@ def test_plain_papermill_works_too(write_notebook, runs_folder, tmp_path):
     (folder,) = runs_folder.iterdir()
     record = read_record(folder)
     assert (record["state"], record["parameters"]) == ("done", {"n": 3})
-
-
-@pytest.mark.parametrize("signal_number, state", ((signal.SIGINT, "cancelled"), (signal.SIGTERM, "cancelled"), (signal.SIGKILL, "lost")))
-def test_an_ended_driver_leaves_no_process_and_a_true_record(write_notebook, runs_folder, signal_number, state):
-    path = write_notebook("seconds: int = 600", JOB)
-    driver = subprocess.Popen([sys.executable, "-m", "vla_lib.cli", "run", str(path)], stdout=subprocess.PIPE, text=True)
-    while "123" not in driver.stdout.readline():
-        assert driver.poll() is None
-    family = psutil.Process(driver.pid).children(recursive=True)
-    assert len(family) >= 3  # kernel, supervisor, job
-    driver.send_signal(signal_number)
-    driver.stdout.read()
-    driver.wait()
-    _, alive = psutil.wait_procs(family, timeout=30)
-    assert alive == []
-    (folder,) = runs_folder.iterdir()
-    assert read_record(folder)["state"] == state
-    assert driver.returncode == (130 if state == "cancelled" else -signal.SIGKILL)
-
-
-def test_a_killed_kernel_leaves_no_process(write_notebook, runs_folder):
-    path = write_notebook("seconds: int = 600", JOB)
-    driver = subprocess.Popen([sys.executable, "-m", "vla_lib.cli", "run", str(path)], stdout=subprocess.PIPE, text=True)
-    while "123" not in driver.stdout.readline():
-        assert driver.poll() is None
-    family = psutil.Process(driver.pid).children(recursive=True)
-    (kernel,) = [process for process in family if "ipykernel_launcher" in " ".join(process.cmdline())]
-    os.kill(kernel.pid, signal.SIGKILL)
-    driver.stdout.read()
-    assert driver.wait() == 1
-    assert psutil.wait_procs(family, timeout=30)[1] == []
-    (folder,) = runs_folder.iterdir()
-    assert read_record(folder)["state"] == "lost"
 
 
 def test_a_failing_job_raises_its_cause_first(tmp_path):

@@ -8,11 +8,11 @@ import sys
 PR_SET_PDEATHSIG = 1
 
 
-def die_with_parent() -> None:
-    """Be killed when the parent dies: a rank or worker left behind would hold a GPU. Does nothing where Linux's prctl is missing."""
+def die_with_parent(number: int = signal.SIGKILL) -> None:
+    """Get signal `number` when the parent dies: a rank or worker left behind would hold a GPU. Does nothing where Linux's prctl is missing."""
     if sys.platform != "linux":
         return
     parent = os.getppid()
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL))
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(number))
     if os.getppid() != parent:  # it died in between
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), number)

@@ -13,11 +13,13 @@ import subprocess
 import sys
 import time
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import psutil
 
 from vla_lib.core.files import write_json
+from vla_lib.core.processes import die_with_parent
 
 PR_SET_CHILD_SUBREAPER = 36
 POLL_S = 0.1
@@ -42,7 +44,8 @@ def main(arguments: list[str]) -> int:
         "reason": None,
     }
     with open(log_path, "ab") as log:
-        child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
+        outlive_nobody = partial(die_with_parent, signal.SIGTERM)  # this process may be killed: torchrun then ends its ranks in order
+        child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, preexec_fn=outlive_nobody)
     status["pid"] = child.pid
     write_json(status_path, status)
     reason = None
