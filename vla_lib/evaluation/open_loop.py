@@ -102,6 +102,17 @@ def evaluate_open_loop(
     )
 
 
+def sampled_chunks(checkpoint: Path, dataset_root: Path, episode: str, count: int = 5) -> np.ndarray:
+    """(count, N, H, 7): chunks that a diffusion policy draws from different noise for each of the N samples of one episode (its key)."""
+    policy, info = load_policy(checkpoint)
+    samples = sample_set([_episode(dataset_root, episode)], dataset_root, info)
+    batch = samples.batch(np.arange(len(samples)))
+    observation = {key: batch[key] for key in OBSERVATION if key in batch}
+    with torch.inference_mode():
+        drawn = [policy.predict(observation, torch.Generator().manual_seed(number)) for number in range(count)]
+    return torch.stack(drawn).float().numpy()
+
+
 def inputs_of(config: PolicyConfig) -> dict[str, str]:
     """Name -> "vl" or "sensor" of each input that the policy uses and that can be masked."""
     used = {VL_MASKED: ("vl", config.vl_enabled), SENSOR_MASKED: ("sensor", config.uses_sensor)}

@@ -38,6 +38,22 @@ def error_by_step(metrics: dict[str, dict[str, Any]], action_hz: float) -> Figur
     return figure
 
 
+def error_by_dimension(metrics: dict[str, dict[str, Any]]) -> Figure:
+    """Mean absolute error of each dimension of a step (mm, deg), the policy beside the baselines."""
+    with style():
+        figure, axes = plt.subplots(1, 2, figsize=(9, 3.2))
+        for axis, names in zip(axes, (DIMENSIONS[:3], DIMENSIONS[3:6]), strict=True):
+            width = 0.8 / len(metrics)
+            for k, (name, found) in enumerate(metrics.items()):
+                values = [found["dimensions"][dimension]["mae"] for dimension in names]
+                axis.bar(np.arange(3) + width * (k - (len(metrics) - 1) / 2), values, 0.95 * width, color=COLOURS[name], label=name)
+            axis.set_xticks(range(3), names)
+            axis.set_ylabel(f"mean absolute error ({UNITS[DIMENSIONS.index(names[0])]} a step)")
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(metrics))
+    plt.close(figure)
+    return figure
+
+
 def predicted_against_true(found: OpenLoop) -> Figure:
     """The first action of each chunk against the true one: one panel a dimension that varies, in mm or degrees."""
     first = found.mask[:, 0]
@@ -59,8 +75,11 @@ def predicted_against_true(found: OpenLoop) -> Figure:
     return figure
 
 
-def chunks_over_path(found: OpenLoop, episode: str, every: int = 8) -> Figure:
-    """The true motion of one held-out episode (summed from its start, mm) and every few predicted chunks drawn from where they begin."""
+def chunks_over_path(found: OpenLoop, episode: str, every: int = 8, samples: np.ndarray | None = None) -> Figure:
+    """The true motion of one held-out episode (summed from its start, mm) and every few predicted chunks drawn from where they begin.
+
+    samples: (S, N, H, 7) other chunks of the episode's N samples, as a diffusion policy draws them from other noise.
+    """
     rows = np.flatnonzero(found.episode == episode)
     step = found.step[rows]
     path_mm = np.zeros((int(step.max()) + 2, 3))
@@ -70,12 +89,14 @@ def chunks_over_path(found: OpenLoop, episode: str, every: int = 8) -> Figure:
         figure, axes = plt.subplots(3, 1, figsize=(9, 5.2), sharex=True)
         for k, axis in enumerate(axes):
             axis.plot(np.arange(len(path_mm)), path_mm[:, k], color="#333333", lw=1.4, label="recorded")
-            for n, row in enumerate(rows[::every]):
-                chunk = path_mm[found.step[row], k] + np.concatenate([[0], np.cumsum(found.chunks["policy"][row, :, k])])
-                start = found.step[row]
-                axis.plot(
-                    start + np.arange(len(chunk)), chunk, color=COLOURS["policy"], lw=1.3, label="predicted chunk" if n == 0 else None
-                )
+            drawn = found.chunks["policy"][rows][None] if samples is None else samples
+            label = "predicted chunk" if samples is None else f"predicted chunks, {len(samples)} samples each"
+            for n in range(0, len(rows), every):
+                start = found.step[rows[n]]
+                for chunk in drawn[:, n, :, k]:
+                    path = path_mm[start, k] + np.concatenate([[0], np.cumsum(chunk)])
+                    axis.plot(start + np.arange(len(path)), path, color=COLOURS["policy"], lw=1.3 if samples is None else 0.8, label=label)
+                    label = None
             axis.set(ylabel=f"{'xyz'[k]} (mm)")
         axes[0].legend(loc="upper right")
         axes[-1].set(xlabel="action step")

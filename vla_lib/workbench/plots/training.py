@@ -50,54 +50,6 @@ def training_curves(rows: Sequence[Mapping[str, Any]]) -> Figure:
     return figure
 
 
-def held_out_errors(predicted: np.ndarray, target: np.ndarray, mask: np.ndarray, previous: np.ndarray, mean: np.ndarray) -> Figure:
-    """Mean absolute error of each dimension beside the baselines.
-
-    predicted, target (n, H, 7): mm and degrees a step; mask (n, H) bool; previous (n, 7) and mean (7,): what persistence and mean say.
-    """
-    guesses = {"policy": predicted, "zero": np.zeros(7), "mean": mean, "persistence": previous[:, None]}
-    errors = {name: np.abs(guess - target)[mask].mean(0)[:6] for name, guess in guesses.items()}
-    with style():
-        figure, axes = plt.subplots(1, 2, figsize=(9, 3.1))
-        for axis, part in zip(axes, (slice(0, 3), slice(3, 6)), strict=True):
-            for k, (name, error) in enumerate(errors.items()):
-                axis.bar(np.arange(3) + 0.2 * (k - 1.5), error[part], 0.19, color=OURS if name == "policy" else BASELINES[name], label=name)
-            axis.set_xticks(range(3), DIMENSIONS[part])
-            axis.set_ylabel(f"mean absolute error ({UNITS[part][0]} a step)")
-        axes[0].legend()
-        figure.suptitle("Held-out error of each dimension")
-    plt.close(figure)
-    return figure
-
-
-def sampled_chunks(chunks: np.ndarray, target: np.ndarray, mask: np.ndarray, action_hz: float, every: int = 10) -> Figure:
-    """Predicted chunks over the true motion of one episode, x y z in mm.
-
-    chunks (S, N, H, 7): S samples (1 for regression) of the chunk at each of N consecutive steps; target (N, H, 7), mask (N, H).
-    """
-    samples, steps, horizon = chunks.shape[:3]
-    truth = np.concatenate([np.zeros((1, 3)), np.cumsum(target[:, 0, :3], 0)])  # (N + 1, 3) mm since the first step
-    time_s = np.arange(steps + 1) / action_hz
-    with style():
-        figure, axes = plt.subplots(3, 1, figsize=(8.5, 6), sharex=True)
-        for k, axis in enumerate(axes):
-            axis.plot(time_s, truth[:, k], color="black", lw=1.5, label="true")
-            for start in range(0, steps, every):
-                length = int(mask[start].sum())
-                for s in range(samples):
-                    path = truth[start, k] + np.concatenate([[0.0], np.cumsum(chunks[s, start, :length, k])])
-                    label = f"predicted chunks ({samples} samples each)" if samples > 1 else "predicted chunks"
-                    first = start == 0 and s == 0
-                    at = (start + np.arange(length + 1)) / action_hz
-                    axis.plot(at, path, color=OURS, lw=1.1, alpha=0.9 if samples == 1 else 0.4, label=label if first else None)
-            axis.set_ylabel(f"{DIMENSIONS[k]} since start (mm)")
-        axes[0].legend()
-        axes[-1].set_xlabel("time (s)")
-        figure.suptitle(f"Chunks of {horizon} actions over the true trajectory")
-    plt.close(figure)
-    return figure
-
-
 def reuse_counts(rows: Sequence[Mapping[str, Any]], action_hz: float = 10.0) -> Figure:
     """How often VL features of each age were used, over all epochs."""
     counts = _summed(rows, "train/vl_reuse_counts")
