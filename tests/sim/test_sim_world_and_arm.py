@@ -19,7 +19,7 @@ def test_a_world_is_fixed_by_its_seed_and_lies_within_the_stated_ranges():
         assert max(abs(t - c) for t, c in zip(world.target_xy_mm, CENTRE_XY_MM, strict=True)) <= TARGET_RANGE_MM
         assert GEL_THICKNESS_MM[0] <= world.gel_mm <= GEL_THICKNESS_MM[1]
         assert all(low < x < high for x, (low, high) in zip(world.start_mm, WORKSPACE_MM, strict=True))
-        assert 11 <= world.start_mm[2] - SURFACE_Z_MM <= 26
+        assert 5 <= world.start_mm[2] - SURFACE_Z_MM <= 26
 
 
 def test_nothing_visible_tells_the_membranes_depth():

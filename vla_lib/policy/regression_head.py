@@ -7,6 +7,9 @@ from torch import Tensor, nn
 from vla_lib.policy.config import ACTION_DIM, PolicyConfig
 
 
+ABSOLUTE_FROM = 0.1  # standard deviations beyond which an error counts by its size, not its square
+
+
 class RegressionHead(nn.Module):
     """A linear read-out that starts at zero, which is the mean action."""
 
@@ -21,8 +24,11 @@ class RegressionHead(nn.Module):
         return self.out(policy.trunk(context, queries)).float()
 
     def loss(self, policy, context: dict, target: Tensor, draws: dict) -> Tensor:
-        """Huber loss (beta: one standard deviation) of each element, (B, H, 7)."""
-        return F.smooth_l1_loss(self._chunk(policy, context), target, reduction="none")
+        """Absolute error, smoothed near zero, of each element, (B, H, 7).
+
+        Motions near the goal are a tenth of a usual one and pushes are several: squared errors would learn the pushes and miss the goal.
+        """
+        return F.smooth_l1_loss(self._chunk(policy, context), target, reduction="none", beta=ABSOLUTE_FROM)
 
     def draw(self, count: int, generator: torch.Generator) -> dict[str, Tensor]:
         """Regression draws nothing."""

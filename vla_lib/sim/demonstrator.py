@@ -15,6 +15,7 @@ from vla_lib.sim.world import ASKED_DEPTH_MM, LAYER_THICKNESS_MM, World
 SPEED_MM_S = 5.0
 TURN_DEG_S = 12.0
 HOVER_MM = 4.0  # waits at this height over the surface until it is above the target
+HOVER_SLOPE = 0.4  # and this much higher for every mm beside it: low enough that height does not tell whether the target is below
 DONE_DEPTH_MM = 0.08
 HOLD_S = 1.6  # longer than the rest that the judgement asks for
 
@@ -50,7 +51,7 @@ def velocity(seen: Measured) -> np.ndarray:
     speed[:2] = -SPEED_MM_S * offset / np.hypot(lateral, SPEED_MM_S / 1.5)
     if height < 0:
         speed[:2] *= 0.3  # the gel holds the needle
-    hover = -1.2 * (height - HOVER_MM - 0.8 * max(0.0, lateral - 0.8))
+    hover = -1.2 * (height - HOVER_MM - HOVER_SLOPE * max(0.0, lateral - 0.8))
     hover = SPEED_MM_S * np.tanh(hover / SPEED_MM_S)
     insert = -4.0 if seen.remaining_mm is None else -4.0 * np.tanh(1.8 * seen.remaining_mm / 4.0)
     above = _smooth((1.4 - lateral) / 0.7)  # 1 within 0.7 mm of the target's axis, 0 beyond 1.4 mm
@@ -74,7 +75,8 @@ def _smooth(x: float) -> float:
 
 
 class Pushes:
-    """Disturbances of one demonstration: smooth velocity pulses at random moments, one near the surface, one after the puncture.
+    """Disturbances of one demonstration: smooth velocity pulses at random moments, one to three just before the
+    insertion, one after the puncture. They are short: what they do cannot be learnt, how they are corrected can.
 
     A pulse of `seconds` shifts the tip by (6,) `shift` (mm, deg) against the demonstrator, who corrects it while it lasts.
     """
@@ -83,7 +85,7 @@ class Pushes:
         self._rng, self._rate_hz = rng, rate_hz
         self._pulse: tuple[float, float, np.ndarray] | None = None
         self._next_s = rng.exponential(1 / rate_hz) if rate_hz else np.inf
-        self._near = rate_hz > 0 and rng.uniform() < 0.7
+        self._near = int(rng.integers(1, 4)) if rate_hz else 0  # pushes just before the insertion that are still to come
         self._behind = rate_hz > 0 and rng.uniform() < 0.5
         self._wander = np.zeros(3)
 
@@ -93,11 +95,11 @@ class Pushes:
         lateral = np.hypot(*(seen.position_mm[:2] - np.asarray(seen.target_xy_mm)))
         if self._pulse is None:
             if height > 1.0 and self._near and height < HOVER_MM + 1 and lateral < 1.5:
-                self._near = False
-                self._start(t_s, 0.6, lateral_mm=self._rng.uniform(1.0, 4.0), up_mm=self._rng.uniform(-0.5, 1.5), turn_deg=4.0)
+                self._near -= 1
+                self._start(t_s, 0.35, lateral_mm=self._rng.uniform(1.0, 5.0), up_mm=self._rng.uniform(-0.5, 1.0), turn_deg=4.0)
             elif height > 2.0 and t_s >= self._next_s:
                 self._next_s = t_s + 1.0 + self._rng.exponential(1 / self._rate_hz)
-                self._start(t_s, 0.7, lateral_mm=self._rng.uniform(2.0, 6.0), up_mm=self._rng.uniform(-1.0, 2.0), turn_deg=6.0)
+                self._start(t_s, 0.4, lateral_mm=self._rng.uniform(2.0, 6.0), up_mm=self._rng.uniform(-1.0, 2.0), turn_deg=6.0)
             elif resting and self._behind:
                 self._behind = False
                 self._start(t_s, 0.4, lateral_mm=0.1, up_mm=self._rng.choice([-1, 1]) * self._rng.uniform(0.25, 0.55), turn_deg=1.0)

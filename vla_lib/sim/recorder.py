@@ -26,7 +26,7 @@ from vla_lib.sim.world import DEFAULT_TASK, sample_world, stream
 
 MANIFEST = "simulation.json"
 PARTIAL = ".recording-"  # an episode being written: ROOT/.recording-<index>/, renamed into place when whole
-FORMAT = 3  # raised when a change of the rig changes what a plan records
+FORMAT = 4  # raised when a change of the rig changes what a plan records
 EPOCH_S = 1_761_000_000.0
 _EPISODE_SPACING_S = 120.0
 _TYPICAL_SECONDS = 15.0

@@ -17,7 +17,7 @@ WORKSPACE_MM = ((150.0, 200.0), (-25.0, 25.0), (126.0, 170.0))  # (low, high) of
 
 TARGET_RANGE_MM = 10.0  # target centre within +- this of the workspace centre, in x and in y
 TARGET_YAW_RANGE_DEG = 25.0
-START_HEIGHT_MM = (12.0, 25.0)  # tip above the nominal surface
+START_HEIGHT_MM = (6.0, 25.0)  # tip above the nominal surface
 START_RADIUS_MM = 12.0  # tip's lateral start around the workspace centre
 START_TILT_DEG = 3.0  # alpha, beta at the start; the demonstrator brings both to zero
 START_YAW_DEG = 12.0
