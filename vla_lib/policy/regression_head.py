@@ -6,7 +6,6 @@ from torch import Tensor, nn
 
 from vla_lib.policy.config import ACTION_DIM, PolicyConfig
 
-
 ABSOLUTE_FROM = 0.1  # standard deviations beyond which an error counts by its size, not its square
 
 
