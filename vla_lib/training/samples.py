@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from vla_lib.core.errors import UserError
+from vla_lib.core.processes import die_with_parent
 from vla_lib.policy.config import SENSOR_CHANNELS
 
 Batch = dict[str, Tensor]
@@ -193,9 +194,10 @@ def batch_loader(samples: SampleSet, requests: list, num_workers: int, pin_memor
         num_workers=min(num_workers, len(requests)),
         persistent_workers=False,
         pin_memory=pin_memory,
-        worker_init_fn=_quiet_worker,
+        worker_init_fn=_start_worker,
     )
 
 
-def _quiet_worker(_: int) -> None:
+def _start_worker(_: int) -> None:
+    die_with_parent()
     torch.set_num_threads(1)
