@@ -1,8 +1,9 @@
-"""Progress of a counted job: a bar on a terminal, otherwise one plain line every few seconds (headless logs, notebooks)."""
+"""Progress of a counted job: a bar on a terminal, otherwise one plain line every few seconds (headless logs, notebooks) that can be read back."""
 
+import re
 import sys
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
@@ -52,6 +53,21 @@ class Progress:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class Counted(NamedTuple):
+    """What a progress line tells: units done and in all, their name, and `ETA m:ss` or `took m:ss`."""
+
+    done: float
+    total: float
+    unit: str
+    left: str
+
+
+def read_line(line: str) -> Counted | None:
+    """A line that `Progress` printed; None for any other line."""
+    found = re.search(r" ([\d.e+]+)/([\d.e+]+) (\w+), \S+/s, ((?:ETA|took) [\d:]+)", line)
+    return Counted(float(found[1]), float(found[2]), found[3], found[4]) if found else None
 
 
 def clock(seconds: float) -> str:

@@ -4,6 +4,7 @@ Files are the interface (the log, `metrics.jsonl`, `job.json`, `error.json` in t
 """
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -52,15 +53,33 @@ def flags(settings: dict[str, Any]) -> list[str]:
 
 
 class Job:
-    """One supervised subprocess that works in a run folder."""
+    """One supervised subprocess that works in a run folder: started here, or `attach`ed to where it was started elsewhere."""
 
     def __init__(self, command: list[str], run_dir: Path, environment: dict[str, str] | None = None, log: str = "train.log"):
         self.command = command
         self.run_dir = Path(run_dir)
         self.log = self.run_dir / log
         self.environment = environment or {}
+        self.attached = False
         self._process: subprocess.Popen | None = None
         self._read = 0
+
+    @classmethod
+    def attach(cls, run_dir: Path) -> "Job":
+        """The job of a run folder, running or ended, whoever started it: it can be watched and stopped from its files.
+
+        Raises UserError where no job was started in that folder.
+        """
+        path = Path(run_dir) / "job.json"
+        if not path.exists():
+            raise UserError(f"No job was started in {run_dir}; give the folder of a run that trains or caches (`vla runs` lists them).")
+        status = read_json(path)
+        job = cls(status["command"], run_dir, log=status["log"])
+        job.attached = True
+        if job.log.exists():
+            lines = job.log.read_bytes().splitlines(keepends=True)
+            job._read = sum(map(len, lines[:-LOG_TAIL_LINES]))
+        return job
 
     @classmethod
     def torchrun(cls, module: str, settings: dict[str, Any], run_dir: Path, nproc_per_node: int = 1, log: str = "train.log") -> "Job":
@@ -114,28 +133,43 @@ class Job:
         )
         return self
 
+    @property
+    def running(self) -> bool:
+        """Whether the job runs now."""
+        return is_running(self.run_dir) if self._process is None else self._process.poll() is None
+
+    @property
+    def done(self) -> bool:
+        """Whether this very command ended well in its folder."""
+        status = self.status
+        return (status.get("command"), status.get("state"), status.get("returncode")) == (self.command, "ended", 0) and not status["reason"]
+
     def stop(self) -> None:
         """Ask the supervisor to stop the job; it saves its state first. `watch` then raises JobCancelled."""
-        if self._process is not None and self._process.poll() is None:
-            self._process.send_signal(signal.SIGTERM)
+        if self.running:
+            pid = self.status["supervisor_pid"] if self._process is None else self._process.pid
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
 
     async def watch(self, on_tick: Callable[[list[str]], None] | None = None, every_s: float = 0.5) -> dict[str, Any]:
         """Follow the job to its end; `on_tick` gets the new lines of the log (default: print them). Returns the final status.
 
-        Await it in a notebook cell: the event loop stays free, so a Stop button works. An interrupted cell stops the job.
-        Raises JobFailed where the job ends with an error and JobCancelled where it was stopped.
+        Await it in a notebook cell: the event loop stays free, so a Stop button works. An interrupted cell stops the job that it started;
+        one that it is only attached to runs on. Raises JobFailed where the job ends with an error and JobCancelled where it was stopped.
         """
-        if self._process is None:
+        if self._process is None and not self.attached:
             self.start()
         on_tick = on_tick or _print_lines
         try:
             running = True
             while running:
-                running = self._process.poll() is None  # before reading: the last lines are not lost
+                running = self.running  # before reading: the last lines are not lost
                 on_tick(self._new_lines(final=not running))
                 if running:
                     await asyncio.sleep(every_s)
         except (asyncio.CancelledError, KeyboardInterrupt):
+            if self.attached:
+                raise JobCancelled(f"the cell was interrupted; the job goes on, its files are in {self.run_dir}") from None
             self.stop()
             self._wait_stopped()
             on_tick(self._new_lines(final=True))

@@ -1,19 +1,34 @@
-"""A running training job in; live progress out: curves, ETA and a Stop button in JupyterLab, plain lines headless."""
+"""A job in, running or ended; its live progress out: bar with ETA, curves and a Stop button in JupyterLab, plain lines headless."""
 
+import html
+from pathlib import Path
 from typing import Any
 
 from vla_lib.core.files import read_jsonl
+from vla_lib.core.progress import read_line
 from vla_lib.workbench.jobs import Job
-from vla_lib.workbench.notebook import interactive
+from vla_lib.workbench.notebook import dataset_path, interactive, shown
+from vla_lib.workbench.plots.training import training_curves
+from vla_lib.workbench.widgets import drawn
 
 REDRAW_EVERY_TICKS = 6  # of half a second
+LINES = 8  # of the log
 
 
-async def follow(job: Job) -> dict[str, Any]:
-    """Start `job` and follow it to its end; returns the supervisor's final status.
+async def follow(job: Job | Path | str) -> dict[str, Any]:
+    """Start `job` and follow it to its end; returns the supervisor's final status. `status = await follow(job)` in a cell.
 
-    `status = await follow(job)` in a cell. Raises JobFailed or JobCancelled as `Job.watch` does.
+    A job that runs in that folder already, or ended well there with the same command, is shown instead of started a second time. Given a run
+    folder, its job is shown, whoever started it: from another notebook, or after a browser tab was closed. Interrupting a cell that only
+    shows a job leaves the job alone; Stop stops it. Raises JobFailed or JobCancelled as `Job.watch` does, UserError for a folder without a job.
     """
+    if not isinstance(job, Job):
+        job = Job.attach(dataset_path(str(job)))
+    elif job.running or job.done:
+        job = Job.attach(job.run_dir)
+    if job.attached:
+        again = "" if job.running else "; nothing is started again, run the notebook from its first cell for that"
+        print(f"{'running' if job.running else 'ended'} already in {shown(job.run_dir)}{again}", flush=True)
     if not interactive():
         return await job.watch()
     view = TrainingView(job)
@@ -24,7 +39,7 @@ async def follow(job: Job) -> dict[str, Any]:
 
 
 class TrainingView:
-    """Widgets of one job: its newest log lines, its curves redrawn every few seconds, a Stop button."""
+    """Widgets of one job: a bar with its ETA, its newest log lines, its curves redrawn every few seconds, a Stop button."""
 
     def __init__(self, job: Job):
         import ipywidgets
@@ -35,43 +50,51 @@ class TrainingView:
         self._ticks = 0
         self._stop = ipywidgets.Button(description="Stop", icon="stop", button_style="danger", tooltip="save a checkpoint and end the job")
         self._stop.on_click(self._stop_clicked)
-        self._state = ipywidgets.HTML("<b>starting</b>")
+        self._state = ipywidgets.HTML(f"<b>{'running' if job.attached else 'starting'}</b>")
+        self._bar = ipywidgets.FloatProgress(min=0.0, max=1.0, layout={"width": "300px", "visibility": "hidden"})
+        self._counted = ipywidgets.HTML()
         self._log = ipywidgets.HTML()
-        self._curves = ipywidgets.Image(format="png", layout={"max_width": "900px", "visibility": "hidden"})
-        display(ipywidgets.VBox([ipywidgets.HBox([self._stop, self._state]), self._curves, self._log]))
+        self._curves = ipywidgets.Image(format="png", layout={"max_width": "900px", "display": "none"})
+        top = ipywidgets.HBox([self._stop, self._state, self._bar, self._counted])
+        display(ipywidgets.VBox([top, self._curves, self._log]))
+        if job.attached:
+            self.draw()
 
     def tick(self, lines: list[str]) -> None:
-        """Show new log lines; redraw the curves now and then."""
-        import html
-
+        """Show new log lines and what they count; redraw the curves now and then."""
         self._ticks += 1
         if lines:
-            self._lines = (self._lines + lines)[-8:]
+            self._lines = (self._lines + lines)[-LINES:]
             self._log.value = "<pre style='font-size:12px'>" + html.escape("\n".join(self._lines)) + "</pre>"
+            self._count()
         if self._ticks % REDRAW_EVERY_TICKS == 0:
-            self._state.value = "<b>running</b>"
+            if self._state.value == "<b>starting</b>":
+                self._state.value = "<b>running</b>"
             self.draw()
+
+    def _count(self) -> None:
+        counted = next(filter(None, map(read_line, reversed(self._lines))), None)
+        if counted is not None:
+            self._bar.value = counted.done / max(counted.total, 1e-9)
+            self._bar.layout.visibility = "visible"
+            self._counted.value = html.escape(f"{counted.done:g} of {counted.total:g} {counted.unit}, {counted.left}")
 
     def draw(self) -> None:
         """Redraw the curves from metrics.jsonl."""
-        import io
-
-        from vla_lib.workbench.plots.training import training_curves
-
         rows = read_jsonl(self.job.run_dir / "metrics.jsonl")
         if any(key.startswith("train/") for row in rows for key in row):  # a cache job has progress, but no curves
-            picture = io.BytesIO()
-            training_curves(rows).savefig(picture, format="png")
-            self._curves.value = picture.getvalue()
-            self._curves.layout.visibility = "visible"
+            self._curves.value = drawn(training_curves(rows))
+            self._curves.layout.display = "block"
 
     def close(self) -> None:
-        """Last state: the button is dead, the curves are final."""
+        """Last state: the button is dead, the curves are final; a job that was only shown may go on."""
         self.draw()
         self._stop.disabled = True
         status = self.job.status
-        self._state.value = f"<b>{status.get('reason') or ('done' if status.get('returncode') == 0 else 'failed')}</b>"
+        ended = status.get("reason") or ("done" if status.get("returncode") == 0 else "failed")
+        self._state.value = f"<b>{'running on, no longer shown here' if self.job.running else ended}</b>"
 
     def _stop_clicked(self, _button: Any) -> None:
         self._state.value = "<b>stopping: saving a checkpoint</b>"
+        self._stop.disabled = True
         self.job.stop()

@@ -36,6 +36,7 @@ def main(arguments: list[str]) -> int:
 
     status = {
         "command": command,
+        "log": log_path.name,
         "supervisor_pid": os.getpid(),
         "state": "running",
         "started": _now(),
