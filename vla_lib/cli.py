@@ -4,7 +4,6 @@ import argparse
 import ast
 import os
 import signal
-import socket
 import sys
 from pathlib import Path
 
@@ -123,16 +122,10 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 
 def _lab(arguments: argparse.Namespace) -> int:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", arguments.port))
-        except OSError:
-            raise UserError(f"Port {arguments.port} is in use; give another one: make lab ARGS='--port {arguments.port + 1}'.") from None
-    command = [sys.executable, "-m", "jupyterlab", str(PROJECT / "notebooks"), f"--port={arguments.port}", "--ServerApp.port_retries=0"]
-    command += ["--no-browser"] if arguments.no_browser else []
-    command += ["--allow-root"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []
-    os.execv(command[0], command)
+    from vla_lib.workbench import lab
+
+    command = lab.command(PROJECT / "notebooks", arguments.port, not arguments.no_browser)
+    os.execve(command[0], command, lab.environment())
 
 
 if __name__ == "__main__":
