@@ -1,4 +1,4 @@
-"""`vla`: runs notebooks headless, the demo and JupyterLab; lists the front doors and the runs."""
+"""`vla`: runs notebooks headless, one or many; the lab book of runs, the demo, JupyterLab, a look at the machine; lists the front doors."""
 
 import argparse
 import ast
@@ -45,16 +45,33 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    run = commands.add_parser("run", help="run a notebook headless into a run folder")
-    run.add_argument("notebook", help="path or name, e.g. 04_train_async")
-    run.add_argument(
+    notebook = argparse.ArgumentParser(add_help=False)
+    notebook.add_argument("notebook", help="path or name, e.g. 04_train_async")
+    notebook.add_argument(
         "-p", dest="parameters", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="a parameter (repeatable)"
     )
+    run = commands.add_parser("run", parents=[notebook], help="run a notebook headless into a run folder")
+    run.add_argument("--run-dir", type=Path, default=None, help="this run folder instead of a new one below runs/")
     run.set_defaults(command=_run)
 
-    runs = commands.add_parser("runs", help="list the runs, newest last")
-    runs.add_argument("name", nargs="?", default="", help="only runs of this notebook, e.g. 04_train_async")
-    runs.set_defaults(command=_runs)
+    sweep = commands.add_parser("sweep", parents=[notebook], help="run a notebook with every combination of some parameters' values")
+    sweep.add_argument("--grid", nargs="+", required=True, metavar="NAME=VALUE,VALUE", help="values of a parameter")
+    sweep.add_argument("--parallel", type=int, default=1, help="runs at a time (default: %(default)s)")
+    sweep.set_defaults(command=_sweep)
+
+    night = commands.add_parser(
+        "night", help="run a YAML list of notebooks: - {name: wide, notebook: 04_train_async, parameters: {lr: 1e-4}}"
+    )
+    night.add_argument("jobs", type=Path, help="the YAML file")
+    night.add_argument("--parallel", type=int, default=1, help="runs at a time (default: %(default)s)")
+    night.set_defaults(command=_night)
+
+    _add_runs(commands)
+    rerun = commands.add_parser("rerun", help="repeat a run of a notebook, saying what has changed since")
+    rerun.add_argument("run", help="name of the run, or its beginning or end")
+    rerun.set_defaults(command=_rerun)
+    doctor = commands.add_parser("doctor", help="look at the machine, and say what to do")
+    doctor.set_defaults(command=_doctor)
 
     cache = commands.add_parser("cache", help="list, verify or remove VL feature caches")
     cache.add_argument("action", choices=["ls", "verify", "rm"])
@@ -77,6 +94,26 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_runs(commands: argparse._SubParsersAction) -> None:
+    runs = commands.add_parser("runs", help="the lab book: list runs, show, compare, open or remove them")
+    runs.set_defaults(command=_runs, action="ls", name="", state="", sort="")
+    actions = runs.add_subparsers(dest="action", metavar="ACTION")
+    ls = actions.add_parser("ls", help="list the runs, newest last (also without ACTION)")
+    ls.add_argument("name", nargs="?", default="", help="only runs of this notebook, e.g. 04_train_async")
+    ls.add_argument("--state", default="", choices=["running", "done", "failed", "cancelled", "lost"], help="only runs in this state")
+    ls.add_argument("--sort", default="", help="sort by this column of the table")
+    for action, runs_of, told in (
+        ("show", 1, "what is known of a run"),
+        ("diff", 2, "in what two runs differ"),
+        ("open", 1, "a run's page"),
+    ):
+        one = actions.add_parser(action, help=told)
+        one.add_argument("runs", nargs=runs_of, metavar="RUN", help="name of the run, or its beginning or end")
+    rm = actions.add_parser("rm", help="remove run folders, checkpoints included")
+    rm.add_argument("runs", nargs="+", metavar="RUN")
+    rm.add_argument("--yes", action="store_true", help="really")
+
+
 def _front_doors() -> str:
     lines = []
     for name in FRONT_DOORS:
@@ -91,22 +128,53 @@ def _run(arguments: argparse.Namespace) -> int:
     from vla_lib.workbench.headless import run_notebook
     from vla_lib.workbench.notebook import shown
 
-    repeated = [name for name in {name for name, _ in arguments.parameters} if sum(name == other for other, _ in arguments.parameters) > 1]
-    if repeated:
-        raise UserError(f"Parameter {repeated[0]} is given twice; give it once.")
-    result = run_notebook(arguments.notebook, dict(arguments.parameters), text=True)
+    result = run_notebook(arguments.notebook, _parameters(arguments), text=True, run_dir=arguments.run_dir)
     if result.error:
         print(f"error: {result.error}", file=sys.stderr)
     print(f"{result.state}: {shown(result.page if result.page.exists() else result.path)}")
     return result.exit_status
 
 
-def _runs(arguments: argparse.Namespace) -> int:
-    from vla_lib.workbench import runs
+def _parameters(arguments: argparse.Namespace) -> dict[str, str]:
+    names = [name for name, _ in arguments.parameters]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"Parameter {name} is given twice; give it once.")
+    return dict(arguments.parameters)
 
-    frame = runs.table(arguments.name)
-    print(frame[["run", "state", "duration_s"]].to_string(index=False) if len(frame) else "no runs yet")
-    return 0
+
+def _sweep(arguments: argparse.Namespace) -> int:
+    from vla_lib.workbench import queue
+
+    return queue.run("sweep", queue.grid(arguments.notebook, arguments.grid, _parameters(arguments)), arguments.parallel)
+
+
+def _night(arguments: argparse.Namespace) -> int:
+    from vla_lib.workbench import queue
+
+    return queue.run("night", queue.read_list(arguments.jobs), arguments.parallel)
+
+
+def _rerun(arguments: argparse.Namespace) -> int:
+    from vla_lib.workbench import run_commands
+
+    return run_commands.rerun(arguments.run)
+
+
+def _doctor(_arguments: argparse.Namespace) -> int:
+    from vla_lib.workbench import doctor
+
+    return doctor.run()
+
+
+def _runs(arguments: argparse.Namespace) -> int:
+    from vla_lib.workbench import run_commands
+
+    if arguments.action in (None, "ls"):
+        return run_commands.ls(arguments.name, arguments.state, arguments.sort)
+    if arguments.action == "rm":
+        return run_commands.rm(arguments.runs, arguments.yes)
+    return {"show": run_commands.show, "diff": run_commands.diff, "open": run_commands.open_page}[arguments.action](*arguments.runs)
 
 
 def _cache(arguments: argparse.Namespace) -> int:

@@ -41,7 +41,7 @@ class RunFolder:
     def create(cls, name: str, parameters: dict[str, Any], path: Path | None = None, **extra: Any) -> "RunFolder":
         """Make the folder (or use the given empty one) and write a `running` record owned by this process."""
         if path is None:
-            path = _unused(runs_root(), name)
+            path = new_folder(name)
         path.mkdir(parents=True, exist_ok=True)
         process = psutil.Process()
         record = {
@@ -105,7 +105,9 @@ def _alive(record: dict[str, Any]) -> bool:
         return False
 
 
-def _unused(root: Path, name: str) -> Path:
+def new_folder(name: str) -> Path:
+    """Make `runs/<UTC time>-<name>`, a folder that no run has had; returns its path."""
+    root = runs_root()
     while True:
         stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
         for suffix in ("", *(f".{k}" for k in range(1, 100))):

@@ -7,6 +7,8 @@ import logging
 import os
 import signal
 import sys
+import tempfile
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +26,7 @@ from vla_lib.core.run_folder import RunFolder
 from vla_lib.workbench.html import export_html
 from vla_lib.workbench.notebook import RUN_DIR_VARIABLE
 from vla_lib.workbench.parameters import notebook_path, resolve
+from vla_lib.workbench.runs import data_state
 
 CANCELLED = ("KeyboardInterrupt", "CancelledError", "JobCancelled")
 CHATTER = (
@@ -37,10 +40,13 @@ CHATTER = (
 
 
 class LocalKernelManager(AsyncKernelManager):
-    """A kernel on Unix sockets: no TCP ports, so nothing listens on the network and no port can be taken."""
+    """A kernel on Unix sockets: no TCP ports, so nothing listens on the network and no port can be taken.
+
+    Each kernel's sockets have a name of their own; jupyter_client's default is one name for all kernels of a folder, so two at a time would meet.
+    """
 
     def __init__(self, **keywords: Any):
-        super().__init__(transport="ipc", **keywords)
+        super().__init__(transport="ipc", ip=str(Path(tempfile.gettempdir(), f"vla-kernel-{uuid.uuid4().hex[:12]}")), **keywords)
 
 
 @dataclass(frozen=True)
@@ -63,15 +69,17 @@ class RunResult:
         return self.path / "notebook.html"
 
 
-def run_notebook(name: str | Path, given: dict[str, Any], text: bool = False, log: bool = True) -> RunResult:
-    """Execute a notebook headless in a run folder of its own.
+def run_notebook(name: str | Path, given: dict[str, Any], text: bool = False, log: bool = True, run_dir: Path | None = None) -> RunResult:
+    """Execute a notebook headless in a run folder of its own (`run_dir`: this one, which must hold no run yet).
 
     `given`: parameter values, or command-line words with `text`. Raises UserError for an unknown notebook, parameter name or type, before a
     kernel starts; a failing cell is not raised but returned as state `failed`.
     """
     path = notebook_path(name)
     values = resolve(path, given, text)
-    run = RunFolder.create(path.stem, values, notebook=str(path), given=sorted(given))
+    if run_dir is not None and (run_dir / "run.json").exists():
+        raise UserError(f"{run_dir} holds a run already; give another folder.")
+    run = RunFolder.create(path.stem, values, path=run_dir, notebook=str(path), given=sorted(given), data=data_state(values))
     executed = run.path / "notebook.ipynb"
     state, error, bad_input = "failed", None, False
     with _kernel_environment(run.path), _interrupts_reach_the_kernel(), _plain_log(log):

@@ -10,6 +10,7 @@ from vla_lib.core.files import read_json, write_json
 from vla_lib.core.run_folder import PROJECT, RunFolder
 from vla_lib.workbench import parameters as nb_parameters
 from vla_lib.workbench.jobs import JobCancelled
+from vla_lib.workbench.runs import data_state
 
 RUN_DIR_VARIABLE = "VLA_RUN_DIR"
 
@@ -84,7 +85,7 @@ def begin(name: str, namespace: dict[str, Any]) -> NotebookRun:
     if given:
         run = NotebookRun(Path(given), values, None)
     else:
-        folder = RunFolder.create(path.stem, values, notebook=str(path))
+        folder = RunFolder.create(path.stem, values, notebook=str(path), given=sorted(values), data=data_state(values))
         run = NotebookRun(folder.path, values, folder)
     if shell is not None:
         shell.run_line_magic("matplotlib", "inline")  # any Figure that a cell ends with is drawn

@@ -1,5 +1,7 @@
 """The lab book: the folders below `runs/` in; a table of all runs, or the newest one of a kind, out."""
 
+import hashlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +9,19 @@ import pandas as pd
 
 from vla_lib.core.errors import UserError
 from vla_lib.core.files import read_json
-from vla_lib.core.run_folder import read_record, runs_root
+from vla_lib.core.run_folder import PROJECT, read_record, runs_root
+
+KEY_RESULTS = (
+    "success_rate",
+    "successes",
+    "attempts",
+    "val_mae_mm",
+    "val_mae_deg",
+    "val_action_loss",
+    "step",
+    "episodes",
+    "ticks",
+)  # the first few that a run has
 
 
 def find_runs(name: str = "", root: Path | None = None) -> list[Path]:
@@ -17,17 +31,56 @@ def find_runs(name: str = "", root: Path | None = None) -> list[Path]:
     return [path for path in found if not name or path.name.split("-", 2)[-1] == name]
 
 
-def table(name: str = "", root: Path | None = None) -> pd.DataFrame:
-    """One row a run: run, name, state, started, duration_s, its parameters as `p.<name>` and its plain results as `r.<name>`."""
+def table(name: str = "", root: Path | None = None, of: Iterable[Path] | None = None) -> pd.DataFrame:
+    """One row a run (`of`: of these folders), oldest first: run, name, state, started, duration_s, error, data (fingerprint of the prepared
+    episodes), cache, git (commit, + where files were changed), its parameters as `p.<name>` and its plain results as `r.<name>`."""
     rows = []
-    for path in find_runs(name, root):
-        record = read_record(path)
+    for path in find_runs(name, root) if of is None else of:
+        record, results = read_record(path), results_of(path)
         row = {"run": path.name, **{key: record.get(key) for key in ("name", "state", "started", "duration_s", "error")}}
+        git = record.get("git") or {}
+        row["data"] = (record.get("data") or {}).get("fingerprint")
+        row["cache"] = results.get("cache") or results.get("binding_id")
+        row["git"] = f"{git['commit'][:8]}{'+' if git['changed'] else ''}" if git else None
         row |= {f"p.{key}": value for key, value in record.get("parameters", {}).items()}
-        results = results_of(path)
         row |= {f"r.{key}": value for key, value in results.items() if isinstance(value, int | float | str)}
         rows.append(row)
-    return pd.DataFrame(rows, columns=None if rows else ["run", "name", "state", "started", "duration_s", "error"])
+    fixed = ["run", "name", "state", "started", "duration_s", "error", "data", "cache", "git"]
+    return pd.DataFrame(rows, columns=None if rows else fixed)
+
+
+def short(frame: pd.DataFrame, columns: Iterable[str]) -> pd.DataFrame:
+    """`columns` of a `table`, then the parameters in which its runs differ and the key results that they have."""
+    differ = [name for name in frame.columns if name.startswith("p.") and frame[name].astype(str).nunique(dropna=False) > 1]
+    key = [f"r.{name}" for name in KEY_RESULTS if f"r.{name}" in frame.columns][:4]
+    named = {name: name.partition(".")[2] for name in [*differ, *key]}
+    return frame[[*columns, *differ, *key]].rename(columns=named)
+
+
+def find_run(name: str, root: Path | None = None) -> Path:
+    """The run folder whose name begins with, or ends in, `name`, or the folder itself. Raises UserError where none or several match."""
+    path = Path(name)
+    if (path / "run.json").exists():
+        return path
+    found = [run for run in find_runs(root=root) if run.name.startswith(name) or run.name.endswith(name)]
+    if len(found) != 1:
+        raise UserError(
+            f"{len(found)} runs match {name!r}{': ' + ', '.join(run.name for run in found[:8]) if found else ''}; `vla runs` lists them, give one name."
+        )
+    return found[0]
+
+
+def data_state(parameters: dict[str, Any]) -> dict[str, Any] | None:
+    """Number and fingerprint of the prepared episodes that a run's `dataset_root` holds, and the caches there; None where it names no folder."""
+    from vla_lib.episodes import find_prepared
+
+    root = PROJECT / Path(str(parameters.get("dataset_root") or "")).expanduser()
+    if not parameters.get("dataset_root") or not root.is_dir():
+        return None
+    files = [folder / "data.pkl" for folder in find_prepared(root)]
+    state = [(file.relative_to(root).as_posix(), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    caches = sorted(path.parent.name for path in root.glob("cache/qwen_vl_features/*/binding.json"))
+    return {"episodes": len(files), "fingerprint": hashlib.sha256(repr(state).encode()).hexdigest()[:12], "caches": caches}
 
 
 def results_of(run: Path) -> dict[str, Any]:

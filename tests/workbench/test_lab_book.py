@@ -1,0 +1,153 @@
+"""The lab book's commands: queues of runs that survive failures and go on, runs shown, compared, removed and repeated, the machine looked at."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from vla_lib import cli
+from vla_lib.core.errors import UserError
+from vla_lib.core.files import read_json, write_json
+from vla_lib.core.run_folder import RunFolder, read_record
+from vla_lib.workbench import doctor, queue, run_commands, runs
+
+CELL = "if n == 2 and not __import__('pathlib').Path(flag).exists():\n    raise ValueError('two is broken')\nrun.add_results(step=10 * n); run.finish()"
+
+
+def test_a_sweep_survives_a_failing_run_and_goes_on_where_it_was(write_notebook, runs_folder, tmp_path, capsys):
+    path = write_notebook("n: int = 1\nflag: str = ''", CELL)
+    entries = queue.grid(str(path), ["n=1,2"], {"flag": str(tmp_path / "mended")})
+    assert queue.run("sweep", entries, parallel=2) == 1
+    said = capsys.readouterr().out
+    assert "failed after" in said and "ValueError: two is broken" in said
+    (folder,) = runs_folder.glob("*-sweep")
+    first = read_json(folder / "queue.json")["runs"]
+    assert (read_record(folder)["state"], first["n=1"]["state"], first["n=2"]["state"]) == ("failed", "done", "failed")
+
+    (tmp_path / "mended").touch()
+    assert queue.run("sweep", entries) == 0
+    after = read_json(folder / "queue.json")["runs"]
+    assert after["n=1"] == first["n=1"]  # not done again
+    assert after["n=2"]["run"] != first["n=2"]["run"]
+    table = pd.read_csv(folder / "comparison.csv")
+    assert table[["entry", "state", "n", "step"]].values.tolist() == [["n=1", "done", 1, 10], ["n=2", "done", 2, 20]]
+    assert len(list(runs_folder.glob("*-sweep"))) == 1
+
+
+def test_a_stopped_queue_leaves_no_process_and_true_records(write_notebook, runs_folder, tmp_path):
+    path = write_notebook("n: int = 1", "import time; print('begun', flush=True); time.sleep(600)")
+    jobs = tmp_path / "jobs.yaml"
+    jobs.write_text(f"- {{name: long, notebook: {path}, parameters: {{n: 3}}}}\n- {{notebook: {path}}}\n")
+    process = subprocess.Popen([sys.executable, "-m", "vla_lib.cli", "night", str(jobs)], stdout=subprocess.PIPE, text=True)
+    while not any("begun" in log.read_text() for log in runs_folder.glob("*-small/run.log")):
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    assert process.wait() == 130
+    (run,) = runs_folder.glob("*-small")
+    (night,) = runs_folder.glob("*-night")
+    assert (read_record(run)["state"], read_record(night)["state"]) == ("cancelled", "cancelled")
+    assert read_record(run)["parameters"] == {"n": 3}
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    (
+        ("- {notebook: 04_train_async, parameters: {lrr: 1e-4}}", "has no parameter lrr"),
+        ("- {name: a}", "entry 1: wants a notebook"),
+        ("- {notebook: 04_train_async\n", "cannot be read as YAML"),
+        ("[]", "must hold a list of runs"),
+        ("- {name: a, notebook: 04_train_async}\n- {name: a, notebook: 06_evaluate}", "two entries are named 'a'"),
+    ),
+)
+def test_a_bad_list_starts_nothing(text, said, tmp_path, runs_folder):
+    (tmp_path / "jobs.yaml").write_text(text)
+    with pytest.raises(UserError, match=said):
+        queue.run("night", queue.read_list(tmp_path / "jobs.yaml"))
+    assert not runs_folder.exists()
+
+
+def test_a_grid_is_every_combination_and_bad_axes_are_named():
+    entries = queue.grid("04_train_async", ["lr=1e-4,5e-5", "vlm_reuse_count=3,4"], {"seed": "1"})
+    assert [entry.name for entry in entries][:2] == ["lr=1e-4 vlm_reuse_count=3", "lr=1e-4 vlm_reuse_count=4"]
+    assert len(entries) == 4 and entries[3].parameters == {"seed": "1", "lr": "5e-5", "vlm_reuse_count": "4"}
+    for axis in ("lr", "lr=", "=3", "lr=1,"):
+        with pytest.raises(UserError, match="NAME=VALUE"):
+            queue.grid("04_train_async", [axis], {})
+    with pytest.raises(UserError, match="given twice"):
+        queue.grid("04_train_async", ["lr=1,2"], {"lr": "3"})
+
+
+@pytest.fixture
+def two_runs() -> tuple[Path, Path]:
+    made = []
+    for lr in (1e-4, 5e-5):
+        run = RunFolder.create("04_train_async", {"lr": lr, "seed": 0})
+        write_json(run.path / "results.json", {"val_mae_mm": 1000 * lr, "cache": "tiny-1"})
+        run.finish("done")
+        made.append(run.path)
+    return made[0], made[1]
+
+
+def test_runs_are_listed_shown_and_compared(two_runs, capsys):
+    cli_exit(["runs"])
+    listed = capsys.readouterr().out
+    assert "val_mae_mm" in listed and "tiny-1" in listed and "lr" not in listed.splitlines()[0]
+    cli_exit(["runs", "ls", "04_train_async", "--sort", "lr"])
+    rows = capsys.readouterr().out.splitlines()
+    assert "lr" in rows[0] and "seed" not in rows[0] and two_runs[1].name in rows[1]
+    cli_exit(["runs", "show", two_runs[0].name])
+    assert "lr: 0.0001" in capsys.readouterr().out
+    cli_exit(["runs", "diff", *(run.name for run in two_runs)])
+    compared = capsys.readouterr().out
+    assert "lr: 0.0001 | 5e-05" in compared and "seed" not in compared
+    with pytest.raises(UserError, match="2 runs match"):
+        runs.find_run("2")
+
+
+def test_a_run_is_removed_only_on_purpose(two_runs):
+    with pytest.raises(UserError, match="--yes"):
+        run_commands.rm([two_runs[0].name], False)
+    user = RunFolder.create("06_evaluate", {"checkpoint": str(two_runs[0] / "checkpoints" / "best.pt")})
+    with pytest.raises(UserError, match="named by the parameters of 1 other"):
+        run_commands.rm([two_runs[0].name], True)
+    with pytest.raises(UserError, match="is running"):
+        run_commands.rm([user.path.name], True)
+    assert run_commands.rm([two_runs[1].name], True) == 0
+    assert two_runs[0].exists() and not two_runs[1].exists()
+
+
+def test_a_run_is_repeated_and_says_what_has_changed(write_notebook, tmp_path, runs_folder, capsys):
+    (tmp_path / "data").mkdir()
+    path = write_notebook("n: int = 1\ndataset_root: str = ''", "run.add_results(step=n); run.finish()")
+    cli_exit(["run", str(path), "-p", "n", "7", "-p", "dataset_root", str(tmp_path / "data")])
+    (first,) = runs_folder.iterdir()
+    (tmp_path / "data" / "part1" / "episode").mkdir(parents=True)
+    (tmp_path / "data" / "part1" / "episode" / "data.pkl").write_bytes(b"new")
+    cli_exit(["rerun", first.name])
+    assert "changed since: data: 0 prepared episodes then, 1 now" in capsys.readouterr().out
+    (second,) = set(runs_folder.iterdir()) - {first}
+    assert read_record(second)["parameters"] == read_record(first)["parameters"]
+    assert read_json(second / "results.json") == {"step": 7}
+
+
+def test_the_doctor_names_what_is_missing_and_what_to_do(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(doctor, "_pictures", lambda: ("ok", "EGL", ""))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    assert doctor.run() == 1
+    said = capsys.readouterr().out
+    assert "fail JupyterLab" in said and "apt-get install chromium" in said and "wandb login" in said
+    assert "ok   Python" in said
+
+
+def cli_exit(words: list[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(words)
+    assert ended.value.code == 0
