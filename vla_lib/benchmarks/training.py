@@ -134,8 +134,7 @@ def live_vlm(root: Path, count: int, batch_size: int = 16) -> list[BenchRow]:
         draws = policy.draw(batch_size, torch.Generator().manual_seed(0))
         taken: dict[bool, list[float]] = {False: [], True: []}
         for numbers in np.random.default_rng(0).integers(0, len(samples), (count + 1, batch_size)):
-            pictures = _pictures(extractor, samples, numbers, (settings.image_resize_width, settings.image_resize_height))
-            ticks = np.arange(len(pictures)).reshape(batch_size, -1).tolist()
+            pictures, ticks = _pictures(extractor, samples, numbers, (settings.image_resize_width, settings.image_resize_height))
             for live in (False, True):
                 begin = time.perf_counter()
                 batch = samples.batch(numbers)
@@ -153,15 +152,18 @@ def live_vlm(root: Path, count: int, batch_size: int = 16) -> list[BenchRow]:
     return found
 
 
-def _pictures(extractor: Any, samples: Any, numbers: np.ndarray, size: tuple[int, int]) -> list[Any]:
-    """The pictures behind the features of the samples, every view of one after the other, at `size` (width, height)."""
+def _pictures(extractor: Any, samples: Any, numbers: np.ndarray, size: tuple[int, int]) -> tuple[list[Any], list[list[int]]]:
+    """The pictures behind the features of the samples at `size` (width, height), and for each sample the number of each view's picture (-1: none yet)."""
     from PIL import Image
 
-    found = []
+    pictures: list[Any] = []
+    ticks = []
     for number in numbers:
         episode, tick = samples.episodes[samples.episode[number]], int(samples.step[number] - samples.age_steps[number])
-        found += [Image.open(episode.picture_path(view, tick)).convert("RGB").resize(size) for view in extractor.views]
-    return found
+        paths = [episode.picture_path(view, tick) for view in extractor.views]
+        ticks.append([-1 if path is None else len(pictures) + sum(p is not None for p in paths[:k]) for k, path in enumerate(paths)])
+        pictures += [Image.open(path).convert("RGB").resize(size) for path in paths if path is not None]
+    return pictures, ticks
 
 
 def _rate(root: Path, run_dir: Path, processes: int, steps: int) -> float:
