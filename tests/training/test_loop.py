@@ -114,7 +114,7 @@ def test_overfits_one_episode(kind, steps, lr, single, async_settings, diffusion
         **extra,
     )
     train(settings)
-    name = settings.final or settings.latest
+    name = settings.checkpoints.final or settings.checkpoints.latest
     policy, _ = load_policy(tmp_path / "run" / "checkpoints" / name)
     found = validate(policy, prepare_data(settings).train, 64)
     assert found["val/action_loss"] < 0.02 * found["val/baseline_mean_action_loss"]

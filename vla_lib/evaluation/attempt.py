@@ -160,14 +160,18 @@ def _load_once(checkpoint: Path, written_ns: int, device: str) -> tuple[Any, Com
     from vla_lib.training.checkpoint import load_policy
 
     policy, info = load_policy(checkpoint, device)
-    return policy, _extractor(json.dumps(info["binding"], sort_keys=True), device).extract, info
+    binding = json.dumps(info["binding"], sort_keys=True)
+    vlm = _extractor(binding, device, *((checkpoint, written_ns) if info["adapter"] else (None, 0)))
+    return policy, vlm.extract, info
 
 
 @lru_cache(maxsize=2)
-def _extractor(binding: str, device: str) -> Any:
+def _extractor(binding: str, device: str, adapted_in: Path | None, written_ns: int) -> Any:
     from vla_lib.features.extractor import FeatureExtractor
+    from vla_lib.training.checkpoint import read_checkpoint
 
-    return FeatureExtractor.from_binding(json.loads(binding), device)
+    adapter = read_checkpoint(adapted_in)["adapter"] if adapted_in else None
+    return FeatureExtractor.from_binding(json.loads(binding), device, adapter)
 
 
 _kept_rig: tuple[Any, SimRig] | None = None

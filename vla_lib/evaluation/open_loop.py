@@ -126,11 +126,21 @@ def hidden(observation: dict[str, Any], without: str) -> dict[str, Any]:
 
 
 def sample_set(episodes: Sequence[Any], dataset_root: Path, info: dict[str, Any]) -> SampleSet:
-    """The samples of `episodes` as the checkpoint with this `info` was trained on them (same cache, window, reuse, latency)."""
-    cache = FeatureCache.open(dataset_root, info["binding"]["id"])
+    """The samples of `episodes` as the checkpoint with this `info` was trained on them (same cache, window, reuse, latency).
+
+    Stage 2 changed the VLM, so no cache holds its features: they are computed here.
+    """
+    binding = info["binding"]
+    if info["adapter"] is None:
+        features: Any = FeatureCache.open(dataset_root, binding["id"])
+    else:
+        from vla_lib.features.computed import ComputedFeatures
+        from vla_lib.features.extractor import FeatureExtractor
+
+        features = ComputedFeatures(FeatureExtractor.from_binding(binding, adapter=info["adapter"]), binding["tick_stride"])
     settings = info["settings"]
     names = ("horizon", "sensor_enabled", "sensor_window_size", "vlm_reuse_count", "vlm_latency_ms")
-    return SampleSet(episodes, cache, **{name: settings[name] for name in names})
+    return SampleSet(episodes, features, **{name: settings[name] for name in names})
 
 
 def beaten(metrics: dict[str, dict[str, Any]]) -> dict[str, bool]:

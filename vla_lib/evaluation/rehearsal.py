@@ -51,7 +51,7 @@ class Pilot:
         self.settings = RunnerSettings(self.action_hz, info["settings"]["vlm_reuse_count"], chunks)
         self.expert = PolicyExpert(policy, settings.without, settings.ddim_steps or None)
         try:
-            self._compute = ExtractorProcess(partial(make_extractor, binding, settings.device))
+            self._compute = ExtractorProcess(partial(make_extractor, settings.checkpoint, settings.device))
         except RuntimeError as error:
             raise UserError(f"The VLM of {settings.checkpoint} cannot run live: {error}") from error
         self._vlm = ThreadedVlm(self._compute)
@@ -139,8 +139,10 @@ def rehearse(
             rig.close()
 
 
-def make_extractor(binding: dict[str, Any], device: str) -> Compute:
-    """The compute function of a VLM process."""
+def make_extractor(checkpoint: Path, device: str) -> Compute:
+    """The compute function of a VLM process: the VLM that this checkpoint's policy was trained with."""
     from vla_lib.features.extractor import FeatureExtractor
+    from vla_lib.training.checkpoint import read_checkpoint
 
-    return FeatureExtractor.from_binding(binding, device).extract
+    content = read_checkpoint(checkpoint)
+    return FeatureExtractor.from_binding(content["binding"], device, content.get("adapter")).extract

@@ -35,6 +35,9 @@ def episode_key(root: str | Path, episode_dir: str | Path) -> str:
     return Path(episode_dir).resolve().relative_to(Path(root).resolve()).as_posix()
 
 
+VISION = "vision"  # folder of the vision tower's tokens within a binding's, where a stage-2 training made them
+
+
 def feature_file(folder: Path, key: str) -> Path:
     """The file of the episode `key` within a binding's folder."""
     return folder / (key.replace("/", "__") + ".pt")
@@ -216,7 +219,7 @@ def list_bindings(root: str | Path, runs: str | Path | None = None) -> list[dict
     rows = []
     for folder in sorted(path for path in cache_folder(root).glob("*") if path.is_dir()):
         files = sorted(folder.glob("*.pt"))
-        row: dict[str, Any] = {"id": folder.name, "files": len(files), "bytes": sum(file.stat().st_size for file in files)}
+        row: dict[str, Any] = {"id": folder.name, "files": len(files), "bytes": sum(file.stat().st_size for file in folder.rglob("*.pt"))}
         row["age_s"] = time.time() - max((file.stat().st_mtime for file in files), default=folder.stat().st_mtime)
         try:
             binding = read_binding(folder)
@@ -280,10 +283,11 @@ def remove(root: str | Path, binding_id: str) -> int:
     if folder.parent != cache_folder(root) or not (folder / "binding.json").is_file():
         raise UserError(f'There is no cache "{binding_id}" under {cache_folder(root)}; `vla cache ls` lists them.')
     read_binding(folder)
-    foreign = [path.name for path in folder.iterdir() if path.suffix not in (".pt", ".partial") and path.name != "binding.json"]
+    ours = ("binding.json", VISION)
+    foreign = [path.name for path in folder.iterdir() if path.suffix not in (".pt", ".partial") and path.name not in ours]
     if foreign:
         raise UserError(f"{folder} holds files that are not ours ({', '.join(sorted(foreign)[:3])}); move them away first.")
-    freed = sum(path.stat().st_size for path in folder.iterdir())
+    freed = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     shutil.rmtree(folder)
     return freed
 

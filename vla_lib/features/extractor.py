@@ -1,20 +1,29 @@
 """Pictures and an instruction in, vision-language tokens (T, D) out: the one way to compute features, for the cache and on the robot.
 
-FeatureExtractor.forward takes a batch of ticks that share pictures: each picture passes the vision tower once, ticks of equal shape pass
-the language model together without padding, so that a tick's features do not depend on its batch.
+FeatureExtractor.forward takes a batch of ticks that share pictures: each picture passes the vision tower once (`look`), ticks of equal shape
+pass the language model together without padding (`read`), so that a tick's features do not depend on its batch.
 """
 
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from vla_lib.core.errors import UserError
 from vla_lib.features import binding as bindings
+from vla_lib.features.adapter import load_adapter
 from vla_lib.features.form import FeatureForm
 from vla_lib.features.pooling import pool
 from vla_lib.features.vlm import Vlm, load_processor, load_vlm, open_checkpoint
+
+
+class Seen(NamedTuple):
+    """What the vision tower makes of one picture: grid (rows, cols), tokens (rows*cols, D), and the deepstack levels of Qwen3-VL, each alike."""
+
+    grid: tuple[int, int]
+    tokens: torch.Tensor
+    deep: list[torch.Tensor]
 
 
 class FeatureExtractor:
@@ -34,8 +43,10 @@ class FeatureExtractor:
             vlm.model.language_model.norm = torch.nn.Identity()
 
     @classmethod
-    def from_binding(cls, binding: Mapping[str, Any], device: str | None = None) -> "FeatureExtractor":
-        """The extractor that made a cache, for live use.
+    def from_binding(
+        cls, binding: Mapping[str, Any], device: str | None = None, adapter: Mapping[str, Any] | None = None
+    ) -> "FeatureExtractor":
+        """The extractor that made a cache, for live use; with the LoRA weights of a stage-2 checkpoint where it has an `adapter`.
 
         Raises UserError naming both sides where the model at hand, transformers or the prompt is not what the binding says.
         """
@@ -45,7 +56,10 @@ class FeatureExtractor:
         form = FeatureForm(processor, binding["views"], binding["pooling"], binding["image_resize_height"], binding["image_resize_width"])
         here = form.binding(checkpoint, binding["layer"], binding["tick_stride"], binding["dtype"])
         bindings.check(binding, {**here, "model": binding["model"]}, f'The cache "{binding["id"]}"')
-        return cls(load_vlm(checkpoint, processor, binding["layer"], device or default_device(), binding["dtype"]), form)
+        vlm = load_vlm(checkpoint, processor, binding["layer"], device or default_device(), binding["dtype"])
+        if adapter is not None:
+            load_adapter(vlm, adapter)
+        return cls(vlm, form)
 
     # ---------------------------------------------------------------- one tick, live
 
@@ -72,27 +86,33 @@ class FeatureExtractor:
         pictures: (3, H, W) uint8 tensors as `PixelRecipe.prepare` makes them; ticks: per tick, per view, the number of its picture or
         -1. Returns (tokens (ticks, T, D) in the model's type, mask (ticks, T) bool), both on the CPU; masked tokens are zero.
         """
-        tokens = torch.zeros(len(ticks), self.layout.tokens, self.vlm.hidden_size, dtype=self.dtype)
+        tokens, mask = self.read(self.look(pictures), ticks, [instruction] * len(ticks))
+        return tokens.cpu(), mask
+
+    def read(self, seen: Sequence[Seen], ticks: Sequence[Sequence[int]], instructions: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Features of ticks whose pictures have been looked at; gradients flow to what is trained in the language model.
+
+        ticks: per tick, per view, the number of its picture in `seen` or -1; instructions: one a tick. Returns (tokens (ticks, T, D) in
+        the model's type on its device, mask (ticks, T) bool on the CPU).
+        """
+        tokens = torch.zeros(len(ticks), self.layout.tokens, self.vlm.hidden_size, dtype=self.dtype, device=self.device)
         mask = torch.zeros(len(ticks), self.layout.tokens, dtype=torch.bool)
-        if not pictures:
-            return tokens, mask
-        seen = self._look(pictures)
         groups: dict[tuple, list[int]] = {}
-        for number, tick in enumerate(ticks):
+        for number, (tick, instruction) in enumerate(zip(ticks, instructions, strict=True)):
             present = tuple(view for view, index in enumerate(tick) if index >= 0)
             if present:
-                grids = tuple(seen[tick[view]][0] for view in present)
-                groups.setdefault((present, grids), []).append(number)
-        for (present, grids), numbers in groups.items():
+                grids = tuple(seen[tick[view]].grid for view in present)
+                groups.setdefault((present, grids, instruction), []).append(number)
+        for (present, grids, instruction), numbers in groups.items():
             rows = [[seen[ticks[number][view]] for view in present] for number in numbers]
             hidden, spans, after = self._read(rows, present, grids, instruction)
             pooled, known = self._pool(hidden, present, grids, spans, after)
-            tokens[numbers] = pooled.to(self.dtype).cpu()
+            tokens[numbers] = pooled.to(self.dtype)
             mask[numbers] = known
         return tokens, mask
 
-    def _look(self, pictures: Sequence[torch.Tensor]) -> list[tuple[tuple[int, int], torch.Tensor, list[torch.Tensor]]]:
-        """The vision tower over each picture: ((rows, cols), tokens (rows*cols, D), deepstack features of the same shape)."""
+    def look(self, pictures: Sequence[torch.Tensor]) -> list[Seen]:
+        """The vision tower over each picture, (3, H, W) uint8 as `PixelRecipe.prepare` makes it."""
         found: list[Any] = [None] * len(pictures)
         by_shape: dict[tuple[int, ...], list[int]] = {}
         for number, picture in enumerate(pictures):
@@ -106,7 +126,7 @@ class FeatureExtractor:
             images = output.pooler_output if hasattr(output, "pooler_output") else output[0]
             deep = getattr(output, "deepstack_features", None) or []
             for place, number in enumerate(numbers):
-                found[number] = ((gh // merge, gw // merge), images[place], [layer[place] for layer in deep])
+                found[number] = Seen((gh // merge, gw // merge), images[place], [level[place] for level in deep])
         return found
 
     def _read(self, rows, present, grids, instruction):
@@ -115,18 +135,19 @@ class FeatureExtractor:
         model = self.vlm.model
         embeds = model.get_input_embeddings()(ids).expand(len(rows), -1, -1).clone()  # (B, L, D)
         image = ids[0] == self.image_token_id
-        embeds[:, image] = torch.stack([torch.cat([part[1] for part in row]) for row in rows]).to(embeds.dtype)
+        embeds[:, image] = torch.stack([torch.cat([part.tokens for part in row]) for row in rows]).to(embeds.dtype)
         extra = {}
-        if rows[0][0][2]:
-            levels = range(len(rows[0][0][2]))
+        if deep := rows[0][0].deep:
+            levels = range(len(deep))
             extra["visual_pos_masks"] = image.expand(len(rows), -1)
-            extra["deepstack_visual_embeds"] = [torch.cat([part[2][level] for row in rows for part in row]) for level in levels]
+            extra["deepstack_visual_embeds"] = [torch.cat([part.deep[level] for row in rows for part in row]) for level in levels]
         output = model.language_model(
             inputs_embeds=embeds, position_ids=positions.expand(-1, len(rows), -1), attention_mask=None, use_cache=False, **extra
         )
         hidden, self._kept = (output.last_hidden_state if self._kept is None else self._kept), None
         return hidden, spans, after
 
+    @torch.inference_mode(False)  # what is kept here serves training too
     def _make_sequence(self, present: tuple[int, ...], grids: tuple[tuple[int, int], ...], instruction: str):
         """Token ids (1, L), multimodal rotary positions (3, 1, L), spans of the views and the start of the text behind them."""
         counts = [rows * cols for rows, cols in grids]

@@ -2,7 +2,8 @@
 
 A checkpoint is a dict of plain values and tensors, opened with weights_only=True:
     format, front_door, policy_config, policy (state dict: the averaged weights and the normalisation), settings, binding (of the VL
-    cache), split, step, epoch, metrics; and in the newest one `training`: raw weights, optimiser, position in the epoch, best, random state.
+    cache), split, step, epoch, metrics; of stage 2 `adapter` (the averaged LoRA weights of the VLM); and in the newest one `training`:
+    raw weights, optimiser, position in the epoch, best, random state.
 """
 
 import pickle
@@ -51,16 +52,21 @@ def read_checkpoint(path: str | Path, map_location: str = "cpu") -> dict[str, An
 def load_policy(path: str | Path, device: str = "cpu", binding: dict[str, Any] | None = None) -> tuple[Policy, dict[str, Any]]:
     """The policy of a checkpoint in eval mode on `device`, and what is known of it.
 
-    info: settings, binding, split {"train": [...], "val": [...]} of episode keys, step, epoch, metrics, front_door.
+    info: settings, binding, split {"train": [...], "val": [...]} of episode keys, step, epoch, metrics, front_door, adapter (None but in stage 2:
+    the VLM must be opened with it, `FeatureExtractor.from_binding(info["binding"], device, info["adapter"])`).
     Give `binding` (of the features that the policy is about to be fed) to have it compared. Raises UserError where the file is damaged,
     a weight is missing or left over, or the bindings differ (both sides named).
     """
     content = read_checkpoint(path, device)
     if binding is not None:
+        if "adapter" in content:
+            raise UserError(
+                f"{path} has LoRA weights in its VLM (stage 2): features from a cache are not its own; compute them with its adapter."
+            )
         check_binding(content["binding"], binding, str(path))
     policy = Policy(PolicyConfig.from_dict(content["policy_config"]))
     load_weights(policy, content["policy"], str(path))
-    return policy.to(device).eval(), {k: content[k] for k in KEYS if k not in ("policy", "policy_config")}
+    return policy.to(device).eval(), {k: content.get(k) for k in (*KEYS, "adapter") if k not in ("policy", "policy_config")}
 
 
 def load_weights(policy: torch.nn.Module, state: dict[str, torch.Tensor], where: str) -> None:

@@ -16,6 +16,7 @@ from vla_lib.training.sampler import shares
 from vla_lib.training.samples import SampleSet
 from vla_lib.training.settings import TrainingSettings
 from vla_lib.training.split import split_episodes
+from vla_lib.training.starting_point import check_stage1, stage1
 
 
 @dataclass(frozen=True)
@@ -27,13 +28,17 @@ class TrainingData:
     split: dict[str, list[str]]
     fingerprints: dict[str, str]
     weights: np.ndarray
-    binding: dict[str, Any]
-    layout: Any
+    cache: Any  # the FeatureCache
+
+    @property
+    def binding(self) -> dict[str, Any]:
+        """What the VL features were made with."""
+        return dict(self.cache.binding)
 
     def policy_config(self, settings: TrainingSettings) -> PolicyConfig:
         """The policy that fits these data and settings."""
         tokens, dim = self.train.token_shape
-        layout = self.layout
+        layout = self.cache.layout
         assert tokens == len(layout.view_id)
         extra = {k: getattr(settings, k) for k in ("diffusion_timesteps", "ddim_steps") if hasattr(settings, k)}
         return PolicyConfig(
@@ -71,10 +76,10 @@ class TrainingData:
 
 
 def prepare_data(settings: TrainingSettings, split: dict[str, list[str]] | None = None) -> TrainingData:
-    """Open, check and split the data. `split`: of a checkpoint to go on from.
+    """Open, check and split the data. `split`: of a checkpoint to go on from; stage 2 takes that of its stage-1 checkpoint.
 
     Raises UserError with the command to run where there is no prepared episode or no VL cache, where the cache was made for another
-    picture size or reuse count, and where the sensor is asked for but no episode has one.
+    picture size or reuse count, where the sensor is asked for but no episode has one, and where a stage-1 checkpoint does not fit.
     """
     from vla_lib.episodes import DatasetTable, find_prepared, load_prepared
     from vla_lib.features.cache import FeatureCache, episode_key
@@ -91,6 +96,9 @@ def prepare_data(settings: TrainingSettings, split: dict[str, list[str]] | None 
     except UserError as error:
         raise UserError(f"{error} The features of these settings are built by: {cache_command(settings)}") from error
     check_cache(settings, cache.binding)
+    start = stage1(settings) if settings.live_vlm and split is None else None
+    if start is not None:
+        split = start["split"]  # what stage 1 has trained on stays out of the held-out episodes
     if split is None:
         split = split_episodes({k: e.dataset for k, e in episodes.items()}, settings.val_fraction, settings.seed)
     gone = [k for k in (*split["train"], *split["val"]) if k not in episodes]
@@ -121,7 +129,10 @@ def prepare_data(settings: TrainingSettings, split: dict[str, list[str]] | None 
     if not weights.sum() > 0:
         raise UserError(f"All data sets below {root} have weight 0; edit {root}/datasets.yaml.")
     fingerprints = {k: str(episodes[k].fingerprint) for k in (*split["train"], *split["val"])}
-    return TrainingData(train, val, split, fingerprints, weights, dict(cache.binding), cache.layout)
+    data = TrainingData(train, val, split, fingerprints, weights, cache)
+    if start is not None:
+        check_stage1(start, settings, data)
+    return data
 
 
 def cache_command(settings: TrainingSettings) -> str:

@@ -21,16 +21,17 @@ from vla_lib.core.files import write_json
 from vla_lib.core.progress import Progress
 from vla_lib.core.run_folder import runs_root
 from vla_lib.policy.policy import Policy
-from vla_lib.training import reporting
-from vla_lib.training.checkpoint import check_binding, load_weights, read_checkpoint, save_checkpoint
+from vla_lib.training import reporting, starting_point
+from vla_lib.training.checkpoint import load_weights, save_checkpoint
 from vla_lib.training.data import prepare_data
 from vla_lib.training.ema import AveragedPolicy
+from vla_lib.training.live_vlm import LivePolicy, LiveSamples, LiveVlm
 from vla_lib.training.metrics import MetricsLog, truncate
 from vla_lib.training.process import StopRequest
 from vla_lib.training.sampler import EpochPlan, MicroBatch, draw_epoch, step_seed
 from vla_lib.training.samples import batch_loader
 from vla_lib.training.schedule import learning_rate
-from vla_lib.training.settings import TrainingSettings, resume_conflicts
+from vla_lib.training.settings import TrainingSettings
 from vla_lib.training.statistics import training_statistics
 from vla_lib.training.validation import validate
 
@@ -67,10 +68,11 @@ class Trainer:
         self.main = accelerator.is_main_process
         self.rank, self.world = accelerator.process_index, accelerator.num_processes
         self.run_dir = self._run_dir()
-        self.latest = self.run_dir / "checkpoints" / settings.latest
+        self.latest = self.run_dir / "checkpoints" / settings.checkpoints.latest
         self.step, self.epoch, self.position = 0, 0, 0  # optimiser steps; epoch and draws of it already used
         self.elapsed_s, self.best = 0.0, {}
         self.metrics: dict[str, float] = {}
+        self.live: LiveVlm | None = None  # stage 2's
         self.wandb_id = f"{int(time.time()):x}-{settings.seed}"
 
     def run(self) -> dict[str, Any]:
@@ -119,68 +121,69 @@ class Trainer:
 
     def _previous(self) -> dict[str, Any] | None:
         """The checkpoint to go on from, or None for a new run. A run folder with checkpoints is never trained over."""
-        if not self.settings.resume:
-            exists = self.latest.exists()
-            self.accelerator.wait_for_everyone()
-            if exists:
-                raise UserError(f"{self.latest} exists already; pass --resume to go on with that run, or another --run-dir.")
-            return None
-        before = read_checkpoint(self.latest)
-        if "training" not in before:
-            raise UserError(f"{self.latest} holds a policy but no training state; it cannot be resumed.")
-        if before["front_door"] != self.settings.name:
-            raise UserError(f"{self.latest} was written by {before['front_door']}, this is {self.settings.name}.")
-        conflicts = resume_conflicts(before["settings"], self.settings.to_dict())
-        if conflicts:
-            raise UserError(
-                f"--resume with other settings than the run began with: {'; '.join(conflicts)}. Give the same ones, or start a new run."
-            )
-        return before
+        if self.settings.resume:
+            return starting_point.previous(self.settings, self.latest)
+        exists = self.latest.exists()
+        self.accelerator.wait_for_everyone()
+        if exists:
+            raise UserError(f"{self.latest} exists already; pass --resume to go on with that run, or another --run-dir.")
+        return None
 
     def _build(self, before: dict[str, Any] | None) -> None:
         settings, data, device = self.settings, self.data, self.accelerator.device
         torch.manual_seed(settings.seed)
         policy = Policy(data.policy_config(settings))
-        if before is None:
-            if self.main:
-                policy.normaliser.load_statistics(training_statistics(data.train))
-        else:
-            self._check_before(before)
+        if before is not None:
+            starting_point.check_previous(before, data, self.latest)
             load_weights(policy, before["training"]["model"], str(self.latest))
-        policy.to(device)
+        elif settings.live_vlm:
+            load_weights(policy, starting_point.stage1(settings)["policy"], str(settings.stage1_checkpoint))
+        elif self.main:
+            policy.normaliser.load_statistics(training_statistics(data.train))
+        self.policy = self.trained = policy.to(device)
+        if settings.live_vlm:
+            self.trained = self._bring_vlm(before)
         if self.world > 1:  # one process made the statistics; parameters are sent along, so that all start from the same bits
-            for tensor in policy.state_dict().values():
+            for tensor in self.trained.state_dict().values():
                 torch.distributed.broadcast(tensor, 0)
-        self.averaged = AveragedPolicy(policy, settings.ema_decay)
-        matrices = [p for p in policy.parameters() if p.ndim >= 2]
-        vectors = [p for p in policy.parameters() if p.ndim < 2]
+        self.averaged = AveragedPolicy(policy, settings.ema_decay, self.lora)
+        matrices = [p for p in self.trained.parameters() if p.ndim >= 2]
+        vectors = [p for p in self.trained.parameters() if p.ndim < 2]
         groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.95))
         if before is not None:
             state = before["training"]
             load_weights(self.averaged.policy, before["policy"], str(self.latest))
+            for own, name in zip(self.averaged.adapter, self.live.weights if self.live else (), strict=True):
+                own.copy_(before["adapter"]["weights"][name])
             self.optimizer.load_state_dict(state["optimizer"])
             self.step, self.epoch, self.position = before["step"], before["epoch"], state["position"]
             self.elapsed_s, self.best, self.metrics = state["elapsed_s"], state["best"], before["metrics"]
             self.wandb_id = state["wandb_id"]
         if settings.compile:
             policy.compile()
-        self.policy = policy
-        self.model = self.accelerator.prepare_model(policy)
+        self.model = self.accelerator.prepare_model(self.trained)
         if self.main:
             precision = self.accelerator.mixed_precision.replace("no", "float32")
-            print(f"{policy.parameter_count():,} parameters, {self.world} process(es) on {device.type}, {precision}", flush=True)
+            print(
+                f"{sum(p.numel() for p in self.trained.parameters()):,} parameters, {self.world} process(es) on {device.type}, {precision}",
+                flush=True,
+            )
             if before is not None:
                 print(f"resumed {self.latest} at step {self.step}, epoch {self.epoch}", flush=True)
 
-    def _check_before(self, before: dict[str, Any]) -> None:
-        check_binding(before["binding"], self.data.binding, str(self.latest))
-        known, now = before["training"]["fingerprints"], self.data.fingerprints
-        changed = [k for k in known if known[k] != now.get(k)]
-        if changed:
-            raise UserError(
-                f"{len(changed)} episodes have changed since the run began (first: {changed[0]}); restore them or start a new run."
-            )
+    def _bring_vlm(self, before: dict[str, Any] | None) -> torch.nn.Module:
+        """Stage 2: the policy and the VLM's LoRA weights as one module to train."""
+        self.live = LiveVlm(self.settings, self.data, self.accelerator.device)
+        if before is not None:
+            self.live.load(before["training"]["adapter"])
+        self.live.prepare(self.data, self.accelerator, self.settings.log_every_s)
+        return LivePolicy(self.policy, self.live, self.data.train)
+
+    @property
+    def lora(self) -> list[torch.nn.Parameter]:
+        """The VLM's LoRA weights; none in stage 1."""
+        return list(self.live.weights.values()) if self.live else []
 
     @property
     def total_steps(self) -> int:
@@ -283,7 +286,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         self.position += len(shared)
-        self.averaged.update(self.policy, self.step)
+        self.averaged.update(self.policy, self.step, self.lora)
         self.stopped = (self.stop.asked or "another process was asked") if stop else ""
         self._row(shared, total / valid, lr, float(norm), timesteps)
         if self.stopped:
@@ -296,21 +299,7 @@ class Trainer:
         return self.step / s.max_steps if s.max_steps else (self.epoch + self.position / len(self.data.train)) / s.epochs
 
     def _row(self, shared: np.ndarray, loss: float, lr: float, norm: float, timesteps: list) -> None:
-        s, samples = self.settings, self.data.train
-        self.row: dict[str, Any] = {
-            "step": self.step,
-            "elapsed_s": round(self._elapsed(), 3),
-            s.loss_key: loss,
-            "train/lr": lr,
-            "train/grad_norm": norm,
-        }
-        self.row["train/vl_reuse_counter"] = float(samples.age_steps[shared].mean())
-        if s.uses_sensor:
-            self.row["train/sensor_samples"] = int(samples.sensor_full[shared].sum())
-        if timesteps:
-            self.row["train/diffusion_t"] = float(np.concatenate(timesteps).mean())
-        if self.accelerator.device.type == "cuda":
-            self.row["train/gpu_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        self.row = reporting.step_row(self, shared, loss, lr, norm, timesteps)
         if self.log:
             self.log.log(self.row)
 
@@ -322,7 +311,11 @@ class Trainer:
         if self.data.val is not None:
             reduce = (lambda x: self.accelerator.reduce(x, "sum")) if self.world > 1 else (lambda x: x)
             options = (max(s.batch_size, 16), self.rank, self.world, reduce, s.seed, self.accelerator.autocast)
-            found = validate(self.averaged.policy, self.data.val, *options)
+            if self.live:
+                with self.live.using(self.averaged.adapter):
+                    found = validate(self.averaged.policy, LiveSamples(self.data.val, self.live), *options)
+            else:
+                found = validate(self.averaged.policy, self.data.val, *options)
             self.metrics = found
             row |= found
             if found["val/action_loss"] < self.best.get("action_loss", math.inf):
@@ -349,7 +342,7 @@ class Trainer:
             "step": self.step,
             "epoch": self.epoch,
             "metrics": self.metrics,
-        }
+        } | ({"adapter": self.live.record(self.averaged.adapter)} if self.live else {})
 
     def _state(self) -> dict[str, Any]:
         return {
@@ -363,13 +356,13 @@ class Trainer:
             "world": self.world,
             # draws and noise follow from (seed, epoch, step); the generator's state is kept for the record
             "random": {"seed": self.settings.seed, "torch": torch.get_rng_state()},
-        }
+        } | ({"adapter": self.live.record()} if self.live else {})
 
     def _save(self, best: bool = False, must: bool = False) -> None:
         """Write the newest checkpoint (or the best one). A failed write keeps the file that was there: said aloud, an error if `must`."""
         if not self.main:
             return
-        path = self.latest.with_name(self.settings.best) if best else self.latest
+        path = self.latest.with_name(self.settings.checkpoints.best) if best else self.latest
         try:
             save_checkpoint(path, self._content() if best else self._content() | {"training": self._state()})
             self.saved_at = time.monotonic()
@@ -387,8 +380,8 @@ class Trainer:
                 print(f"stopped by {self.stopped} at step {self.step}; {self.latest} is saved, go on with --resume", flush=True)
             else:
                 self._save(must=True)
-                if s.final:
-                    save_checkpoint(self.latest.with_name(s.final), self._content())
+                if s.checkpoints.final:
+                    save_checkpoint(self.latest.with_name(s.checkpoints.final), self._content())
             write_json(self.run_dir / "results.json", results)
         self.accelerator.wait_for_everyone()
         return results

@@ -2,6 +2,8 @@
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from vla_lib.training.data import TrainingData
 from vla_lib.training.settings import TrainingSettings
 from vla_lib.training.validation import BASELINES
@@ -50,6 +52,28 @@ def epoch_lines(row: dict[str, Any], num_workers: int) -> list[str]:
     return [text, complaint + "or put the data set on a faster disk."]
 
 
+def step_row(trainer: "Trainer", shared: np.ndarray, loss: float, lr: float, norm: float, timesteps: list[np.ndarray]) -> dict[str, Any]:
+    """The row of one optimiser step; `shared`: the samples of all processes, `timesteps`: what the diffusion head drew for them."""
+    s, samples = trainer.settings, trainer.data.train
+    row: dict[str, Any] = {
+        "step": trainer.step,
+        "elapsed_s": round(trainer._elapsed(), 3),
+        s.loss_key: loss,
+        "train/lr": lr,
+        "train/grad_norm": norm,
+    }
+    row["train/vl_reuse_counter"] = float(samples.age_steps[shared].mean())
+    if s.uses_sensor:
+        row["train/sensor_samples"] = int(samples.sensor_full[shared].sum())
+    if timesteps:
+        row["train/diffusion_t"] = float(np.concatenate(timesteps).mean())
+    if trainer.accelerator.device.type == "cuda":
+        import torch
+
+        row["train/gpu_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    return row
+
+
 def results(trainer: "Trainer") -> dict[str, Any]:
     """What results.json holds; the errors are those of the best validation."""
     data, best = trainer.data, trainer.best.get("metrics", {})
@@ -68,7 +92,7 @@ def results(trainer: "Trainer") -> dict[str, Any]:
         "baselines": {b: {k: best.get(f"val/baseline_{b}_{k}") for k in ("action_loss", "mae_mm", "mae_deg")} for b in BASELINES}
         if best
         else {},
-        "parameters": trainer.policy.parameter_count(),
+        "parameters": sum(weight.numel() for weight in trainer.trained.parameters()),
         "processes": trainer.world,
         "wall_s": round(trainer._elapsed(), 3),
         "cache": data.binding.get("id"),

@@ -23,8 +23,9 @@ Batch = dict[str, Tensor]
 class SampleSet:
     """All samples of `episodes` (prepared episodes), with features from `cache` (a FeatureCache).
 
-    Public arrays, one entry a sample: `episode` (number in `episodes`), `step`, `age_steps`, `valid_actions` (steps of the chunk that
-    count), `sensor_full` (the window is whole). Raises UserError where an episode has no features, or where the features' ticks do not fit `vlm_reuse_count`.
+    Public arrays, one entry a sample: `episode` (number in `episodes`), `step`, `tick` (row of its features), `age_steps`, `valid_actions`
+    (steps of the chunk that count), `sensor_full` (the window is whole). Raises UserError where an episode has no features, or where the
+    features' ticks do not fit `vlm_reuse_count`.
     """
 
     def __init__(
@@ -75,7 +76,7 @@ class SampleSet:
         self._row, self._chunk = torch.from_numpy(row[keep]), torch.from_numpy(chunk[keep])
         self._mask = torch.from_numpy(mask[keep])
         self.valid_actions = mask[keep].sum(1)
-        self._tick = np.concatenate(tick)[keep]
+        self.tick = np.concatenate(tick)[keep]
         self.age_steps = np.concatenate(age)[keep]
         self._age_s = torch.from_numpy((self.age_steps / self.action_hz).astype(np.float32))
         self._first = torch.from_numpy(keep & (row == starts[:-1][episode]))[torch.from_numpy(keep)]
@@ -117,7 +118,7 @@ class SampleSet:
             "action_mask": self._mask[index],
             "previous_action": self._action[before].masked_fill(self._first[index][:, None], 0.0),
         }
-        episode, tick = self.episode[numbers], self._tick[numbers]
+        episode, tick = self.episode[numbers], self.tick[numbers]
         pairs = list(zip(episode.tolist(), tick.tolist(), strict=True))
         batch["vl_tokens"] = torch.stack([self.features[e].tokens[t] for e, t in pairs])
         batch["vl_mask"] = torch.stack([self.features[e].mask[t] for e, t in pairs])
@@ -172,7 +173,7 @@ def _ticks(episode: Any, features: Any, length: int, reuse: int, latency_ms: flo
 
 
 class MicroBatchDataset(torch.utils.data.Dataset):
-    """What a DataLoader asks: a MicroBatch's (indices, counts) in, the batch with `count` (B,) out. One request is one whole batch."""
+    """What a DataLoader asks: a MicroBatch's (indices, counts) in, the batch with `count` and `sample` (B,) out. One request is one whole batch."""
 
     def __init__(self, samples: SampleSet):
         self.samples = samples
@@ -181,7 +182,7 @@ class MicroBatchDataset(torch.utils.data.Dataset):
         indices, counts = request
         batch = self.samples.batch(indices)
         batch["count"] = torch.from_numpy(counts)
-        batch["age_steps"] = torch.from_numpy(self.samples.age_steps[indices])
+        batch["sample"] = torch.from_numpy(indices)
         return batch
 
 

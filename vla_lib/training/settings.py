@@ -3,7 +3,7 @@
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import tyro
 
@@ -14,8 +14,16 @@ Alias = tyro.conf.arg
 # What may differ between a run and its resumption: how it is run, not what is learnt.
 RESUMABLE = {
     "dataset_root", "run_dir", "resume", "epochs", "max_steps", "num_workers", "checkpoint_every_s", "checkpoint_every_steps", "wandb_mode",
-    "device", "precision", "compile", "log_every_s", "stop_after_steps", "batch_size", "grad_accum_steps",
+    "device", "precision", "compile", "log_every_s", "batch_size", "grad_accum_steps", "stage1_checkpoint",
 }  # fmt: skip
+
+
+class Checkpoints(NamedTuple):
+    """Names of the files below checkpoints/: the newest state, the best held-out error, and the end ("" where none is written)."""
+
+    latest: str
+    best: str
+    final: str
 
 
 @dataclass(frozen=True)
@@ -30,6 +38,15 @@ class TrainingSettings:
     """Run folder for metrics.jsonl, results.json and checkpoints/; default: runs/<UTC time>-<front door>."""
     resume: bool = False
     """Go on from the newest checkpoint in --run-dir; the result is the uninterrupted run's, bit for bit, on the same number of processes."""
+
+    training_stage: Literal["stage1", "stage2"] = "stage1"
+    """stage1: the VLM stays frozen and its features come from the cache; stage2: LoRA on its language model, run live in every step."""
+    stage1_checkpoint: Path | None = None
+    """Checkpoint of the same model that stage 2 starts from; its split and its normalisation hold on."""
+    lora_rank: int = 16
+    """Rank of stage 2's LoRA weights, beside every projection of the language model's layers that are computed."""
+    lora_alpha: int = 32
+    """LoRA's contribution is scaled by alpha / rank."""
 
     batch_size: int = 4
     """Samples in one forward pass of one process."""
@@ -105,8 +122,9 @@ class TrainingSettings:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dataset_root", Path(self.dataset_root))
-        if self.run_dir is not None:
-            object.__setattr__(self, "run_dir", Path(self.run_dir))
+        for name in ("run_dir", "stage1_checkpoint"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, Path(getattr(self, name)))
         at_least_one = (
             "batch_size",
             "grad_accum_steps",
@@ -117,6 +135,8 @@ class TrainingSettings:
             "width",
             "layers",
             "heads",
+            "lora_rank",
+            "lora_alpha",
         )
         for name in at_least_one:
             if getattr(self, name) < 1:
@@ -140,6 +160,23 @@ class TrainingSettings:
         for name in ("val_fraction", "ema_decay", "dropout", "view_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{flag(name)} is {getattr(self, name)}; it must be at least 0 and below 1.")
+        self._check_stage()
+
+    def _check_stage(self) -> None:
+        if self.training_stage == "stage1" and self.stage1_checkpoint is not None:
+            raise UserError("--stage1-checkpoint is what stage 2 starts from; pass --training-stage stage2 with it, or leave it out.")
+        if self.training_stage == "stage2":
+            if self.stage1_checkpoint is None and not self.resume:
+                raise UserError(
+                    "--training-stage stage2 goes on from a stage-1 checkpoint; train stage 1 and name it with --stage1-checkpoint."
+                )
+            if not self.vl_enabled:
+                raise UserError("--training-stage stage2 trains the VL model, which --no-vl-enabled hides; drop one of the two.")
+
+    @property
+    def live_vlm(self) -> bool:
+        """True where the VLM runs in every step (stage 2)."""
+        return self.training_stage == "stage2"
 
     @property
     def uses_sensor(self) -> bool:
@@ -163,7 +200,12 @@ class AsyncSettings(TrainingSettings):
 
     name = "train_async"
     project = "QwenVLA-Async"
-    latest, best, final = "qwen_vla_async.pt", "qwen_vla_async_best.pt", "qwen_vla_async_final.pt"
+
+    @property
+    def checkpoints(self) -> Checkpoints:
+        """File names."""
+        stem = "qwen_vla_async" + ("_stage2" if self.live_vlm else "")
+        return Checkpoints(f"{stem}.pt", f"{stem}_best.pt", f"{stem}_final.pt")
 
 
 @dataclass(frozen=True)
@@ -172,8 +214,6 @@ class DiffusionSettings(TrainingSettings):
 
     sensor_window_size: int = 650
     """Sensor samples that end at the step's time (650 Hz: 650 = 1 s)."""
-    training_stage: Literal["stage1", "stage2"] = "stage1"
-    """stage1: the VLM stays frozen and its features come from the cache; stage2 (LoRA on the language model) is refused for now."""
     diffusion_timesteps: int = 100
     """Timesteps of the DDPM noise schedule (cosine)."""
     ddim_steps: int = 10
@@ -183,14 +223,14 @@ class DiffusionSettings(TrainingSettings):
     head = "diffusion"
     project = "QwenVLA-Diffusion"
     loss_key = "train/noise_loss"
-    latest, best, final = "diffusion_stage1_latest.pt", "diffusion_stage1_best.pt", ""
+
+    @property
+    def checkpoints(self) -> Checkpoints:
+        """File names; the newest one is the final one too."""
+        return Checkpoints(f"diffusion_{self.training_stage}_latest.pt", f"diffusion_{self.training_stage}_best.pt", "")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.training_stage != "stage1":
-            raise UserError(
-                "--training-stage stage2 (LoRA on the live VLM) is not available in this version; train stage1, as the guide recommends."
-            )
         if not 1 <= self.ddim_steps <= self.diffusion_timesteps:
             raise UserError(f"--ddim-steps {self.ddim_steps} must lie between 1 and --diffusion-timesteps {self.diffusion_timesteps}.")
 
@@ -202,5 +242,8 @@ def flag(name: str) -> str:
 
 def resume_conflicts(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Settings that must not change on --resume, as `--flag: checkpoint X, now Y`."""
+    before = {
+        name: value for name, value in DiffusionSettings().to_dict().items() if name in now
+    } | before  # it may be older than a setting
     keys = (set(before) | set(now)) - RESUMABLE
     return [f"{flag(k)}: checkpoint {before.get(k)!r}, now {now.get(k)!r}" for k in sorted(keys) if before.get(k) != now.get(k)]

@@ -1,0 +1,115 @@
+"""Stage 2: a VLM with LoRA in its language model and cached vision tokens in; a policy whose VL features are computed as it trains, out.
+
+The vision tower is frozen and runs once over each picture (features.vision_cache); the language model runs in every step, so that gradients
+reach its LoRA weights. Features from the VL cache and LoRA are never combined: no gradient would reach it.
+"""
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from vla_lib.core.progress import Progress
+from vla_lib.features.adapter import adapter_record, add_adapter, fill_adapter
+from vla_lib.features.extractor import FeatureExtractor
+from vla_lib.features.vision_cache import VisionCache
+from vla_lib.policy.policy import Policy
+from vla_lib.training.data import TrainingData
+from vla_lib.training.samples import Batch, SampleSet
+from vla_lib.training.settings import TrainingSettings
+
+
+class LiveVlm:
+    """The VLM that the cache was made with, and its LoRA weights (`weights`, by name)."""
+
+    def __init__(self, settings: TrainingSettings, data: TrainingData, device: torch.device):
+        self.rank, self.alpha = settings.lora_rank, settings.lora_alpha
+        self.extractor = FeatureExtractor.from_binding(data.binding, str(device))
+        self.weights: dict[str, nn.Parameter] = add_adapter(self.extractor.vlm, self.rank, self.alpha)
+        self.vision = VisionCache(data.cache, self.extractor)
+
+    def prepare(self, data: TrainingData, accelerator: Any, log_every_s: float) -> None:
+        """Compute the vision tokens that are missing, each process its share. Raises UserError where the disk cannot take them."""
+        todo = self.vision.missing([*data.train.episodes, *(data.val.episodes if data.val else ())])
+        accelerator.wait_for_everyone()  # all have looked before anyone writes
+        if todo:
+            self.vision.check_space(todo)
+            own = todo[accelerator.process_index :: accelerator.num_processes]
+            with Progress(len(own), "vision tokens", "episodes", log_every_s, accelerator.is_main_process) as progress:
+                self.vision.build(own, lambda pictures: progress.update(1))
+        accelerator.wait_for_everyone()
+
+    def features(self, samples: SampleSet, numbers: Sequence[int] | np.ndarray) -> tuple[Tensor, Tensor]:
+        """VL tokens (B, T, D) and mask (B, T) of samples, on the VLM's device; ticks that several samples share are computed once."""
+        pairs = list(zip(samples.episode[numbers].tolist(), samples.tick[numbers].tolist(), strict=True))
+        place = {pair: k for k, pair in enumerate(dict.fromkeys(pairs))}
+        seen, ticks, known = [], [], {}
+        for episode, tick in place:
+            vision = self.vision.episode(samples.episodes[episode])
+            row = vision.ticks[tick]
+            for picture in row:
+                if picture >= 0 and (episode, picture) not in known:
+                    known[episode, picture] = len(seen)
+                    seen.append(vision.picture(picture, self.extractor.device))
+            ticks.append([known.get((episode, picture), -1) for picture in row])
+        instructions = [samples.episodes[episode].instruction for episode, _ in place]
+        with torch.autocast(self.extractor.device.type, enabled=False):  # as the cache was computed: in the VLM's own type
+            tokens, mask = self.extractor.read(seen, ticks, instructions)
+        order = [place[pair] for pair in pairs]
+        return tokens[order], mask[order].to(tokens.device)
+
+    def record(self, values: Sequence[Tensor] | None = None) -> dict[str, Any]:
+        """What a checkpoint holds; `values` in the place of the weights where given (their average)."""
+        return adapter_record(self.weights if values is None else dict(zip(self.weights, values, strict=True)), self.rank, self.alpha)
+
+    def load(self, record: Mapping[str, Any]) -> None:
+        """Take the weights of a checkpoint. Raises UserError where they do not fit."""
+        fill_adapter(self.weights, record)
+
+    @contextlib.contextmanager
+    def using(self, values: Sequence[Tensor]) -> Iterator[None]:
+        """Compute with `values` instead of the weights, for a while."""
+        own = [weight.detach().clone() for weight in self.weights.values()]
+        try:
+            self.load(self.record(values))
+            yield
+        finally:
+            self.load(self.record(own))
+
+
+class LivePolicy(nn.Module):
+    """The policy and the LoRA weights as one module to train: what `Policy.forward` takes, but with the numbers of the samples in `sample`.
+
+    The frozen VLM is no part of it: nobody is to average, move or save it.
+    """
+
+    def __init__(self, policy: Policy, live: LiveVlm, samples: SampleSet):
+        super().__init__()
+        self.policy = policy
+        self.adapter = nn.ParameterList(live.weights.values())
+        self._live, self._samples = live, samples
+
+    def forward(self, batch: Batch, draws: dict[str, Tensor] | None = None) -> Tensor:
+        """Losses (B, H) as `Policy.forward` gives them; gradients reach the policy and the LoRA weights."""
+        tokens, mask = self._live.features(self._samples, batch["sample"].cpu().numpy())
+        unused = sum(weight.sum() for weight in self.adapter) * 0.0  # a batch without a picture: every process still has every gradient
+        return self.policy(batch | {"vl_tokens": tokens, "vl_mask": mask}, draws) + unused
+
+
+class LiveSamples:
+    """A SampleSet whose batches hold features of the VLM as it is now, for validation."""
+
+    def __init__(self, samples: SampleSet, live: LiveVlm):
+        self._samples, self._live = samples, live
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def batch(self, numbers: Sequence[int] | np.ndarray) -> Batch:
+        """As SampleSet.batch."""
+        with torch.no_grad():
+            tokens, mask = self._live.features(self._samples, np.asarray(numbers))
+        return self._samples.batch(numbers) | {"vl_tokens": tokens, "vl_mask": mask}
