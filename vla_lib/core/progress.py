@@ -29,7 +29,7 @@ class Progress:
             if note:
                 self._bar.set_postfix_str(note, refresh=False)
             self._bar.update(n)
-        elif self._show and (time.monotonic() - self._last >= self.every_s):
+        elif self._show and self.done != self.total and time.monotonic() - self._last >= self.every_s:  # `close` prints the end
             self._print(note)
 
     def _print(self, note: str = "") -> None:

@@ -226,7 +226,7 @@ class Trainer:
             reuse_counts += np.bincount(np.minimum(ages, settings.vlm_reuse_count - 1), minlength=settings.vlm_reuse_count)
             if drawn_t is not None:
                 t_counts += np.histogram(drawn_t, T_BINS, (0, getattr(settings, "diffusion_timesteps", 1)))[0]
-            progress.update(1, f"epoch {self.epoch + 1}, loss {self.row[settings.loss_key]:.4f}, lr {self.row['train/lr']:.2e}")
+            progress.update(1, reporting.step_note(self.row, settings.loss_key, self.epoch, waited / max(time.monotonic() - began, 1e-9)))
             if self.stopped:
                 return
             done = self.position >= len(data.train) or self._finished()
@@ -288,7 +288,7 @@ class Trainer:
         self.position += len(shared)
         self.averaged.update(self.policy, self.step, self.lora)
         self.stopped = (self.stop.asked or "another process was asked") if stop else ""
-        self._row(shared, total / valid, lr, float(norm), timesteps)
+        self._row(shared, total / valid, lr, float(norm), timesteps, waited)
         if self.stopped:
             self._save(must=True)
         return waited, np.concatenate(timesteps) if timesteps else None
@@ -298,8 +298,8 @@ class Trainer:
         s = self.settings
         return self.step / s.max_steps if s.max_steps else (self.epoch + self.position / len(self.data.train)) / s.epochs
 
-    def _row(self, shared: np.ndarray, loss: float, lr: float, norm: float, timesteps: list) -> None:
-        self.row = reporting.step_row(self, shared, loss, lr, norm, timesteps)
+    def _row(self, shared: np.ndarray, loss: float, lr: float, norm: float, timesteps: list, waited_s: float) -> None:
+        self.row = reporting.step_row(self, shared, loss, lr, norm, timesteps, waited_s)
         if self.log:
             self.log.log(self.row)
 

@@ -11,6 +11,7 @@ from vla_lib.training.validation import BASELINES
 if TYPE_CHECKING:
     from vla_lib.training.loop import Trainer
 
+GPU = "train/gpu_memory_gib"
 STARVED = 0.2  # share of the time waited for data above which the loader is called the bottleneck
 
 
@@ -42,8 +43,8 @@ def epoch_lines(row: dict[str, Any], num_workers: int) -> list[str]:
     waited = row["train/loader_wait_share"]
     text = f"epoch {row['epoch']:g} (step {row['step']}): loader wait {100 * waited:.0f} %"
     if "val/action_loss" in row:
-        baselines = ", ".join(f"{b} {row[f'val/baseline_{b}_action_loss']:.4f}" for b in BASELINES)
-        text += f", held-out error {row['val/action_loss']:.4f} ({baselines}), {row['val/mae_mm']:.4f} mm, {row['val/mae_deg']:.4f} deg"
+        baselines = ", ".join(f"{b} {row[f'val/baseline_{b}_action_loss']:.3f}" for b in BASELINES)
+        text += f", held-out error {row['val/action_loss']:.3f} ({baselines}), {row['val/mae_mm']:.3f} mm, {row['val/mae_deg']:.3f} deg"
     if waited <= STARVED:
         return [text]
     complaint = (
@@ -52,7 +53,9 @@ def epoch_lines(row: dict[str, Any], num_workers: int) -> list[str]:
     return [text, complaint + "or put the data set on a faster disk."]
 
 
-def step_row(trainer: "Trainer", shared: np.ndarray, loss: float, lr: float, norm: float, timesteps: list[np.ndarray]) -> dict[str, Any]:
+def step_row(
+    trainer: "Trainer", shared: np.ndarray, loss: float, lr: float, norm: float, timesteps: list[np.ndarray], waited_s: float
+) -> dict[str, Any]:
     """The row of one optimiser step; `shared`: the samples of all processes, `timesteps`: what the diffusion head drew for them."""
     s, samples = trainer.settings, trainer.data.train
     row: dict[str, Any] = {
@@ -61,6 +64,7 @@ def step_row(trainer: "Trainer", shared: np.ndarray, loss: float, lr: float, nor
         s.loss_key: loss,
         "train/lr": lr,
         "train/grad_norm": norm,
+        "train/loader_wait_s": round(waited_s, 4),
     }
     row["train/vl_reuse_counter"] = float(samples.age_steps[shared].mean())
     if s.uses_sensor:
@@ -70,8 +74,14 @@ def step_row(trainer: "Trainer", shared: np.ndarray, loss: float, lr: float, nor
     if trainer.accelerator.device.type == "cuda":
         import torch
 
-        row["train/gpu_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        row[GPU] = torch.cuda.max_memory_allocated() / 2**30
     return row
+
+
+def step_note(row: dict[str, Any], loss_key: str, epoch: int, wait_share: float) -> str:
+    """What stands behind the bar: epoch, loss, learning rate, the share of the epoch's time waited for data, GPU memory where there is one."""
+    note = f"epoch {epoch + 1}, loss {row[loss_key]:.4f}, lr {row['train/lr']:.2e}, loader wait {100 * wait_share:.0f} %"
+    return note + (f", GPU memory {row[GPU]:.1f} GiB" if GPU in row else "")
 
 
 def results(trainer: "Trainer") -> dict[str, Any]:

@@ -8,7 +8,7 @@ from vla_lib.core.files import read_jsonl
 from vla_lib.core.progress import read_line
 from vla_lib.workbench.jobs import Job
 from vla_lib.workbench.notebook import dataset_path, interactive, shown
-from vla_lib.workbench.plots.training import training_curves
+from vla_lib.workbench.plots.training import newest_figures, training_curves
 from vla_lib.workbench.widgets import drawn
 
 REDRAW_EVERY_TICKS = 6  # of half a second
@@ -39,7 +39,7 @@ async def follow(job: Job | Path | str) -> dict[str, Any]:
 
 
 class TrainingView:
-    """Widgets of one job: a bar with its ETA, its newest log lines, its curves redrawn every few seconds, a Stop button."""
+    """Widgets of one job: a bar with its ETA, its newest figures and log lines, its curves redrawn every few seconds, a Stop button."""
 
     def __init__(self, job: Job):
         import ipywidgets
@@ -53,10 +53,11 @@ class TrainingView:
         self._state = ipywidgets.HTML(f"<b>{'running' if job.attached else 'starting'}</b>")
         self._bar = ipywidgets.FloatProgress(min=0.0, max=1.0, layout={"width": "300px", "visibility": "hidden"})
         self._counted = ipywidgets.HTML()
+        self._figures = ipywidgets.HTML()
         self._log = ipywidgets.HTML()
         self._curves = ipywidgets.Image(format="png", layout={"max_width": "900px", "display": "none"})
         top = ipywidgets.HBox([self._stop, self._state, self._bar, self._counted])
-        display(ipywidgets.VBox([top, self._curves, self._log]))
+        display(ipywidgets.VBox([top, self._figures, self._curves, self._log]))
         if job.attached:
             self.draw()
 
@@ -83,6 +84,7 @@ class TrainingView:
         """Redraw the curves from metrics.jsonl."""
         rows = read_jsonl(self.job.run_dir / "metrics.jsonl")
         if any(key.startswith("train/") for row in rows for key in row):  # a cache job has progress, but no curves
+            self._figures.value = html.escape(newest_figures(rows))
             self._curves.value = drawn(training_curves(rows))
             self._curves.layout.display = "block"
 

@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from vla_lib.core.progress import clock
@@ -11,22 +12,33 @@ from vla_lib.training.data import TrainingData
 from vla_lib.training.settings import TrainingSettings
 from vla_lib.workbench.runs import find_runs, results_of
 
+PASSES = 4  # forward and backward, where no former run tells the time
+
 
 def table(name: str, settings: TrainingSettings, data: TrainingData, nproc_per_node: int) -> pd.DataFrame:
-    """Rows (what, value) for the notebook `name`; the time is estimated from the newest finished run of that notebook with as many processes."""
+    """Rows (what, value) for the notebook `name`; the time is estimated from the newest finished run of that
+    notebook with as many processes, or from a few steps taken here."""
     from vla_lib.policy import Policy
 
     per_step = settings.batch_size * settings.grad_accum_steps * nproc_per_node
     steps = settings.max_steps or math.ceil(len(data.train) / per_step) * settings.epochs
     policy = Policy(data.policy_config(settings))
+    lora = "" if not settings.live_vlm else f"; LoRA of rank {settings.lora_rank} in {data.binding['layer']} layers of the VLM besides"
     rows = [
         ("training samples", f"{len(data.train):,} of {len(data.split['train'])} episodes"),
         ("held out", f"{len(data.val or []):,} of {len(data.split['val'])} episodes"),
         ("VL cache", f"{data.binding['id']}: {policy.config.tokens} tokens of width {policy.config.token_dim}"),
         ("views", ", ".join(policy.config.views)),
-        ("parameters", f"{policy.parameter_count():,}, of which " + ", ".join(f"{part} {count:,}" for part, count in _parts(policy))),
+        (
+            "parameters",
+            f"{policy.parameter_count():,}, of which " + ", ".join(f"{part} {count:,}" for part, count in _parts(policy)) + lora,
+        ),
         ("optimiser steps", f"{steps:,} of {per_step} samples"),
-        ("estimated time", _estimate(name, steps * per_step, nproc_per_node)),
+        (
+            "estimated time",
+            _estimate(name, settings, steps * per_step, nproc_per_node)
+            or _measured(settings, data, policy, steps * per_step, nproc_per_node),
+        ),
     ]
     return pd.DataFrame(rows, columns=["what", "value"])
 
@@ -36,12 +48,41 @@ def _parts(policy: Any) -> list[tuple[str, int]]:
     return sorted(((name, count) for name, count in counts.items() if count), key=lambda item: -item[1])[:4]
 
 
-def _estimate(name: str, samples: int, processes: int) -> str:
+def _estimate(name: str, settings: TrainingSettings, samples: int, processes: int) -> str:
+    """From former runs; "" where there is none to go by."""
     for run in reversed(find_runs(name)):
         record, results = read_record(run), results_of(run)
         given = record.get("parameters", {})
         if record["state"] != "done" or results.get("processes") != processes or not results.get("wall_s") or given.get("resume_run"):
             continue
+        if given.get("training_stage", "stage1") != settings.training_stage:
+            continue
         rate = results["step"] * given["batch_size"] * given["grad_accum_steps"] * processes / results["wall_s"]
         return f"{clock(samples / rate)} at the {rate:,.0f} samples/s of {run.name}"
-    return "no finished run with as many processes to go by; the first steps will tell"
+    return ""
+
+
+def _measured(settings: TrainingSettings, data: TrainingData, policy: Any, samples: int, processes: int) -> str:
+    """From a few forward and backward passes here, on the training's device, reading included."""
+    import time
+
+    import torch
+
+    if settings.live_vlm:
+        return "no finished run of stage 2 to go by; the first steps will tell"
+    device = torch.device("cuda" if torch.cuda.is_available() and settings.device != "cpu" else "cpu")
+    policy = policy.to(device).train()
+    draws = {k: v.to(device) for k, v in policy.draw(settings.batch_size, torch.Generator().manual_seed(0)).items()}
+    taken = []
+    for numbers in np.random.default_rng(0).integers(0, len(data.train), (PASSES, settings.batch_size)):
+        begin = time.perf_counter()
+        batch = {k: v.to(device) for k, v in data.train.batch(numbers).items()}
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            loss = policy(batch, draws).mean()
+        loss.backward()
+        loss.item()  # waits for the device
+        taken.append(time.perf_counter() - begin)
+    policy.to("cpu")
+    side_by_side = processes if device.type == "cuda" else 1  # processes on the CPU share its cores
+    rate = side_by_side * settings.batch_size / float(np.median(taken[1:]))
+    return f"{clock(samples / rate)} and the validations, at {rate:,.0f} samples/s ({PASSES} passes on the {device.type} here)"

@@ -98,7 +98,7 @@ def chunks_over_path(found: OpenLoop, episode: str, every: int = 8, samples: np.
                     axis.plot(start + np.arange(len(path)), path, color=COLOURS["policy"], lw=1.3 if samples is None else 0.8, label=label)
                     label = None
             axis.set(ylabel=f"{'xyz'[k]} (mm)")
-        axes[0].legend(loc="upper right")
+        axes[0].legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
         axes[-1].set(xlabel="action step")
         figure.suptitle(f"Predicted chunks over the recorded motion: {episode}")
     plt.close(figure)
