@@ -47,7 +47,7 @@ class DiffusionHead(nn.Module):
         `draws`: noise (B, DRAWS, H, 7), timestep (B, DRAWS) int64.
         """
         batch, count = draws["timestep"].shape
-        context = {k: None if v is None else v.repeat_interleave(count, 0) for k, v in context.items()}
+        context = context | {"prefix": context["prefix"].repeat_interleave(count, 0)}  # the trunk shares memory and sensor tokens
         target, noise, timestep = target.repeat_interleave(count, 0), draws["noise"].flatten(0, 1), draws["timestep"].flatten()
         noisy = self.scheduler.add_noise(target, noise, timestep)
         wanted = self.scheduler.get_velocity(target, noise, timestep)

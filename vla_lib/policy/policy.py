@@ -71,7 +71,7 @@ class Policy(nn.Module):
         prefix, sensor = context["prefix"], context["sensor"]
         x = torch.cat([prefix.to(queries.dtype), queries], 1)  # (B, P + H, W)
         if self.gate is not None:
-            summary = sensor.mean(1, keepdim=True).expand_as(x)
+            summary = sensor.mean(1, keepdim=True).repeat_interleave(len(x) // len(sensor), 0).expand_as(x)
             x = x + torch.sigmoid(self.gate(torch.cat([x, summary], -1))) * summary
         for block in self.blocks:
             x = block(x, context["memory"], context["memory_mask"], sensor)

@@ -46,7 +46,8 @@ class SensorEncoder(nn.Module):
         sensor = sensor.float()
         force = (sensor[..., 0] - mean[0]) / std[0]  # (B, S)
         # mixing is linear, so it goes before the normalisation: S x 1025 numbers are touched once
-        frames = torch.matmul(self.filters, sensor)[..., 1:]  # (B, K, 1025); sliced afterwards, so that the window is not copied
+        # (B, K, 1025); bmm and slicing afterwards, so that the window is not copied
+        frames = torch.bmm(self.filters.expand(len(sensor), -1, -1), sensor)[..., 1:]
         frames = (frames - self.filters.sum(1)[:, None] * mean[1:]) / std[1:]
         x = self.act(self.conv1(frames))  # (B, 32, 257)
         x = self.act(self.conv2(x))  # (B, 64, 129)

@@ -16,11 +16,16 @@ class Attention(nn.Module):
         self.out = nn.Linear(width, width, bias=False)
 
     def forward(self, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
-        """x (B, L, W), context (B, M, W), mask (B, M) bool, True where it may be looked at -> (B, L, W)."""
+        """x (B, L, W), context (B, M, W), mask (B, M) bool, True where it may be looked at -> (B, L, W).
+
+        With x (B * n, L, W), n sequences in a row look at the same context, whose keys and values are computed once.
+        """
+        shape = x.shape
+        x = x.reshape(context.shape[0], -1, shape[-1])
         q = self.query(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, H, L, W/H)
         k, v = self.key_value(context).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, H, M, W/H)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=None if mask is None else mask[:, None, None])
-        return self.out(y.transpose(1, 2).flatten(2))
+        return self.out(y.transpose(1, 2).flatten(2)).reshape(shape)
 
 
 class Block(nn.Module):
