@@ -1,5 +1,6 @@
 """Shared by the training tests: small prepared data sets with a VL cache, and settings that train on them in seconds."""
 
+import json
 import os
 import subprocess
 import sys
@@ -70,18 +71,40 @@ def _builder(settings_class, root, tmp_path):
     return build
 
 
-def launch(module: str, flags: dict, processes: int = 1, background: bool = False, **options):
-    """Start a front door as a program, under torchrun where `processes` > 1; returns the finished (or running) process."""
-    words = [sys.executable, "-m", f"vla_lib.{module}"]
+def wandb_rows(run: Path) -> list[dict]:
+    """What `wandb sync` would upload of a run folder: the history of its only W&B folder, read from its record file (LevelDB's log format)."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    (path,) = run.glob("wandb/*run-*/run-*.wandb")
+    data, at, record, rows = path.read_bytes(), 7, b"", []
+    while at + 7 <= len(data):
+        if 32768 - at % 32768 < 7:  # the rest of a block is too short for a header
+            at += 32768 - at % 32768
+            continue
+        length, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
+        record, at = record + data[at + 7 : at + 7 + length], at + 7 + length
+        if kind in (1, 4):  # whole, or the last part of one
+            row, record = Record.FromString(record), b""
+            if row.HasField("history"):
+                rows.append({item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in row.history.item})
+    return rows
+
+
+def launch(program: str | list[str], flags: dict, processes: int = 1, background: bool = False, environment: dict | None = None):
+    """Start a front door (or the words behind `python`) as a program, under torchrun where `processes` > 1.
+
+    Returns the finished (or running) process. Flags are written as the settings' names with dashes.
+    """
+    words = [sys.executable, *(program if isinstance(program, list) else ["-m", f"vla_lib.{program}"])]
     if processes > 1:
-        words = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m", f"vla_lib.{module}"]
+        words[1:1] = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     for name, value in {**SMALL, **flags}.items():
         flag = "--" + name.replace("_", "-")
         if isinstance(value, bool):
             words.append(flag if value else flag.replace("--", "--no-", 1))
         else:
             words += [flag, str(value)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled", **(environment or {})}
     if background:
-        return subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
-    return subprocess.run(words, env=environment, capture_output=True, text=True, timeout=120, **options)
+        return subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.run(words, env=environment, capture_output=True, text=True, timeout=120)

@@ -1,4 +1,9 @@
-"""Run under torchrun by a test: trains, and each rank writes the weights that it ends with and the samples that it drew."""
+"""Run under torchrun by a test: trains, and each rank writes the weights that it ends with and the samples that it drew.
+
+With KILLED_AFTER in the environment every rank is killed, as by the kernel, after that step."""
+
+import os
+import signal
 
 import torch
 
@@ -12,7 +17,10 @@ drawn = []
 class Watched(loop.Trainer):
     def _step(self, micros, loader):
         drawn.extend(int(i) for m in micros for i, c in zip(m.indices, m.counts, strict=True) if c)
-        return super()._step(micros, loader)
+        result = super()._step(micros, loader)
+        if self.step == int(os.environ.get("KILLED_AFTER", 0)):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
 
     def _end(self):
         results = super()._end()

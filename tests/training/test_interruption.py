@@ -11,21 +11,30 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from conftest import SMALL, launch
+from conftest import SMALL, launch, wandb_rows
 
 from vla_lib.core.errors import UserError
-from vla_lib.core.files import append_jsonl, read_jsonl
+from vla_lib.core.files import read_jsonl
 from vla_lib.train_async import main as train_async
+from vla_lib.train_diffusion import main as train_diffusion
 from vla_lib.training import checkpoint, loop
 from vla_lib.training.checkpoint import load_policy, read_checkpoint
-from vla_lib.training.metrics import truncate
+from vla_lib.training.settings import AsyncSettings, DiffusionSettings
 
 STEPS = 12
 RUN = {"max_steps": STEPS, "batch_size": 4, "grad_accum_steps": 2, "lr": 1e-3, "dropout": 0.1, "checkpoint_every_steps": 2}
 
 
+DIFFUSION = {"diffusion_timesteps": 10, "ddim_steps": 2}
+
+
+def latest(run: Path) -> Path:
+    (path,) = [*run.glob("checkpoints/qwen_vla_async.pt"), *run.glob("checkpoints/diffusion_stage1_latest.pt")]
+    return path
+
+
 def weights(run: Path) -> dict:
-    content = read_checkpoint(run / "checkpoints" / "qwen_vla_async.pt")
+    content = read_checkpoint(latest(run))
     return {**{f"raw {k}": v for k, v in content["training"]["model"].items()}, **content["policy"]}
 
 
@@ -36,7 +45,8 @@ def same(a: dict, b: dict, tolerance: float = 0.0) -> bool:
 
 
 def figures(run: Path) -> list[tuple]:
-    return [(r["step"], r.get("epoch"), r.get("train/loss_step"), r.get("val/loss_epoch")) for r in read_jsonl(run / "metrics.jsonl")]
+    rows = read_jsonl(run / "metrics.jsonl")
+    return [(r["step"], r.get("epoch"), r.get("train/loss_step", r.get("train/noise_loss")), r.get("val/loss_epoch")) for r in rows]
 
 
 def wait_for_step(run: Path, step: int, process: subprocess.Popen) -> None:
@@ -46,35 +56,46 @@ def wait_for_step(run: Path, step: int, process: subprocess.Popen) -> None:
         time.sleep(0.02)
 
 
+MODELS = {"async": (AsyncSettings, train_async, {}), "diffusion": (DiffusionSettings, train_diffusion, DIFFUSION)}
+
+
 @pytest.fixture(scope="module")
 def whole(mixed, tmp_path_factory):
-    """The uninterrupted run."""
-    from vla_lib.training.settings import AsyncSettings
-
+    """The uninterrupted run of each model."""
+    runs = tmp_path_factory.mktemp("whole")
     torch.set_num_threads(1)
-    run = tmp_path_factory.mktemp("whole") / "run"
-    train_async(AsyncSettings(**SMALL, **RUN, dataset_root=mixed, run_dir=run))
-    return run
+    for model, (settings_class, train, extra) in MODELS.items():
+        train(settings_class(**{**SMALL, **RUN, **extra, "dataset_root": mixed, "run_dir": runs / model}))
+    return runs
 
 
-@pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGTERM])
-def test_trap_24_killed_and_resumed_is_the_uninterrupted_run(kill, whole, mixed, async_settings, tmp_path):
+@pytest.mark.parametrize(
+    ("model", "kill", "wandb_mode"),
+    [("async", signal.SIGKILL, "offline"), ("async", signal.SIGTERM, "disabled"), ("diffusion", signal.SIGKILL, "disabled")],
+)
+def test_trap_24_killed_and_resumed_is_the_uninterrupted_run(model, kill, wandb_mode, whole, mixed, tmp_path):
+    """The same weights bit for bit; metrics.jsonl and W&B hold every step once."""
     run = tmp_path / "run"
-    process = launch("train_async", {**RUN, "dataset_root": mixed, "run_dir": run}, background=True)
+    settings_class, train, extra = MODELS[model]
+    flags = {**RUN, **extra, "dataset_root": mixed, "run_dir": run, "wandb_mode": wandb_mode}
+    process = launch(f"train_{model}", flags, background=True)
     wait_for_step(run, 5, process)
     process.send_signal(kill)
     output = process.communicate(timeout=60)[0]
-    saved = read_checkpoint(run / "checkpoints" / "qwen_vla_async.pt")["step"]
+    saved = read_checkpoint(latest(run))["step"]
     last = max(r["step"] for r in read_jsonl(run / "metrics.jsonl"))
     if kill == signal.SIGTERM:
         assert process.returncode == 0 and saved == last and "go on with --resume" in output  # saved within the step
     else:
         assert process.returncode == -signal.SIGKILL and saved > last - 3
     if last < STEPS:  # it was stopped on the way, not after the end
-        results = train_async(async_settings(**RUN, resume=True))
-        assert results["step"] == STEPS
-    assert same(weights(run), weights(whole))
-    assert figures(run) == figures(whole)
+        assert train(settings_class(**{**SMALL, **flags}, resume=True))["step"] == STEPS
+    assert same(weights(run), weights(whole / model))
+    assert figures(run) == figures(whole / model)
+    if wandb_mode == "offline":
+        told = wandb_rows(run)
+        assert [r["_step"] for r in told] == list(range(1, STEPS + 1)) and "val/loss_epoch" in told[-1]
+        assert [r["train/loss_step"] for r in told] == [f[2] for f in figures(run) if f[2] is not None]
 
 
 def test_resuming_a_finished_run_with_more_epochs_goes_on(async_settings, tmp_path):
@@ -181,35 +202,49 @@ def test_latest_is_never_older_than_the_interval(async_settings, monkeypatch):
     assert max(seen) <= 20.0 + 7.0
 
 
-def test_truncate_drops_what_came_after_the_checkpoint(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    for row in ({"step": 1}, {"step": 2}, {"step": 2, "epoch": 1}, {"step": 3}, {"step": 4}, {"step": 4, "epoch": 2}):
-        append_jsonl(path, row)
-    with open(path, "a") as file:
-        file.write('{"step": 5, "tra')  # killed while writing
-    truncate(path, 4, 1)
-    assert [(r["step"], r.get("epoch")) for r in read_jsonl(path)] == [(1, None), (2, None), (2, 1), (3, None), (4, None)]
+TWO = {"max_steps": 5, "lr": 1e-3, "grad_accum_steps": 2, "sensor_enabled": False, "checkpoint_every_steps": 2}
 
 
-def test_trap_19_two_ranks_equal_one_of_twice_the_batch(mixed, async_settings, tmp_path):
-    """Weights after 5 steps agree within 1e-5, all ranks hold the same bits, they drew different samples, validation covers all of them."""
-    flags = {"max_steps": 5, "lr": 1e-3, "grad_accum_steps": 2}
-    worker = Path(__file__).with_name("rank_worker.py")
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(worker), "--no-sensor-enabled"]
-    for name, value in {**SMALL, **flags, "batch_size": 3, "dataset_root": mixed, "run_dir": tmp_path / "two"}.items():
-        words += ["--" + name.replace("_", "-"), str(value)]
-    done = subprocess.run(words, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120)
+def on_two_ranks(root: Path, run: Path, resume: bool = False, killed_after: int = 0) -> subprocess.CompletedProcess:
+    """The worker beside this file below torchrun, batches of 3."""
+    flags = {**TWO, "batch_size": 3, "resume": resume}
+    words = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(Path(__file__).with_name("rank_worker.py"))]
+    environment = {"KILLED_AFTER": str(killed_after)}
+    return launch(words, {**flags, "dataset_root": root, "run_dir": run}, environment=environment)
+
+
+@pytest.fixture(scope="module")
+def two_ranks(mixed, tmp_path_factory):
+    """The uninterrupted run of two processes."""
+    run = tmp_path_factory.mktemp("two") / "run"
+    done = on_two_ranks(mixed, run)
     assert done.returncode == 0, done.stdout + done.stderr
-    ranks = [torch.load(tmp_path / "two" / f"rank{r}.pt") for r in range(2)]
+    return run
+
+
+def test_trap_19_two_ranks_equal_one_of_twice_the_batch(two_ranks, async_settings, tmp_path):
+    """Weights after 5 steps agree within 1e-5, all ranks hold the same bits, they drew different samples, validation covers all of them."""
+    ranks = [torch.load(two_ranks / f"rank{r}.pt") for r in range(2)]
     assert same(ranks[0]["weights"], ranks[1]["weights"])
     assert ranks[0]["metrics"] == ranks[1]["metrics"]
-    one = train_async(async_settings("one", **flags, batch_size=6, sensor_enabled=False))
-    content = read_checkpoint(tmp_path / "one" / "checkpoints" / "qwen_vla_async.pt")
+    one = train_async(async_settings("one", **TWO, batch_size=6))
+    content = read_checkpoint(latest(tmp_path / "one"))
     assert same(content["training"]["model"], ranks[0]["weights"], 1e-5)
     assert content["metrics"] == pytest.approx(ranks[0]["metrics"], rel=1e-4)
-    assert figures(tmp_path / "one")[4][2] == pytest.approx(figures(tmp_path / "two")[4][2], rel=1e-4)
+    assert figures(tmp_path / "one")[4][2] == pytest.approx(figures(two_ranks)[4][2], rel=1e-4)
     a, b = ranks[0]["drawn"], ranks[1]["drawn"]
     assert len(a) == len(b) == 30 and a != b and one["processes"] == 1
+
+
+def test_trap_24_two_ranks_killed_and_resumed_are_the_uninterrupted_run(two_ranks, mixed, tmp_path):
+    """All ranks are killed after step 3, the checkpoint is of step 2."""
+    run = tmp_path / "run"
+    assert on_two_ranks(mixed, run, killed_after=3).returncode != 0
+    assert read_checkpoint(latest(run))["step"] == 2 and read_jsonl(run / "metrics.jsonl")[-1]["step"] == 3
+    done = on_two_ranks(mixed, run, resume=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert same(weights(run), weights(two_ranks)) and figures(run) == figures(two_ranks)
+    assert same(torch.load(run / "rank1.pt")["weights"], torch.load(two_ranks / "rank1.pt")["weights"])
 
 
 def test_losing_a_rank_ends_the_job_and_one_process_goes_on(mixed, async_settings, tmp_path):

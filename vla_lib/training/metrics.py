@@ -2,13 +2,20 @@
 
 import contextlib
 import json
-import netrc
 import os
+import shutil
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from vla_lib.core.files import append_jsonl, read_jsonl, write_text
+
+REACH_S = 30.0  # how long a training waits for W&B when it starts
+UPLOAD_S = 120.0  # and for its last figures to be taken when it ends
+END_S = 10.0  # and for its service process to end
 
 
 def truncate(path: Path, step: int, epochs: float) -> None:
@@ -20,67 +27,108 @@ def truncate(path: Path, step: int, epochs: float) -> None:
 
 
 def wandb_mode(asked: str) -> str:
-    """`auto` becomes `online` where a key is set (environment or netrc), else `offline`: a run never waits for a network."""
+    """`auto` becomes `online` where a key is set (environment, or what `wandb login` left in netrc), else `offline`. Asks no network."""
     if asked != "auto":
         return asked
     if os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun"):
         return "disabled" if os.environ["WANDB_MODE"] == "disabled" else "offline"
     if os.environ.get("WANDB_API_KEY"):
         return "online"
-    with contextlib.suppress(OSError, netrc.NetrcParseError):
-        if netrc.netrc().authenticators("api.wandb.ai"):
-            return "online"
-    return "offline"
+    try:
+        import wandb
+
+        return "online" if wandb.login(prompt=False, verify=False) else "offline"
+    except Exception:  # a spoilt key or settings file
+        return "offline"
 
 
 class MetricsLog:
     """Appends to `<run_dir>/metrics.jsonl` and logs to W&B. Only the main process makes one.
 
     A row is `{"step", "time", "elapsed_s", "train/..."}` for each optimiser step or `{"epoch", "step", ..., "val/..."}` after each
-    validation. W&B continues the run whose id the first start put into the checkpoint; a failure of W&B never stops a training.
+    validation. W&B continues the run whose id the first start put into the checkpoint: the rows that it does not have are told to it
+    again from metrics.jsonl, which `truncate` has cut back to the checkpoint. A failure of W&B never stops a training.
     """
 
     def __init__(self, run_dir: Path, project: str, mode: str, config: dict[str, Any], wandb_id: str):
         self.path = run_dir / "metrics.jsonl"
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.touch()
+        os.environ.setdefault("WANDB_SILENT", "true")
+        os.environ.pop("WANDB_SERVICE", None)  # of the program that started this one: it keeps the id of a killed run in use
         self._wandb = self._start(project, wandb_mode(mode), config, wandb_id, run_dir)
+        if self._wandb is not None:
+            for row in read_jsonl(self.path):
+                if row["step"] >= self._wandb.starting_step:  # 0 in a new or an offline run
+                    self._tell(row)
+            for folder in (run_dir / "wandb").glob(f"*run-*-{wandb_id}"):  # of starts before this one, which has all that they had
+                if folder != self._folder:
+                    shutil.rmtree(folder, ignore_errors=True)
 
     @staticmethod
     def _start(project: str, mode: str, config: dict[str, Any], wandb_id: str, run_dir: Path) -> Any:
         if mode == "disabled":
             return None
-        os.environ.setdefault("WANDB_SILENT", "true")
         try:
             import wandb
 
             options = {"project": project, "id": wandb_id, "name": run_dir.name, "config": config, "dir": str(run_dir)}
-            try:
-                resume = {"resume": "allow"} if mode == "online" else {}
-                return wandb.init(mode=mode, settings=wandb.Settings(init_timeout=30, console="off"), **options, **resume)
-            except Exception as error:
-                if mode == "offline":
-                    raise
-                print(f"W&B cannot be reached ({error}); this run is kept offline, `wandb sync` uploads it later.", flush=True)
-                return wandb.init(mode="offline", settings=wandb.Settings(console="off"), **options)
+            patience = {"init_timeout": REACH_S, "finish_timeout": UPLOAD_S, "finish_timeout_raises": True, "console": "off"}
+            if mode == "online":
+                try:
+                    return wandb.init(mode="online", resume="allow", settings=wandb.Settings(**patience), **options)
+                except Exception as error:
+                    print(f"W&B cannot be reached ({' '.join(str(error).split())}).", flush=True)
+                    _end_service()  # what is left of the attempt holds the run's id
+            run = wandb.init(mode="offline", settings=wandb.Settings(**patience), **options)
+            print(f"W&B keeps this run offline; `wandb sync {Path(run.dir).parent}` uploads it.", flush=True)
+            return run
         except Exception as error:
             print(f"W&B is not available ({error}); metrics.jsonl has every figure.", flush=True)
             return None
 
+    @property
+    def _folder(self) -> Path:
+        return Path(self._wandb.dir).parent
+
     def log(self, row: dict[str, Any]) -> None:
         """Write one row; its `step` is W&B's step."""
-        append_jsonl(self.path, {**row, "time": time.time()})
-        if self._wandb is not None:
-            values = {k: v for k, v in row.items() if isinstance(v, int | float) and k != "step"}
-            try:
-                self._wandb.log(values, step=row["step"])
-            except Exception as error:
-                print(f"W&B stopped taking figures ({error}); metrics.jsonl has every one.", flush=True)
-                self._wandb = None
+        row = {**row, "time": time.time()}
+        append_jsonl(self.path, row)
+        self._tell(row)
+
+    def _tell(self, row: dict[str, Any]) -> None:
+        if self._wandb is None:
+            return
+        values = {k: v for k, v in row.items() if isinstance(v, int | float) and k not in ("step", "time")}
+        try:
+            self._wandb.log({**values, "_timestamp": row["time"]}, step=row["step"])
+        except Exception as error:
+            print(f"W&B stopped taking figures ({error}); metrics.jsonl has every one.", flush=True)
+            self._wandb = None
 
     def close(self) -> None:
-        """Finish the W&B run."""
-        if self._wandb is not None:
-            with contextlib.suppress(Exception):
-                self._wandb.finish(quiet=True)
-            self._wandb = None
+        """Finish the W&B run; where its figures are not taken in time, say how to upload them later."""
+        if self._wandb is None:
+            return
+        folder = self._folder
+        try:
+            self._wandb.finish()
+        except Exception as error:
+            print(f"W&B has not taken every figure ({error}); `wandb sync {folder}` uploads them.", flush=True)
+        self._wandb = None
+        _end_service()
+
+
+def _end_service() -> None:
+    """End W&B's service process; where it does not end when told (seen after a run had been finished), kill it: a training must not wait."""
+    import wandb
+
+    services = [process for process in psutil.Process().children() if "wandb-core" in process.name()]
+    ending = threading.Thread(target=wandb.teardown, daemon=True)
+    ending.start()
+    ending.join(END_S)
+    for process in services:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    ending.join(END_S)
