@@ -24,7 +24,7 @@ class Watched(loop.Trainer):
 
     def _end(self):
         results = super()._end()
-        state = {"weights": self.policy.state_dict(), "drawn": drawn, "metrics": self.metrics}
+        state = {"weights": self.policy.state_dict(), "lora": dict(enumerate(self.lora)), "drawn": drawn, "metrics": self.metrics}
         torch.save(state, self.run_dir / f"rank{self.rank}.pt")
         return results
 

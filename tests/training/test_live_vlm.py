@@ -1,22 +1,25 @@
 """Stage 2: LoRA on the language model with the live VLM, from a stage-1 checkpoint."""
 
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL
+from conftest import SMALL, launch
 from PIL import Image, ImageDraw
 from synthetic import VIEWS, write_dataset
 
 from vla_lib.core.errors import UserError
-from vla_lib.episodes import load_prepared
+from vla_lib.episodes import find_prepared, load_prepared
 from vla_lib.evaluation.open_loop import evaluate_open_loop, sample_set
 from vla_lib.evaluation.rehearsal import make_extractor
+from vla_lib.features import vision_cache
 from vla_lib.features.builder import build
-from vla_lib.features.cache import cache_folder, remove
+from vla_lib.features.cache import FeatureCache, cache_folder, remove
 from vla_lib.features.extractor import FeatureExtractor
 from vla_lib.features.settings import BuildSettings
+from vla_lib.features.vision_cache import VisionCache
 from vla_lib.train_async import main as train_async
 from vla_lib.train_diffusion import main as train_diffusion
 from vla_lib.training import loop
@@ -149,6 +152,55 @@ def test_it_trains_is_resumed_and_its_checkpoint_predicts_alike_everywhere(seen,
 def tensors(content: dict) -> list[dict]:
     training = content["training"]
     return [content["policy"], training["model"], content["adapter"]["weights"], training["adapter"]["weights"]]
+
+
+@pytest.mark.parametrize("seen", ["tiny"], indirect=True)
+def test_two_ranks_hold_equal_weights_those_of_one_with_twice_the_batch(seen, tmp_path):
+    """Of the policy and of LoRA; they share the work on missing vision tokens."""
+    root = tmp_path / "data"
+    shutil.copytree(seen[0], root)
+    for path in cache_folder(root).glob("*/vision/*.pt"):
+        path.unlink()
+    flags = {**FEW, "max_steps": 3, "dataset_root": root, "training_stage": "stage2", "lora_rank": 4, "stage1_checkpoint": seen[1]}
+    worker = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(Path(__file__).with_name("rank_worker.py"))]
+    done = launch(worker, {**flags, "batch_size": 2, "run_dir": tmp_path / "two"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    ranks = [torch.load(tmp_path / "two" / f"rank{r}.pt") for r in range(2)]
+    for name in ("weights", "lora"):
+        assert all(torch.equal(value, ranks[1][name][k]) for k, value in ranks[0][name].items())
+    assert ranks[0]["metrics"] == ranks[1]["metrics"] and len(list(cache_folder(root).glob("*/vision/*.pt"))) == 5
+    train_async(AsyncSettings(**{**SMALL, **flags, "batch_size": 4, "run_dir": tmp_path / "one"}))
+    one = read_checkpoint(tmp_path / "one" / "checkpoints" / "qwen_vla_async_stage2.pt")["training"]
+    for own, other in ((one["model"], ranks[0]["weights"]), (dict(enumerate(one["adapter"]["weights"].values())), ranks[0]["lora"])):
+        assert own.keys() == other.keys() and all(torch.allclose(own[k], other[k], atol=1e-4) for k in own)
+
+
+def test_vision_tokens_are_read_in_parts_masked_where_unreadable_and_made_again_where_damaged(seen, tmp_path, monkeypatch):
+    root = tmp_path / "data"
+    shutil.copytree(seen[0], root)
+    cache = FeatureCache.open(root)
+    extractor = FeatureExtractor.from_binding(cache.binding, "cpu")
+    episode = load_prepared(find_prepared(root)[0])
+    first = VisionCache(cache, extractor)
+    first.build([episode])
+    whole = first.episode(episode)
+    for tick, step in ((0, 0), (2, 6)):
+        Path(episode.picture_path(VIEWS[0], step)).write_bytes(b"no picture")
+        assert whole.ticks[tick][0] >= 0
+    (path,) = (p for p in (cache.folder / "vision").glob("*.pt") if episode.path.name in p.name)
+    half = path.read_bytes()[: path.stat().st_size // 2]
+    path.unlink()  # the old file stays mapped
+    path.write_bytes(half)
+    again = VisionCache(cache, extractor)
+    assert [e.path for e in again.missing([episode])] == [episode.path]
+    monkeypatch.setattr(vision_cache, "PICTURES", 1)  # a part of one, that cannot be read
+    again.build([episode])
+    parts = again.episode(episode)
+    assert [[place >= 0 for place in row] for row in parts.ticks] == [[False, True], [True, True], [False, True], [True, True]]
+    for tick, row in enumerate(parts.ticks):
+        for view, place in enumerate(row):
+            if place >= 0:
+                torch.testing.assert_close(parts.picture(place, "cpu").tokens, whole.picture(whole.ticks[tick][view], "cpu").tokens)
 
 
 def test_the_loss_falls(seen, tmp_path):

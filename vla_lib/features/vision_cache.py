@@ -17,7 +17,7 @@ from vla_lib.core.errors import UserError
 from vla_lib.core.files import atomic_path
 from vla_lib.features.cache import VISION, FeatureCache, episode_key, feature_file
 from vla_lib.features.extractor import FeatureExtractor, Seen
-from vla_lib.features.reader import BatchReader, plan_batches
+from vla_lib.features.reader import BatchPlan, BatchReader, plan_batches
 
 PICTURES = 16  # in one pass of the vision tower
 
@@ -75,11 +75,7 @@ class VisionCache:
         for episode in episodes:
             steps = self.cache.episode(episode).tick_step.tolist()
             (plan,) = plan_batches(0, episode, steps, self.cache.binding["views"], len(steps))
-            batch = BatchReader([plan], self.extractor.recipe, self.cache.root)[0]
-            pictures = batch.pictures(torch.device("cpu"))
-            with torch.no_grad():
-                parts = [self._looked(pictures[k : k + PICTURES]) for k in range(0, len(pictures), PICTURES)]
-            seen = [one for part in parts for one in part]
+            seen, places = self._look_at(plan.files)
             levels = len(seen[0].deep) if seen else 0
             rows = [len(one.tokens) for one in seen]
             empty = torch.zeros(0, self.extractor.hidden_size, dtype=self.extractor.dtype)
@@ -92,7 +88,7 @@ class VisionCache:
                 else empty[None][:0],
                 "start": torch.tensor([0, *rows]).cumsum(0),
                 "grid": torch.tensor([one.grid for one in seen], dtype=torch.int64).reshape(-1, 2),
-                "ticks": torch.tensor(batch.ticks, dtype=torch.int64),
+                "ticks": torch.tensor([[places.get(number, -1) for number in tick] for tick in plan.ticks], dtype=torch.int64),
             }
             try:
                 with atomic_path(self._file(episode)) as temporary, open(temporary, "wb") as file:
@@ -111,9 +107,18 @@ class VisionCache:
             self._open[key] = found
         return self._open[key]
 
-    def _looked(self, pictures: list[torch.Tensor]) -> list[Seen]:
-        found = self.extractor.look(pictures)
-        return [Seen(one.grid, one.tokens.to(self.extractor.dtype).cpu(), [level.cpu() for level in one.deep]) for one in found]
+    def _look_at(self, files: Sequence[Path]) -> tuple[list[Seen], dict[int, int]]:
+        """What the vision tower makes of the files that can be read, on the CPU, and each such file's place there; pixels of a few at a time."""
+        chunks = range(0, len(files), PICTURES)
+        plans = [BatchPlan(0, start, part := files[start : start + PICTURES], tuple((k,) for k in range(len(part)))) for start in chunks]
+        reader, seen, places = BatchReader(plans, self.extractor.recipe, self.cache.root), [], {}
+        for number, plan in enumerate(plans):
+            batch = reader[number]
+            places |= {plan.first + k: len(seen) + place for k, (place,) in enumerate(batch.ticks) if place >= 0}
+            with torch.no_grad():
+                found = self.extractor.look(batch.pictures(torch.device("cpu")))
+            seen += [Seen(one.grid, one.tokens.to(self.extractor.dtype).cpu(), [level.cpu() for level in one.deep]) for one in found]
+        return seen, places
 
     def _file(self, episode: Any) -> Path:
         return feature_file(self.folder, episode_key(self.cache.root, episode.path))
@@ -121,8 +126,8 @@ class VisionCache:
     def _read(self, episode: Any) -> VisionTokens | None:
         try:
             value = torch.load(self._file(episode), weights_only=True, mmap=True, map_location="cpu")
-        except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError):
+            if (value["binding"], value["fingerprint"]) != (self.cache.binding["id"], episode.fingerprint):
+                return None
+            return VisionTokens(value["tokens"], value["deep"], *(value[name].tolist() for name in ("start", "grid", "ticks")))
+        except (OSError, RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError, pickle.UnpicklingError):
             return None
-        if (value["binding"], value["fingerprint"]) != (self.cache.binding["id"], episode.fingerprint):
-            return None
-        return VisionTokens(value["tokens"], value["deep"], *(value[name].tolist() for name in ("start", "grid", "ticks")))
