@@ -1,7 +1,10 @@
 """Run under torchrun by a test: trains, and each rank writes the weights that it ends with and the samples that it drew.
 
-With KILLED_AFTER in the environment every rank is killed, as by the kernel, after that step."""
+With KILLED_AFTER in the environment every rank is killed, as by the kernel, after that step. With DIFFUSION there, settings as JSON, the
+diffusion model is trained after the async one, in the same processes."""
 
+import dataclasses
+import json
 import os
 import signal
 
@@ -9,7 +12,7 @@ import torch
 
 from vla_lib.core import frontdoor
 from vla_lib.training import loop
-from vla_lib.training.settings import AsyncSettings
+from vla_lib.training.settings import AsyncSettings, DiffusionSettings
 
 drawn = []
 
@@ -29,6 +32,13 @@ class Watched(loop.Trainer):
         return results
 
 
+def main(settings):
+    loop.train(settings)
+    if "DIFFUSION" in os.environ:
+        drawn.clear()
+        loop.train(DiffusionSettings(**dataclasses.asdict(settings) | json.loads(os.environ["DIFFUSION"])))
+
+
 if __name__ == "__main__":
     loop.Trainer = Watched
-    frontdoor.start(AsyncSettings, loop.train)
+    frontdoor.start(AsyncSettings, main)

@@ -1,6 +1,7 @@
 """Kills, stops, resumptions, several processes: the result is the uninterrupted run's."""
 
 import dataclasses
+import json
 import os
 import signal
 import subprocess
@@ -210,6 +211,8 @@ def on_two_ranks(root: Path, run: Path, resume: bool = False, killed_after: int 
     flags = {**TWO, "batch_size": 3, "resume": resume}
     words = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(Path(__file__).with_name("rank_worker.py"))]
     environment = {"KILLED_AFTER": str(killed_after)}
+    if not resume and not killed_after:
+        environment["DIFFUSION"] = json.dumps({**DIFFUSION, "sensor_enabled": True, "run_dir": str(run.with_name("diffusion"))})
     return launch(words, {**flags, "dataset_root": root, "run_dir": run}, environment=environment)
 
 
@@ -222,16 +225,20 @@ def two_ranks(mixed, tmp_path_factory):
     return run
 
 
-def test_trap_19_two_ranks_equal_one_of_twice_the_batch(two_ranks, async_settings, tmp_path):
+@pytest.mark.parametrize("model", MODELS)
+def test_trap_19_two_ranks_equal_one_of_twice_the_batch(model, two_ranks, mixed, tmp_path):
     """Weights after 5 steps agree within 1e-5, all ranks hold the same bits, they drew different samples, validation covers all of them."""
-    ranks = [torch.load(two_ranks / f"rank{r}.pt") for r in range(2)]
+    two = two_ranks.with_name({"async": "run", "diffusion": "diffusion"}[model])
+    ranks = [torch.load(two / f"rank{r}.pt") for r in range(2)]
     assert same(ranks[0]["weights"], ranks[1]["weights"])
     assert ranks[0]["metrics"] == ranks[1]["metrics"]
-    one = train_async(async_settings("one", **TWO, batch_size=6))
+    settings_class, train, extra = MODELS[model]
+    flags = {**SMALL, **TWO, **extra, "sensor_enabled": model == "diffusion", "batch_size": 6}
+    one = train(settings_class(**flags, dataset_root=mixed, run_dir=tmp_path / "one"))
     content = read_checkpoint(latest(tmp_path / "one"))
     assert same(content["training"]["model"], ranks[0]["weights"], 1e-5)
     assert content["metrics"] == pytest.approx(ranks[0]["metrics"], rel=1e-4)
-    assert figures(tmp_path / "one")[4][2] == pytest.approx(figures(two_ranks)[4][2], rel=1e-4)
+    assert figures(tmp_path / "one")[4][2] == pytest.approx(figures(two)[4][2], rel=1e-4)
     a, b = ranks[0]["drawn"], ranks[1]["drawn"]
     assert len(a) == len(b) == 30 and a != b and one["processes"] == 1
 
