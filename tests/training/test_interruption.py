@@ -18,7 +18,7 @@ from vla_lib.core.errors import UserError
 from vla_lib.core.files import read_jsonl
 from vla_lib.train_async import main as train_async
 from vla_lib.train_diffusion import main as train_diffusion
-from vla_lib.training import checkpoint, loop
+from vla_lib.training import checkpoint, loop, metrics
 from vla_lib.training.checkpoint import load_policy, read_checkpoint
 from vla_lib.training.settings import AsyncSettings, DiffusionSettings
 
@@ -186,21 +186,38 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(async_settings, tmp_path, mo
     assert seen == [0, 1, 1, 3] and "is untouched; training goes on" in capsys.readouterr().out
     assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == ["qwen_vla_async.pt", "qwen_vla_async_final.pt"]
 
+    def none_left(*args):
+        raise OSError(28, "No space left on device")
 
-def test_latest_is_never_older_than_the_interval(async_settings, monkeypatch):
-    now, seen = [0.0], []
+    monkeypatch.setattr(metrics, "append_jsonl", none_left)
+    with pytest.raises(UserError, match="metrics.jsonl cannot be written .*No space left.*--resume"):
+        train_async(async_settings("other", max_steps=4, val_fraction=0.0))
+
+
+@pytest.mark.parametrize("batch_size", [1, 60])  # all steps within one epoch, or an epoch of two steps, each better than the one before
+def test_latest_is_never_older_than_the_interval(batch_size, async_settings, monkeypatch):
+    now, ages, written = [0.0], [], [0.0]
     monkeypatch.setattr(loop.time, "monotonic", lambda: now[0])
-    step = loop.Trainer._step
+    monkeypatch.setattr(loop, "validate", lambda *args: {"val/action_loss": -now[0]})
+    monkeypatch.setattr(loop.reporting, "epoch_lines", lambda *args: [])
+    monkeypatch.setattr(loop, "EPOCH_SAVE_S", 1e9)
+    save, step = loop.save_checkpoint, loop.Trainer._step
+
+    def watched(path, content):
+        save(path, content)
+        if path.name == "qwen_vla_async.pt":
+            written[0] = now[0]
 
     def slow(self, *args):
         now[0] += 7.0
         result = step(self, *args)
-        seen.append(now[0] - self.saved_at)
+        ages.append(now[0] - written[0])
         return result
 
+    monkeypatch.setattr(loop, "save_checkpoint", watched)
     monkeypatch.setattr(loop.Trainer, "_step", slow)
-    train_async(async_settings(max_steps=9, checkpoint_every_s=20.0, epochs=99, batch_size=1, grad_accum_steps=1))
-    assert max(seen) <= 20.0 + 7.0
+    train_async(async_settings(max_steps=9, checkpoint_every_s=20.0, epochs=99, batch_size=batch_size, grad_accum_steps=1))
+    assert max(ages) <= 20.0 + 7.0 and len(ages) == 9
 
 
 TWO = {"max_steps": 5, "lr": 1e-3, "grad_accum_steps": 2, "sensor_enabled": False, "checkpoint_every_steps": 2}

@@ -59,7 +59,8 @@ def test_the_guides_lines_run_verbatim(line, settings_class, processes, mixed, t
 @pytest.mark.parametrize("joint", ["-", "_"])
 def test_every_flag_of_the_guide_with_dashes_and_underscores(settings_class, joint):
     flags = "dataset-dir x batch-size 2 grad-accum 16 lr 5e-5 epochs 50 vlm-reuse-count 4 num-workers 8 "
-    flags += "sensor-loss-weight 3.0 seed 5 horizon 4 max-steps 9 run-dir y"
+    flags += "sensor-loss-weight 3.0 seed 5 horizon 4 max-steps 9 run-dir y sensor-window-size 130 image-resize-height 180 "
+    flags += "image-resize-width 320 training-stage stage1" + (" diffusion-timesteps 50" if settings_class is DiffusionSettings else "")
     words = flags.split()
     argv = [w if k % 2 else "--" + w.replace("-", joint) for k, w in enumerate(words)] + [f"--no{joint}sensor{joint}enabled", "--resume"]
     settings = parse(settings_class, argv)
@@ -71,6 +72,9 @@ def test_every_flag_of_the_guide_with_dashes_and_underscores(settings_class, joi
         True,
         5,
     )
+    assert (settings.sensor_window_size, settings.image_resize_height, settings.image_resize_width) == (130, 180, 320)
+    assert (settings.horizon, settings.max_steps, str(settings.run_dir), str(settings.dataset_root)) == (4, 9, "y", "x")
+    assert getattr(settings, "diffusion_timesteps", 50) == 50
 
 
 @pytest.mark.parametrize(

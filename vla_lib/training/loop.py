@@ -359,18 +359,26 @@ class Trainer:
         } | ({"adapter": self.live.record()} if self.live else {})
 
     def _save(self, best: bool = False, must: bool = False) -> None:
-        """Write the newest checkpoint (or the best one). A failed write keeps the file that was there: said aloud, an error if `must`."""
+        """Write the newest checkpoint, or the best one, which does not make the newest one any younger."""
         if not self.main:
             return
-        path = self.latest.with_name(self.settings.checkpoints.best) if best else self.latest
-        try:
-            save_checkpoint(path, self._content() if best else self._content() | {"training": self._state()})
+        if best:
+            self._write(self.settings.checkpoints.best, {}, must)
+        elif self._write(self.settings.checkpoints.latest, {"training": self._state()}, must):
             self.saved_at = time.monotonic()
+
+    def _write(self, name: str, more: dict[str, Any], must: bool) -> bool:
+        """Write one checkpoint. A failure keeps the file that was there: said aloud, an error if `must`. Returns whether it was written."""
+        path = self.latest.with_name(name)
+        try:
+            save_checkpoint(path, self._content() | more)
+            return True
         except OSError as error:
             said = f"{path} could not be written ({error}); the one written before it is untouched"
             if must:
                 raise UserError(f"{said}. Make room and go on with --resume.") from error
             print(f"{said}; training goes on and tries again.", flush=True)
+            return False
 
     def _end(self) -> dict[str, Any]:
         s = self.settings
@@ -381,7 +389,7 @@ class Trainer:
             else:
                 self._save(must=True)
                 if s.checkpoints.final:
-                    save_checkpoint(self.latest.with_name(s.checkpoints.final), self._content())
+                    self._write(s.checkpoints.final, {}, must=True)
             write_json(self.run_dir / "results.json", results)
         self.accelerator.wait_for_everyone()
         return results

@@ -11,6 +11,7 @@ from typing import Any
 
 import psutil
 
+from vla_lib.core.errors import UserError
 from vla_lib.core.files import append_jsonl, read_jsonl, write_text
 
 REACH_S = 30.0  # how long a training waits for W&B when it starts
@@ -92,9 +93,12 @@ class MetricsLog:
         return Path(self._wandb.dir).parent
 
     def log(self, row: dict[str, Any]) -> None:
-        """Write one row; its `step` is W&B's step."""
+        """Write one row; its `step` is W&B's step. Raises UserError where the disk is full: a step must not be missing."""
         row = {**row, "time": time.time()}
-        append_jsonl(self.path, row)
+        try:
+            append_jsonl(self.path, row)
+        except OSError as error:
+            raise UserError(f"{self.path} cannot be written ({error}). Make room and go on with --resume.") from error
         self._tell(row)
 
     def _tell(self, row: dict[str, Any]) -> None:
