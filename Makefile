@@ -6,8 +6,8 @@ STAMP := $(VENV)/.installed
 
 .PHONY: demo test lab lock lint clean
 
-demo: $(STAMP)            ## record a data set, run the notebooks on it, print the result (DATASET=/path/to/root: your own data)
-	$(BIN)/vla demo $(if $(DATASET),--dataset-root "$(DATASET)") $(ARGS)
+demo: $(STAMP)            ## record a data set, run the notebooks on it, print the result (DATASET=/path/to/root: the notebooks on your own data)
+	$(BIN)/vla $(if $(DATASET),run-all --dataset-root "$(DATASET)",demo) $(ARGS)
 
 test: $(STAMP)            ## all tests, after the same set-up
 	$(BIN)/python -m pytest $(ARGS)

@@ -1,10 +1,11 @@
-"""`vla`: runs notebooks headless, one or many; the lab book of runs, the demo, JupyterLab, a look at the machine; lists the front doors."""
+"""`vla`: runs notebooks headless, one or many; the lab book of runs, the whole flow, the demo, JupyterLab, a look at the machine; lists the front doors."""
 
 import argparse
 import ast
 import os
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from vla_lib.core.errors import UserError
@@ -45,11 +46,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    notebook = argparse.ArgumentParser(add_help=False)
-    notebook.add_argument("notebook", help="path or name, e.g. 04_train_async")
-    notebook.add_argument(
+    parameters = argparse.ArgumentParser(add_help=False)
+    parameters.add_argument(
         "-p", dest="parameters", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="a parameter (repeatable)"
     )
+    notebook = argparse.ArgumentParser(add_help=False, parents=[parameters])
+    notebook.add_argument("notebook", help="path or name, e.g. 04_train_async")
     run = commands.add_parser("run", parents=[notebook], help="run a notebook headless into a run folder")
     run.add_argument("--run-dir", type=Path, default=None, help="this run folder instead of a new one below runs/")
     run.set_defaults(command=_run)
@@ -79,19 +81,31 @@ def _parser() -> argparse.ArgumentParser:
     cache.add_argument("--dataset-root", type=Path, default=PROJECT / "runs" / "demo-data")
     cache.set_defaults(command=_cache)
 
-    demo = commands.add_parser("demo", help="record a data set, run notebooks 01, 02, 03, 04, 06 on it, print the result")
-    demo.add_argument("--dataset-root", type=Path, default=None, help="use this data instead of recording some")
-    demo.add_argument("--vl-model", default="tiny", help="VL model: hub name, folder, or tiny (default: %(default)s)")
-    demo.add_argument("--nproc-per-node", type=int, default=2, help="processes of torchrun (default: %(default)s)")
-    help_text = "long: 400 episodes, 100 unseen phantoms, about an hour; small: a few seconds-long episodes, as the tests use"
-    demo.add_argument("--size", choices=["demo", "long", "small"], default="demo", help=help_text)
-    demo.set_defaults(command=_demo)
-
+    _add_flows(commands, parameters)
     lab = commands.add_parser("lab", help="open JupyterLab on the notebooks")
     lab.add_argument("--port", type=int, default=8888)
     lab.add_argument("--no-browser", action="store_true", help="do not open a browser (a remote machine)")
     lab.set_defaults(command=_lab)
     return parser
+
+
+def _add_flows(commands: argparse._SubParsersAction, parameters: argparse.ArgumentParser) -> None:
+    run_all = commands.add_parser(
+        "run-all",
+        parents=[parameters],
+        help="the guide's whole flow on a data set (inspect, preprocess, cache, train, evaluate); what is up to date is skipped",
+        description="-p NAME VALUE goes to every step with that parameter, -p NOTEBOOK.NAME VALUE to one step.",
+    )
+    run_all.add_argument("--dataset-root", type=Path, required=True, help="folder of the data sets")
+    run_all.add_argument("--diffusion", action="store_true", help="train the diffusion policy too, and compare it with the async one")
+    run_all.set_defaults(command=_run_all)
+    demo = commands.add_parser("demo", help="record a data set on the simulated rig, then the whole flow on it")
+    help_text = "long: 400 episodes, 100 unseen phantoms, about an hour; small: a few seconds-long episodes, as the tests use"
+    demo.add_argument("--size", choices=["demo", "long", "small"], default="demo", help=help_text)
+    demo.set_defaults(command=_demo)
+    for flow, processes in ((run_all, 1), (demo, 2)):
+        flow.add_argument("--vl-model", default="tiny", help="VL model: hub name, folder, or tiny (default: %(default)s)")
+        flow.add_argument("--nproc-per-node", type=int, default=processes, help="processes of torchrun (default: %(default)s)")
 
 
 def _add_runs(commands: argparse._SubParsersAction) -> None:
@@ -126,12 +140,11 @@ def _front_doors() -> str:
 
 def _run(arguments: argparse.Namespace) -> int:
     from vla_lib.workbench.headless import run_notebook
-    from vla_lib.workbench.notebook import shown
 
     result = run_notebook(arguments.notebook, _parameters(arguments), text=True, run_dir=arguments.run_dir)
     if result.error:
         print(f"error: {result.error}", file=sys.stderr)
-    print(f"{result.state}: {shown(result.page if result.page.exists() else result.path)}")
+    print(result.told)
     return result.exit_status
 
 
@@ -183,10 +196,26 @@ def _cache(arguments: argparse.Namespace) -> int:
     return cache_commands.run(arguments.action, arguments.dataset_root, arguments.binding)
 
 
+def _run_all(arguments: argparse.Namespace) -> int:
+    from vla_lib.workbench import run_all
+
+    plan = run_all.Plan(arguments.dataset_root.expanduser().resolve(), diffusion=arguments.diffusion)
+    words = {"vl_model": _model(arguments), "nproc_per_node": str(arguments.nproc_per_node)}
+    given = _parameters(arguments)
+    if twice := words.keys() & given.keys():
+        raise UserError(f"{min(twice)} has a flag of its own; say --{min(twice).replace('_', '-')}.")
+    return run_all.run(replace(plan, given=run_all.assign(words | given, plan.notebooks)))
+
+
 def _demo(arguments: argparse.Namespace) -> int:
     from vla_lib.workbench import demo
 
-    return demo.run(arguments.dataset_root, arguments.vl_model, arguments.nproc_per_node, arguments.size)
+    return demo.run(_model(arguments), arguments.nproc_per_node, arguments.size)
+
+
+def _model(arguments: argparse.Namespace) -> str:
+    folder = Path(arguments.vl_model).expanduser()
+    return str(folder.resolve()) if folder.is_dir() else arguments.vl_model  # notebooks run in a folder of their own
 
 
 def _lab(arguments: argparse.Namespace) -> int:

@@ -9,11 +9,14 @@ Bound by the bytes of robot logs and sensor files; unchanged episodes are skippe
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vla_lib.core import frontdoor
 from vla_lib.core.errors import UserError
 from vla_lib.core.files import write_json
+
+if TYPE_CHECKING:
+    from vla_lib.episodes.pipeline import Job
 
 ROTATIONS = ("rotvec", "euler")
 EXIT_STRICT = 3
@@ -80,7 +83,31 @@ def main(settings: Settings) -> dict[str, Any]:
 
     Raises UserError where there is nothing to do or nothing can be written; SystemExit(3) under `strict` where anything was left out.
     """
-    from vla_lib.episodes.pipeline import make_jobs, run_jobs
+    from vla_lib.episodes.pipeline import run_jobs
+
+    jobs = plan(settings)
+    outcome = run_jobs(jobs, settings.workers)
+    results = {
+        "episodes": len(outcome.reports),
+        "written": outcome.count("written"),
+        "unchanged": outcome.count("unchanged"),
+        "rejected": outcome.count("rejected", "failed"),
+        "good": sum(report.verdict == "good" for report in outcome.reports),
+        "left_out": outcome.left_out,
+        "reports": [report.to_dict() for report in outcome.reports],
+    }
+    if settings.report is not None:
+        write_json(settings.report, results)
+    if not settings.quiet:
+        _print(outcome, results)
+    if settings.strict and outcome.left_out:
+        raise SystemExit(EXIT_STRICT)
+    return results
+
+
+def plan(settings: Settings) -> "list[Job]":
+    """One job a raw episode. Raises UserError where a folder is missing or holds no episode."""
+    from vla_lib.episodes.pipeline import make_jobs
     from vla_lib.episodes.prepare import PrepareSettings
 
     jobs = make_jobs(
@@ -103,23 +130,7 @@ def main(settings: Settings) -> dict[str, Any]:
         raise UserError(
             f"No episode was found below {places}: an episode is a folder with a robot log (CSV with a clock and pose columns)."
         )
-    outcome = run_jobs(jobs, settings.workers)
-    results = {
-        "episodes": len(outcome.reports),
-        "written": outcome.count("written"),
-        "unchanged": outcome.count("unchanged"),
-        "rejected": outcome.count("rejected", "failed"),
-        "good": sum(report.verdict == "good" for report in outcome.reports),
-        "left_out": outcome.left_out,
-        "reports": [report.to_dict() for report in outcome.reports],
-    }
-    if settings.report is not None:
-        write_json(settings.report, results)
-    if not settings.quiet:
-        _print(outcome, results)
-    if settings.strict and outcome.left_out:
-        raise SystemExit(EXIT_STRICT)
-    return results
+    return jobs
 
 
 def _print(outcome: Any, results: dict[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """The whole path once, on a small recording: two commands' worth of work, through papermill and torchrun with two processes."""
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,10 +9,15 @@ from pathlib import Path
 import nbformat
 import pytest
 
+from vla_lib import cli
+from vla_lib.core.errors import UserError
 from vla_lib.core.files import read_json, read_jsonl
 from vla_lib.core.run_folder import read_record
-from vla_lib.workbench.demo import NOTEBOOKS
+from vla_lib.workbench.demo import SIZES
 from vla_lib.workbench.headless import run_notebook
+from vla_lib.workbench.run_all import Plan, assign, check
+
+NOTEBOOKS = Plan(Path()).notebooks
 
 
 @pytest.fixture(scope="module")
@@ -146,22 +152,114 @@ def test_the_table_tells_rates_steps_errors_times_and_the_report(demo):
     assert "data:image/png;base64" in Path(report).read_text()
 
 
+def run_all(data: Path, **train: float) -> int:
+    """`vla run-all` on the demo's data with the demo's parameters, but those of the training in `train`, in this process."""
+    size = SIZES["small"]
+    given = {"04_train_async": size.train | train, "06_evaluate": size.evaluate}
+    pairs = [["-p", f"{name}.{key}", str(value)] for name, values in given.items() for key, value in values.items()]
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["run-all", "--dataset-root", str(data), "--nproc-per-node", "2", *(word for pair in pairs for word in pair)])
+    return ended.value.code
+
+
+def states(runs: Path) -> dict[str, str]:
+    return {row["step"]: row["state"] for row in read_json(run_of(runs, "run-all") / "results.json")["steps"]}
+
+
+@pytest.fixture
+def lab_book(demo, runs_folder) -> set[Path]:
+    """A copy of the demo's run folders; its data stay where they are."""
+    shutil.copytree(demo[1], runs_folder, ignore=shutil.ignore_patterns("small-data"))
+    return set(runs_folder.iterdir())
+
+
+def test_run_all_skips_every_step_that_is_up_to_date(demo, lab_book, runs_folder, capsys):
+    assert run_all(demo[1] / "small-data") == 0
+    assert states(runs_folder) == dict.fromkeys(NOTEBOOKS, "skipped")
+    assert set(runs_folder.iterdir()) - lab_book == {run_of(runs_folder, "run-all")}  # no kernel was started
+    said = capsys.readouterr().out
+    assert all(re.search(rf"^=== {name} skipped: .+", said, re.M) for name in NOTEBOOKS)
+    page = (run_of(runs_folder, "run-all") / "report.html").read_text()
+    for name in NOTEBOOKS:  # the results that stand are shown
+        assert f"<h2>{name}</h2>" in page
+    assert page.count("not run again: ") == len(NOTEBOOKS) and page.count("data:image/png;base64") >= 8
+
+
+def test_run_all_does_again_what_new_data_ask_for_and_stops_at_the_first_failure(demo, lab_book, runs_folder, capsys):
+    data = demo[1] / "small-data"
+    known = next((data / "White_silicone_white_circle").iterdir())
+    new = known.with_name("recv_all_20260101_120000")
+    shutil.copytree(known, new, ignore=shutil.ignore_patterns("data.pkl", "sensor.npy"))
+    try:
+        assert run_all(data, lr=1e30) == 1
+    finally:
+        shutil.rmtree(new)
+    done = dict.fromkeys(NOTEBOOKS[:3], "ran") | {"04_train_async": "failed"}
+    assert states(runs_folder) == done
+    assert len(set(runs_folder.iterdir()) - lab_book) == 1 + len(done)  # nothing was evaluated
+    said = capsys.readouterr().out
+    assert "=== 03_cache_vl_features runs: 1 of 27 episodes are missing" in said
+    lines = said[said.index("\nerror: ") :].splitlines()[1:]
+    failed = max(runs_folder.glob("*-04_train_async"))
+    order = [
+        "error: UserError: The loss is not finite at step",  # the cause
+        "Traceback (most recent call last):",  # of the rank
+        "Last lines of ",  # of the log, without torchrun's own report
+        f"04_train_async failed at In [6]: {failed / 'notebook.html'}",
+        "04_train_async        failed  ",  # the table of steps
+        f"report: {run_of(runs_folder, 'run-all') / 'report.html'}",
+    ]
+    found = [next(number for number, line in enumerate(lines) if line.startswith(start)) for start in order]
+    assert found[0] == 0 and found == sorted(found)
+    assert not any("elastic_launch" in line or "Root Cause" in line for line in lines)
+    assert "An Exception was encountered at" in (failed / "notebook.html").read_text()
+    record = read_record(run_of(runs_folder, "run-all"))
+    assert record["state"] == "failed" and record["error"].startswith("UserError: The loss is not finite")
+
+
+def test_run_all_refuses_another_roots_parent(demo, runs_folder, capsys):
+    assert run_all(demo[1]) == 2
+    assert "small-data is a dataset root of its own" in capsys.readouterr().err and not runs_folder.exists()
+
+
+def test_parameters_of_a_flow_reach_the_steps_that_they_mean(runs_folder):
+    given = assign({"image_resize_height": "180", "06_evaluate.batch_size": "8"}, NOTEBOOKS)
+    assert given == {
+        "03_cache_vl_features": {"image_resize_height": 180},
+        "04_train_async": {"image_resize_height": 180},
+        "06_evaluate": {"batch_size": 8},
+    }
+    for words, told in (
+        ({"batch_size": "8"}, "means different things in 3 steps"),
+        ({"lrr": "1"}, "No step has a parameter lrr"),
+        ({"06_evaluate.lr": "1"}, "06_evaluate has no parameter lr; there are"),
+        ({"05_train_diffusion.lr": "1"}, "is no step of this flow"),
+        ({"lr": "fast"}, "parameter lr wants float"),
+        ({"lr": "1e-3", "04_train_async.lr": "1e-4"}, "given twice"),
+        ({"cache_id": "x"}, "handed from step to step"),
+    ):
+        with pytest.raises(UserError, match=told):
+            assign(words, NOTEBOOKS)
+    with pytest.raises(UserError, match="must be above 0"):
+        check(Plan(Path("data"), {"04_train_async": {"lr": -1.0}}))
+
+
 @pytest.mark.parametrize(
     "words, told",
     (
-        (["--dataset-root", "nowhere"], "There is no dataset root"),
-        (["--dataset-root", "."], "holds no recorded episode"),
-        (["--vl-model", "./no-model"], "neither a folder nor a hub name"),
-        (["--nproc-per-node", "0"], "give 1 or more processes"),
+        (["run-all", "--dataset-root", "nowhere"], "There is no dataset root"),
+        (["run-all", "--dataset-root", "."], "holds no recorded episode"),
+        (["demo", "--vl-model", "./no-model"], "neither a folder nor a hub name"),
+        (["demo", "--nproc-per-node", "0"], "give 1 or more processes"),
     ),
 )
 def test_bad_input_is_one_sentence_and_status_2(words, told, tmp_path, runs_folder):
-    command = [sys.executable, "-m", "vla_lib.cli", "demo", "--size", "small", *words]
+    command = [sys.executable, "-m", "vla_lib.cli", *words]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2
     assert done.stderr.startswith("error: ") and told in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
-    assert not list(runs_folder.glob("*-demo"))
+    assert not list(runs_folder.glob("*/run.json"))
 
 
 def test_no_egl_is_told_before_anything_starts(tmp_path, runs_folder):

@@ -3,6 +3,7 @@
 import errno
 import os
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from vla_lib.core.errors import UserError
 from vla_lib.core.progress import Progress
 from vla_lib.episodes.datasets import DatasetTable
 from vla_lib.episodes.layouts import EpisodeFiles, find_episodes
-from vla_lib.episodes.prepare import PrepareSettings, Report, prepare_episode
+from vla_lib.episodes.prepare import PrepareSettings, Report, inputs_of, prepare_episode
 from vla_lib.episodes.verdict import REJECTED, verdict_table
 from vla_lib.episodes.workers import run_all
 
@@ -78,6 +79,19 @@ def make_jobs(
         instruction = table.instruction(files.dataset, files.task)
         jobs.append(Job(files, key, out, settings or PrepareSettings(), instruction, window, overwrite, report_only))
     return jobs
+
+
+def raw_state(jobs: Sequence[Job]) -> dict[str, str]:
+    """Episode key -> fingerprint of its raw files and the settings: what its data.pkl carries where it is up to date."""
+
+    def state(job: Job) -> str:
+        try:
+            return inputs_of(job.files, job.settings, job.instruction)
+        except OSError as error:
+            return f"cannot be read ({error.strerror})"
+
+    with ThreadPoolExecutor(8) as pool:  # bound by the disk
+        return dict(zip([job.key for job in jobs], pool.map(state, jobs), strict=True))
 
 
 def _parts(files: EpisodeFiles) -> list[str]:

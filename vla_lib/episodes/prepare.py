@@ -84,9 +84,7 @@ def prepare_episode(
     with folder_lock(out):
         _sweep(out)
         listing = list_pictures(files.path)
-        print_of = fingerprint(
-            files, asdict(settings) | {"instruction": instruction, "dataset": files.dataset, "task": files.task}, listing
-        )
+        print_of = inputs_of(files, settings, instruction, listing)
         if not overwrite:
             kept = _unchanged(out, print_of, window)
             if kept is not None:
@@ -99,6 +97,11 @@ def prepare_episode(
         except UserError as error:
             (out / DATA_NAME).unlink(missing_ok=True)  # what was prepared from other inputs must not stand for these
             return _failed(files, key, str(error))
+
+
+def inputs_of(files: EpisodeFiles, settings: PrepareSettings, instruction: str, listing: Listing | None = None) -> str:
+    """The fingerprint that a data.pkl of these raw files and settings carries."""
+    return fingerprint(files, asdict(settings) | {"instruction": instruction, "dataset": files.dataset, "task": files.task}, listing)
 
 
 def _failed(files: EpisodeFiles, key: str, text: str) -> Report:

@@ -24,7 +24,8 @@ from papermill.exceptions import PapermillExecutionError
 from vla_lib.core.errors import UserError
 from vla_lib.core.run_folder import RunFolder
 from vla_lib.workbench.html import export_html
-from vla_lib.workbench.notebook import RUN_DIR_VARIABLE
+from vla_lib.workbench.jobs import JobFailed
+from vla_lib.workbench.notebook import RUN_DIR_VARIABLE, shown
 from vla_lib.workbench.parameters import notebook_path, resolve
 from vla_lib.workbench.runs import data_state
 
@@ -57,6 +58,7 @@ class RunResult:
     state: str
     error: str | None = None
     bad_input: bool = False  # a cell refused what it was given (UserError), as against breaking on the way
+    cell: int | None = None  # number of the cell that failed, as in In [6]; the page begins with a banner that leads there
 
     @property
     def exit_status(self) -> int:
@@ -64,24 +66,32 @@ class RunResult:
         return 2 if self.bad_input else {"done": 0, "cancelled": 130}.get(self.state, 1)
 
     @property
+    def told(self) -> str:
+        """The state, the failing cell and where to look, in one line."""
+        where = f" at In [{self.cell}]" if self.cell is not None else ""
+        return f"{self.state}{where}: {shown(self.page if self.page.exists() else self.path)}"
+
+    @property
     def page(self) -> Path:
         """The HTML page of the executed notebook."""
         return self.path / "notebook.html"
 
 
-def run_notebook(name: str | Path, given: dict[str, Any], text: bool = False, log: bool = True, run_dir: Path | None = None) -> RunResult:
+def run_notebook(
+    name: str | Path, given: dict[str, Any], text: bool = False, log: bool = True, run_dir: Path | None = None, **noted: Any
+) -> RunResult:
     """Execute a notebook headless in a run folder of its own (`run_dir`: this one, which must hold no run yet).
 
-    `given`: parameter values, or command-line words with `text`. Raises UserError for an unknown notebook, parameter name or type, before a
-    kernel starts; a failing cell is not raised but returned as state `failed`.
+    `given`: parameter values, or command-line words with `text`; `noted`: what the run's record holds besides. Raises UserError for an unknown
+    notebook, parameter name or type, before a kernel starts; a failing cell is not raised but returned as state `failed`.
     """
     path = notebook_path(name)
     values = resolve(path, given, text)
     if run_dir is not None and (run_dir / "run.json").exists():
         raise UserError(f"{run_dir} holds a run already; give another folder.")
-    run = RunFolder.create(path.stem, values, path=run_dir, notebook=str(path), given=sorted(given), data=data_state(values))
+    run = RunFolder.create(path.stem, values, path=run_dir, notebook=str(path), given=sorted(given), data=data_state(values), **noted)
     executed = run.path / "notebook.ipynb"
-    state, error, bad_input = "failed", None, False
+    state, error, bad_input, cell = "failed", None, False, None
     with _kernel_environment(run.path), _interrupts_reach_the_kernel(), _plain_log(log):
         try:
             papermill.execute_notebook(
@@ -98,8 +108,9 @@ def run_notebook(name: str | Path, given: dict[str, Any], text: bool = False, lo
             state = "done"
         except PapermillExecutionError as failure:
             state = "cancelled" if failure.ename in CANCELLED else "failed"
-            bad_input = failure.ename == UserError.__name__
-            error = failure.evalue if bad_input else f"{failure.ename}: {failure.evalue}"
+            bad_input, cell = failure.ename == UserError.__name__, failure.exec_count
+            own_words = bad_input or failure.ename == JobFailed.__name__  # a job's error begins with its cause
+            error = failure.evalue if own_words else f"{failure.ename}: {failure.evalue}"
         except KeyboardInterrupt:
             state, error = "cancelled", "interrupted"
         except DeadKernelError:
@@ -110,7 +121,7 @@ def run_notebook(name: str | Path, given: dict[str, Any], text: bool = False, lo
             if executed.exists():
                 export_html(executed, run.path / "notebook.html")
             run.finish(state, error)
-    return RunResult(run.path, state, error, bad_input)
+    return RunResult(run.path, state, error, bad_input, cell)
 
 
 @contextmanager

@@ -233,8 +233,10 @@ def explain(log: Path, returncode: int | None) -> str:
     if not lines:
         lines = [f"The job ended with exit status {returncode}.", ""]
     if log.exists():
-        tail = log.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:]
-        lines += [f"Last lines of {log}:", *tail]
+        said = log.read_text(errors="replace").splitlines()
+        if error_file.exists():  # torchrun's own report tells the same once more
+            said = said[: next((number for number, line in enumerate(said) if "torch/distributed/elastic" in line), None)]
+        lines += [f"Last lines of {log}:", *said[-LOG_TAIL_LINES:]]
     return "\n".join(lines)
 
 

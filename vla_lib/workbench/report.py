@@ -1,10 +1,11 @@
-"""Run folders of a flow in; one offline HTML page with its figures and a link to each notebook out.
+"""Tables and run folders of a flow in; one offline HTML page with its figures and a link to each notebook out.
 
 A notebook chooses what a report shows: the outputs of its cells tagged `report`.
 """
 
 import html
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,26 +25,36 @@ pre { background: #f6f8fa; padding: .6rem; overflow-x: auto; font-size: 13px; }
 """
 
 
-def write_report(page: Path, title: str, summary: pd.DataFrame, runs: list[Path], notes: list[str] = ()) -> None:
-    """Write `page`: the summary table, then a section a run with its state, times and the outputs of its `report` cells."""
+@dataclass(frozen=True)
+class Section:
+    """A run that the report shows; `kept`: why an earlier run's results stand, empty for a new run."""
+
+    run: Path
+    kept: str = ""
+
+
+def write_report(page: Path, title: str, tables: list[pd.DataFrame], sections: list[Section], notes: list[str] = ()) -> None:
+    """Write `page`: the first table, the notes, the other tables, then each run with its state, times and the outputs of its `report` cells."""
     parts = [
         f"<!doctype html><html lang='en'><head><meta charset='utf-8'><title>{html.escape(title)}</title><style>{STYLE}</style></head><body>"
     ]
     parts.append(f"<h1>{html.escape(title)}</h1>")
-    parts.append(summary.to_html(index=False, border=0, na_rep=""))
-    parts += [f"<p>{html.escape(note)}</p>" for note in notes]
-    parts += [_section(run, page.parent) for run in runs]
+    shown = [table.to_html(index=False, border=0, na_rep="") for table in tables]
+    parts += [*shown[:1], *(f"<p>{html.escape(note)}</p>" for note in notes), *shown[1:]]
+    parts += [_section(section, page.parent) for section in sections]
     parts.append("</body></html>")
     write_text(page, "\n".join(parts))
 
 
-def _section(run: Path, start: Path) -> str:
-    record = read_record(run)
+def _section(section: Section, start: Path) -> str:
+    run, record = section.run, read_record(section.run)
     link = html.escape(os.path.relpath(run / "notebook.html", start))
     took = clock(record["duration_s"]) if record.get("duration_s") is not None else "-"
     lines = [f"<h2>{html.escape(record['name'])}</h2>"]
     state = f"<span class='{'meta' if record['state'] == 'done' else 'bad'}'>{record['state']}</span>"
     lines.append(f"<p class='meta'>{state} · {html.escape(record['started'])} · took {took} · <a href='{link}'>the whole notebook</a></p>")
+    if section.kept:
+        lines.append(f"<p class='meta'>not run again: {html.escape(section.kept)}</p>")
     if record.get("error"):
         lines.append(f"<pre class='bad'>{html.escape(record['error'])}</pre>")
     executed = run / "notebook.ipynb"

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 import webbrowser
 from pathlib import Path
 from typing import Any
@@ -112,7 +113,9 @@ def rerun(name: str) -> int:
     for gone in sorted(set(record["parameters"]) - set(known)):
         print(f"changed since: {notebook.stem} has no parameter {gone} any more (it was {record['parameters'][gone]!r})")
     result = run_notebook(notebook, given)
-    print(f"{result.state}: {shown(result.page if result.page.exists() else result.path)}")
+    if result.error:
+        print(f"error: {result.error}", file=sys.stderr)
+    print(result.told)
     return result.exit_status
 
 

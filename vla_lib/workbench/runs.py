@@ -71,14 +71,17 @@ def find_run(name: str, root: Path | None = None) -> Path:
 
 
 def data_state(parameters: dict[str, Any]) -> dict[str, Any] | None:
-    """Number and fingerprint of the prepared episodes that a run's `dataset_root` holds, and the caches there; None where it names no folder."""
+    """Number and fingerprint of the prepared episodes that a run's `dataset_root` holds (and of the weights that they are drawn with), and the
+    caches there; None where it names no folder."""
     from vla_lib.episodes import find_prepared
+    from vla_lib.episodes.datasets import TABLE_NAME
 
     root = PROJECT / Path(str(parameters.get("dataset_root") or "")).expanduser()
     if not parameters.get("dataset_root") or not root.is_dir():
         return None
     files = [folder / "data.pkl" for folder in find_prepared(root)]
     state = [(file.relative_to(root).as_posix(), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    state += [table.read_text() for table in (root / TABLE_NAME,) if table.is_file()]
     caches = sorted(path.parent.name for path in root.glob("cache/qwen_vl_features/*/binding.json"))
     return {"episodes": len(files), "fingerprint": hashlib.sha256(repr(state).encode()).hexdigest()[:12], "caches": caches}
 
