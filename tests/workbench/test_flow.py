@@ -9,7 +9,8 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from vla_lib import cli
+from vla_lib import cli, evaluate
+from vla_lib.core import frontdoor
 from vla_lib.core.errors import UserError
 from vla_lib.core.files import read_json, read_jsonl
 from vla_lib.core.run_folder import read_record
@@ -92,6 +93,14 @@ def test_the_policy_is_tried_on_unseen_phantoms_and_its_attempts_are_drawn(demo)
     assert (loop["settings"]["picture_width"], loop["settings"]["picture_height"]) == (160, 90)  # as recorded
     assert re.search(rf"closed-loop success\s+{results['successes']} of 3 unseen phantoms \(", done.stdout)
     assert (run / "notebook.html").read_text().count('type="range"') == 3  # paths, film strips, sensor: browsable offline
+
+
+def test_the_front_door_evaluates_as_the_documents_say(demo, tmp_path, capsys):
+    best = run_of(demo[1], "04_train_async") / "checkpoints" / "qwen_vla_async_best.pt"
+    latest = best.with_name("qwen_vla_async.pt")
+    evaluate.main(frontdoor.parse(evaluate.Settings, ["--checkpoints", f"best={best}", f"latest={latest}", "--run-dir", str(tmp_path)]))
+    assert set(read_json(tmp_path / "results.json")["compared_with"]) == {"latest"}
+    assert "best, val episodes" in capsys.readouterr().out
 
 
 def test_notebook_06_tells_where_the_rig_is_no_judge(demo, runs_folder):
