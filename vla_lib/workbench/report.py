@@ -1,16 +1,20 @@
 """Tables and run folders of a flow in; one offline HTML page with its figures and a link to each notebook out.
 
-A notebook chooses what a report shows: the outputs of its cells tagged `report`.
+A notebook chooses what a report shows: the outputs of its cells tagged `report`. A page above 5 MB has its largest pictures encoded anew.
 """
 
+import base64
 import html
+import io
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import nbformat
 import pandas as pd
+from PIL import Image
 
 from vla_lib.core.files import write_text
 from vla_lib.core.progress import clock
@@ -23,6 +27,9 @@ table { border-collapse: collapse; margin: .6rem 0; } th, td { padding: .25rem .
 th:first-child, td:first-child { text-align: left; } img { max-width: 100%; } .meta { color: #57606a; } .bad { color: #b42318; }
 pre { background: #f6f8fa; padding: .6rem; overflow-x: auto; font-size: 13px; }
 """
+
+LIMIT_BYTES = 5e6  # small enough for a mail
+PICTURE = re.compile(r"data:image/(?:png|jpeg);base64,([A-Za-z0-9+/=\n]+)")
 
 
 @dataclass(frozen=True)
@@ -43,7 +50,29 @@ def write_report(page: Path, title: str, tables: list[pd.DataFrame], sections: l
     parts += [*shown[:1], *(f"<p>{html.escape(note)}</p>" for note in notes), *shown[1:]]
     parts += [_section(section, page.parent) for section in sections]
     parts.append("</body></html>")
-    write_text(page, "\n".join(parts))
+    write_text(page, _within_limit("\n".join(parts)))
+
+
+def _within_limit(text: str) -> str:
+    """The page with its largest pictures as ever coarser JPEG, until it fits."""
+    for quality, width in ((80, 2000), (60, 1400), (50, 1000), (40, 700)):
+        if len(text.encode()) < LIMIT_BYTES:
+            break
+        largest = sorted({found.group(1) for found in PICTURE.finditer(text)}, key=len, reverse=True)
+        for data in largest[: max(1, len(largest) // 2)]:
+            text = text.replace(data, _encoded(data, quality, width))
+        text = text.replace("data:image/png;base64,/9j/", "data:image/jpeg;base64,/9j/")  # how every JPEG begins
+    return text
+
+
+def _encoded(data: str, quality: int, width: int) -> str:
+    picture = Image.open(io.BytesIO(base64.b64decode(data))).convert("RGBA")
+    flat = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+    flat.thumbnail((width, flat.height))
+    buffer = io.BytesIO()
+    flat.save(buffer, "JPEG", quality=quality)
+    small = base64.b64encode(buffer.getvalue()).decode()
+    return small if len(small) < len(data) else data
 
 
 def _section(section: Section, start: Path) -> str:
