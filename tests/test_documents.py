@@ -4,12 +4,16 @@ import importlib
 import re
 import shlex
 import subprocess
+import tomllib
 import webbrowser
 from pathlib import Path
 from typing import Any
 
 import papermill.cli
 import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from torch.distributed.run import get_args_parser
 
 from vla_lib import cli, preprocess, simulate
@@ -172,3 +176,16 @@ def test_every_command_is_run_by_a_test_or_named_as_needing_more():
     for test in ELSEWHERE.values():
         path, _, name = test.partition("::")
         assert f"def {name}" in (PROJECT / path).read_text(), test
+
+
+def test_the_lock_satisfies_what_pyproject_and_conda_ask():
+    project = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]
+    lines = [Requirement(line) for line in (PROJECT / "requirements.lock").read_text().splitlines() if line and not line.startswith("#")]
+    conda = yaml.safe_load((PROJECT / "environment.yml").read_text())["dependencies"]
+    (python,) = [item.partition("=")[2] for item in conda if isinstance(item, str) and item.startswith("python=")]
+    assert SpecifierSet(project["requires-python"]).contains(f"{python}.0")
+    here = {"python_version": python, "python_full_version": f"{python}.9", "sys_platform": "linux"}
+    pinned = {line.name.lower(): line.specifier for line in lines if line.marker is None or line.marker.evaluate(here)}
+    for wanted in map(Requirement, project["dependencies"]):
+        (pin,) = pinned[wanted.name.lower()]
+        assert pin.operator == "==" and wanted.specifier.contains(pin.version, prereleases=True), f"{wanted} against {pin}"

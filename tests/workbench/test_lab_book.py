@@ -147,6 +147,16 @@ def test_the_doctor_names_what_is_missing_and_what_to_do(monkeypatch, tmp_path, 
     assert "ok   Python" in said
 
 
+def test_the_doctor_compares_the_packages_with_the_lock(monkeypatch, tmp_path):
+    assert doctor._packages()[0] == "ok"
+    (tmp_path / "requirements.lock").write_text("# a comment\npandas==0.0.1\nno-such-package==1\nnumpy==1 ; sys_platform == 'win32'\n")
+    monkeypatch.setattr(doctor, "PROJECT", tmp_path)
+    level, what, said = doctor._packages()
+    assert (
+        (level, what) == ("warn", "packages") and "pandas " in said and "no-such-package missing (lock: 1)" in said and "numpy" not in said
+    )
+
+
 def cli_exit(words: list[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         cli.main(words)

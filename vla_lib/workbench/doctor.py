@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from vla_lib.core.errors import UserError
-from vla_lib.core.run_folder import runs_root
+from vla_lib.core.run_folder import PROJECT, runs_root
 
 Finding = tuple[str, str, str]  # ok | warn | fail, what was looked at, what was found and what to do
 NEEDED_GB = 14.0  # what the demo writes
@@ -34,6 +34,7 @@ def findings() -> Iterator[Finding]:
         if sys.version_info >= (3, 11)
         else ("fail", "Python", f"{version}; install 3.11 or newer, then `make clean` and `make test`")
     )
+    yield _packages()
     yield from _torch()
     yield _pictures()
     yield _disk()
@@ -45,6 +46,26 @@ def findings() -> Iterator[Finding]:
         if chromium
         else ("warn", "Chromium", "not here: the browser tests are skipped; apt-get install chromium")
     )
+
+
+def _packages() -> Finding:
+    """The installed packages against the lock (lines that hold on every platform)."""
+    odd, pinned = [], 0
+    for line in (PROJECT / "requirements.lock").read_text().splitlines():
+        name, equals, version = line.partition("==")
+        if not equals or ";" in line or line.startswith("#"):
+            continue
+        pinned += 1
+        try:
+            installed = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            installed = "missing"
+        if installed.partition("+")[0] != version:  # torch 2.15.0+cu130 is 2.15.0
+            odd.append(f"{name} {installed} (lock: {version})")
+    if not odd:
+        return "ok", "packages", f"{pinned} as the lock pins them"
+    more = f" and {len(odd) - 3} more" if len(odd) > 3 else ""
+    return "warn", "packages", f"{', '.join(odd[:3])}{more} differ from requirements.lock; `make clean`, then `make test`"
 
 
 def _torch() -> Iterator[Finding]:
