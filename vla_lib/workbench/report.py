@@ -24,7 +24,7 @@ STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1080px; margin: 2rem auto; padding: 0 1rem; color: #1b1f24; }
 h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; border-top: 1px solid #d0d7de; padding-top: 1rem; }
 table { border-collapse: collapse; margin: .6rem 0; } th, td { padding: .25rem .7rem; border-bottom: 1px solid #e3e7eb; text-align: right; }
-th:first-child, td:first-child { text-align: left; } img { max-width: 100%; } .meta { color: #57606a; } .bad { color: #b42318; }
+th:first-child, td:first-child, .words th, .words td { text-align: left; } img { max-width: 100%; } .meta { color: #57606a; } .bad { color: #b42318; }
 pre { background: #f6f8fa; padding: .6rem; overflow-x: auto; font-size: 13px; }
 """
 
@@ -46,7 +46,7 @@ def write_report(page: Path, title: str, tables: list[pd.DataFrame], sections: l
         f"<!doctype html><html lang='en'><head><meta charset='utf-8'><title>{html.escape(title)}</title><style>{STYLE}</style></head><body>"
     ]
     parts.append(f"<h1>{html.escape(title)}</h1>")
-    shown = [table.to_html(index=False, border=0, na_rep="") for table in tables]
+    shown = [table.to_html(index=False, border=0, na_rep="", classes="words") for table in tables]
     parts += [*shown[:1], *(f"<p>{html.escape(note)}</p>" for note in notes), *shown[1:]]
     parts += [_section(section, page.parent) for section in sections]
     parts.append("</body></html>")

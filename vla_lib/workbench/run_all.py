@@ -144,7 +144,7 @@ def carry_out(name: str, title: str, plan: Plan, before: Callable[[], Any] | Non
     except UserError as refusal:
         error, exit_status = str(refusal), 2
     except KeyboardInterrupt:
-        state, error, exit_status = "cancelled", "interrupted; the same command goes on with the step that was stopped", 130
+        state, error, exit_status = "cancelled", "interrupted; the same command begins again with the step that was stopped", 130
     except Exception as failure:
         error = f"{type(failure).__name__}: {failure}"
         raise
