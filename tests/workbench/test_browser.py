@@ -1,104 +1,92 @@
-"""JupyterLab in Chromium: notebook 01 runs all its cells, its slider redraws the figure, nothing prints a widget's repr."""
+"""JupyterLab in Chromium: every notebook runs all its cells on a recording of seconds, its sliders redraw, Stop stops."""
 
-import os
-import shutil
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from conftest import CHROMIUM
 
 from vla_lib import simulate
-from vla_lib.core.run_folder import PROJECT
+from vla_lib.core.files import read_json, read_jsonl
+from vla_lib.core.run_folder import PROJECT, read_record
+from vla_lib.training.checkpoint import read_checkpoint
 
-CHROMIUM = shutil.which("chromium")
 pytestmark = [pytest.mark.browser, pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed (apt-get install chromium)")]
-TOKEN = "a-token-of-the-test"
-IDLE = (
-    "(async () => { const panel = window.jupyterapp.shell.currentWidget; if (!panel || !panel.sessionContext) return false;"
-    " await panel.sessionContext.ready; const kernel = panel.sessionContext.session && panel.sessionContext.session.kernel;"
-    " return !!kernel && kernel.status === 'idle'; })()"
-)
-CELLS = "(() => window.jupyterapp.shell.currentWidget.content.model.toJSON().cells)()"
+NOTEBOOKS = sorted(path.stem for path in (PROJECT / "notebooks").glob("*.ipynb"))
+FEW = {"batch_size": 8, "grad_accum_steps": 1, "max_steps": 4, "val_fraction": 0.3, "num_workers": 0, "ddim_steps": 2}
+SMALL = {"image_resize_height": 84, "image_resize_width": 140}  # what the VL model sees
+TOLD = {
+    "03_cache_vl_features": {"vl_pooling": "grid:2x3", **SMALL},
+    "04_train_async": FEW | SMALL,
+    "05_train_diffusion": FEW | SMALL,
+    "06_evaluate": {"closed_loop_seeds": 1, "masked": False, "max_time_s": 3.0, "films": 1},
+    "07_rehearse": {"max_time_s": 2.0},
+}
+WIDGET = "application/vnd.jupyter.widget-view+json"
+SRC = "element => element.src"
 
 
-@pytest.fixture
-def lab(tmp_path: Path) -> Iterator[str]:
-    """JupyterLab on a copy of the notebooks, with folders of its own; its address."""
-    notebooks = tmp_path / "notebooks"
-    notebooks.mkdir()
-    for path in (PROJECT / "notebooks").glob("*.ipynb"):
-        shutil.copy(path, notebooks)
-    settings = tmp_path / "lab-settings" / "@jupyterlab" / "apputils-extension"
-    settings.mkdir(parents=True)
-    (settings / "notification.jupyterlab-settings").write_text('{"fetchNews": "false"}')
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    folders = {f"JUPYTER_{kind}_DIR": str(tmp_path / kind.lower()) for kind in ("CONFIG", "RUNTIME", "DATA")}
-    command = [sys.executable, "-m", "jupyterlab", str(notebooks), "--no-browser", f"--port={port}", f"--IdentityProvider.token={TOKEN}"]
-    command += ["--expose-app-in-browser", f"--LabApp.user_settings_dir={tmp_path / 'lab-settings'}", "--ServerApp.port_retries=0"]
-    command += ["--allow-root"] if os.geteuid() == 0 else []
-    environment = {**os.environ, **folders, "JUPYTERLAB_WORKSPACES_DIR": str(tmp_path / "workspaces")}
-    server = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    address = f"http://127.0.0.1:{port}"
-    try:
-        while True:
-            try:
-                urllib.request.urlopen(f"{address}/api?token={TOKEN}", timeout=2)
-                break
-            except OSError:
-                assert server.poll() is None, "JupyterLab did not start"
-                time.sleep(0.2)
-        yield address
-    finally:
-        server.terminate()
-        server.wait()
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    """A recording of three episodes."""
+    folder = tmp_path_factory.mktemp("browser") / "data"
+    simulate.main(
+        simulate.Settings(dataset_root=folder, episodes_f1=3, episodes_f2=1, picture_width=160, picture_height=90, idle_tail_s=0.2)
+    )
+    return folder
 
 
-def wait_until(page, expression: str, seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while not page.evaluate(expression):
-        assert time.monotonic() < deadline, f"still false after {seconds} s: {expression}"
-        page.wait_for_timeout(200)
+def run(desk, name: str, root: Path) -> None:
+    """Run a notebook after those that it builds on; each once."""
+    for earlier in NOTEBOOKS[: NOTEBOOKS.index(name) + 1]:
+        if earlier not in desk.ran and (earlier == name or earlier != "05_train_diffusion"):
+            desk.open(desk.copy(earlier, dataset_root=str(root), **TOLD.get(earlier, {})))
+            desk.run_all()
+            assert desk.errors() == []
+            desk.ran.add(earlier)
 
 
-def test_notebook_01_lives_in_jupyterlab(lab, tmp_path):
-    from playwright.sync_api import sync_playwright
-
-    root = tmp_path / "data"
-    simulate.main(simulate.Settings(dataset_root=root, episodes_f1=1, episodes_f2=0, picture_width=160, picture_height=90, idle_tail_s=1.0))
-    notebook = tmp_path / "notebooks" / "01_inspect_episodes.ipynb"
-    text = notebook.read_text()
-    assert "runs/demo-data" in text
-    notebook.write_text(text.replace("runs/demo-data", str(root)))
-    with sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"])
-        page = browser.new_page(viewport={"width": 1500, "height": 1000})
-        page.goto(f"{lab}/lab/tree/{notebook.name}?token={TOKEN}")
-        page.wait_for_selector(".jp-Notebook", timeout=60_000)
-        wait_until(page, IDLE, 60)
-        page.evaluate("window.jupyterapp.commands.execute('notebook:run-all-cells')")
-        wait_until(page, f"({CELLS}).filter(c => c.cell_type === 'code').every(c => c.execution_count !== null)", 120)
-        wait_until(page, IDLE, 60)
-        outputs = [output for cell in page.evaluate(CELLS) for output in cell.get("outputs", [])]
-        assert [output for output in outputs if output["output_type"] == "error"] == []
-        assert any("application/vnd.jupyter.widget-view+json" in output.get("data", {}) for output in outputs)
-
-        slider = page.locator(".noUi-handle").first
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_a_notebook_lives_in_jupyterlab(name, desk, root):
+    desk.ran.discard(name)
+    run(desk, name, root)
+    desk.picture(f"jupyterlab-{name}")
+    for output in desk.outputs():
+        data = output.get("data", {})
+        if WIDGET not in data and not {"text/html", "image/png"} & set(data):
+            text = "".join(data.get("text/plain", "")) + "".join(output.get("text", ""))
+            assert not any(word in text for word in ("<Figure", "Box(children", "Slider(", "object at 0x")), text
+    page = desk.page
+    for slider in page.locator(".jp-OutputArea input[type=range]").all():  # pictures without a kernel
+        slider.scroll_into_view_if_needed()
+        shown = slider.locator("xpath=..").locator("img:visible")
+        before = shown.evaluate(SRC)
+        slider.fill(slider.get_attribute("max"))
+        assert slider.get_attribute("max") == "0" or shown.evaluate(SRC) != before
+    for slider in page.locator(".noUi-handle").all():
         slider.scroll_into_view_if_needed()
         picture = page.locator(".jupyter-widgets.widget-image").first
-        before = picture.get_attribute("src")
-        assert before
+        before = picture.evaluate(SRC)
         for _ in range(5):
             slider.press("ArrowRight")
-        wait_until(page, f"document.querySelector('.jupyter-widgets.widget-image').src !== {before!r}", 20)
-        wait_until(page, IDLE, 20)
-        artefacts = Path(os.environ.get("VLA_ARTEFACTS", tmp_path))
-        artefacts.mkdir(parents=True, exist_ok=True)
-        page.screenshot(path=artefacts / "jupyterlab-01.png")
-        browser.close()
+        desk.until(lambda picture=picture, before=before: picture.evaluate(SRC) != before)
+
+
+def test_a_training_shows_its_progress_and_stop_stops_it(desk, root):
+    run(desk, "03_cache_vl_features", root)
+    before = set(desk.runs())
+    path = desk.copy("04_train_async", "training", dataset_root=str(root), **FEW | SMALL | {"max_steps": 1_000_000, "num_workers": 1})
+    desk.open(path)
+    desk.start_all()
+    page, text = desk.page, lambda: desk.page.locator(".jp-Notebook").inner_text()
+    desk.show("run-training")
+    desk.until(lambda: "ETA" in text())
+    desk.until(lambda: page.locator("img.jupyter-widgets.widget-image").is_visible())
+    desk.picture("training", whole=False)
+    (found,) = set(desk.runs()) - before
+    steps = len(read_jsonl(found / "metrics.jsonl"))
+    page.get_by_role("button", name="Stop", exact=True).click()
+    desk.until(lambda: read_record(found)["state"] != "running")
+    assert read_record(found)["state"] == "cancelled" and read_json(found / "job.json")["state"] == "ended"
+    assert read_checkpoint(found / "checkpoints" / "qwen_vla_async.pt")["step"] >= steps
+    desk.until(lambda: "stopped by SIGTERM" in text())
+    desk.picture("training-stopped", whole=False)

@@ -1,0 +1,150 @@
+"""JupyterLab in Chromium, shared by the browser tests of one file: one server, one page, one runs folder."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+
+from vla_lib.core.run_folder import PROJECT
+from vla_lib.workbench import lab as jupyterlab
+from vla_lib.workbench.parameters import read_parameters
+
+CHROMIUM = shutil.which("chromium")
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
+TOKEN = "a-token-of-the-test"
+KERNEL = (
+    "(async () => { const panel = window.jupyterapp.shell.currentWidget; if (!panel || !panel.sessionContext) return '';"
+    " await panel.sessionContext.ready; const session = panel.sessionContext.session; return session && session.kernel ? session.kernel.status : ''; })()"
+)
+CELLS = "(() => window.jupyterapp.shell.currentWidget.content.model.toJSON().cells)()"
+PANEL = "document.querySelector('.jp-MainAreaWidget:not(.lm-mod-hidden) .jp-WindowedPanel-outer')"
+SECONDS = 240  # for one notebook, on a machine that does other things too
+
+
+class Desk:
+    """A person at JupyterLab: opens notebooks, runs all cells, looks."""
+
+    def __init__(self, address: str, folder: Path, page: Any, pictures: Path):
+        self.address, self.folder, self.page, self.pictures = address, folder, page, pictures
+        self.ran: set[str] = set()
+
+    def runs(self) -> list[Path]:
+        """The run folders of this desk's kernels."""
+        return [path.parent for path in (self.folder.parent / "runs").glob("*/run.json")]
+
+    def copy(self, name: str, as_name: str = "", **parameters: Any) -> Path:
+        """A copy of a notebook with other defaults in its parameters cell (those that it has)."""
+        source = PROJECT / "notebooks" / f"{name}.ipynb"
+        notebook = nbformat.read(source, as_version=4)
+        (cell,) = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
+        values = {key: parameters.get(key, found.default) for key, found in read_parameters(source).items()}
+        lines = [line.split("=")[0] + f"= {values[line.split(':')[0]]!r}" for line in cell.source.splitlines()]
+        cell.source = "\n".join(lines)
+        path = self.folder / f"{as_name or name}.ipynb"
+        nbformat.write(notebook, path)
+        return path
+
+    def open(self, path: Path) -> None:
+        """Open a notebook in a fresh tab of the browser."""
+        self.page.goto(f"{self.address}/lab/tree/{path.name}?token={TOKEN}&reset")
+        self.page.wait_for_selector(".jp-Notebook", timeout=60_000)
+        self.command("application:toggle-left-area")
+        self.until(lambda: self.page.evaluate(KERNEL) != "")
+
+    def run_all(self) -> None:
+        """Run every cell to the end, or to the first error."""
+        self.start_all()
+        self.until(self.finished)
+
+    def start_all(self) -> None:
+        """Start running every cell."""
+        self.until(lambda: self.page.evaluate(KERNEL) == "idle")
+        self.page.evaluate("window.jupyterapp.commands.execute('notebook:run-all-cells'); 0")
+
+    def finished(self) -> bool:
+        """Whether the kernel is idle with every cell run, or one failed."""
+        cells = [cell for cell in self.page.evaluate(CELLS) if cell["cell_type"] == "code"]
+        over = all(cell["execution_count"] is not None for cell in cells) or self.errors()
+        return bool(over) and self.page.evaluate(KERNEL) == "idle"
+
+    def outputs(self) -> list[dict[str, Any]]:
+        """The outputs of all cells."""
+        return [output for cell in self.page.evaluate(CELLS) for output in cell.get("outputs", [])]
+
+    def errors(self) -> list[str]:
+        """What cells raised."""
+        return [f"{output['ename']}: {output['evalue']}" for output in self.outputs() if output["output_type"] == "error"]
+
+    def command(self, name: str) -> None:
+        """Carry out a command of JupyterLab's."""
+        self.page.evaluate(f"window.jupyterapp.commands.execute({json.dumps(name)})")
+
+    def until(self, true: Any, seconds: float = SECONDS) -> None:
+        """Wait until `true()`."""
+        deadline = time.monotonic() + seconds
+        while not true():
+            assert time.monotonic() < deadline, f"still waiting after {seconds} s"
+            self.page.wait_for_timeout(200)
+
+    def show(self, cell: str) -> None:
+        """Scroll to a cell: JupyterLab draws only what is near."""
+        ids = [found["id"] for found in self.page.evaluate(CELLS)]
+        self.page.evaluate(f"window.jupyterapp.shell.currentWidget.content.scrollToItem({ids.index(cell)}, 'start')")
+        self.page.wait_for_timeout(500)
+
+    def picture(self, name: str, whole: bool = True) -> Path:
+        """A screenshot, of the whole notebook or of what is seen now, in $VLA_SCREENSHOTS or below pytest's folder."""
+        page, path = self.page, self.pictures / f"{name}.png"
+        for _ in range(3 if whole else 0):  # heights are known only once cells are drawn
+            height = page.evaluate(f"(() => {{ const panel = {PANEL}; panel.scrollTop = 0; return panel.scrollHeight; }})()")
+            page.set_viewport_size({"width": 1300, "height": min(int(height) + 100, 14_000)})
+            page.wait_for_timeout(500)
+        page.screenshot(path=path)
+        page.set_viewport_size({"width": 1300, "height": 1000})
+        return path
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Desk]:
+    """JupyterLab as `vla lab` starts it, in a Chromium page, with folders of its own."""
+    from playwright.sync_api import sync_playwright
+
+    home = tmp_path_factory.mktemp("lab")
+    folder, pictures = home / "notebooks", Path(os.environ.get("VLA_SCREENSHOTS") or home / "screenshots")
+    folder.mkdir()
+    pictures.mkdir(parents=True, exist_ok=True)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    own = {f"JUPYTER_{kind}_DIR": str(home / kind.lower()) for kind in ("CONFIG", "RUNTIME", "DATA")}
+    own |= {"JUPYTERLAB_WORKSPACES_DIR": str(home / "workspaces"), "JUPYTERLAB_SETTINGS_DIR": str(home / "settings")}
+    own |= {"VLA_RUNS": str(home / "runs"), "WANDB_MODE": "disabled"}
+    words = [f"--IdentityProvider.token={TOKEN}", "--expose-app-in-browser"]
+    with open(home / "lab.log", "w") as log:
+        command = jupyterlab.command(folder, port, browser=False) + words
+        server = subprocess.Popen(command, env={**jupyterlab.environment(), **own}, stdout=log, stderr=log)
+    try:
+        while True:
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/api?token={TOKEN}", timeout=2)
+                break
+            except OSError:
+                assert server.poll() is None, (home / "lab.log").read_text()
+                time.sleep(0.2)
+        with sync_playwright() as driver:
+            browser = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+            page = browser.new_page(viewport={"width": 1300, "height": 1000})
+            yield Desk(f"http://127.0.0.1:{port}", folder, page, pictures)
+            browser.close()
+    finally:
+        server.terminate()
+        server.wait()
