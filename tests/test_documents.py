@@ -1,6 +1,7 @@
 """What the documents show is what the programs take: every command is parsed by its own parser, and run on small data or named as needing more."""
 
 import importlib
+import os
 import re
 import shlex
 import subprocess
@@ -112,7 +113,8 @@ def understand(words: list[str]) -> None:
         values = {name: papermill.cli._resolve_type(value) for name, value in found["parameters"]}
         resolve(notebook_path(found["notebook_path"]), values)
     elif program == "make":
-        done = subprocess.run(["make", "-n", *rest], cwd=PROJECT, capture_output=True, text=True)
+        outer = {key: value for key, value in os.environ.items() if not key.startswith(("MAKE", "MFLAGS"))}  # of `make test` itself
+        done = subprocess.run(["make", "-n", *rest], cwd=PROJECT, env=outer, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         started = shlex.split(done.stdout.splitlines()[-1])
         assert started[0].startswith(".venv/bin/")

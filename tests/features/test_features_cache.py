@@ -134,7 +134,7 @@ def test_two_ranks_and_one_write_the_same_content(tmp_path):
         for number, steps in enumerate((25, 7, 12, 4)):
             make_episode(root, f"part1/episode_{number}", steps=steps, camera_hz=10.0)
     build(roots[0])
-    done = subprocess.run(command(roots[1], "--num-workers", "1", ranks=2), env=environment(), capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command(roots[1], "--num-workers", "1", ranks=2), env=environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "2 rank(s)" in done.stdout and "4 episodes, 18 ticks written" in done.stdout
     names = [[path.relative_to(root).as_posix() for path in files(root)] for root in roots]
@@ -149,7 +149,7 @@ def test_two_ranks_and_one_write_the_same_content(tmp_path):
 
 
 def test_bad_input_is_one_sentence_and_status_two(tmp_path):
-    done = subprocess.run(command(tmp_path / "nowhere"), env=environment(), capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command(tmp_path / "nowhere"), env=environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 2 and done.stderr.startswith("error: There is no dataset root") and done.stderr.count("\n") == 1
 
 

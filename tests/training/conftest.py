@@ -107,4 +107,4 @@ def launch(program: str | list[str], flags: dict, processes: int = 1, background
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled", **(environment or {})}
     if background:
         return subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    return subprocess.run(words, env=environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run(words, env=environment, capture_output=True, text=True, timeout=300)

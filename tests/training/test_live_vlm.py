@@ -16,7 +16,7 @@ from vla_lib.evaluation.open_loop import evaluate_open_loop, sample_set
 from vla_lib.evaluation.rehearsal import make_extractor
 from vla_lib.features import vision_cache
 from vla_lib.features.builder import build
-from vla_lib.features.cache import FeatureCache, cache_folder, remove
+from vla_lib.features.cache import FeatureCache, cache_folder, episode_key, feature_file, remove
 from vla_lib.features.extractor import FeatureExtractor
 from vla_lib.features.settings import BuildSettings
 from vla_lib.features.vision_cache import VisionCache
@@ -187,7 +187,7 @@ def test_vision_tokens_are_read_in_parts_masked_where_unreadable_and_made_again_
     for tick, step in ((0, 0), (2, 6)):
         Path(episode.picture_path(VIEWS[0], step)).write_bytes(b"no picture")
         assert whole.ticks[tick][0] >= 0
-    (path,) = (p for p in (cache.folder / "vision").glob("*.pt") if episode.path.name in p.name)
+    path = feature_file(cache.folder / "vision", episode_key(root, episode.path))
     half = path.read_bytes()[: path.stat().st_size // 2]
     path.unlink()  # the old file stays mapped
     path.write_bytes(half)

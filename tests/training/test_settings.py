@@ -46,7 +46,7 @@ def test_the_guides_lines_run_verbatim(line, settings_class, processes, mixed, t
     (tmp_path / "dataset").symlink_to(mixed)  # where the async line, which names none, looks for it
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled", "PET_STANDALONE": "1"}  # a port of its own
-    done = subprocess.run(["bash", "-c", line], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(["bash", "-c", line], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     found = read_checkpoint(tmp_path / "run" / "checkpoints" / settings_class().checkpoints.latest)
     shortened = {"max_steps": 2, "num_workers": 0, "device": "cpu", "run_dir": "run", "dataset_root": found["settings"]["dataset_root"]}
