@@ -106,5 +106,6 @@ def launch(program: str | list[str], flags: dict, processes: int = 1, background
             words += [flag, str(value)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled", **(environment or {})}
     if background:
-        return subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        return subprocess.Popen(words, env=environment, start_new_session=True, **output)
     return subprocess.run(words, env=environment, capture_output=True, text=True, timeout=300)

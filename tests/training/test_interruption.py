@@ -78,10 +78,10 @@ def test_trap_24_killed_and_resumed_is_the_uninterrupted_run(model, kill, wandb_
     """The same weights bit for bit; metrics.jsonl and W&B hold every step once."""
     run = tmp_path / "run"
     settings_class, train, extra = MODELS[model]
-    flags = {**RUN, **extra, "dataset_root": mixed, "run_dir": run, "wandb_mode": wandb_mode}
+    flags = {**RUN, **extra, "dataset_root": mixed, "run_dir": run, "wandb_mode": wandb_mode, "num_workers": 2}
     process = launch(f"train_{model}", flags, background=True)
     wait_for_step(run, 5, process)
-    process.send_signal(kill)
+    os.killpg(process.pid, kill)  # as torchrun and a terminal do: the whole process group
     output = process.communicate(timeout=240)[0]
     saved = read_checkpoint(latest(run))["step"]
     last = max(r["step"] for r in read_jsonl(run / "metrics.jsonl"))
@@ -90,7 +90,7 @@ def test_trap_24_killed_and_resumed_is_the_uninterrupted_run(model, kill, wandb_
     else:
         assert process.returncode == -signal.SIGKILL and saved > last - 3
     if last < STEPS:  # it was stopped on the way, not after the end
-        assert train(settings_class(**{**SMALL, **flags}, resume=True))["step"] == STEPS
+        assert train(settings_class(**{**SMALL, **flags, "resume": True}))["step"] == STEPS
     assert same(weights(run), weights(whole / model))
     assert figures(run) == figures(whole / model)
     if wandb_mode == "offline":

@@ -29,7 +29,7 @@ from vla_lib.training.live_vlm import LivePolicy, LiveSamples, LiveVlm
 from vla_lib.training.metrics import MetricsLog, truncate
 from vla_lib.training.process import StopRequest
 from vla_lib.training.sampler import EpochPlan, MicroBatch, draw_epoch, step_seed
-from vla_lib.training.samples import batch_loader
+from vla_lib.training.samples import batches
 from vla_lib.training.schedule import learning_rate
 from vla_lib.training.settings import TrainingSettings
 from vla_lib.training.statistics import training_statistics
@@ -216,7 +216,7 @@ class Trainer:
         if settings.max_steps:
             steps = steps[: settings.max_steps - self.step]
         requests = [(m.indices, m.counts) for step in steps for m in step]
-        loader = iter(batch_loader(data.train, requests, settings.num_workers, self.accelerator.device.type == "cuda"))
+        loader = batches(data.train, requests, settings.num_workers, self.accelerator.device.type == "cuda")
         waited, began = 0.0, time.monotonic()
         reuse_counts, t_counts = np.zeros(settings.vlm_reuse_count, np.int64), np.zeros(T_BINS, np.int64)
         for micros in steps:

@@ -6,7 +6,7 @@ had been computed by then (with their age), the sensor window that ends there, t
 (VL tokens, sensor windows) straight from the memory-mapped files into the batch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from vla_lib.core.errors import UserError
-from vla_lib.core.processes import die_with_parent
 from vla_lib.policy.config import SENSOR_CHANNELS
+from vla_lib.training.process import begin_worker, starting_workers
 
 Batch = dict[str, Tensor]
 
@@ -186,9 +186,9 @@ class MicroBatchDataset(torch.utils.data.Dataset):
         return batch
 
 
-def batch_loader(samples: SampleSet, requests: list, num_workers: int, pin_memory: bool) -> torch.utils.data.DataLoader:
+def batches(samples: SampleSet, requests: list, num_workers: int, pin_memory: bool) -> Iterator[Batch]:
     """Batches of the (indices, counts) in `requests`, in order; workers end with the epoch (persistent_workers=False)."""
-    return torch.utils.data.DataLoader(
+    loader = torch.utils.data.DataLoader(
         MicroBatchDataset(samples),
         sampler=requests,  # a request is a whole micro-batch
         batch_size=None,
@@ -197,8 +197,10 @@ def batch_loader(samples: SampleSet, requests: list, num_workers: int, pin_memor
         pin_memory=pin_memory,
         worker_init_fn=_start_worker,
     )
+    with starting_workers():
+        return iter(loader)
 
 
 def _start_worker(_: int) -> None:
-    die_with_parent()
+    begin_worker()
     torch.set_num_threads(1)
