@@ -55,6 +55,23 @@ def test_predict_gives_a_chunk_and_is_repeatable(head, fusion):
     assert torch.equal(chunk, policy.predict(observe()))
 
 
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_of_several_sampled_chunks_the_median_is_predicted(fusion):
+    policy, noise = make_policy(head="diffusion", fusion=fusion), torch.randn(3, 5, 8, 7)
+    each = torch.stack([policy.predict(observe(), noise=noise[:, k : k + 1]) for k in range(5)])
+    assert each.std(0).mean() > 0.01
+    assert torch.allclose(policy.predict(observe(), noise=noise), each.median(0).values, atol=1e-5)
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_draws_of_a_sample_share_its_context_and_nothing_else(fusion):
+    policy = make_policy(head="diffusion", fusion=fusion)
+    batch = observe() | {"action": torch.randn(3, 8, 7)}
+    draws = policy.draw(3, torch.Generator().manual_seed(0))
+    alone = [policy(batch, {name: value[:, k : k + 1] for name, value in draws.items()}) for k in range(draws["timestep"].shape[1])]
+    assert torch.allclose(policy(batch, draws), torch.stack(alone).mean(0), atol=1e-5)
+
+
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("name", ["vl_tokens", "vl_age_s", "state", "sensor", "vl_mask", "sensor_mask"])
 def test_every_input_reaches_the_actions(head, name):
@@ -148,7 +165,7 @@ def test_trap_21_actions_are_normalised_and_the_clamp_follows_their_range():
         **{"sensor_mean": torch.zeros(1026), "sensor_std": torch.ones(1026)},
     }
     policy.normaliser.load_statistics(statistics)
-    wanted = torch.full((2, 8, 7), 3.5)  # a model that always sees x0 = 3.5 standard deviations
+    wanted = policy.head._compressed(policy.normaliser, torch.full((1, 8, 7), 3.5))  # a model that always sees x0 = 3.5 standard deviations
     scheduler = policy.head.scheduler
 
     def perfect(policy, context, noisy, timestep):

@@ -61,11 +61,11 @@ def recorded(tmp_path_factory):
     return load_prepared(path), FeatureCache.open(root)
 
 
-def small_policy(cache, window: int = 65) -> Policy:
+def small_policy(cache, window: int = 65, head: str = "regression") -> Policy:
     layout = cache.layout
     torch.manual_seed(0)
     config = PolicyConfig(
-        "regression",
+        head,
         layout.views,
         cache.binding["hidden_size"],
         tuple(layout.view_id.tolist()),
@@ -130,6 +130,17 @@ def test_masked_inputs_are_masked_as_missing_ones(recorded):
     act = PolicyExpert(policy)
     assert not np.array_equal(act(given, 0.1, episode.state[0], window), act(other, 0.1, episode.state[0], window))
     assert not np.array_equal(act(given, 0.1, episode.state[0], window), act(given, 0.1, episode.state[0], window + 50))
+
+
+def test_a_diffusion_policy_draws_anew_at_every_call_and_alike_by_the_seed(recorded):
+    episode, cache = recorded
+    policy = small_policy(cache, head="diffusion")
+    features = cache.episode(episode)
+    seen = (Features(features.tokens[0], features.mask[0], 0, 0.0), 0.1, episode.state[0], np.array(episode.sensor[:65]))
+    one, same, other = PolicyExpert(policy, seed=4), PolicyExpert(policy, seed=4), PolicyExpert(policy, seed=5)
+    first, second = one(*seen), one(*seen)
+    assert np.array_equal(first, same(*seen)) and np.array_equal(second, same(*seen))
+    assert not np.array_equal(first, second) and not np.array_equal(first, other(*seen))
 
 
 def test_the_usual_step_follows_the_training_statistics(recorded):

@@ -74,7 +74,7 @@ def attempt(settings: AttemptSettings, seed: int, watch: Watch | None = None) ->
     trained = info["settings"]
     from vla_lib.runtime.expert import PolicyExpert
 
-    expert = PolicyExpert(policy, settings.without, settings.ddim_steps or None)
+    expert = PolicyExpert(policy, settings.without, settings.ddim_steps or None, seed)
     rig = _rig(settings, float(policy.config.action_hz), tuple(info["binding"]["views"]))
     vlm_ms = trained["vlm_latency_ms"] if settings.vlm_latency_ms is None else settings.vlm_latency_ms
     latencies = {

@@ -109,7 +109,8 @@ def sampled_chunks(checkpoint: Path, dataset_root: Path, episode: str, count: in
     batch = samples.batch(np.arange(len(samples)))
     observation = {key: batch[key] for key in OBSERVATION if key in batch}
     with torch.inference_mode():
-        drawn = [policy.predict(observation, torch.Generator().manual_seed(number)) for number in range(count)]
+        noise = [policy.head.noise(len(samples), torch.Generator().manual_seed(number))[:, :1] for number in range(count)]
+        drawn = [policy.predict(observation, noise=one) for one in noise]
     return torch.stack(drawn).float().numpy()
 
 

@@ -4,10 +4,13 @@
                  sensor (B, S, 1026) raw units and sensor_mask (B,) bool where the policy uses the sensor
     action j of a chunk is the motion from step k+j to step k+j+1: translation (mm) and rotation vector (deg) in the base frame, gripper
 
-The trunk is one transformer: the sequence [state, age, scene tokens, sensor tokens, horizon action queries] attends to itself and to the VL tokens.
+The trunk is one transformer over [state, age, scene tokens, sensor tokens | action queries], which attends to itself and to the VL tokens. What stands
+before the bar does not see the queries, so it is computed once for all noise draws and denoising steps (as in pi0, Black et al. 2024).
 The regression head reads the action queries; the diffusion head first adds the noisy chunk and its timestep to them (DDPM, Ho et al.
 2020, with the cosine schedule of Nichol and Dhariwal 2021; DDIM sampling, Song et al. 2021; schedulers from `diffusers`).
 """
+
+import itertools
 
 import torch
 from torch import Tensor, nn
@@ -46,8 +49,8 @@ class Policy(nn.Module):
 
     # ---- the trunk
 
-    def context(self, observation: dict[str, Tensor]) -> dict[str, Tensor | None]:
-        """What does not depend on the actions: memory (B, 1+T, W) with its mask, prefix (B, P, W), sensor tokens (B, N, W) or None.
+    def context(self, observation: dict[str, Tensor]) -> list[dict[str, Tensor | None]]:
+        """What does not depend on the actions: for each block the keys and values that action queries look at (see Block.keys).
 
         Raises UserError where the observation does not fit the policy (token layout, sensor window, missing keys).
         """
@@ -55,27 +58,35 @@ class Policy(nn.Module):
         tokens, seen = self.normaliser.tokens(observation["vl_tokens"]), observation["vl_mask"]
         if not self.config.vl_enabled:
             seen = torch.zeros_like(seen)  # the learned stand-in of the memory is all that is left
-        memory, memory_mask = self.memory(tokens, seen)
+        memory, memory_mask = self.memory(tokens, seen)  # (B, 1 + T, W)
         age = observation["vl_age_s"].float()[:, None] / AGE_SCALE_S
         prefix = [self.state_in(self.normaliser.state(observation["state"]))[:, None], self.age_in(torch.cat([age, age**2], -1))[:, None]]
         prefix.append(self.scene(tokens, seen))
         sensor = None
         if self.sensor_encoder is not None:
-            sensor = self.sensor_encoder(observation["sensor"], observation["sensor_mask"], self.normaliser)
+            sensor = self.sensor_encoder(observation["sensor"], observation["sensor_mask"], self.normaliser)  # (B, N, W)
             if self.config.fusion == "concat":
                 prefix.append(sensor)
-        return {"memory": memory, "memory_mask": memory_mask, "prefix": torch.cat(prefix, 1), "sensor": sensor}
+        x = self._gated(torch.cat(prefix, 1), sensor)  # (B, P, W)
+        context = [self.blocks[0].keys(x, memory, memory_mask, sensor) | {"tokens": sensor}]
+        for before, block in itertools.pairwise(self.blocks):
+            x = before(x, context[-1], is_prefix=True)
+            context.append(block.keys(x, memory, memory_mask, sensor))
+        return context
 
-    def trunk(self, context: dict[str, Tensor | None], queries: Tensor) -> Tensor:
-        """Action queries (B, H, W) -> (B, H, W), informed by the context."""
-        prefix, sensor = context["prefix"], context["sensor"]
-        x = torch.cat([prefix.to(queries.dtype), queries], 1)  # (B, P + H, W)
-        if self.gate is not None:
-            summary = sensor.mean(1, keepdim=True).repeat_interleave(len(x) // len(sensor), 0).expand_as(x)
-            x = x + torch.sigmoid(self.gate(torch.cat([x, summary], -1))) * summary
-        for block in self.blocks:
-            x = block(x, context["memory"], context["memory_mask"], sensor)
-        return self.norm(x[:, prefix.shape[1] :])
+    def trunk(self, context: list[dict[str, Tensor | None]], queries: Tensor) -> Tensor:
+        """Action queries (B * n, H, W), n for each observation in a row -> (B * n, H, W), informed by the context."""
+        x = self._gated(queries, context[0]["tokens"])
+        for block, keys in zip(self.blocks, context, strict=True):
+            x = block(x, keys)
+        return self.norm(x)
+
+    def _gated(self, x: Tensor, sensor: Tensor | None) -> Tensor:
+        """With gated fusion, the mean of the sensor tokens is added to each token of the sequence as far as the token asks for it."""
+        if self.gate is None:
+            return x
+        summary = sensor.mean(1, keepdim=True).repeat_interleave(len(x) // len(sensor), 0).expand_as(x)
+        return x + torch.sigmoid(self.gate(torch.cat([x, summary], -1))) * summary
 
     # ---- training and inference
 
@@ -116,18 +127,17 @@ class Policy(nn.Module):
     ) -> Tensor:
         """Observation batch -> (B, horizon, 7) actions: mm, degrees (rotation vector), gripper; float32.
 
-        The diffusion head samples with DDIM in `ddim_steps` (default: the policy's own) from `noise` (B, horizon, 7), or of training draws
-        (B, draws, horizon, 7) from the first, or from what a CPU `generator` draws (default: seed 0, so that the same observation gives
-        the same chunk). The module must be in eval mode; raises RuntimeError otherwise.
+        The diffusion head samples a chunk with DDIM in `ddim_steps` (default: the policy's own) from each of N `noise` (B, N, horizon, 7) and
+        returns their median, element by element. Default: what a CPU `generator` draws for its usual number of samples (default: seed 0, so
+        that the same observation gives the same chunk). The module must be in eval mode; raises RuntimeError otherwise.
         """
         if self.training:
             raise RuntimeError("predict() needs eval mode: call policy.eval() first")
         device = self.queries.device
         observation = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in observation.items()}
         if noise is None:
-            noise = self.head.draw(observation["state"].shape[0], generator or torch.Generator().manual_seed(0)).get("noise")
-        if noise is not None:
-            noise = (noise[:, 0] if noise.ndim == 4 else noise).to(device)  # of a training draw the first one serves
+            noise = self.head.noise(observation["state"].shape[0], generator or torch.Generator().manual_seed(0))
+        noise = None if noise is None else noise.to(device)
         return self.normaliser.raw_action(self.head.sample(self, self.context(observation), noise, ddim_steps))
 
     def _check(self, observation: dict[str, Tensor]) -> None:

@@ -18,11 +18,11 @@ class RegressionHead(nn.Module):
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
-    def _chunk(self, policy, context: dict) -> Tensor:
-        queries = policy.queries.expand(context["prefix"].shape[0], -1, -1)
+    def _chunk(self, policy, context: list) -> Tensor:
+        queries = policy.queries.expand(len(context[0]["mask"]), -1, -1)
         return self.out(policy.trunk(context, queries)).float()
 
-    def loss(self, policy, context: dict, target: Tensor, draws: dict) -> Tensor:
+    def loss(self, policy, context: list, target: Tensor, draws: dict) -> Tensor:
         """Absolute error, smoothed near zero, of each element, (B, H, 7).
 
         Motions near the goal are a tenth of a usual one and pushes are several: squared errors would learn the pushes and miss the goal.
@@ -33,6 +33,9 @@ class RegressionHead(nn.Module):
         """Regression draws nothing."""
         return {}
 
-    def sample(self, policy, context: dict, noise: Tensor | None, ddim_steps: int | None) -> Tensor:
+    def noise(self, count: int, generator: torch.Generator) -> None:
+        """Nor does it start from noise."""
+
+    def sample(self, policy, context: list, noise: Tensor | None, ddim_steps: int | None) -> Tensor:
         """The normalised chunk, (B, H, 7)."""
         return self._chunk(policy, context)

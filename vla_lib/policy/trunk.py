@@ -15,17 +15,22 @@ class Attention(nn.Module):
         self.key_value = nn.Linear(width, 2 * width, bias=False)
         self.out = nn.Linear(width, width, bias=False)
 
-    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
-        """x (B, L, W), context (B, M, W), mask (B, M) bool, True where it may be looked at -> (B, L, W).
+    def keys(self, context: Tensor) -> Tensor:
+        """Context (B, M, W) -> its keys and values (2, B, heads, M, W/heads)."""
+        return self.key_value(context).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
 
-        With x (B * n, L, W), n sequences in a row look at the same context, whose keys and values are computed once.
+    def forward(self, x: Tensor, shared: Tensor, mask: Tensor | None = None, own: Tensor | None = None) -> Tensor:
+        """x (B * n, L, W) -> (B * n, L, W): n sequences in a row look at the same `shared` keys (of B contexts), and each at its `own` beside.
+
+        mask (B, M) bool: True where the shared ones may be looked at.
         """
-        shape = x.shape
-        x = x.reshape(context.shape[0], -1, shape[-1])
-        q = self.query(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, H, L, W/H)
-        k, v = self.key_value(context).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, H, M, W/H)
+        if own is not None:
+            shared = torch.cat([shared.repeat_interleave(len(x) // shared.shape[1], 1), own], 3)
+        k, v = shared
+        rows = x.reshape(k.shape[0], -1, x.shape[-1])  # sequences of one context, one behind the other
+        q = self.query(rows).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, n * L, W/heads)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=None if mask is None else mask[:, None, None])
-        return self.out(y.transpose(1, 2).flatten(2)).reshape(shape)
+        return self.out(y.transpose(1, 2).flatten(2)).reshape(x.shape)
 
 
 class Block(nn.Module):
@@ -41,12 +46,22 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
         self.drop = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, memory: Tensor, memory_mask: Tensor, sensor: Tensor | None) -> Tensor:
+    def keys(self, prefix: Tensor, memory: Tensor, memory_mask: Tensor, sensor: Tensor | None) -> dict[str, Tensor | None]:
+        """What this block's sequences look at, as keys and values: prefix (B, P, W), which stands before them, memory (B, M, W), sensor (B, N, W)."""
+        return {
+            "prefix": self.self_attention.keys(self.norm_self(prefix)),
+            "memory": self.memory_attention.keys(memory),
+            "mask": memory_mask,
+            "sensor": self.sensor_attention.keys(sensor) if self.sensor_attention is not None else None,
+        }
+
+    def forward(self, x: Tensor, keys: dict[str, Tensor | None], is_prefix: bool = False) -> Tensor:
+        """x (B * n, L, W) -> the same, informed by the `keys`' prefix, by itself (unless it is that prefix), by memory and sensor."""
         y = self.norm_self(x)
-        x = x + self.drop(self.self_attention(y, y))
-        x = x + self.drop(self.memory_attention(self.norm_memory(x), memory, memory_mask))
+        x = x + self.drop(self.self_attention(y, keys["prefix"], own=None if is_prefix else self.self_attention.keys(y)))
+        x = x + self.drop(self.memory_attention(self.norm_memory(x), keys["memory"], keys["mask"]))
         if self.sensor_attention is not None:
-            x = x + self.drop(self.sensor_attention(self.norm_sensor(x), sensor))
+            x = x + self.drop(self.sensor_attention(self.norm_sensor(x), keys["sensor"]))
         return x + self.drop(self.mlp(self.norm_mlp(x)))
 
 

@@ -25,12 +25,18 @@ class Expert(Protocol):
 
 
 class PolicyExpert:
-    """See the module's docstring. `without` masks an input as training masks a missing one: "vl" (every view and the text), "sensor"."""
+    """See the module's docstring. `without` masks an input as training masks a missing one: "vl" (every view and the text), "sensor".
 
-    def __init__(self, policy: Policy, without: Literal["nothing", "vl", "sensor"] = "nothing", ddim_steps: int | None = None):
+    A diffusion policy draws new noise at every call, from `seed` on: the same noise each time would push every action the same way.
+    """
+
+    def __init__(
+        self, policy: Policy, without: Literal["nothing", "vl", "sensor"] = "nothing", ddim_steps: int | None = None, seed: int = 0
+    ):
         if without not in ("nothing", "vl", "sensor"):
             raise UserError(f"A policy can be run without nothing, vl or sensor, not without {without!r}.")
         self.policy, self.without, self.ddim_steps = policy, without, ddim_steps
+        self.generator = torch.Generator().manual_seed(seed)
         self.sensor_window = policy.config.sensor_window_size if policy.config.uses_sensor else 0
 
     def observation(self, features: Features, age_s: float, state: Array, window: Array | None) -> dict[str, torch.Tensor]:
@@ -53,7 +59,8 @@ class PolicyExpert:
     def __call__(self, features: Features, age_s: float, state: Array, window: Array | None) -> Array:
         """(H, 7) float32 actions."""
         with torch.inference_mode():
-            chunk = self.policy.predict(self.observation(features, age_s, state, window), ddim_steps=self.ddim_steps)
+            observation = self.observation(features, age_s, state, window)
+            chunk = self.policy.predict(observation, self.generator, self.ddim_steps)
         return chunk[0].float().cpu().numpy()
 
     def usual_step(self) -> tuple[float, float]:

@@ -29,9 +29,8 @@ def validate(
 
     val/loss_epoch: the training loss (noise loss for diffusion); val/action_loss: Huber loss of the predicted actions in standard
     deviations of the training actions, the same measure for both models and for val/baseline_<name>_action_loss; val/mae_mm and
-    val/mae_deg: mean absolute error of an axis. Noise belongs to the sample, so the figures do not depend on the number of processes.
-    The policy is put into eval mode and left as it was;
-    `autocast` surrounds its calls.
+    val/mae_deg: mean absolute error of an axis (diffusion: of one sampled chunk). Noise belongs to the sample, so the figures do not depend on
+    the number of processes. The policy is put into eval mode and left as it was; `autocast` surrounds its calls.
     """
     was_training = policy.training
     policy.eval()
@@ -48,7 +47,7 @@ def validate(
         draws = {k: torch.cat([d[k] for d in drawn]).to(device) for k in drawn[0]}
         with autocast():
             loss = policy(batch, draws)  # (B, H)
-            predicted = policy.predict(batch, noise=draws.get("noise"))
+            predicted = policy.predict(batch, noise=draws["noise"][:, :1] if "noise" in draws else None)
         sums[0] += mask.sum()
         sums[1] += (loss.double() * mask[..., 0]).sum()
         target = batch["action"]
