@@ -10,6 +10,7 @@ from vla_lib.runtime.clock import RealClock
 from vla_lib.runtime.runner import Runner, RunnerSettings
 from vla_lib.runtime.safety import SafetyLimits
 from vla_lib.runtime.vlm_worker import ExtractorProcess, ThreadedVlm
+from vla_lib.runtime.watchdog import Watchdog
 
 PATIENT = {"sensor_age_s": 5.0, "state_age_s": 5.0, "picture_age_s": 5.0, "vl_age_s": 5.0, "watchdog_s": 5.0, "hold_s": 3.0}
 
@@ -88,13 +89,39 @@ def test_the_watchdog_stops_a_robot_whose_loop_hangs():
             assert bitten.wait(20)
 
     runner, robot, vlm = build(tokens_of, limits={"watchdog_s": 0.3}, edit=hang)
-    original = robot.stop
-    robot.stop = lambda reason: (original(reason), bitten.set())
+    original, tries = robot.stop, []
+
+    def stop(reason):  # the robot takes the second one
+        tries.append(reason)
+        if len(tries) == 1:
+            raise ConnectionError("cable")
+        original(reason)
+        bitten.set()
+
+    robot.stop = stop
     log = runner.run(15.0)
     release.set()
     vlm.close()
-    assert robot.stops[0][1] == "watchdog" and log.ended == "watchdog"
+    assert robot.stops[0][1] == "watchdog" and log.ended == "watchdog" and log.summary()["failed_stops"] == 1
     assert len(robot.sent) <= 4
+
+
+def test_the_watchdog_waits_for_slow_ticks_and_for_three_periods_at_the_least(monkeypatch):
+    made = []
+
+    class Seen(Watchdog):
+        def __init__(self, limit_s, bite):
+            super().__init__(limit_s, bite)
+            made.append(limit_s)
+
+    monkeypatch.setattr("vla_lib.runtime.runner.Watchdog", Seen)
+    for action_hz in (10.0, 2.0):
+        clock = RealClock()
+        limits = SafetyLimits(workspace_mm=BOX, **PATIENT | {"watchdog_s": 0.5})
+        vlm = ThreadedVlm(tokens_of)
+        Runner(PlainRobot(clock), PlainExpert(), vlm, clock, RunnerSettings(action_hz), limits).run(0.0)
+        vlm.close()
+    assert made == [0.5, 1.5]
 
 
 def test_a_stop_from_another_thread_is_the_last_word():

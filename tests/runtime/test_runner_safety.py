@@ -30,6 +30,19 @@ def assert_held_then_stopped(setup, log, reason: str, limit_reached_s: float):
     assert {"hold", "stop"} <= {event["kind"] for event in log.events}
 
 
+def mortal(call: int):
+    """A VLM that dies at its `call`-th tick."""
+    calls = []
+
+    def compute(pictures, instruction):
+        calls.append(1)
+        if len(calls) == call:
+            raise RuntimeError("out of memory")
+        return tokens_of(pictures, instruction)
+
+    return compute
+
+
 def test_a_vlm_delayed_by_two_seconds_holds_then_stops(setup):
     run = setup(latencies_s={"vlm": [0.05] * 4 + [2.0]})
     log = run.run(10)
@@ -46,17 +59,8 @@ def test_a_vlm_that_comes_back_in_time_lets_the_robot_go_on(setup):
 
 
 def test_a_dead_vlm_stops_at_the_next_tick(setup):
-    calls = []
-
-    def mortal(pictures, instruction):
-        calls.append(1)
-        if len(calls) == 5:
-            raise RuntimeError("the VLM process ended with status -9")
-        return tokens_of(pictures, instruction)
-
-    run = setup(compute=mortal)
-    log = run.run(10)
-    assert log.ended == "VLM worker died: RuntimeError: the VLM process ended with status -9"
+    log = setup(compute=mortal(5)).run(10)
+    assert log.ended == "VLM worker died: RuntimeError: out of memory"
     assert log.ticks[-1].t_s == pytest.approx(1.2)
 
 
@@ -109,6 +113,17 @@ def test_a_robot_whose_answers_freeze_is_noticed_by_the_runners_own_clock(setup)
     run = setup(edit=frozen)
     log = run.run(10)
     assert log.ended == "stale sensor" and log.ticks[-1].t_s < 2.0
+
+
+def test_a_slow_first_reading_makes_nothing_look_old(setup):
+    def slow(t_s, fields):
+        if t_s == 0.0:
+            run.clock.sleep_until(0.7)
+            fields.update(timestamp=1000.7, state_timestamp=1000.7, picture_timestamps={"View5": 1000.7})
+
+    run = setup(edit=slow)
+    log = run.run(3)
+    assert log.ended == "time limit" and log.summary()["modes"].get("hold", 0) == 0
 
 
 def test_nan_actions_hold_then_stop(setup):
@@ -177,6 +192,30 @@ def test_the_retreat_goes_on_when_sensor_and_vlm_fail_in_it(setup):
     assert log.ended == "force limit" and sum(tick.mode == "retreat" for tick in log.ticks) == 10
 
 
+@pytest.mark.parametrize("call", (4, 5))
+def test_a_vlm_that_dies_with_the_force_or_in_the_retreat_does_not_end_the_retreat(setup, call):
+    def press(t_s, fields):
+        if 0.85 < t_s < 0.95:  # the VLM's fourth tick is that of 0.9 s, its fifth one falls into the retreat
+            fields["sensor"][:, 0] = 200.0
+
+    run = setup(edit=press, compute=mortal(call))
+    log = run.run(10)
+    back = [tick for tick in log.ticks if tick.mode == "retreat"]
+    assert run.vlm.failure and log.ended == "force limit" and back[0].t_s == pytest.approx(0.9)
+    assert sum(tick.action[2] for tick in back) == pytest.approx(run.limits.retreat_mm)
+    assert {"kind": "warning", "reason": "VLM worker died: RuntimeError: out of memory"}.items() <= log.events[-3].items()
+
+
+def test_the_time_limit_does_not_end_a_retreat(setup):
+    def press(t_s, fields):
+        if 0.95 < t_s < 1.05:
+            fields["sensor"][:, 0] = 200.0
+
+    for seconds in (1.0, 1.3):  # in the tick that sees the force, and in the retreat
+        log = setup(edit=press).run(seconds)
+        assert log.ended == "force limit" and log.summary()["modes"]["retreat"] == 10
+
+
 def test_the_wall_of_the_box_holds_then_stops(setup):
     run = setup(expert=PlainExpert((0, 0, -1.0, 0, 0, 0)), pose=(50, 50, 10.5, 0, 0, 0))
     log = run.run(10)
@@ -213,6 +252,28 @@ def test_a_robot_that_raises_stops_with_its_words(setup):
     run = setup()
     run.robot.send_action = lambda action: (_ for _ in ()).throw(ConnectionError("cable"))
     assert run.run(10).ended == "robot failed: ConnectionError: cable" and run.robot.stops
+
+
+@pytest.mark.parametrize("failures", (1, 99))
+def test_a_stop_that_raises_is_told_again_and_the_log_is_kept(setup, failures):
+    run = setup(expert=PlainExpert(act=lambda call: 1 / 0))
+    tries = []
+
+    def stop(reason):
+        tries.append(reason)
+        if len(tries) <= failures:
+            raise ConnectionError("cable")
+
+    run.robot.stop = stop
+    log = run.run(10)
+    assert log.ended.startswith("policy failed: ZeroDivisionError") and log.stopped
+    assert len(tries) == min(3, failures + 1) and set(tries) == {log.ended}
+    failed = [event["reason"] for event in log.events if event["kind"] == "stop failed"]
+    assert failed == ["ConnectionError: cable"] * min(3, failures) and log.summary()["failed_stops"] == len(failed)
+    tries.clear()
+    run = setup()
+    run.robot.stop = stop
+    assert run.run(1).ended == "time limit" and len(tries) == 2
 
 
 def test_a_policy_that_raises_stops_and_a_watcher_that_raises_stops_too(setup):

@@ -54,7 +54,7 @@ class RunLog:
     stopped: bool = False
 
     def event(self, t_s: float, kind: str, reason: str) -> None:
-        """Note that something began: hold, resume, retreat, stop, warning, end."""
+        """Note that something began: hold, resume, retreat, stop, warning, end; or that the robot did not take a stop ("stop failed")."""
         self.events.append({"t_s": round(t_s, 4), "step": self.ticks[-1].step if self.ticks else 0, "kind": kind, "reason": reason})
 
     def column(self, name: str) -> Array:
@@ -74,6 +74,7 @@ class RunLog:
             "modes": dict(Counter(tick.mode for tick in self.ticks)),
             "reasons": dict(Counter(tick.reason for tick in self.ticks if tick.reason)),
             "limited": dict(Counter(name for tick in self.ticks for name in tick.limited)),
+            "failed_stops": sum(event["kind"] == "stop failed" for event in self.events),
             "missed_deadlines": sum(tick.reason == "missed deadline" for tick in self.ticks),
             "skipped_ticks": max(0, self.ticks[-1].step + 1 - len(self.ticks)) if self.ticks else 0,
             "lateness_ms": _percentiles([tick.lateness_ms for tick in self.ticks]),

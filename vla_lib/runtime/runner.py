@@ -79,23 +79,32 @@ class Runner:
         self.sensor = SensorBuffer(max(settings.buffer_samples, expert.sensor_window))
         self._plan, self._held = ChunkPlan(settings.chunks), HoldBudget(limits.hold_s)
         self._lock = threading.Lock()  # guards the reason of the stop
-        self._stop_reason = ""
+        self._stop_reason, self._told = "", False  # whether the robot has taken the stop
         self._features: Features | None = None
         self._asked_step: int | None = None
         self._commanded: Array | None = None
         self._started = False
         self._retreat_left = 0
         self._force_tail = np.empty(0, np.float32)
-        self._first_timestamp = 0.0
+        self._begin_s = self._first_timestamp = 0.0
         self._warn_of_slow_limits()
 
-    def request_stop(self, reason: str = safety.OPERATOR) -> None:
-        """Stop the robot now, from any thread; the run ends at its next tick."""
+    def request_stop(self, reason: str = safety.OPERATOR) -> bool:
+        """Stop the robot now, from any thread; the run ends at its next tick. Returns whether the robot took the stop; see `log.events`."""
         with self._lock:
             first = not self._stop_reason
             self._stop_reason = self._stop_reason or reason
-        if first:
-            self.io.stop(reason)  # not under the lock: it must get through while a send hangs
+        if first or not self._told:
+            self._tell(self._stop_reason)  # not under the lock: it must get through while a send hangs
+        return self._told
+
+    def _tell(self, reason: str) -> None:
+        """Hand the stop to the robot; one that does not take it is told again at the end of the run, and by the watchdog until then."""
+        try:
+            self.io.stop(reason)
+            self._told = True
+        except Exception as error:
+            self.log.event(self.clock.now() - self._begin_s, "stop failed", f"{type(error).__name__}: {error}")
 
     def run(self, max_s: float, until: Callable[[], str] | None = None) -> RunLog:
         """Run for `max_s` seconds, until `until()` returns a reason, or until safety ends it. The robot is stopped at the end, whatever happens.
@@ -103,7 +112,9 @@ class Runner:
         Raises what `watch` or a wrong setting (UserError) raises; failures of robot, policy and VLM end the run with a named reason.
         """
         begin_s, period_s, step = self.clock.now(), self.settings.period_s, 0
-        watchdog = None if self.clock.simulated else Watchdog(self.limits.watchdog_s, lambda: self.request_stop(safety.WATCHDOG))
+        self._begin_s = begin_s
+        patience_s = max(self.limits.watchdog_s, 3 * period_s)
+        watchdog = None if self.clock.simulated else Watchdog(patience_s, lambda: self.request_stop(safety.WATCHDOG))
         try:
             with watchdog or nullcontext():
                 while True:
@@ -117,7 +128,7 @@ class Runner:
                         self._held.held(self.log.ticks[-1].step * period_s, step * period_s)
                     observation = self._read(tick)
                     over = until() if until and observation else ""
-                    if over or tick.t_s >= max_s - 1e-9:
+                    if over or (tick.t_s >= max_s - 1e-9 and not self._retreats(tick)):
                         self.log.ended = over or "time limit"
                         break
                     if observation:
@@ -130,7 +141,8 @@ class Runner:
                         break
                     step = max(step + 1, int((self.clock.now() - begin_s) / period_s + 1e-9))
         finally:
-            self.request_stop(self.log.ended or "error")
+            if not self.request_stop(self.log.ended or "error"):
+                self._tell(self._stop_reason)
         self.log.event(tick.t_s, "end", self.log.ended)
         return self.log
 
@@ -145,7 +157,7 @@ class Runner:
             self._stop(tick, f"{safety.ROBOT_FAILED}: {type(error).__name__}: {error}")
             return None
         if not self.log.ticks:
-            self._first_timestamp = observation.timestamp - tick.t_s
+            self._first_timestamp = observation.timestamp - (self.clock.now() - self._begin_s)  # a slow first reading ages nothing
         force = new[:, 0]
         tick.force_mN = safety.greatest_force(self._force_tail, force) if len(force) else None
         self._force_tail = np.concatenate([self._force_tail, force])[-64:]
@@ -159,10 +171,12 @@ class Runner:
 
     def _tick(self, tick: Tick, observation: Observation, due_s: float) -> None:
         self._look(tick, observation)
-        if self._stop_reason or self.vlm.failure:
-            self._stop(tick, self._stop_reason or f"{safety.VLM_DIED}: {self.vlm.failure}")
-        elif self._retreat_left or (tick.force_mN is not None and tick.force_mN > self.limits.force_mN):
+        if self._stop_reason:
+            self._stop(tick, self._stop_reason)
+        elif self._retreats(tick):  # before every other end of the run: no needle shall stay pressed in
             self._retreat(tick)
+        elif self.vlm.failure:
+            self._stop(tick, f"{safety.VLM_DIED}: {self.vlm.failure}")
         elif not self._started and (missing := self._missing(tick, observation)):
             if tick.t_s > self.limits.start_s:
                 self._stop(tick, f"{safety.NOT_READY}: {missing}")
@@ -254,6 +268,10 @@ class Runner:
         if send:
             self._send(tick, np.array(STILL), moves=False)
 
+    def _retreats(self, tick: Tick) -> bool:
+        """Whether the needle is being drawn back, or must be from this tick on."""
+        return self._retreat_left > 0 or (tick.force_mN is not None and tick.force_mN > self.limits.force_mN)
+
     def _retreat(self, tick: Tick) -> None:
         """Draw the needle back along its axis, then stop."""
         per_tick_mm = self.limits.retreat_speed_mm_s * self.settings.period_s
@@ -262,6 +280,8 @@ class Runner:
             self._plan.clear()
         self._retreat_left -= 1
         if not self._retreat_left or not np.isfinite(tick.pose).all():
+            if self.vlm.failure:
+                self.log.event(tick.t_s, "warning", f"{safety.VLM_DIED}: {self.vlm.failure}")
             return self._stop(tick, safety.FORCE_LIMIT)
         tick.mode, tick.reason = "retreat", safety.FORCE_LIMIT
         action = safety.retreat_action(np.array(tick.pose), self.limits, self.settings.period_s)
@@ -278,7 +298,7 @@ class Runner:
             return self._stop(tick, f"{safety.ROBOT_FAILED}: {type(error).__name__}: {error}")
         tick.action = tuple(float(value) for value in action)
         if self._stop_reason:  # the stop came in between: it is the last word
-            self.io.stop(self._stop_reason)
+            self._tell(self._stop_reason)
             return self._stop(tick, self._stop_reason)
         if moves:
             self._commanded = apply_action(np.array(tick.pose) if self._commanded is None else self._commanded, action)

@@ -53,7 +53,7 @@ class SafetyLimits:
     start_s: float = 15.0
     """Longest wait for the first features and the first full sensor window."""
     watchdog_s: float = 0.5
-    """Real clock: the robot is stopped when no tick came for this long."""
+    """Real clock: the robot is stopped when no tick came for this long, or for three action periods where they are longer."""
 
     def __post_init__(self) -> None:
         if len(self.workspace_mm) != 3 or any(not low < high for low, high in self.workspace_mm):

@@ -1,4 +1,4 @@
-"""Beats of a loop in; one call of `bite` out when they stay away for too long (real clock only)."""
+"""Beats of a loop in; calls of `bite` out, until one holds, when they stay away for too long (real clock only)."""
 
 import threading
 import time
@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 
 class Watchdog:
-    """Watches from a thread of its own between `with` and its end. `limit_s`: longest time between two beats."""
+    """Watches from a thread of its own between `with` and its end. `limit_s`: longest time between two beats; `bite` tells whether it held."""
 
-    def __init__(self, limit_s: float, bite: Callable[[], None]):
+    def __init__(self, limit_s: float, bite: Callable[[], bool]):
         self.limit_s, self._bite = limit_s, bite
         self._beat_s = time.perf_counter()
         self._end = threading.Event()
@@ -29,6 +29,5 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self._end.wait(self.limit_s / 5):
-            if time.perf_counter() - self._beat_s > self.limit_s:
-                self._bite()
+            if time.perf_counter() - self._beat_s > self.limit_s and self._bite():
                 return

@@ -159,7 +159,7 @@ def outcome(record: dict[str, Any]) -> pd.DataFrame:
     """How the rehearsal ended, and how the runner did: one row a figure."""
     runner = record["runner"]
     rows = {"verdict": verdict(record), "ended by": runner["ended"], "ticks": runner["ticks"]}
-    rows |= {name: runner[name] for name in ("missed_deadlines", "skipped_ticks", "expert_calls", "expert_while_vlm_busy")}
+    rows |= {name: runner[name] for name in ("failed_stops", "missed_deadlines", "skipped_ticks", "expert_calls", "expert_while_vlm_busy")}
     for name, unit in (("lateness_ms", "ms"), ("expert_ms", "ms"), ("vlm_ms", "ms"), ("vl_age_s", "s")):
         if found := runner[name]:
             label = f"{name.rsplit('_', 1)[0]} median / p99 / max ({unit})"
