@@ -6,6 +6,7 @@ import torch
 
 from vla_lib.core.errors import UserError
 from vla_lib.core.files import write_json
+from vla_lib.evaluation import attempt as attempts
 from vla_lib.evaluation import closed_loop as closed
 from vla_lib.evaluation.attempt import AttemptSettings, film, fly
 from vla_lib.evaluation.metrics import open_loop_metrics
@@ -102,6 +103,21 @@ def test_pressing_on_is_stopped_by_the_runner_or_judged():
     assert record["reason"] == "stopped: force limit" and not record["success"]
     assert record["runner"]["modes"]["retreat"] == 10
     assert record["peak_force_mN"] < 150
+
+
+def test_the_rigs_lag_at_full_speed_is_far_from_not_following():
+    rig, ticks = SimRig(pictures=False, max_time_s=6.0), []
+
+    class Swinger(Scripted):
+        def __call__(self, features, age_s, state, window):
+            self.asked.append(1.5 if len(self.asked) % 16 < 8 else -1.5)
+            return np.tile([self.asked[-1], 0, 0, 0, 0, 0, 1], (8, 1))
+
+    limits = SafetyLimits(**sim_limits())
+    record = fly(rig, Swinger(rig), no_vlm, 3, RunnerSettings(), limits, watch=lambda tick, seen: ticks.append(tick))
+    assert record["runner"]["modes"] == {"act": 60}
+    off_mm = [np.linalg.norm(np.subtract(tick.pose[:3], before.commanded[:3])) for before, tick in zip(ticks, ticks[1:], strict=False)]
+    assert 1.0 < max(off_mm) < 0.5 * limits.follow_mm
 
 
 def test_the_rig_follows_the_clock_and_stands_after_a_stop():
@@ -231,6 +247,17 @@ def test_impossible_settings_are_refused(tmp_path):
 
 
 # ---------------------------------------------------------------- a checkpoint, whole
+
+
+def test_an_attempt_runs_as_the_checkpoint_was_trained(checkpoint, monkeypatch):
+    monkeypatch.setattr(attempts, "_rig", lambda *how: how)
+    monkeypatch.setattr(attempts, "fly", lambda *given: given)
+    late = {"vlm_latency_ms": 300.0, "vlm_jitter_ms": 100.0, "expert_latency_ms": 10.0, "expert_jitter_ms": 5.0, "ddim_steps": 7}
+    rig, expert, _, seed, run, limits, latencies, _ = attempts.attempt(AttemptSettings(checkpoint, **late), 3)
+    assert (run.views, run.vlm_reuse_count, seed) == (("View1_left", "View5"), 3, 3) and rig[1:] == (10.0, run.views)
+    assert latencies == {"vlm": Latency(300, 100), "expert": Latency(10, 5)} and expert.ddim_steps == 7
+    assert limits.vl_age_s == pytest.approx(1.8)  # a jitter of three times its mean is no fault yet
+    assert attempts.attempt(AttemptSettings(checkpoint), 3)[5].vl_age_s == 1.0
 
 
 def test_a_checkpoint_is_tried_in_processes_and_filmed_again(checkpoint):

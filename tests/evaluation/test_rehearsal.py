@@ -10,10 +10,12 @@ from vla_lib.core.errors import UserError
 from vla_lib.core.files import read_jsonl
 from vla_lib.evaluation.attempt import AttemptSettings
 from vla_lib.evaluation.rehearsal import rehearse
-from vla_lib.evaluation.rehearsal_process import RehearsalProcess
+from vla_lib.evaluation.rehearsal_process import Moment, RehearsalProcess
+from vla_lib.evaluation.sim_robot import sim_limits
 from vla_lib.runtime.run_log import RunLog, Tick
 from vla_lib.workbench import rehearsal_view
 from vla_lib.workbench.jobs import JobCancelled
+from vla_lib.workbench.plots import closed_loop as loop_plots
 
 
 def test_a_checkpoint_is_rehearsed_in_real_time(checkpoint, tmp_path):
@@ -66,18 +68,42 @@ def test_the_stop_button_stops_the_robot(checkpoint, views):
     assert set(pictures[0]) == {"View1_left", "View5"} and labels[0].endswith(" s")
 
 
-def test_an_interrupted_cell_stops_the_robot_and_ends_the_process(checkpoint):
+def test_a_stop_of_a_dead_process_hides_nothing(checkpoint):
+    process = RehearsalProcess(AttemptSettings(checkpoint), 3)
+    process._process.kill()
+    process._process.join()
+    process.stop()
+    assert process.poll() == [] and not process.running
+    with pytest.raises(RuntimeError, match="ended with status -9"):
+        process.result()
+
+
+def test_an_interrupted_cell_stops_the_robot_and_ends_the_process(checkpoint, views, monkeypatch):
     process = RehearsalProcess(AttemptSettings(checkpoint, max_time_s=60.0), 3, go_on=True)
+
+    stops, stop = [], process.stop
+    monkeypatch.setattr(process, "stop", lambda: (stops.append(process._process.is_alive()), stop()))
 
     async def interrupted():
         task = asyncio.create_task(rehearsal_view.follow(process))
-        await asyncio.sleep(0.2)
+        while not (views and bytes(views[0]._picture.value)):  # the robot moves
+            await asyncio.sleep(0.05)
         task.cancel()
         await task
 
     with pytest.raises(JobCancelled, match="the robot is stopped"):
         asyncio.run(interrupted())
-    assert not process._process.is_alive()
+    assert stops == [True] and not process._process.is_alive()  # told to stop before its process ended
+
+
+def test_the_live_view_draws_the_runners_own_limits():
+    ticks = [Tick(k, k / 5, 0.1, expert_ms=5.0, vl_age_s=0.2) for k in range(4)]
+    moments = [Moment(tick, 0.2, np.full((10, 1026), 20.0), tick.t_s + np.arange(10) / 50, {}) for tick in ticks]
+    axes = {axis.get_ylabel() or axis.get_xlabel(): axis for axis in rehearsal_view.moment(moments, rehearsal_view.FORCE_MN).axes}
+    assert axes["force (mN)"].lines[-1].get_ydata()[0] == sim_limits()["force_mN"]
+    (deadline,) = next(axis for axis in axes.values() if axis.get_xlabel() == "duration of the expert (ms)").lines
+    assert deadline.get_xdata()[0] == 200  # at 5 Hz
+    assert 500 in [line.get_xdata()[0] for line in loop_plots.timing(RunLog(ticks, period_s=0.5)).axes[1].lines]
 
 
 def test_the_benchmark_counts_every_tick():

@@ -69,6 +69,7 @@ def test_force_is_a_mean_of_thirteen_samples_and_no_peak_between_readings_is_los
     assert greatest_force(quiet, peak) == pytest.approx(180)
     split = greatest_force(peak[:30], peak[30:])  # a peak across two readings
     assert split == pytest.approx(180)
+    assert greatest_force(-quiet, -peak) == pytest.approx(180)  # a sensor whose push is negative
     assert greatest_force(quiet, np.empty(0)) == -np.inf
     assert np.isnan(greatest_force(quiet, np.array([1.0, np.nan])))
 

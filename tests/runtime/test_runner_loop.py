@@ -31,9 +31,10 @@ def test_features_are_the_newest_finished_with_their_age(setup, vlm_s, expected)
     run = setup(latencies_s={"vlm": [vlm_s]}, vl_age_s=1.5)
     log = run.run(3)
     assert ages(log)[:8] == expected
-    for features, age_s, *_ in run.expert.asked:
-        assert features.step * 0.1 + age_s + vlm_s >= features.step * 0.1 + vlm_s  # finished before it is used
-        assert age_s >= vlm_s - 1e-9
+    acted = [tick.t_s for tick in log.ticks if tick.mode == "act"]
+    for t_s, (features, age_s, *_) in zip(acted, run.expert.asked, strict=True):
+        assert t_s == pytest.approx(0.1 * features.step + age_s)  # the age is that of the pictures
+        assert t_s >= 0.1 * features.step + vlm_s - 1e-9  # finished before it is used
 
 
 def test_latencies_are_deterministic_by_the_seed(setup):
@@ -149,6 +150,17 @@ def test_the_dry_run_sends_nothing_and_writes_everything(setup, tmp_path):
     assert run.robot.sent == [] and run.robot.stops == []
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert len(lines) == 11 and lines[0]["action"][0] == pytest.approx(0.1) and lines[-1]["stop"] == "time limit"
+
+
+def test_a_dry_run_is_judged_by_where_the_robot_is(setup):
+    run = setup(expert=PlainExpert((0.5, 0, 0, 0, 0, 0)))
+    run.runner.io = DryRunIO(run.robot)
+    log = run.run(30)  # sent, it would leave the box after 10 s
+    assert (log.ended, log.summary()["modes"]) == ("time limit", {"act": 300})
+    assert all(tick.commanded[0] == pytest.approx(START[0] + 0.5) for tick in log.ticks)
+    outside = setup(expert=PlainExpert((0.5, 0, 0, 0, 0, 0)), pose=(100.0, *START[1:]))
+    outside.runner.io = DryRunIO(outside.robot)
+    assert outside.run(30).ended == "workspace box"
 
 
 def test_the_log_is_written_as_json_lines(setup, tmp_path):

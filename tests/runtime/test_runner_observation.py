@@ -29,6 +29,8 @@ STEPS = 30
 class Playback:
     """An episode as a robot: what was recorded up to now. Pictures are stood in for by the number of the step."""
 
+    moves = False
+
     def __init__(self, episode, clock):
         self.episode, self.clock, self._read = episode, clock, 0
 

@@ -101,6 +101,55 @@ def test_what_cannot_be_trusted_is_not_acted_on(setup, spoil, reason):
     assert_held_then_stopped(run, run.run(10), reason, 1.0)
 
 
+@pytest.mark.parametrize("gone", ("pictures", "picture_timestamps"))
+def test_a_view_of_the_policy_that_is_missing_holds_then_stops(setup, gone):
+    def edit(t_s, fields):
+        fields["pictures"]["View3_left"], fields["picture_timestamps"]["View3_left"] = np.zeros((2, 2, 3)), fields["timestamp"]
+        if t_s > 0.95:
+            del fields[gone]["View3_left"]
+
+    run = setup(edit=edit, views=("View3_left", "View5"))
+    assert_held_then_stopped(run, run.run(10), "missing view View3_left", 1.0)
+    log = setup(edit=edit).run(3)  # no policy asks for it
+    assert log.ended == ("time limit" if gone == "pictures" else "missing view View3_left")
+    never = setup(views=("View5", "View9"), start_s=1.0)
+    assert never.run(10).ended == "not ready: missing view View9" and not never.robot.sent
+
+
+def test_the_vlm_is_shown_the_policys_views_and_no_old_picture(setup):
+    shown = []
+
+    def compute(pictures, instruction):
+        shown.append(set(pictures))
+        return tokens_of(pictures, instruction)
+
+    def edit(t_s, fields):
+        fields["pictures"]["View9"], fields["picture_timestamps"]["View9"] = np.zeros((2, 2, 3)), 0.0  # not the policy's, and old
+        if 0.85 < t_s < 1.15:  # three ticks, one of them the VLM's
+            fields["picture_timestamps"]["View5"] = 999.5
+
+    log = setup(edit=edit, compute=compute, views=("View5",)).run(2)
+    assert log.summary()["reasons"] == {"stale pictures": 3} and log.ended == "time limit"
+    assert shown == [{"View5"}] * 6  # at 0, 0.3, 0.6 s, then at 1.2 s, as soon as there was a fresh picture
+
+
+def test_a_robot_that_does_not_follow_holds_then_stops(setup):
+    run = setup(expert=PlainExpert((0.5, 0, 0, 0, 0, 0)))
+    send = run.robot.send_action
+    run.robot.send_action = lambda action: send(action if run.clock.now() < 0.95 else np.zeros(7))  # it is stuck from 1 s on
+    log = run.run(10)
+    hold = first(log, "hold")
+    assert hold.reason == log.ended == "robot does not follow" and hold.t_s == pytest.approx(2.1)  # eleven steps of 0.5 mm were sent
+    assert log.ticks[-1].t_s == pytest.approx(hold.t_s + run.limits.hold_s)
+
+
+def test_a_robot_that_lags_by_three_periods_at_full_speed_follows(setup):
+    run = setup(expert=PlainExpert((1.5, 0, 0, 0, 0, 0)), pose=(1.0, 50, 50, 0, 0, 0))
+    send, ahead = run.robot.send_action, [np.zeros(7)] * 3
+    run.robot.send_action = lambda action: (ahead.append(action), send(ahead.pop(0)))
+    assert run.run(6).ended == "time limit"
+
+
 def test_a_robot_whose_answers_freeze_is_noticed_by_the_runners_own_clock(setup):
     kept = {}
 

@@ -81,8 +81,9 @@ def attempt(settings: AttemptSettings, seed: int, watch: Watch | None = None) ->
         "vlm": Latency(vlm_ms, settings.vlm_jitter_ms),
         "expert": Latency(settings.expert_latency_ms, settings.expert_jitter_ms),
     }
-    run = RunnerSettings(policy.config.action_hz, trained["vlm_reuse_count"], ExecutionSettings(settings.execution, settings.chunk_steps))
-    longest_s = max(1.0, 3 * vlm_ms / 1000.0)
+    chunks = ExecutionSettings(settings.execution, settings.chunk_steps)
+    run = RunnerSettings(policy.config.action_hz, trained["vlm_reuse_count"], chunks, tuple(info["binding"]["views"]))
+    longest_s = max(1.0, 3 * (vlm_ms + 3 * settings.vlm_jitter_ms) / 1000.0)  # two delays, the jitter seldom above three times its mean
     return fly(rig, expert, compute, seed, run, SafetyLimits(**sim_limits(), vl_age_s=longest_s), latencies, watch)
 
 

@@ -48,7 +48,7 @@ class Pilot:
         binding = info["binding"]
         self.action_hz, self.views = float(policy.config.action_hz), tuple(binding["views"])
         chunks = ExecutionSettings(settings.execution, settings.chunk_steps)
-        self.settings = RunnerSettings(self.action_hz, info["settings"]["vlm_reuse_count"], chunks)
+        self.settings = RunnerSettings(self.action_hz, info["settings"]["vlm_reuse_count"], chunks, self.views)
         self.expert = PolicyExpert(policy, settings.without, settings.ddim_steps or None)
         try:
             self._compute = ExtractorProcess(partial(make_extractor, settings.checkpoint, settings.device))

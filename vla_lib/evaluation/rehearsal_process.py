@@ -3,6 +3,7 @@
 The control loop shares its interpreter with nobody: whoever watches may draw, block or die. A watcher that dies takes the rehearsal along.
 """
 
+import contextlib
 import multiprocessing
 import queue
 import threading
@@ -18,6 +19,7 @@ from vla_lib.evaluation.attempt import AttemptSettings
 from vla_lib.evaluation.rehearsal import rehearse
 from vla_lib.runtime.robot_io import Observation
 from vla_lib.runtime.run_log import Tick
+from vla_lib.runtime.runner import Runner
 
 SENSOR_STRIDE = 13  # the watcher sees the sensor at 50 Hz
 PICTURES_EVERY = 3  # ticks
@@ -25,9 +27,11 @@ PICTURES_EVERY = 3  # ticks
 
 @dataclass(frozen=True)
 class Moment:
-    """One tick for the watcher: its log entry, the sensor at 50 Hz ((n, 1026) with times (n,) in s of the run), now and then the pictures."""
+    """One tick for the watcher: its log entry, the action period, the sensor at 50 Hz ((n, 1026) with times (n,) in s of the run), now and then the
+    pictures."""
 
     tick: Tick
+    period_s: float
     sensor: np.ndarray
     sensor_t_s: np.ndarray
     pictures: dict[str, np.ndarray]
@@ -70,7 +74,8 @@ class RehearsalProcess:
     def stop(self) -> None:
         """Stop the robot now; the record still comes."""
         if self._end is None:
-            self._pipe.send("stop")
+            with contextlib.suppress(OSError):  # a process that is dead drives no robot; poll tells how it ended
+                self._pipe.send("stop")
 
     def result(self) -> dict[str, Any]:
         """The record of `rehearse`. Raises UserError where it refused its input, RuntimeError where its process broke or still runs."""
@@ -104,9 +109,12 @@ def _serve(pipe: Any, settings: AttemptSettings, seed: int, dry_run: Path | None
     def watch(tick: Tick, seen: Observation) -> None:
         t_s = tick.t_s + seen.sensor_timestamps[::SENSOR_STRIDE] - seen.timestamp
         pictures = dict(seen.pictures) if tick.step % PICTURES_EVERY == 0 else {}
-        outbox.put(Moment(tick, seen.sensor[::SENSOR_STRIDE].copy(), t_s, pictures))
+        outbox.put(Moment(tick, runners[0].settings.period_s, seen.sensor[::SENSOR_STRIDE].copy(), t_s, pictures))
 
-    def started(runner: Any) -> None:
+    runners: list[Runner] = []
+
+    def started(runner: Runner) -> None:
+        runners.append(runner)
         threading.Thread(target=_listen, args=(pipe, runner), daemon=True).start()
 
     try:
@@ -124,7 +132,7 @@ def _send(pipe: Any, outbox: "queue.SimpleQueue[Any]") -> None:
         pipe.send(thing)
 
 
-def _listen(pipe: Any, runner: Any) -> None:
+def _listen(pipe: Any, runner: Runner) -> None:
     try:
         while pipe.recv() != "stop":
             pass

@@ -39,7 +39,10 @@ class Observation:
 
 
 class RobotIO(Protocol):
-    """A robot. `read_observation` and `send_action` are called by one thread; `stop` may come from any thread, at any moment, twice."""
+    """A robot. `read_observation` and `send_action` are called by one thread; `stop` may come from any thread, at any moment, twice.
+
+    One that takes actions and does not move says so with `moves = False`: it is then judged by where it is, not by where it was sent.
+    """
 
     def read_observation(self) -> Observation:
         """The newest of everything, without waiting: a stream that is silent returns what it had, with its old time."""
@@ -54,12 +57,14 @@ class RobotIO(Protocol):
         ...
 
     def stop(self, reason: str) -> None:
-        """Stand still and take no further action."""
+        """Stand still and take no further action. A stop that raises is tried again."""
         ...
 
 
 class DryRunIO:
     """Reads from `source`, sends nothing: each action and the stop become lines of a JSON-lines file and entries of `sent`."""
+
+    moves = False
 
     def __init__(self, source: RobotIO, path: str | Path | None = None):
         self.source, self.path = source, path

@@ -34,6 +34,7 @@ class Tick:
     """Whether the VLM was working when the expert was asked."""
     sensor_age_s: float | None = None
     force_mN: float | None = None
+    """Greatest size of the force since the last tick, mean of 20 ms."""
     expert_ms: float | None = None
     """How long the expert took; None where it was not asked."""
     pose: tuple[float, ...] = ()
@@ -52,6 +53,8 @@ class RunLog:
     """How long each VLM tick took."""
     ended: str = ""
     stopped: bool = False
+    period_s: float = 0.1
+    """Seconds of one action; the deadline of each."""
 
     def event(self, t_s: float, kind: str, reason: str) -> None:
         """Note that something began: hold, resume, retreat, stop, warning, end; or that the robot did not take a stop ("stop failed")."""

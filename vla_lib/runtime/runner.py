@@ -27,6 +27,7 @@ from vla_lib.runtime.vlm_worker import Features, VlmWorker
 from vla_lib.runtime.watchdog import Watchdog
 
 Watch = Callable[[Tick, Observation], None]
+BUFFER_SAMPLES = 1300  # two seconds of the sensor
 STILL = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, GRIPPER_CLOSED)
 
 
@@ -38,26 +39,20 @@ class RunnerSettings:
     vlm_reuse_count: int = 3
     """Action periods from one VLM tick to the next."""
     chunks: ExecutionSettings = field(default_factory=ExecutionSettings)
-    deadline_ms: float = 0.0
-    """An action is sent within this time after its tick is due, or not at all; 0: one action period."""
-    buffer_samples: int = 1300
-    """Sensor samples that are kept: two seconds at 650 Hz."""
+    views: tuple[str, ...] = ()
+    """The policy's views: the VLM is shown these, and nothing moves without a fresh picture of each; default: those that the robot has."""
 
     def __post_init__(self) -> None:
-        if not self.action_hz > 0 or self.vlm_reuse_count < 1 or not self.deadline_ms >= 0 or self.buffer_samples < 1:
+        if not self.action_hz > 0 or self.vlm_reuse_count < 1:
             raise UserError(
-                "The runner needs action_hz above 0, vlm_reuse_count and buffer_samples of 1 or more, deadline_ms of 0 or more."
+                f"The runner cannot act at {self.action_hz:g} Hz with a VLM tick every {self.vlm_reuse_count} periods; "
+                "action_hz must be above 0 and vlm_reuse_count 1 or more."
             )
 
     @property
     def period_s(self) -> float:
-        """Seconds of one action."""
+        """Seconds of one action; also the time within which an action is sent after its tick is due, or not at all."""
         return 1.0 / self.action_hz
-
-    @property
-    def deadline_s(self) -> float:
-        """Seconds from a tick's due time to the last moment for its action."""
-        return self.deadline_ms / 1000.0 or self.period_s
 
 
 class Runner:
@@ -75,8 +70,8 @@ class Runner:
     ):
         self.io, self.expert, self.vlm, self.clock = io, expert, vlm, clock
         self.settings, self.limits, self._watch = settings, limits, watch
-        self.log = RunLog()
-        self.sensor = SensorBuffer(max(settings.buffer_samples, expert.sensor_window))
+        self.log = RunLog(period_s=settings.period_s)
+        self.sensor = SensorBuffer(max(BUFFER_SAMPLES, expert.sensor_window))
         self._plan, self._held = ChunkPlan(settings.chunks), HoldBudget(limits.hold_s)
         self._lock = threading.Lock()  # guards the reason of the stop
         self._stop_reason, self._told = "", False  # whether the robot has taken the stop
@@ -87,7 +82,8 @@ class Runner:
         self._retreat_left = 0
         self._force_tail = np.empty(0, np.float32)
         self._begin_s = self._first_timestamp = 0.0
-        self._warn_of_slow_limits()
+        for warning in safety.slow_limits(limits, settings.period_s, *expert.usual_step()) if hasattr(expert, "usual_step") else ():
+            self.log.event(0.0, "warning", warning)
 
     def request_stop(self, reason: str = safety.OPERATOR) -> bool:
         """Stop the robot now, from any thread; the run ends at its next tick. Returns whether the robot took the stop; see `log.events`."""
@@ -193,8 +189,9 @@ class Runner:
         """Hand pictures to the VLM when it is its turn, and take what it has finished."""
         now_s = self.clock.now()
         turn = self._asked_step is None or tick.step - self._asked_step >= self.settings.vlm_reuse_count
-        if turn and not self.vlm.failure and not self.vlm.busy(now_s):
-            self.vlm.submit(observation.pictures, observation.instruction, tick.step, now_s)
+        if turn and not self.vlm.failure and not self.vlm.busy(now_s) and not self._unseen(tick, observation):
+            pictures = {view: observation.pictures[view] for view in self._views(observation)}
+            self.vlm.submit(pictures, observation.instruction, tick.step, now_s)
             self._asked_step = tick.step
         newest = self.vlm.newest(now_s)
         if newest is not None and newest is not self._features:
@@ -203,8 +200,22 @@ class Runner:
         if self._features is not None:
             tick.vl_age_s = (tick.step - self._features.step) * self.settings.period_s  # in whole periods, as in training
 
+    def _views(self, observation: Observation) -> tuple[str, ...]:
+        return self.settings.views or tuple(observation.pictures)
+
+    def _unseen(self, tick: Tick, observation: Observation) -> str:
+        """Why the pictures must not be looked at; "" where they may."""
+        now, taken = self._robot_now(tick, observation), observation.picture_timestamps
+        for view in self._views(observation):
+            if observation.pictures.get(view) is None or view not in taken:
+                return f"{safety.MISSING_VIEW} {view}"
+        stale = any(not now - taken[view] <= self.limits.picture_age_s for view in self._views(observation))
+        return safety.STALE_PICTURES if stale else ""
+
     def _missing(self, tick: Tick, observation: Observation) -> str:
         """What must be there before the first motion."""
+        if unseen := self._unseen(tick, observation):
+            return unseen
         if self._features is None:
             return "no VL features yet"
         if self.limits.sensor_required and self._window(tick, observation) is None:
@@ -218,14 +229,15 @@ class Runner:
     def _condition(self, tick: Tick, observation: Observation) -> str:
         """Why the robot must not move now; "" where it may."""
         limits, now = self.limits, self._robot_now(tick, observation)
-        ages = [now - t for view, t in observation.picture_timestamps.items() if view in observation.pictures]
+        unseen = self._unseen(tick, observation)
         checks = (
             (tick.force_mN is not None and not np.isfinite(tick.force_mN), safety.NON_FINITE_SENSOR),
             (limits.sensor_required and (tick.sensor_age_s is None or tick.sensor_age_s > limits.sensor_age_s), safety.STALE_SENSOR),
             (limits.sensor_required and self.expert.sensor_window and self._window(tick, observation) is None, safety.BROKEN_WINDOW),
             (not np.isfinite(observation.state).all(), safety.NON_FINITE_STATE),
             (now - observation.state_timestamp > limits.state_age_s, safety.STALE_STATE),
-            (any(age > limits.picture_age_s for age in ages), safety.STALE_PICTURES),
+            (self._off_mm(tick) > limits.follow_mm, safety.NOT_FOLLOWING),
+            (unseen, unseen),
             (tick.vl_age_s is None or tick.vl_age_s > limits.vl_age_s + 1e-9, safety.STALE_VL),
         )
         return next((reason for true, reason in checks if true), "")
@@ -244,21 +256,33 @@ class Runner:
             self.clock.spend("expert")
             tick.expert_ms = 1000.0 * (self.clock.now() - begun_s)
             self._plan.add(tick.step, chunk)
-        if self.clock.now() > due_s + self.settings.deadline_s + 1e-9:
+        if self.clock.now() > due_s + self.settings.period_s + 1e-9:
             return self._hold(tick, safety.MISSED_DEADLINE, send=False)  # too late to send anything for this period
         action = self._plan.action(tick.step)
         if action is None or action.shape != (7,) or not np.isfinite(action).all():
             self._plan.clear()
             return self._hold(tick, safety.NON_FINITE_ACTION)
-        place = self._commanded[:3] if self._commanded is not None else np.array(tick.pose[:3])
-        limited, tick.limited = self._limit(action, place)
+        limited, tick.limited = self._limit(action, self._place(tick))
         if safety.OUTSIDE in tick.limited and np.linalg.norm(limited[:3]) < 1e-3 * np.linalg.norm(action[:3]):
+            self._plan.clear()
             return self._hold(tick, safety.OUTSIDE)
         self._send(tick, limited)
 
     def _limit(self, action: Array, place: Array) -> tuple[Array, tuple[str, ...]]:
-        limited, touched = safety.limit_action(action, self.limits, self.settings.period_s, place)
+        limited, touched = safety.limit_action(action, self.limits, self.settings.period_s, place[:3])
         return limited, tuple(touched)
+
+    def _place(self, tick: Tick) -> Array:
+        """(6,) pose from which the next action goes: the commanded one, behind which an arm lags; the measured one where nothing moves."""
+        return np.array(tick.pose) if self._commanded is None or not self._moves else self._commanded
+
+    def _off_mm(self, tick: Tick) -> float:
+        """Distance of the measured tip from where it is sent from."""
+        return float(np.linalg.norm(np.array(tick.pose[:3]) - self._place(tick)[:3]))
+
+    @property
+    def _moves(self) -> bool:
+        return getattr(self.io, "moves", True)
 
     def _hold(self, tick: Tick, reason: str, send: bool = True) -> None:
         """Stand still for this period; stop where the robot has been held for too long."""
@@ -285,8 +309,7 @@ class Runner:
             return self._stop(tick, safety.FORCE_LIMIT)
         tick.mode, tick.reason = "retreat", safety.FORCE_LIMIT
         action = safety.retreat_action(np.array(tick.pose), self.limits, self.settings.period_s)
-        place = self._commanded[:3] if self._commanded is not None else np.array(tick.pose[:3])
-        action, tick.limited = self._limit(action, place)
+        action, tick.limited = self._limit(action, self._place(tick))
         self._send(tick, action)
 
     def _send(self, tick: Tick, action: Array, moves: bool = True) -> None:
@@ -301,7 +324,7 @@ class Runner:
             self._tell(self._stop_reason)
             return self._stop(tick, self._stop_reason)
         if moves:
-            self._commanded = apply_action(np.array(tick.pose) if self._commanded is None else self._commanded, action)
+            self._commanded = apply_action(self._place(tick), action)
         if self._commanded is not None:
             tick.commanded = tuple(float(value) for value in self._commanded)
 
@@ -317,15 +340,3 @@ class Runner:
         if before is None or (tick.mode, tick.reason) != (before.mode, before.reason):
             kind = "resume" if tick.mode == "act" and before is not None and before.mode == "hold" else tick.mode
             self.log.event(tick.t_s, kind, tick.reason)
-
-    def _warn_of_slow_limits(self) -> None:
-        """A limit below the demonstrated speed makes a policy do what nobody showed it: say so in the log."""
-        usual_step = getattr(self.expert, "usual_step", None)
-        if usual_step is None:
-            return
-        allowed = (self.limits.speed_mm_s * self.settings.period_s, self.limits.turn_deg_s * self.settings.period_s)
-        for name, unit, shown, most in zip(("speed", "rotation"), ("mm", "deg"), usual_step(), allowed, strict=True):
-            if shown > most:
-                self.log.event(
-                    0.0, "warning", f"the {name} limit of {most:.2f} {unit} a step is below the demonstrated {shown:.2f} {unit} a step"
-                )

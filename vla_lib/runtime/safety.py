@@ -13,6 +13,7 @@ Array = np.ndarray[Any, Any]
 
 # Reasons, as they stand in the log.
 STALE_VL, STALE_SENSOR, STALE_STATE, STALE_PICTURES = "stale VL features", "stale sensor", "stale state", "stale pictures"
+MISSING_VIEW, NOT_FOLLOWING = "missing view", "robot does not follow"
 MISSED_DEADLINE, NON_FINITE_ACTION, NON_FINITE_SENSOR = "missed deadline", "non-finite action", "non-finite sensor"
 BROKEN_WINDOW, NON_FINITE_STATE, OUTSIDE, FORCE_LIMIT, VLM_DIED = (
     "broken sensor window",
@@ -35,17 +36,21 @@ class SafetyLimits:
     turn_deg_s: float = 45.0
     """Greatest turning speed: the norm of the rotation vector."""
     force_mN: float = 150.0
-    """Measured force (mean of 13 samples, 20 ms) above which the needle is drawn back and the run ends."""
+    """Measured force (mean of 13 samples, 20 ms) above which the needle is drawn back and the run ends; in both directions, because the sign
+    of a push depends on how a sensor is mounted."""
     retreat_mm: float = 5.0
     """Way of the retreat, along the tool's z axis (from the tip to the flange)."""
     retreat_speed_mm_s: float = 5.0
     vl_age_s: float = 1.0
     """Oldest VL features to act on."""
     picture_age_s: float = 1.0
-    """Oldest picture of any view to act on."""
+    """Oldest picture of any of the policy's views to act on, and to show to the VLM."""
     sensor_age_s: float = 0.1
     """Oldest newest sample to act on."""
     state_age_s: float = 0.2
+    """Oldest state to act on."""
+    follow_mm: float = 5.0
+    """Greatest distance of the measured tip from the commanded one; a lag of 0.3 s at full speed stays below the default."""
     sensor_required: bool = True
     """False: a robot without a sensor; its force cannot be limited here."""
     hold_s: float = 0.5
@@ -61,6 +66,16 @@ class SafetyLimits:
         for name, value in vars(self).items():
             if isinstance(value, int | float) and not isinstance(value, bool) and not value > 0:
                 raise UserError(f"The safety limit {name} is {value}; it must be above 0.")
+
+
+def slow_limits(limits: SafetyLimits, period_s: float, usual_mm: float, usual_deg: float) -> list[str]:
+    """Sentences about limits below the demonstrated step of `usual_mm` and `usual_deg`: they make a policy do what nobody showed it."""
+    pairs = (("speed", "mm", usual_mm, limits.speed_mm_s * period_s), ("rotation", "deg", usual_deg, limits.turn_deg_s * period_s))
+    return [
+        f"the {name} limit of {most:.2f} {unit} a step is below the demonstrated {shown:.2f} {unit} a step"
+        for name, unit, shown, most in pairs
+        if shown > most
+    ]
 
 
 def limit_norm(vector: Array, most: float) -> Array:
@@ -100,9 +115,9 @@ def retreat_action(pose: Array, limits: SafetyLimits, period_s: float) -> Array:
 
 
 def greatest_force(before: Array, force_mN: Array, window: int = 13) -> float:
-    """The greatest mean of `window` consecutive samples that ends within `force_mN` (n,); `before`: up to window - 1 samples ahead of it.
+    """The greatest size of a mean of `window` consecutive samples that ends within `force_mN` (n,); `before`: up to window - 1 samples ahead of it.
 
-    NaN where one of them is not finite; -inf where there is no sample.
+    Push or pull: the size counts. NaN where one of them is not finite; -inf where there is no sample.
     """
     if not len(force_mN):
         return -np.inf
@@ -110,7 +125,7 @@ def greatest_force(before: Array, force_mN: Array, window: int = 13) -> float:
     if not np.isfinite(joined).all():
         return float("nan")
     width = min(window, len(joined))
-    return float(np.convolve(joined, np.full(width, 1.0 / width), "valid")[-len(force_mN) :].max())
+    return float(np.abs(np.convolve(joined, np.full(width, 1.0 / width), "valid")[-len(force_mN) :]).max())
 
 
 class HoldBudget:

@@ -18,7 +18,6 @@ from vla_lib.evaluation.origin import rig_settings
 from vla_lib.evaluation.rehearsal_process import Moment, RehearsalProcess
 from vla_lib.evaluation.sim_robot import sim_limits
 from vla_lib.runtime.safety import SafetyLimits
-from vla_lib.sim.world import FORCE_LIMIT_MN
 from vla_lib.training.checkpoint import read_checkpoint
 from vla_lib.workbench.attempt_views import verdict
 from vla_lib.workbench.jobs import JobCancelled
@@ -27,6 +26,7 @@ from vla_lib.workbench.plots.rehearsal import moment
 from vla_lib.workbench.widgets import drawn, offline_slider
 
 ROBOTS = ("simulated rig", "dry run")
+FORCE_MN = sim_limits()["force_mN"]  # the limit at which the runner draws the needle back
 REDRAW_S = 0.7  # at the least; drawing takes a fifth of the time at most, the cores are the control loop's and the VLM's
 LINE_EVERY_S = 2.0
 
@@ -100,7 +100,7 @@ class RehearsalView:
 
     def draw(self, moments: Sequence[Moment]) -> None:
         """Redraw the figure."""
-        self._picture.value = drawn(moment(moments, FORCE_LIMIT_MN), "jpeg")
+        self._picture.value = drawn(moment(moments, FORCE_MN), "jpeg")
         self._picture.layout.visibility = "visible"
 
     def close(self, moments: Sequence[Moment]) -> None:
@@ -126,7 +126,7 @@ def told(seen: Moment) -> str:
 def moments_slider(moments: Sequence[Moment], count: int = 4) -> HTML:
     """The static twin of the live view: `count` instants, evenly over the run, the last included."""
     ends = [int(k) for k in np.unique(np.linspace(1, len(moments), count + 1).round())[1:]]
-    return offline_slider((moment(moments[:k], FORCE_LIMIT_MN) for k in ends), [f"{moments[k - 1].tick.t_s:.1f} s" for k in ends])
+    return offline_slider((moment(moments[:k], FORCE_MN) for k in ends), [f"{moments[k - 1].tick.t_s:.1f} s" for k in ends])
 
 
 def prepare(checkpoint: Path, dataset_root: Path | None, robot: str, **how: Any) -> tuple[AttemptSettings, pd.DataFrame]:

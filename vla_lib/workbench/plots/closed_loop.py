@@ -109,7 +109,7 @@ def paired(one: ClosedLoop, other: ClosedLoop, names: Sequence[str]) -> Figure:
     return figure
 
 
-def timing(log: RunLog, deadline_ms: float = 100.0) -> Figure:
+def timing(log: RunLog) -> Figure:
     """A run's lateness of ticks, durations of expert and VLM, and the age of the features with the mode of each tick."""
     with style():
         figure, axes = plt.subplot_mosaic([["late", "work"], ["age", "age"]], figsize=(10, 5))
@@ -122,7 +122,7 @@ def timing(log: RunLog, deadline_ms: float = 100.0) -> Figure:
         for values, label, colour in ((expert[np.isfinite(expert)], "expert", GOOD), (np.array(log.vlm_ms), "VLM", CYCLE[1])):
             if len(values):
                 axes["work"].hist(values, bins=30, color=colour, alpha=0.7, label=label)
-        axes["work"].axvline(deadline_ms, color=BAD, lw=1, ls="--", label="deadline of an action")
+        axes["work"].axvline(1000 * log.period_s, color=BAD, lw=1, ls="--", label="deadline of an action")
         axes["work"].set(xlabel="duration (ms)", ylabel="calls")
         axes["work"].legend()
         t, age, modes = log.column("t_s"), 1000 * log.column("vl_age_s"), log.column("mode")

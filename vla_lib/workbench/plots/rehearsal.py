@@ -16,7 +16,7 @@ from vla_lib.workbench.plots.style import style
 SHOWN_S = 10.0
 
 
-def moment(moments: Sequence[Moment], force_limit_mN: float, deadline_ms: float = 100.0) -> Figure:
+def moment(moments: Sequence[Moment], force_limit_mN: float) -> Figure:
     """The newest picture of every view; A-scans, force, actions and age of the VL features of the last 10 s; latencies of the whole run."""
     pictures: dict[str, np.ndarray] = {}
     for seen in moments:
@@ -35,7 +35,7 @@ def moment(moments: Sequence[Moment], force_limit_mN: float, deadline_ms: float 
         axes = lower.subplot_mosaic([["scan", "action", "late"], ["force", "age", "work"]], width_ratios=(1.3, 1.3, 1))
         _sensor(axes["scan"], axes["force"], recent, force_limit_mN)
         _ticks(axes["action"], axes["age"], [seen.tick for seen in recent])
-        _latencies(axes["late"], axes["work"], ticks, deadline_ms)
+        _latencies(axes["late"], axes["work"], ticks, 1000 * moments[-1].period_s)
         last = ticks[-1]
         figure.suptitle(f"{last.t_s:.1f} s: {last.mode}{', ' + last.reason if last.reason else ''}")
     plt.close(figure)
