@@ -7,12 +7,15 @@ import pytest
 import torch
 
 from vla_lib.core.errors import UserError
-from vla_lib.core.files import write_json
+from vla_lib.core.files import read_json, write_json
+from vla_lib.evaluation.attempt import rig_of
 from vla_lib.evaluation.contact import phases
-from vla_lib.evaluation.open_loop import hidden
 from vla_lib.evaluation.origin import rig_refusal, rig_settings
 from vla_lib.evaluation.study import Settings, variants
 from vla_lib.policy.config import PolicyConfig
+from vla_lib.runtime.expert import hidden
+from vla_lib.sim.rig import SimRig
+from vla_lib.sim.world import DEFAULT_TASK, instruction_of
 from vla_lib.training.checkpoint import save_checkpoint
 
 
@@ -43,7 +46,9 @@ def write(tmp_path):
 
 def test_checkpoints_are_named_and_the_first_is_tried_in_all_ways(write, tmp_path):
     given = (f"all={write('a.pt')}", f"blind={write('b.pt', vl_enabled=False, latency_ms=200.0)}")
-    settings = Settings(given, closed_loop_seeds=2, masked=True, latency_sweep=True, execution="chunk of n", chunk_steps=2, max_time_s=9.0)
+    how = {"vlm_jitter_ms": 20.0, "expert_latency_ms": 30.0, "expert_jitter_ms": 5.0, "ddim_steps": 10}
+    how |= {"execution": "chunk of n", "chunk_steps": 2, "max_time_s": 9.0}
+    settings = Settings(given, closed_loop_seeds=2, masked=True, latency_sweep=True, **how)
     found = variants(settings)
     assert list(found) == [
         "all",
@@ -54,9 +59,8 @@ def test_checkpoints_are_named_and_the_first_is_tried_in_all_ways(write, tmp_pat
         "all, VLM delay 300 ms",
         "all, VLM delay 600 ms",
     ]
-    assert {(v.execution, v.chunk_steps, v.max_time_s, v.picture_width, v.camera_hz) for v in found.values()} == {
-        ("chunk of n", 2, 9.0, 160, 4.0)
-    }
+    how |= {"picture_width": 160, "camera_hz": 4.0}
+    assert all({name: getattr(variant, name) for name in how} == how for variant in found.values())
     assert [v.vlm_latency_ms for v in found.values()] == [0, 200, 0, 0, 0, 300, 600]  # each as trained, unless told otherwise
     assert found["all, VLM delay 0 ms"] == found["all"]  # tried once
     blind = variants(dataclasses.replace(settings, checkpoints=(given[1],), latency_sweep=False))
@@ -76,6 +80,19 @@ def test_a_checkpoint_that_the_rig_cannot_judge_is_told_in_a_sentence(write, tmp
         rig_refusal(write("gone.pt", root=tmp_path / "gone"))
 
 
+def test_trap_16_the_rig_speaks_and_shows_the_task_that_was_recorded(write, tmp_path):
+    root = tmp_path / "data"
+    assert (rig_settings(write("a.pt")).task, rig_settings(write("a.pt")).instruction) == (DEFAULT_TASK, instruction_of(DEFAULT_TASK))
+    plan = read_json(root / "simulation.json")["plan"]
+    tasks = (DEFAULT_TASK, "Silicone_block", "Silicone_block")
+    write_json(root / "simulation.json", {"plan": plan, "episodes": [{"task": task, "seed": 1} for task in tasks]})
+    (root / "datasets.yaml").write_text('New_dataset*: {instruction: "Push into the {task}"}\n')
+    found = variants(Settings((str(write("a.pt")),), closed_loop_seeds=1))["a"]
+    assert (found.task, found.instruction) == ("Silicone_block", "Push into the Silicone block")
+    rig = SimRig(**rig_of(found, 10.0, ("View5",)), pictures=False)
+    assert rig.reset()[0]["instruction"] == found.instruction and rig.world.task == "Silicone_block"
+
+
 def test_what_cannot_be_evaluated_is_refused(write, tmp_path):
     path = write("a.pt")
     for given, told in (
@@ -85,6 +102,7 @@ def test_what_cannot_be_evaluated_is_refused(write, tmp_path):
         ({"checkpoints": (path,), "closed_loop_seeds": -1}, "--closed-loop-seeds is -1"),
         ({"checkpoints": (path,), "dataset_root": tmp_path / "none"}, "no dataset root"),
         ({"checkpoints": (path,), "execution": "all"}, "not by 'all'"),
+        ({"checkpoints": (path,), "vlm_jitter_ms": float("nan")}, "--vlm-jitter-ms is nan; give 0 or more"),
     ):
         with pytest.raises(UserError, match=told):
             Settings(**given)
@@ -120,3 +138,4 @@ def test_a_hidden_input_is_missing_as_in_training():
     blind, numb = hidden(observation, "vl"), hidden(observation, "sensor")
     assert not blind["vl_mask"].any() and blind["sensor"] is observation["sensor"]
     assert not numb["sensor"].any() and not numb["sensor_mask"].any() and numb["vl_mask"].all()
+    assert set(hidden({"vl_mask": observation["vl_mask"]}, "sensor")) == {"vl_mask"}  # a policy without a sensor

@@ -44,6 +44,9 @@ class AttemptSettings:
     expert_latency_ms: float = 0.0
     expert_jitter_ms: float = 0.0
     task: str = DEFAULT_TASK
+    """Whose phantoms."""
+    instruction: str = ""
+    """The task in the words of the training data; default: those of the built-in table."""
     max_time_s: float = 30.0
     picture_width: int = 320
     picture_height: int = 180
@@ -85,6 +88,12 @@ def attempt(settings: AttemptSettings, seed: int, watch: Watch | None = None) ->
     run = RunnerSettings(policy.config.action_hz, trained["vlm_reuse_count"], chunks, tuple(info["binding"]["views"]))
     longest_s = max(1.0, 3 * (vlm_ms + 3 * settings.vlm_jitter_ms) / 1000.0)  # two delays, the jitter seldom above three times its mean
     return fly(rig, expert, compute, seed, run, SafetyLimits(**sim_limits(), vl_age_s=longest_s), latencies, watch)
+
+
+def rig_of(settings: AttemptSettings, action_hz: float, views: tuple[str, ...]) -> dict[str, Any]:
+    """What SimRig is made with for these settings and a policy of this rate and these views."""
+    names = ("task", "instruction", "max_time_s", "picture_width", "picture_height", "camera_hz")
+    return {name: getattr(settings, name) for name in names} | {"action_hz": action_hz, "views": views}
 
 
 def fly(
@@ -181,8 +190,7 @@ _kept_rig: tuple[Any, SimRig] | None = None
 def _rig(settings: AttemptSettings, action_hz: float, views: tuple[str, ...]) -> SimRig:
     """The rig of these settings; a drawing context is dear, so one rig is kept for the next attempt."""
     global _kept_rig
-    how = {name: getattr(settings, name) for name in ("task", "max_time_s", "picture_width", "picture_height", "camera_hz")}
-    how |= {"action_hz": action_hz, "views": views}
+    how = rig_of(settings, action_hz, views)
     if _kept_rig is None or _kept_rig[0] != how:
         if _kept_rig is not None:
             _kept_rig[1].close()

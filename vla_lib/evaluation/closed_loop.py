@@ -23,7 +23,7 @@ from vla_lib.core.files import read_json
 from vla_lib.core.processes import die_with_parent
 from vla_lib.core.progress import Progress
 from vla_lib.evaluation.attempt import AttemptSettings, attempt, film
-from vla_lib.evaluation.origin import MANIFEST
+from vla_lib.sim.recorder import MANIFEST
 
 FIRST_SEED = 7_000_000  # reported seeds begin here; recordings draw theirs from 62 bits
 TUNING_SEED = 8_000_000  # for choosing between variants, so that the reported ones stay unseen

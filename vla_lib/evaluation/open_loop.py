@@ -19,6 +19,7 @@ from vla_lib.evaluation.contact import phases
 from vla_lib.evaluation.metrics import open_loop_metrics
 from vla_lib.features.cache import FeatureCache
 from vla_lib.policy.config import PolicyConfig
+from vla_lib.runtime.expert import hidden
 from vla_lib.training.checkpoint import load_policy
 from vla_lib.training.samples import SampleSet
 
@@ -58,9 +59,16 @@ class OpenLoop:
 
 
 def evaluate_open_loop(
-    checkpoint: Path, dataset_root: Path, episodes: str = "val", batch_size: int = 64, device: str = "cpu", masked: bool = False
+    checkpoint: Path,
+    dataset_root: Path,
+    episodes: str = "val",
+    batch_size: int = 64,
+    device: str = "cpu",
+    masked: bool = False,
+    ddim_steps: int = 0,
 ) -> OpenLoop:
-    """Run the checkpoint's policy over the `val` or `train` episodes of its own recorded split; `masked`: also without VL and without sensor.
+    """Run the checkpoint's policy over the `val` or `train` episodes of its own recorded split; `masked`: also without VL and without sensor;
+    `ddim_steps`: denoising steps of a diffusion policy (0: its own).
 
     Raises UserError where the checkpoint, an episode of its split or its feature cache is missing or another one.
     """
@@ -81,9 +89,9 @@ def evaluate_open_loop(
             batch = samples.batch(np.arange(start, min(start + batch_size, len(samples))))
             observation = {key: batch[key].to(device) for key in OBSERVATION if key in batch}
             with torch.inference_mode():
-                predicted["policy"].append(policy.predict(observation).float().cpu().numpy())
-                for name, without in inputs.items():
-                    predicted[name].append(policy.predict(hidden(observation, without)).float().cpu().numpy())
+                for name, without in {"policy": "nothing", **inputs}.items():
+                    chunk = policy.predict(hidden(observation, without), ddim_steps=ddim_steps or None)
+                    predicted[name].append(chunk.float().cpu().numpy())
             target.append(batch["action"].numpy())
             mask.append(batch["action_mask"].numpy())
             previous.append(batch["previous_action"].numpy())
@@ -118,12 +126,6 @@ def inputs_of(config: PolicyConfig) -> dict[str, str]:
     """Name -> "vl" or "sensor" of each input that the policy uses and that can be masked."""
     used = {VL_MASKED: ("vl", config.vl_enabled), SENSOR_MASKED: ("sensor", config.uses_sensor)}
     return {name: without for name, (without, uses) in used.items() if uses}
-
-
-def hidden(observation: dict[str, Any], without: str) -> dict[str, Any]:
-    """The observation with the VL tokens ("vl") or the sensor window ("sensor") missing, as training marks missing ones."""
-    names = ("vl_mask",) if without == "vl" else ("sensor", "sensor_mask")
-    return observation | {name: torch.zeros_like(observation[name]) for name in names}
 
 
 def sample_set(episodes: Sequence[Any], dataset_root: Path, info: dict[str, Any]) -> SampleSet:

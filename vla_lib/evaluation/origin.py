@@ -1,5 +1,6 @@
 """A checkpoint in; the data set that it was trained on, and how the simulated rig must be set up for it (or why it cannot be), out."""
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -7,14 +8,14 @@ from vla_lib.core.errors import UserError
 from vla_lib.core.files import read_json
 from vla_lib.evaluation.attempt import AttemptSettings
 from vla_lib.features.vlm import open_checkpoint
-from vla_lib.sim.world import VIEWS
+from vla_lib.sim.recorder import MANIFEST
+from vla_lib.sim.world import DEFAULT_TASK, VIEWS, instruction_of
 from vla_lib.training.checkpoint import read_checkpoint
-
-MANIFEST = "simulation.json"  # what a recording of the rig leaves at its root
 
 
 def rig_settings(checkpoint: Path, dataset_root: Path | None = None, judge: bool = True) -> AttemptSettings:
-    """AttemptSettings of a checkpoint with pictures as its data set's recording on the rig has them, and VL features as late as it was trained with.
+    """AttemptSettings of a checkpoint: pictures, task and instruction as its data set's recording on the rig has them, VL features as late as in training.
+    Of several tasks it is the one with the most episodes.
 
     Without `judge`, a policy of other recordings is taken too: its pictures are then as large as its VLM asks for, so that a rehearsal's timing is
     true, though what it does means nothing. Raises UserError with the reason of `rig_refusal` where the rig cannot serve it.
@@ -25,11 +26,14 @@ def rig_settings(checkpoint: Path, dataset_root: Path | None = None, judge: bool
     latency_ms = float(content["settings"]["vlm_latency_ms"])
     manifest = _root(content, dataset_root) / MANIFEST
     if manifest.is_file():
-        plan = read_json(manifest)["plan"]
-        pictures = {name: plan[name] for name in ("picture_width", "picture_height", "camera_hz")}
+        recorded = read_json(manifest)
+        how = {name: recorded["plan"][name] for name in ("picture_width", "picture_height", "camera_hz")}
+        tasks = Counter(entry["task"] for entry in recorded["episodes"]) or {DEFAULT_TASK: 0}
+        how["task"] = max(tasks, key=tasks.__getitem__)
+        how["instruction"] = instruction_of(how["task"], manifest.parent)
     else:
-        pictures = {f"picture_{side}": int(content["binding"][f"image_resize_{side}"]) for side in ("width", "height")}
-    return AttemptSettings(checkpoint, vlm_latency_ms=latency_ms, **pictures)
+        how = {f"picture_{side}": int(content["binding"][f"image_resize_{side}"]) for side in ("width", "height")}
+    return AttemptSettings(checkpoint, vlm_latency_ms=latency_ms, **how)
 
 
 def rig_refusal(checkpoint: Path, dataset_root: Path | None = None, judge: bool = True) -> str:

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from vla_lib.core.errors import UserError
-from vla_lib.evaluation.attempt import AttemptSettings, judged
+from vla_lib.evaluation.attempt import AttemptSettings, judged, rig_of
 from vla_lib.evaluation.sim_robot import SimRobot, sim_limits
 from vla_lib.runtime.clock import RealClock
 from vla_lib.runtime.execution import ExecutionSettings
@@ -117,8 +117,7 @@ def rehearse(
     Raises UserError where the checkpoint, its VLM or EGL is missing.
     """
     with Pilot(settings) as pilot:
-        size = {"picture_width": settings.picture_width, "picture_height": settings.picture_height, "camera_hz": settings.camera_hz}
-        rig = SimRig(task=settings.task, action_hz=pilot.action_hz, views=pilot.views, max_time_s=settings.max_time_s, **size)
+        rig = SimRig(**rig_of(settings, pilot.action_hz, pilot.views))
         try:
             clock = RealClock()
             first = SimRobot(rig, clock, seed)

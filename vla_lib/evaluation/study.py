@@ -16,6 +16,8 @@ import tyro
 from vla_lib.core.errors import UserError
 from vla_lib.runtime.execution import Execution, ExecutionSettings
 
+ON_THE_RIG = ("execution", "chunk_steps", "vlm_jitter_ms", "expert_latency_ms", "expert_jitter_ms", "ddim_steps", "max_time_s")
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -41,6 +43,14 @@ class Settings:
     """How chunks of actions are executed."""
     chunk_steps: int = 4
     """Actions of a chunk that `chunk of n` follows."""
+    vlm_jitter_ms: float = 0.0
+    """On the rig: mean of the exponentially distributed rest by which VL features come later still."""
+    expert_latency_ms: float = 0.0
+    """On the rig: how long the action expert takes."""
+    expert_jitter_ms: float = 0.0
+    """On the rig: mean of the exponentially distributed rest of that time."""
+    ddim_steps: int = 0
+    """Denoising steps of a diffusion policy, on episodes and on the rig; 0: its own."""
     max_time_s: float = 30.0
     """Longest attempt."""
     workers: int = 0
@@ -63,9 +73,9 @@ class Settings:
             raise UserError(f"There is no dataset root {self.dataset_root}; give the folder that holds the datasets with --dataset-root.")
         if self.batch_size < 1:
             raise UserError(f"--batch-size is {self.batch_size}; give 1 or more.")
-        for name in ("closed_loop_seeds", "workers"):
-            if getattr(self, name) < 0:
-                raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}; give 0 or more.")
+        for name in ("closed_loop_seeds", "workers", "vlm_jitter_ms", "expert_latency_ms", "expert_jitter_ms", "ddim_steps"):
+            if not getattr(self, name) >= 0:
+                raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name):g}; give 0 or more.")
         if not self.max_time_s > 0:
             raise UserError(f"--max-time-s is {self.max_time_s:g}; it must be above 0.")
         ExecutionSettings(self.execution, self.chunk_steps)
@@ -128,7 +138,8 @@ def evaluate(settings: Settings, done: Callable[[Study], Any] = lambda study: No
     for name, path in study.checkpoints.items():
         print(f"open loop of {name}: {path}", flush=True)
         masked = settings.masked and name == study.first
-        study.open_loop[name] = evaluate_open_loop(path, roots[name], settings.episodes, settings.batch_size, device, masked)
+        how = (settings.episodes, settings.batch_size, device, masked, settings.ddim_steps)
+        study.open_loop[name] = evaluate_open_loop(path, roots[name], *how)
     done(study)
     if settings.closed_loop_seeds:
         seeds = unseen_seeds(settings.closed_loop_seeds, list(roots.values()), TUNING_SEED if settings.tuning else FIRST_SEED)
@@ -149,8 +160,7 @@ def variants(settings: Settings) -> dict[str, Any]:
 
     found: dict[str, Any] = {}
     for name, path in settings.named().items():
-        how = rig_settings(path, settings.dataset_root)
-        found[name] = replace(how, execution=settings.execution, chunk_steps=settings.chunk_steps, max_time_s=settings.max_time_s)
+        found[name] = replace(rig_settings(path, settings.dataset_root), **{name: getattr(settings, name) for name in ON_THE_RIG})
     first, whole = next(iter(found.items()))
     more: dict[str, Any] = {}
     if settings.masked:

@@ -24,8 +24,16 @@ class Expert(Protocol):
     def __call__(self, features: Features, age_s: float, state: Array, window: Array | None) -> Array: ...
 
 
+HIDDEN = {"nothing": (), "vl": ("vl_mask",), "sensor": ("sensor", "sensor_mask")}
+
+
+def hidden(observation: dict[str, torch.Tensor], without: str) -> dict[str, torch.Tensor]:
+    """The observation batch with the VL tokens ("vl": every view and the text) or the sensor window ("sensor") missing, as in training."""
+    return observation | {name: torch.zeros_like(observation[name]) for name in HIDDEN[without] if name in observation}
+
+
 class PolicyExpert:
-    """See the module's docstring. `without` masks an input as training masks a missing one: "vl" (every view and the text), "sensor".
+    """See the module's docstring. `without`: the input that is `hidden`.
 
     A diffusion policy draws new noise at every call, from `seed` on: the same noise each time would push every action the same way.
     """
@@ -33,7 +41,7 @@ class PolicyExpert:
     def __init__(
         self, policy: Policy, without: Literal["nothing", "vl", "sensor"] = "nothing", ddim_steps: int | None = None, seed: int = 0
     ):
-        if without not in ("nothing", "vl", "sensor"):
+        if without not in HIDDEN:
             raise UserError(f"A policy can be run without nothing, vl or sensor, not without {without!r}.")
         self.policy, self.without, self.ddim_steps = policy, without, ddim_steps
         self.generator = torch.Generator().manual_seed(seed)
@@ -41,20 +49,17 @@ class PolicyExpert:
 
     def observation(self, features: Features, age_s: float, state: Array, window: Array | None) -> dict[str, torch.Tensor]:
         """The batch of one; `window` (S, 1026) or None where it is not full."""
-        mask = torch.as_tensor(features.mask, dtype=torch.bool)
         batch = {
             "vl_tokens": torch.as_tensor(features.tokens)[None],
-            "vl_mask": (torch.zeros_like(mask) if self.without == "vl" else mask)[None],
+            "vl_mask": torch.as_tensor(features.mask, dtype=torch.bool)[None],
             "vl_age_s": torch.tensor([age_s], dtype=torch.float32),
             "state": torch.as_tensor(np.asarray(state, np.float32))[None],
         }
         if self.sensor_window:
-            present = window is not None and self.without != "sensor"
-            batch["sensor"] = (
-                torch.from_numpy(np.asarray(window, np.float32))[None] if present else torch.zeros(1, self.sensor_window, SENSOR_CHANNELS)
-            )
-            batch["sensor_mask"] = torch.tensor([present])
-        return batch
+            missing = np.zeros((self.sensor_window, SENSOR_CHANNELS), np.float32)
+            batch["sensor"] = torch.from_numpy(np.asarray(missing if window is None else window, np.float32))[None]
+            batch["sensor_mask"] = torch.tensor([window is not None])
+        return hidden(batch, self.without)
 
     def __call__(self, features: Features, age_s: float, state: Array, window: Array | None) -> Array:
         """(H, 7) float32 actions."""

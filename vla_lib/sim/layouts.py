@@ -10,7 +10,6 @@ on for an idle tail after the robot's log ends; sensor and robot begin together.
 """
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -52,9 +51,7 @@ def episode_folder(layout: str, task: str, start_s: float) -> Path:
     return Path(*task_of(task)["folders"], name)
 
 
-def write_episode(
-    folder: Path, how: Recording, shown: Demonstration, start_s: float, maker: PictureMaker, each: Callable[[int], None] | None = None
-) -> int:
+def write_episode(folder: Path, how: Recording, shown: Demonstration, start_s: float, maker: PictureMaker) -> int:
     """Write one episode into `folder` (made here); `shown` must include the idle tail. Returns the number of pictures written."""
     folder.mkdir(parents=True)
     rng = stream(shown.world.seed, "recording")
@@ -65,7 +62,7 @@ def write_episode(
     force_column = "force_placeholder" if how.layout == "F1" else "force"
     header = ",".join(["recv_timestamp", "origin_timestamp", "send_timestamp", force_column, *_COLUMNS])
     np.savetxt(folder / name, rows, fmt="%.6f", delimiter=",", header=header, comments="")
-    pictures = _write_pictures(rng, folder, how, shown, start_s, maker, each)
+    pictures = _write_pictures(rng, folder, how, shown, start_s, maker)
     windows = _write_sensor(rng, folder, how, shown, start_s, session)
     if how.layout == "F2":
         _write_metadata(folder, how, rng, start_s, seconds, len(rows), windows)
@@ -82,7 +79,7 @@ def _robot_rows(rng: np.random.Generator, shown: Demonstration, start_s: float, 
     return np.column_stack([start_s + received, start_s + t, start_s + t + 0.0002, np.zeros(t.size), joints_and_pose])
 
 
-def _write_pictures(rng, folder: Path, how: Recording, shown: Demonstration, start_s: float, maker: PictureMaker, each) -> int:
+def _write_pictures(rng, folder: Path, how: Recording, shown: Demonstration, start_s: float, maker: PictureMaker) -> int:
     maker.show(shown.world)
     written = 0
     digits = 3 if how.layout == "F1" else 6
@@ -102,8 +99,6 @@ def _write_pictures(rng, folder: Path, how: Recording, shown: Demonstration, sta
         for stamp, position, rotvec in zip(stamps, *shown.at(stamps - start_s), strict=True):
             (place / f"{prefix}{stamp:.{digits}f}.jpg").write_bytes(jpeg(maker.picture(key, position, rotvec)))
             written += 1
-        if each is not None:
-            each(len(t))
     return written
 
 

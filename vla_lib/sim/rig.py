@@ -35,7 +35,8 @@ class SimRig:
     """One arm, one phantom. Deterministic by seed and actions; `reset` draws a new phantom.
 
     `max_time_s` counts from the reset's end. `pictures=False` leaves the cameras out (no EGL needed). `idle_s` is the rest before the first
-    observation: 1 s fills a 650-sample window. Raises UserError where the settings are bad or EGL is missing.
+    observation: 1 s fills a 650-sample window. `instruction`: default, the built-in one of the task.
+    Raises UserError where the settings are bad or EGL is missing.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class SimRig:
         pictures: bool = True,
         max_time_s: float = 30.0,
         idle_s: float = 1.0,
+        instruction: str = "",
     ):
         self.seed, self.task, self.action_hz = seed, task, action_hz
         self.ticks = round(TICK_HZ / action_hz)
@@ -60,7 +62,7 @@ class SimRig:
                 f"The rig cannot run with camera_hz {camera_hz:g}, idle_s {idle_s:g}, max_time_s {max_time_s:g}; all must be above 0."
             )
         self.camera_hz, self.max_time_s, self.idle_s = camera_hz, max_time_s, idle_s
-        self.instruction: str = instruction_of(task)
+        self.instruction: str = instruction or instruction_of(task)
         if pictures:
             check_gl()
         self._maker = PictureMaker(picture_width, picture_height, views) if pictures else None

@@ -5,6 +5,7 @@ independently of everything that is visible. The A-scan shows the membrane's dis
 """
 
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -68,11 +69,15 @@ def task_of(name: str) -> dict:
     return TASKS["Silicone_block"] | {"folders": ("New_dataset", name)}
 
 
-def instruction_of(name: str) -> str:
-    """The instruction that prepared episodes of the task carry (built-in table of data sets), so that live and recorded prompts agree."""
+def instruction_of(name: str, root: Path | None = None) -> str:
+    """The instruction that prepared episodes of the task below `root` carry, so that live and recorded prompts agree; without a root, the built-in one.
+
+    Raises UserError where the root's datasets.yaml cannot be understood.
+    """
     from vla_lib.episodes.datasets import DatasetTable
 
-    return DatasetTable().instruction(*task_of(name)["folders"])
+    table = DatasetTable() if root is None else DatasetTable.load(root)
+    return table.instruction(*task_of(name)["folders"])
 
 
 @dataclass(frozen=True)
