@@ -1,5 +1,8 @@
 """Closed loop on the simulated rig: judgement, figures, seeds, processes. The scripted demonstrator reads the rig's truth: a reference for tests."""
 
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
+
 import numpy as np
 import pytest
 import torch
@@ -244,6 +247,39 @@ def test_impossible_settings_are_refused(tmp_path):
         closed.closed_loop({"a": AttemptSettings(tmp_path / "a.pt")}, [1, 1])
     assert [v.vlm_latency_ms for v in closed.latency_sweep(AttemptSettings(tmp_path / "a.pt")).values()] == [0, 300, 600]
     assert [v.without for v in closed.masked(AttemptSettings(tmp_path / "a.pt")).values()] == ["vl", "sensor"]
+
+
+class DyingPool:
+    """Finishes one attempt; then its process is dead."""
+
+    def __enter__(self):
+        self.asked = 0
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def submit(self, work, settings, seed):
+        self.asked += 1
+        future = Future()
+        if self.asked == 1:
+            future.set_result(row(seed, True))
+        else:
+            future.set_exception(BrokenProcessPool())
+        return future
+
+    def map(self, *_):
+        raise BrokenProcessPool
+
+
+def test_a_process_that_dies_is_told_with_what_was_done(tmp_path, monkeypatch):
+    (tmp_path / "a.pt").touch()
+    settings = AttemptSettings(tmp_path / "a.pt")
+    monkeypatch.setattr(closed, "_processes", lambda workers: DyingPool())
+    with pytest.raises(UserError, match=r"when 1 of 4 attempts were done \(all: 1, blind: 0\).* fewer workers than 2"):
+        closed.closed_loop({"all": settings, "blind": closed.masked(settings)["VL masked"]}, [1, 2], workers=2, show=False)
+    with pytest.raises(UserError, match="film fewer seeds than 3, or with fewer workers than 1"):
+        closed.films(settings, [1, 2, 3], workers=1)
 
 
 # ---------------------------------------------------------------- a checkpoint, whole

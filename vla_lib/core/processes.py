@@ -1,6 +1,7 @@
 """Processes that do not outlive who started them (Linux): called in a child, a dying parent takes the child along."""
 
 import ctypes
+import multiprocessing
 import os
 import signal
 import sys
@@ -16,3 +17,12 @@ def die_with_parent(number: int = signal.SIGKILL) -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(number))
     if os.getppid() != parent:  # it died in between
         os.kill(os.getpid(), number)
+
+
+def follow_parent() -> None:
+    """A worker of multiprocessing leaves Ctrl-C to its parent and, on Linux, dies with it, however and whenever the parent dies."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    die_with_parent()
+    parent = multiprocessing.parent_process()
+    if parent is not None and os.getppid() != parent.pid:  # it died before
+        os._exit(1)

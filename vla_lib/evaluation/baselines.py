@@ -2,8 +2,6 @@
 
 import numpy as np
 
-BASELINES = ("zero", "mean", "persistence")
-
 
 def baseline_chunks(previous_action: np.ndarray, mean_action: np.ndarray, horizon: int) -> dict[str, np.ndarray]:
     """Chunks (M, horizon, 7) of each baseline for M samples.

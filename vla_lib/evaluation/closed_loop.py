@@ -10,19 +10,18 @@ import multiprocessing
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from vla_lib.core.errors import UserError
 from vla_lib.core.files import read_json
-from vla_lib.core.processes import die_with_parent
+from vla_lib.core.processes import follow_parent
 from vla_lib.core.progress import Progress
 from vla_lib.evaluation.attempt import AttemptSettings, attempt, film
+from vla_lib.runtime.run_log import distribution
 from vla_lib.sim.recorder import MANIFEST
 
 FIRST_SEED = 7_000_000  # reported seeds begin here; recordings draw theirs from 62 bits
@@ -47,10 +46,10 @@ class ClosedLoop:
             "success_rate": len(wins) / len(rows) if rows else None,
             "interval_95": wilson(len(wins), len(rows)) if rows else None,
             "punctured": len(through),
-            "lateral_mm": distribution([row["lateral_mm"] for row in through]),
-            "depth_error_mm": distribution([abs(row["depth_error_mm"]) for row in through]),
-            "peak_force_mN": distribution([row["peak_force_mN"] for row in rows]),
-            "time_to_target_s": distribution([row["time_s"] for row in wins]),
+            "lateral_mm": distribution([row["lateral_mm"] for row in through], 90),
+            "depth_error_mm": distribution([abs(row["depth_error_mm"]) for row in through], 90),
+            "peak_force_mN": distribution([row["peak_force_mN"] for row in rows], 90),
+            "time_to_target_s": distribution([row["time_s"] for row in wins], 90),
             "reasons": dict(Counter(row["reason"] for row in rows if not row["success"]).most_common()),
             "held_ticks": sum(row["runner"]["modes"].get("hold", 0) for row in rows),
         }
@@ -78,15 +77,22 @@ def closed_loop(
     found: dict[AttemptSettings, dict[int, dict[str, Any]]] = {settings: {} for settings in names}
     workers = min(len(jobs), workers or _cores())
     with Progress(len(jobs), "closed loop", "attempts", show=show) as progress, _processes(workers) as pool:
-        futures = {pool.submit(attempt, settings, seed): (settings, seed) for settings, seed in jobs}
+        futures: dict[Future[dict[str, Any]], tuple[AttemptSettings, int]] = {}
         try:
+            for settings, seed in jobs:
+                futures[pool.submit(attempt, settings, seed)] = settings, seed
             for future in as_completed(futures):
                 settings, seed = futures[future]
                 found[settings][seed] = future.result()
                 wins, tried = sum(row["success"] for row in found[settings].values()), len(found[settings])
                 progress.update(1, note=f"{names[settings]}: {wins} of {tried}")
         except BrokenProcessPool:
-            raise UserError("A process of the closed-loop evaluation died (out of memory?); run it again with fewer workers.") from None
+            done = Counter(names[settings] for future, (settings, _) in futures.items() if future.done() and not future.exception())
+            told = ", ".join(f"{names[settings]}: {done[names[settings]]}" for settings in dict.fromkeys(variants.values()))
+            raise UserError(
+                f"A process of the closed-loop evaluation died (out of memory?) when {done.total()} of {len(jobs)} attempts were done "
+                f"({told}); they are not kept; run it again with fewer workers than {workers}, or fewer seeds."
+            ) from None
         finally:
             for future in futures:
                 future.cancel()
@@ -104,9 +110,15 @@ def latency_sweep(settings: AttemptSettings, delays_ms: Sequence[float] = (0.0, 
 
 
 def films(settings: AttemptSettings, seeds: Sequence[int], frames: int = 12, workers: int = 0) -> list[dict[str, Any]]:
-    """Film of the attempts of `seeds` (see `evaluation.attempt.film`), made by running them again."""
-    with _processes(min(len(seeds), workers or _cores()) or 1) as pool:
-        return list(pool.map(film, [settings] * len(seeds), seeds, [frames] * len(seeds)))
+    """Film of the attempts of `seeds` (see `evaluation.attempt.film`), made by running them again. Raises UserError where a process dies."""
+    workers = min(len(seeds), workers or _cores()) or 1
+    try:
+        with _processes(workers) as pool:
+            return list(pool.map(film, [settings] * len(seeds), seeds, [frames] * len(seeds)))
+    except BrokenProcessPool:
+        raise UserError(
+            f"A process that films attempts died (out of memory?); film fewer seeds than {len(seeds)}, or with fewer workers than {workers}."
+        ) from None
 
 
 def unseen_seeds(count: int, dataset_roots: Sequence[Path] = (), first: int = FIRST_SEED) -> list[int]:
@@ -146,14 +158,6 @@ def wilson(successes: int, attempts: int) -> tuple[float, float]:
     return float(interval.low), float(interval.high)
 
 
-def distribution(values: Sequence[float]) -> dict[str, float] | None:
-    """Median, 90th percentile and maximum; None without values."""
-    if not len(values):
-        return None
-    found = np.percentile(values, (50, 90, 100))
-    return {"median": float(found[0]), "p90": float(found[1]), "max": float(found[2])}
-
-
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -163,17 +167,12 @@ def _processes(workers: int) -> ProcessPoolExecutor:
 
     check_gl()  # once, with a sentence, before many processes fail
     context = multiprocessing.get_context("spawn")  # neither a GL context nor torch's threads survive a fork
-    return ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(os.getpid(),))
+    return ProcessPoolExecutor(workers, context, initializer=_begin)
 
 
-def _begin(parent: int) -> None:
-    """A worker leaves Ctrl-C to its parent, dies with it on Linux, and computes on one thread: seeds run beside each other."""
-    import signal
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    die_with_parent()
-    if os.getppid() != parent:  # it died before
-        os._exit(1)
+def _begin() -> None:
+    """A worker follows its parent, and computes on one thread: seeds run beside each other."""
+    follow_parent()
     from vla_lib.sim.render import prepare_gl
 
     prepare_gl()  # imports triton first: after Mesa's first picture its import would crash the process

@@ -14,7 +14,7 @@ import torch
 from vla_lib.core.errors import UserError
 from vla_lib.core.progress import Progress
 from vla_lib.episodes import load_prepared
-from vla_lib.evaluation.baselines import BASELINES, baseline_chunks
+from vla_lib.evaluation.baselines import baseline_chunks
 from vla_lib.evaluation.contact import phases
 from vla_lib.evaluation.metrics import open_loop_metrics
 from vla_lib.features.cache import FeatureCache
@@ -22,6 +22,7 @@ from vla_lib.policy.config import PolicyConfig
 from vla_lib.runtime.expert import hidden
 from vla_lib.training.checkpoint import load_policy
 from vla_lib.training.samples import SampleSet
+from vla_lib.training.validation import BASELINES
 
 OBSERVATION = ("vl_tokens", "vl_mask", "vl_age_s", "state", "sensor", "sensor_mask")
 VL_MASKED, SENSOR_MASKED = "VL masked", "sensor masked"

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from vla_lib.core.errors import UserError
-from vla_lib.core.processes import die_with_parent
+from vla_lib.core.processes import follow_parent
 from vla_lib.evaluation.attempt import AttemptSettings
 from vla_lib.evaluation.rehearsal import rehearse
 from vla_lib.runtime.robot_io import Observation
@@ -95,10 +95,7 @@ class RehearsalProcess:
 
 
 def _serve(pipe: Any, settings: AttemptSettings, seed: int, dry_run: Path | None, go_on: bool) -> None:
-    import signal
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the watcher's to handle
-    die_with_parent()
+    follow_parent()
     from vla_lib.sim.render import prepare_gl
 
     prepare_gl()

@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from vla_lib.evaluation.baselines import BASELINES
 from vla_lib.evaluation.closed_loop import ClosedLoop, compare
 from vla_lib.evaluation.metrics import DIMENSIONS, UNITS
 from vla_lib.evaluation.open_loop import OpenLoop, beaten
+from vla_lib.training.validation import BASELINES
 
 
 def error_table(metrics: dict[str, dict[str, Any]]) -> pd.DataFrame:

@@ -1,6 +1,7 @@
 """Every tick and every event of a run in; arrays, counts and a JSON-able summary out."""
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -80,10 +81,10 @@ class RunLog:
             "failed_stops": sum(event["kind"] == "stop failed" for event in self.events),
             "missed_deadlines": sum(tick.reason == "missed deadline" for tick in self.ticks),
             "skipped_ticks": max(0, self.ticks[-1].step + 1 - len(self.ticks)) if self.ticks else 0,
-            "lateness_ms": _percentiles([tick.lateness_ms for tick in self.ticks]),
-            "expert_ms": _percentiles(expert),
-            "vlm_ms": _percentiles(self.vlm_ms),
-            "vl_age_s": _percentiles(age),
+            "lateness_ms": distribution([tick.lateness_ms for tick in self.ticks], 99),
+            "expert_ms": distribution(expert, 99),
+            "vlm_ms": distribution(self.vlm_ms, 99),
+            "vl_age_s": distribution(age, 99),
             "expert_while_vlm_busy": sum(tick.vl_busy for tick in asked),
             "expert_calls": len(asked),
         }
@@ -97,8 +98,9 @@ class RunLog:
         append_jsonl(path, {"summary": self.summary()})
 
 
-def _percentiles(values: list[float]) -> dict[str, float] | None:
-    if not values:
+def distribution(values: Sequence[float], upper: int) -> dict[str, float] | None:
+    """`median`, the `upper` percentile (`p99` where it is 99) and `max`; None without values."""
+    if not len(values):
         return None
-    found = np.percentile(values, (50, 99, 100))
-    return {"median": float(found[0]), "p99": float(found[1]), "max": float(found[2])}
+    found = np.percentile(values, (50, upper, 100))
+    return {"median": float(found[0]), f"p{upper}": float(found[1]), "max": float(found[2])}

@@ -10,14 +10,13 @@ import json
 import multiprocessing
 import os
 import shutil
-import signal
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from vla_lib.core.errors import UserError
 from vla_lib.core.files import read_json, write_json
-from vla_lib.core.processes import die_with_parent
+from vla_lib.core.processes import follow_parent
 from vla_lib.core.progress import Progress
 from vla_lib.sim.demonstration import demonstrate
 from vla_lib.sim.layouts import Recording, episode_folder, write_episode
@@ -131,7 +130,7 @@ def _run(root: Path, plan: Plan, todo: list[Job], workers: int):
         return
     context = multiprocessing.get_context("spawn")  # a GL context does not survive a fork
     prepare_gl()
-    with ProcessPoolExecutor(min(workers, len(todo)), context, initializer=_follow_parent) as pool:
+    with ProcessPoolExecutor(min(workers, len(todo)), context, initializer=follow_parent) as pool:
         # F2 first: its episodes take longest to write
         futures = [pool.submit(_record_in_worker, root, plan, job) for job in sorted(todo, key=lambda job: job.layout, reverse=True)]
         try:
@@ -141,12 +140,6 @@ def _run(root: Path, plan: Plan, todo: list[Job], workers: int):
             for future in futures:
                 future.cancel()
             raise
-
-
-def _follow_parent() -> None:
-    """A worker leaves Ctrl-C to its parent, and on Linux dies with it, however the parent dies."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    die_with_parent()
 
 
 _worker_maker: PictureMaker | None = None
