@@ -6,6 +6,7 @@ from concurrent.futures.process import BrokenProcessPool
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from vla_lib.core.errors import UserError
 from vla_lib.core.files import write_json
@@ -22,6 +23,7 @@ from vla_lib.runtime.runner import RunnerSettings
 from vla_lib.runtime.safety import SafetyLimits
 from vla_lib.sim.demonstrator import demonstrator_action
 from vla_lib.sim.rig import SimRig
+from vla_lib.workbench import attempt_views
 from vla_lib.workbench.attempt_views import failures_first
 from vla_lib.workbench.plots import closed_loop as plots
 
@@ -208,6 +210,37 @@ def test_the_plots_tell_units_and_counts(tmp_path):
     frame = {"t_s": 0.5, "pictures": {"View5": np.zeros((9, 16, 3), np.uint8)}, "a_scan": np.ones(1025), "force_mN": 7.0}
     strip = plots.film_strip(record | {"frames": [frame | {"action": np.zeros(7), "reason": "stale sensor"}] * 3}, views=("View5",))
     assert len(strip.axes) == 6 and "7 mN\nstale sensor" in strip.axes[-1].get_xlabel()
+
+
+def test_the_pair_that_is_chosen_is_drawn(tmp_path, monkeypatch):
+    (tmp_path / "a.pt").touch()
+    truth = {"truth": {"target_xy_mm": (170.0, 1.0)}}
+    wins = {"all": (1, 1), "blind": (0, 1), "numb": (0, 0)}
+    loops = {
+        name: closed.ClosedLoop(AttemptSettings(tmp_path / "a.pt"), [row(seed, bool(won)) | truth for seed, won in enumerate(each)])
+        for name, each in wins.items()
+    }
+    shown = []
+    monkeypatch.setattr("IPython.display.display", shown.append)
+    view = attempt_views.PairView(loops)
+    view._ipython_display_()  # headless
+    assert isinstance(shown.pop(), Figure) and view.names == ("all", "blind")
+
+    def counts():
+        return [text.get_text() for text in view.draw().axes[0].get_legend().get_texts()]
+
+    assert counts() == ["both: 1", "only all: 1", "only blind: 0", "neither: 0"]
+    monkeypatch.setattr(attempt_views, "interactive", lambda: True)
+    view._ipython_display_()
+    choice, picture = shown.pop().children
+    one, _, other = choice.children
+    before = bytes(picture.value)
+    other.value = "numb"
+    assert counts() == ["both: 0", "only all: 2", "only numb: 0", "neither: 0"] and bytes(picture.value) != before
+    one.value = "blind"
+    assert counts() == ["both: 0", "only blind: 1", "only numb: 0", "neither: 1"]
+    assert bytes(picture.value).startswith(b"\x89PNG")
+    assert attempt_views.PairView({"all": loops["all"]}).names == ("all", "all")
 
 
 def test_wilsons_interval():

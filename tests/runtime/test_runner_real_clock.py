@@ -2,6 +2,7 @@
 
 import threading
 
+import numpy as np
 import pytest
 from plain_robot import BOX, PlainExpert, PlainRobot
 from plain_vlm import make_broken, make_mortal, make_quick, make_slow, tokens_of
@@ -15,12 +16,12 @@ from vla_lib.runtime.watchdog import Watchdog
 PATIENT = {"sensor_age_s": 5.0, "state_age_s": 5.0, "picture_age_s": 5.0, "vl_age_s": 5.0, "watchdog_s": 5.0, "hold_s": 3.0}
 
 
-def build(compute, expert=None, limits=None, watch=None, edit=None):
+def build(compute, expert=None, limits=None, watch=None, edit=None, action_hz=10.0):
     clock = RealClock()
     robot = PlainRobot(clock, edit=edit)
     vlm = ThreadedVlm(compute)
     limits = SafetyLimits(workspace_mm=BOX, **{**PATIENT, **(limits or {})})
-    return Runner(robot, expert or PlainExpert(), vlm, clock, RunnerSettings(), limits, watch), robot, vlm
+    return Runner(robot, expert or PlainExpert(), vlm, clock, RunnerSettings(action_hz), limits, watch), robot, vlm
 
 
 def test_the_loop_keeps_its_ticks_while_the_vlm_works_in_a_process():
@@ -79,6 +80,39 @@ def test_a_slow_vlm_thread_makes_features_stale_and_stops():
     vlm.close()
     assert log.ended == "stale VL features" and [tick.mode for tick in log.ticks][-1] == "stop"
     assert sum(tick.mode == "hold" for tick in log.ticks) >= 1
+
+
+def assert_stopped_within_one_tick_of_the_limit(log, reason: str, hold_ticks: int):
+    """Counted in ticks, whatever the machine does: every held tick lies within the budget, and the next one, the first beyond it, stopped."""
+    held = [tick for tick in log.ticks if tick.mode == "hold" and tick.reason == reason]
+    stop = log.ticks[-1]
+    assert (log.ended, stop.mode, stop.reason) == (reason, "stop", reason)
+    assert held and held[-1] is log.ticks[-2] and held[-1].step < held[0].step + hold_ticks
+    assert not np.any([tick.action[:6] for tick in held])
+
+
+def test_a_silent_sensor_stops_the_robot_in_real_time():
+    def silent(t_s, fields):
+        if sum(tick.mode == "act" for tick in runner.log.ticks) >= 3:
+            fields["sensor"], fields["sensor_timestamps"] = fields["sensor"][:0], fields["sensor_timestamps"][:0]
+
+    runner, robot, vlm = build(tokens_of, limits={"sensor_age_s": 0.3, "hold_s": 0.6}, edit=silent, action_hz=5.0)
+    log = runner.run(15.0)
+    vlm.close()
+    assert_stopped_within_one_tick_of_the_limit(log, "stale sensor", 3)
+    hold = next(tick for tick in log.ticks if tick.reason == "stale sensor")
+    assert hold.sensor_age_s > 0.3
+    assert all(tick.sensor_age_s <= 0.3 for tick in log.ticks if tick.step < hold.step)  # the first tick beyond the age was held
+
+
+def test_nan_actions_stop_the_robot_in_real_time():
+    good, bad = np.full((8, 7), 0.01), np.full((8, 7), np.nan)
+    expert = PlainExpert(act=lambda call: good if call < 4 else bad)
+    runner, robot, vlm = build(tokens_of, expert, limits={"hold_s": 0.6}, action_hz=5.0)
+    log = runner.run(15.0)
+    vlm.close()
+    assert_stopped_within_one_tick_of_the_limit(log, "non-finite action", 3)
+    assert np.isfinite([action for _, action in robot.sent]).all()
 
 
 def test_the_watchdog_stops_a_robot_whose_loop_hangs():

@@ -14,6 +14,7 @@ from vla_lib.core import frontdoor
 from vla_lib.core.errors import UserError
 from vla_lib.core.files import read_json, read_jsonl
 from vla_lib.core.run_folder import read_record
+from vla_lib.policy.policy import Policy
 from vla_lib.workbench.demo import SIZES
 from vla_lib.workbench.headless import run_notebook
 from vla_lib.workbench.run_all import Plan, assign, check
@@ -95,12 +96,30 @@ def test_the_policy_is_tried_on_unseen_phantoms_and_its_attempts_are_drawn(demo)
     assert (run / "notebook.html").read_text().count('type="range"') == 3  # paths, film strips, sensor: browsable offline
 
 
-def test_the_front_door_evaluates_as_the_documents_say(demo, tmp_path, capsys):
+def test_the_front_door_evaluates_as_the_documents_say(demo, tmp_path, capsys, monkeypatch):
     best = run_of(demo[1], "04_train_async") / "checkpoints" / "qwen_vla_async_best.pt"
     latest = best.with_name("qwen_vla_async.pt")
-    evaluate.main(frontdoor.parse(evaluate.Settings, ["--checkpoints", f"best={best}", f"latest={latest}", "--run-dir", str(tmp_path)]))
-    assert set(read_json(tmp_path / "results.json")["compared_with"]) == {"latest"}
-    assert "best, val episodes" in capsys.readouterr().out
+    asked, predict = set(), Policy.predict
+
+    def spy(policy, *given, ddim_steps=None, **how):
+        asked.add(ddim_steps)
+        return predict(policy, *given, ddim_steps=ddim_steps, **how)
+
+    monkeypatch.setattr(Policy, "predict", spy)
+    given = ["--checkpoints", f"best={best}", f"latest={latest}", "--run-dir", str(tmp_path), "--ddim-steps", "4"]
+    given += ["--closed-loop-seeds", "1", "--masked", "--latency-sweep", "--vlm-jitter-ms", "10", "--max-time-s", "1"]
+    evaluate.main(frontdoor.parse(evaluate.Settings, given))
+    results = read_json(tmp_path / "results.json")
+    assert set(results["compared_with"]) == {"latest"} and asked == {4}
+    delays = [f"best, VLM delay {delay} ms" for delay in (0, 300, 600)]
+    names = ["best", "latest", "best, VL masked", "best, sensor masked", *delays]
+    assert list(results["closed_loop"]) == names and list(results["pairs"]) == names[1:]
+    tried = [loop["attempts"][0] for loop in results["closed_loop"].values()]
+    assert len({attempt["seed"] for attempt in tried}) == 1 and {attempt["reason"] for attempt in tried} == {"no puncture"}
+    assert {loop["settings"]["vlm_jitter_ms"] for loop in results["closed_loop"].values()} == {10}
+    assert [results["closed_loop"][name]["settings"]["vlm_latency_ms"] for name in delays] == [0, 300, 600]
+    said = capsys.readouterr().out
+    assert "best, val episodes" in said and re.search(r"best, VLM delay 600 ms +0 of 1", said)
 
 
 def test_notebook_06_tells_where_the_rig_is_no_judge(demo, runs_folder):
