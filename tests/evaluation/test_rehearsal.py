@@ -13,6 +13,8 @@ from vla_lib.evaluation.rehearsal import rehearse
 from vla_lib.evaluation.rehearsal_process import Moment, RehearsalProcess
 from vla_lib.evaluation.sim_robot import sim_limits
 from vla_lib.runtime.run_log import RunLog, Tick
+from vla_lib.sim.world import VIEWS
+from vla_lib.training.checkpoint import load_policy
 from vla_lib.workbench import rehearsal_view
 from vla_lib.workbench.jobs import JobCancelled
 from vla_lib.workbench.plots import closed_loop as loop_plots
@@ -113,6 +115,19 @@ def test_the_benchmark_counts_every_tick():
     assert 3.0 < late.ours < 9.0 and late.ratio == pytest.approx(5.0 / late.ours)
     assert "31 ticks" in late.note and "max 9.00 ms; 1 missed deadlines, 3 skipped, 1 held" in late.note
     assert (beside.ours, beside.baseline) == (6.0, 5.0) and "10 of 30 expert calls fell into VLM work; 2 VLM ticks" in beside.note
+
+
+def test_the_benchmark_rehearses_an_untrained_policy_on_all_views(monkeypatch):
+    def rehearsed(settings, seed, go_on):
+        policy, info = load_policy(settings.checkpoint)
+        assert tuple(info["binding"]["views"]) == policy.config.views == VIEWS and go_on
+        ticks = [Tick(k, k / 10, 2.0, expert_ms=5.0, vl_busy=k % 2 == 0) for k in range(round(10 * settings.max_time_s))]
+        return {"log": RunLog(ticks, vlm_ms=[30.0], ended="time limit")}
+
+    monkeypatch.setattr(bench, "rehearse", rehearsed)
+    late, beside = bench.rows(fast=True)
+    assert late.ours == pytest.approx(2.0) and "30 ticks, ended by time limit" in late.note
+    assert "15 of 30 expert calls fell into VLM work" in beside.note
 
 
 def test_what_cannot_be_rehearsed_is_told(checkpoint):

@@ -7,9 +7,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from scipy.spatial.transform import Rotation
 
 from vla_lib.core.errors import UserError
 from vla_lib.sim import render
+from vla_lib.sim import world as looks
 from vla_lib.sim.demonstration import demonstrate
 from vla_lib.sim.demonstrator import demonstrator_action
 from vla_lib.sim.render import PictureMaker, through_jpeg
@@ -81,6 +83,43 @@ def test_light_and_colours_differ_between_worlds_and_pictures_are_not_blank(make
         assert picture.shape == (180, 320, 3) and picture.dtype == np.uint8 and picture.std() > 20
         means.append(picture.mean())
     assert np.std(means) > 1
+
+
+def test_cameras_light_and_colours_are_drawn_within_their_stated_ranges_and_fill_them(maker):
+    from vla_lib.sim.scene import camera_poses
+
+    maker.show(sample_world(0))
+    scene, _ = maker._stage()
+    model, found = scene.model, {}
+    for seed in range(150):
+        world = sample_world(seed)
+        scene.show(world)
+        for view, (place, turn) in zip(VIEWS, camera_poses(), strict=True):
+            camera = model.camera(view)
+            turned = (turn.inv() * Rotation.from_quat(np.roll(camera.quat, -1))).as_rotvec(degrees=True)
+            found.setdefault(f"place of {view}", []).append(camera.pos - place)
+            found.setdefault(f"turn of {view}", []).append(turned)
+        lamp, light = model.light("lamp"), np.array(world.looks["light_mm"])
+        assert lamp.dir == pytest.approx(-light / np.linalg.norm(light))
+        for k, axis in enumerate("xyz"):
+            found.setdefault(f"light {axis}", []).append(light[k])
+        found.setdefault("light", []).append(lamp.diffuse / 0.7)
+        found.setdefault("ambient", []).append(model.vis.headlight.ambient[0])
+        found.setdefault("table", []).append(model.material("bench").rgba[0] / 0.40)
+        found.setdefault("phantom", []).append(world.looks["phantom_xy_mm"])
+        found.setdefault("phantom yaw", []).append(world.looks["phantom_yaw_deg"])
+    stated = {f"place of {view}": (-looks.CAMERA_PLACE_JITTER_MM, looks.CAMERA_PLACE_JITTER_MM) for view in VIEWS}
+    stated |= {f"turn of {view}": (-looks.CAMERA_TURN_JITTER_DEG, looks.CAMERA_TURN_JITTER_DEG) for view in VIEWS}
+    stated |= {f"light {axis}": bounds for axis, bounds in zip("xyz", looks.LIGHT_PLACE_MM, strict=True)}
+    stated["light"] = (looks.LIGHT_LEVEL[0] * looks.LIGHT_RGB[0], looks.LIGHT_LEVEL[1] * looks.LIGHT_RGB[1])
+    stated |= {"ambient": looks.AMBIENT_LEVEL, "table": looks.TABLE_LEVEL}
+    stated["phantom"] = (-looks.PHANTOM_JITTER_MM, looks.PHANTOM_JITTER_MM)
+    stated["phantom yaw"] = (-looks.PHANTOM_YAW_DEG, looks.PHANTOM_YAW_DEG)
+    assert found.keys() == stated.keys()
+    for name, (low, high) in stated.items():
+        least, most = np.min(found[name]), np.max(found[name])
+        assert low - 1e-6 <= least and most <= high + 1e-6, name
+        assert most - least > 0.85 * (high - low), name
 
 
 def test_the_rig_takes_pictures_at_the_cameras_rate_and_codes_them_as_recorded():

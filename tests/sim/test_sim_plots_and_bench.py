@@ -1,11 +1,16 @@
 """Figures of attempts and the benchmark rows."""
 
+import itertools
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
 from vla_lib.benchmarks import sim as bench
 from vla_lib.sim.demonstrator import demonstrator_action
+from vla_lib.sim.render import PictureMaker
 from vla_lib.sim.rig import SimRig
+from vla_lib.sim.world import VIEWS
 from vla_lib.workbench.plots import sim as plots
 
 
@@ -50,8 +55,35 @@ def test_figures_show_data_with_units(attempt):
     assert len(plots.montage([pictures, pictures], ["start", "end"]).axes) == 4
 
 
-def test_benchmark_rows_are_measured():
-    row = bench.pictures_row(seconds=0.2)
-    assert row.ours > 10 and row.ratio == pytest.approx(row.ours / row.baseline) and row.unit == "pictures/s"
-    step = bench.rig_row()
-    assert step.ours > 0.2 and step.name == "sim.step"
+@pytest.fixture
+def ticking(monkeypatch):
+    """The benchmark's clock goes on by 10 ms with every look at it."""
+    looks = itertools.count()
+    monkeypatch.setattr(bench, "time", SimpleNamespace(perf_counter=lambda: next(looks) / 100))
+
+
+def test_pictures_are_counted_and_timed(ticking, monkeypatch):
+    drawn, picture = [], PictureMaker.picture
+    monkeypatch.setattr(PictureMaker, "picture", lambda maker, view, *pose: (drawn.append(view), picture(maker, view, *pose))[1])
+    row = bench.pictures_row(seconds=0.205)
+    assert drawn == [*VIEWS, *VIEWS * 4]  # all once before the clock starts, then for 20 looks at it
+    assert (row.ours, row.ratio, row.unit) == (pytest.approx(20 / 0.22), pytest.approx(20 / 0.22 / 25), "pictures/s")
+
+
+def test_a_recording_is_timed_with_its_tails(ticking, monkeypatch):
+    def record(root, plan, workers, show):
+        assert (plan.episodes_f1, plan.episodes_f2, workers) == (6, 2, 2)
+        return {"plan": {"idle_tail_s": 3.0}, "episodes": [{"seconds": 10.0}] * plan.total}
+
+    monkeypatch.setattr(bench, "record", record)
+    assert bench.recording_row(8, workers=2).ratio == pytest.approx(8 * 13 / 0.01)
+
+
+def test_the_rigs_own_time_is_compared_with_the_clocks(ticking):
+    rig, done = SimRig(pictures=False, seed=0), False
+    rig.reset()
+    while not done:
+        *_, terminated, truncated, info = rig.step(demonstrator_action(rig))
+        done = terminated or truncated
+    row = bench.rig_row()
+    assert (row.name, row.ours) == ("sim.step", pytest.approx(info["time_s"] / 0.01))

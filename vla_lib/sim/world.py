@@ -39,8 +39,12 @@ VIEWS = ("View1_left", "View2_left", "View3_left", "View4_left", "View5")
 # Ranges of what is randomised in the pictures, about the values in scene.py.
 CAMERA_PLACE_JITTER_MM = 0.3
 CAMERA_TURN_JITTER_DEG = 0.15
+LIGHT_PLACE_MM = ((-80.0, 80.0), (-80.0, 80.0), (180.0, 260.0))  # (low, high) of x, y, z about the workspace centre
 LIGHT_LEVEL = (0.85, 1.1)
+LIGHT_RGB = (0.92, 1.0)
 AMBIENT_LEVEL = (0.32, 0.42)
+TABLE_LEVEL = (0.8, 1.1)
+SILICONE_LEVEL = (0.95, 1.03)
 PHANTOM_JITTER_MM = 2.0
 PHANTOM_YAW_DEG = 6.0
 
@@ -153,12 +157,12 @@ def sample_world(seed: int, task: str = DEFAULT_TASK) -> World:
 
 def _sample_looks(rng: np.random.Generator, row: dict) -> dict:
     return {
-        "silicone_rgb": tuple(np.clip(np.asarray(row["silicone_rgb"]) * rng.uniform(0.95, 1.03, 3), 0, 1)),
+        "silicone_rgb": tuple(np.clip(np.asarray(row["silicone_rgb"]) * rng.uniform(*SILICONE_LEVEL, 3), 0, 1)),
         "ring_hue": float(rng.uniform(*row["ring_hue"]) % 1.0),
-        "table_level": float(rng.uniform(0.8, 1.1)),
-        "light_mm": tuple(rng.uniform((-80, -80, 180), (80, 80, 260))),  # about the workspace centre
+        "table_level": float(rng.uniform(*TABLE_LEVEL)),
+        "light_mm": tuple(rng.uniform(*zip(*LIGHT_PLACE_MM, strict=True))),
         "light_level": float(rng.uniform(*LIGHT_LEVEL)),
-        "light_rgb": tuple(rng.uniform(0.92, 1.0, 3)),
+        "light_rgb": tuple(rng.uniform(*LIGHT_RGB, 3)),
         "ambient_level": float(rng.uniform(*AMBIENT_LEVEL)),
         "phantom_xy_mm": tuple(rng.uniform(-PHANTOM_JITTER_MM, PHANTOM_JITTER_MM, 2)),
         "phantom_yaw_deg": float(rng.uniform(-PHANTOM_YAW_DEG, PHANTOM_YAW_DEG)),
