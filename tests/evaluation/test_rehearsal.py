@@ -27,6 +27,7 @@ def test_a_checkpoint_is_rehearsed_in_real_time(checkpoint, tmp_path):
     log = found["log"]
     assert [tick.step for tick in log.ticks] == ticks and runners[0].log is log
     assert found["reason"] and not found["success"] and found["runner"]["ended"] == log.ended
+    assert runners[0].settings.views == ("View1_left", "View5") and not runners[0].io.moves
     assert runners[0].io.sent == read_jsonl(tmp_path / "sent.jsonl") and "stop" in runners[0].io.sent[-1]
     assert not np.ptp(found["path"]["position_mm"], axis=0).any()  # a dry run moves nothing
 

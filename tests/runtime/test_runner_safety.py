@@ -215,10 +215,11 @@ def test_ticks_that_a_blocked_expert_ate_are_skipped_not_made_up(setup):
     assert 14 in steps and 13 not in steps
 
 
-def test_force_over_the_limit_draws_the_needle_back_and_stops(setup):
+@pytest.mark.parametrize("force_mN", (200.0, -200.0))
+def test_force_over_the_limit_draws_the_needle_back_and_stops(setup, force_mN):
     def press(t_s, fields):
         if 0.95 < t_s < 1.05:
-            fields["sensor"][:, 0] = 200.0
+            fields["sensor"][:, 0] = force_mN
 
     run = setup(edit=press, pose=(50.0, 50, 50, 0, 0, 0), expert=PlainExpert((0, 0, -0.3, 0, 0, 0)))
     log = run.run(10)
@@ -272,6 +273,14 @@ def test_the_wall_of_the_box_holds_then_stops(setup):
     assert run.robot.pose[2] == pytest.approx(BOX[2][0])
     assert log.summary()["limited"]["workspace box"] >= 1
     assert all(tick.pose[2] >= -1e-5 for tick in log.ticks)
+
+
+def test_after_a_hold_at_the_wall_the_policy_is_asked_anew(setup):
+    down, up = np.tile([0, 0, -1.0, 0, 0, 0, 1], (8, 1)), np.tile([0, 0, 0.1, 0, 0, 0, 1], (8, 1))
+    expert = PlainExpert(act=lambda call: up if call else down)
+    log = setup(expert=expert, pose=(50, 50, 3.0, 0, 0, 0), chunks=ExecutionSettings("chunk of n", 6)).run(2)
+    assert log.ended == "time limit" and log.summary()["modes"] == {"act": 19, "hold": 1}
+    assert [tick.step for tick in log.ticks if tick.expert_ms is not None] == [0, 4, 10, 16]
 
 
 def test_nothing_moves_before_the_first_features_and_the_first_full_window(setup):

@@ -110,14 +110,15 @@ def latency_sweep(settings: AttemptSettings, delays_ms: Sequence[float] = (0.0, 
 
 
 def films(settings: AttemptSettings, seeds: Sequence[int], frames: int = 12, workers: int = 0) -> list[dict[str, Any]]:
-    """Film of the attempts of `seeds` (see `evaluation.attempt.film`), made by running them again. Raises UserError where a process dies."""
+    """Film of the attempts of `seeds` (see `evaluation.attempt.film`), made by running them again. UserError where a process dies."""
     workers = min(len(seeds), workers or _cores()) or 1
     try:
         with _processes(workers) as pool:
             return list(pool.map(film, [settings] * len(seeds), seeds, [frames] * len(seeds)))
     except BrokenProcessPool:
         raise UserError(
-            f"A process that films attempts died (out of memory?); film fewer seeds than {len(seeds)}, or with fewer workers than {workers}."
+            "A process that films attempts died (out of memory?); "
+            f"film fewer seeds than {len(seeds)}, or with fewer workers than {workers}."
         ) from None
 
 

@@ -68,8 +68,9 @@ def evaluate_open_loop(
     masked: bool = False,
     ddim_steps: int = 0,
 ) -> OpenLoop:
-    """Run the checkpoint's policy over the `val` or `train` episodes of its own recorded split; `masked`: also without VL and without sensor;
-    `ddim_steps`: denoising steps of a diffusion policy (0: its own).
+    """Run the checkpoint's policy over the `val` or `train` episodes of its own recorded split.
+
+    `masked`: also without VL and without sensor; `ddim_steps`: denoising steps of a diffusion policy, 0: its own.
 
     Raises UserError where the checkpoint, an episode of its split or its feature cache is missing or another one.
     """

@@ -14,8 +14,8 @@ from vla_lib.training.checkpoint import read_checkpoint
 
 
 def rig_settings(checkpoint: Path, dataset_root: Path | None = None, judge: bool = True) -> AttemptSettings:
-    """AttemptSettings of a checkpoint: pictures, task and instruction as its data set's recording on the rig has them, VL features as late as in training.
-    Of several tasks it is the one with the most episodes.
+    """AttemptSettings of a checkpoint: pictures, task and instruction as its data set's recording on the rig has them (of several tasks the
+    one with the most episodes), VL features as late as in training.
 
     Without `judge`, a policy of other recordings is taken too: its pictures are then as large as its VLM asks for, so that a rehearsal's timing is
     true, though what it does means nothing. Raises UserError with the reason of `rig_refusal` where the rig cannot serve it.

@@ -36,7 +36,7 @@ class ChunkPlan:
         self._chunks: list[tuple[int, Array]] = []  # (step of the first action, (H, 7)), newest last
 
     def clear(self) -> None:
-        """Forget all chunks: they speak of a motion that did not happen. After a missed deadline they stay: their next actions bridge it."""
+        """Forget all chunks: they speak of a motion that did not happen. (After a missed deadline they stay, and bridge a slow expert.)"""
         self._chunks.clear()
 
     def wants_chunk(self, step: int) -> bool:

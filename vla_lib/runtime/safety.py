@@ -36,8 +36,8 @@ class SafetyLimits:
     turn_deg_s: float = 45.0
     """Greatest turning speed: the norm of the rotation vector."""
     force_mN: float = 150.0
-    """Measured force (mean of 13 samples, 20 ms) above which the needle is drawn back and the run ends; in both directions, because the sign
-    of a push depends on how a sensor is mounted."""
+    """Measured force (mean of 13 samples, 20 ms) above which the needle is drawn back and the run ends. In both directions: the sign of
+    a push depends on how the sensor is mounted."""
     retreat_mm: float = 5.0
     """Way of the retreat, along the tool's z axis (from the tip to the flange)."""
     retreat_speed_mm_s: float = 5.0
@@ -115,9 +115,9 @@ def retreat_action(pose: Array, limits: SafetyLimits, period_s: float) -> Array:
 
 
 def greatest_force(before: Array, force_mN: Array, window: int = 13) -> float:
-    """The greatest size of a mean of `window` consecutive samples that ends within `force_mN` (n,); `before`: up to window - 1 samples ahead of it.
+    """The greatest mean of `window` consecutive samples, push or pull, that ends within `force_mN` (n,).
 
-    Push or pull: the size counts. NaN where one of them is not finite; -inf where there is no sample.
+    `before`: up to window - 1 samples ahead of it. NaN where one of them is not finite; -inf where there is no sample.
     """
     if not len(force_mN):
         return -np.inf

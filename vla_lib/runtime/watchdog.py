@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 
 class Watchdog:
-    """Watches from a thread of its own between `with` and its end. `limit_s`: longest time between two beats; `bite` tells whether it held."""
+    """Watches from a thread of its own between `with` and its end. `limit_s`: longest time between two beats; `bite`: whether it held."""
 
     def __init__(self, limit_s: float, bite: Callable[[], bool]):
         self.limit_s, self._bite = limit_s, bite
