@@ -27,8 +27,8 @@ PICTURES_EVERY = 3  # ticks
 
 @dataclass(frozen=True)
 class Moment:
-    """One tick for the watcher: its log entry, the action period, the sensor at 50 Hz ((n, 1026) with times (n,) in s of the run), and now and
-    and then the pictures."""
+    """One tick for the watcher: its log entry, the action period, the sensor at 50 Hz ((n, 1026) with times (n,) in s of the run), and
+    now and then the pictures."""
 
     tick: Tick
     period_s: float

@@ -74,7 +74,7 @@ def task_of(name: str) -> dict:
 
 
 def instruction_of(name: str, root: Path | None = None) -> str:
-    """The instruction that prepared episodes of the task below `root` carry, as live and recorded prompts must agree; default: the built-in.
+    """The instruction that prepared episodes of the task below `root` carry: live and recorded prompts must agree; default: the built-in.
 
     Raises UserError where the root's datasets.yaml cannot be understood.
     """
