@@ -107,7 +107,7 @@ def test_the_front_door_evaluates_as_the_documents_say(demo, tmp_path, capsys, m
 
     monkeypatch.setattr(Policy, "predict", spy)
     given = ["--checkpoints", f"best={best}", f"latest={latest}", "--run-dir", str(tmp_path), "--ddim-steps", "4"]
-    given += ["--closed-loop-seeds", "1", "--masked", "--latency-sweep", "--vlm-jitter-ms", "10", "--max-time-s", "1"]
+    given += ["--closed-loop-seeds", "1", "--masked", "--latency-sweep", "--vlm-jitter-ms", "10", "--max-time-s", "1", "--workers", "1"]
     evaluate.main(frontdoor.parse(evaluate.Settings, given))
     results = read_json(tmp_path / "results.json")
     assert set(results["compared_with"]) == {"latest"} and asked == {4}
