@@ -55,3 +55,10 @@ def test_json_lines_leave_out_a_line_still_being_written(tmp_path):
     with open(path, "a") as file:
         file.write('{"step": 3, "lo')
     assert read_jsonl(path) == [{"step": 1}, {"step": 2}]
+
+
+def test_a_line_that_the_disk_took_only_in_part_is_an_error(tmp_path, monkeypatch):
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda handle, data: write(handle, data[:5]))
+    with pytest.raises(OSError, match="No space left"):
+        append_jsonl(tmp_path / "metrics.jsonl", {"step": 1})

@@ -18,7 +18,7 @@ from vla_lib.core.errors import UserError
 from vla_lib.core.files import read_jsonl
 from vla_lib.train_async import main as train_async
 from vla_lib.train_diffusion import main as train_diffusion
-from vla_lib.training import checkpoint, loop, metrics
+from vla_lib.training import checkpoint, loop, metrics, saving
 from vla_lib.training.checkpoint import load_policy, read_checkpoint
 from vla_lib.training.settings import AsyncSettings, DiffusionSettings
 
@@ -181,17 +181,49 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(async_settings, tmp_path, mo
         row(self, *args)
         seen.append(read_checkpoint(self.latest)["step"])
 
+    folder = tmp_path / "run" / "checkpoints"
+    folder.mkdir(parents=True)
+    (folder / ".qwen_vla_async.pt.x1y2.partial").write_text("left by a save that was killed")
     monkeypatch.setattr(loop.Trainer, "_row", watch)
     train_async(async_settings(max_steps=4, checkpoint_every_steps=1, val_fraction=0.0))
     assert seen == [0, 1, 1, 3] and "is untouched; training goes on" in capsys.readouterr().out
-    assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == ["qwen_vla_async.pt", "qwen_vla_async_final.pt"]
+    assert sorted(p.name for p in folder.iterdir()) == ["qwen_vla_async.pt", "qwen_vla_async_final.pt"]
+
+
+@pytest.mark.parametrize(
+    ("room", "writer", "file"),
+    [(metrics, "append_jsonl", "metrics.jsonl"), (metrics, "write_text", "metrics.jsonl"), (loop, "write_json", "results.json")],
+)
+def test_a_full_disk_ends_a_training_with_its_remedy(room, writer, file, async_settings, monkeypatch):
+    settings = async_settings(max_steps=1, val_fraction=0.0)
+    train_async(settings)
 
     def none_left(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(metrics, "append_jsonl", none_left)
-    with pytest.raises(UserError, match="metrics.jsonl cannot be written .*No space left.*--resume"):
-        train_async(async_settings("other", max_steps=4, val_fraction=0.0))
+    monkeypatch.setattr(room, writer, none_left)
+    with pytest.raises(UserError, match=f"{file} cannot be written .*No space left.*Make room and go on with --resume"):
+        train_async(dataclasses.replace(settings, max_steps=2, resume=True))
+
+
+def test_a_full_disk_is_not_tried_in_every_step(async_settings, monkeypatch):
+    now, tries = [0.0], []
+    monkeypatch.setattr(loop.time, "monotonic", lambda: now[0])
+    step = loop.Trainer._step
+
+    def slow(self, *args):
+        now[0] += 7.0
+        return step(self, *args)
+
+    def full(path, content):
+        tries.append(content["step"])
+        if 0 < content["step"] < 9:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(loop.Trainer, "_step", slow)
+    monkeypatch.setattr(saving, "save_checkpoint", full)
+    train_async(async_settings(max_steps=9, checkpoint_every_s=20.0, epochs=99, batch_size=1, grad_accum_steps=1, val_fraction=0.0))
+    assert tries[:3] == [0, 3, 6]
 
 
 @pytest.mark.parametrize("batch_size", [1, 60])  # all steps within one epoch, or an epoch of two steps, each better than the one before
@@ -201,7 +233,7 @@ def test_latest_is_never_older_than_the_interval(batch_size, async_settings, mon
     monkeypatch.setattr(loop, "validate", lambda *args: {"val/action_loss": -now[0]})
     monkeypatch.setattr(loop.reporting, "epoch_lines", lambda *args: [])
     monkeypatch.setattr(loop, "EPOCH_SAVE_S", 1e9)
-    save, step = loop.save_checkpoint, loop.Trainer._step
+    save, step = saving.save_checkpoint, loop.Trainer._step
 
     def watched(path, content):
         save(path, content)
@@ -214,7 +246,7 @@ def test_latest_is_never_older_than_the_interval(batch_size, async_settings, mon
         ages.append(now[0] - written[0])
         return result
 
-    monkeypatch.setattr(loop, "save_checkpoint", watched)
+    monkeypatch.setattr(saving, "save_checkpoint", watched)
     monkeypatch.setattr(loop.Trainer, "_step", slow)
     train_async(async_settings(max_steps=9, checkpoint_every_s=20.0, epochs=99, batch_size=batch_size, grad_accum_steps=1))
     assert max(ages) <= 20.0 + 7.0 and len(ages) == 9

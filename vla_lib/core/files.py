@@ -1,6 +1,7 @@
 """Atomic files: a path and its content in, either the whole new file or the untouched old one out."""
 
 import contextlib
+import errno
 import json
 import os
 import tempfile
@@ -51,12 +52,14 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def append_jsonl(path: str | Path, value: dict[str, Any]) -> None:
-    """Append one JSON object as one line, in a single write (readers never see half a line of ours)."""
+    """Append one JSON object as one line, in a single write (readers never see half a line of ours). Raises OSError, also where the disk
+    took only a part."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    line = json.dumps(value, ensure_ascii=False, default=_plain) + "\n"
+    line = (json.dumps(value, ensure_ascii=False, default=_plain) + "\n").encode()
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     try:
-        os.write(handle, line.encode())
+        if os.write(handle, line) < len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
     finally:
         os.close(handle)
 

@@ -22,7 +22,7 @@ from vla_lib.core.progress import Progress
 from vla_lib.core.run_folder import runs_root
 from vla_lib.policy.policy import Policy
 from vla_lib.training import reporting, starting_point
-from vla_lib.training.checkpoint import load_weights, save_checkpoint
+from vla_lib.training.checkpoint import load_weights
 from vla_lib.training.data import prepare_data
 from vla_lib.training.ema import AveragedPolicy
 from vla_lib.training.live_vlm import LivePolicy, LiveSamples, LiveVlm
@@ -30,12 +30,12 @@ from vla_lib.training.metrics import MetricsLog, truncate
 from vla_lib.training.process import StopRequest
 from vla_lib.training.sampler import EpochPlan, MicroBatch, draw_epoch, step_seed
 from vla_lib.training.samples import batches
+from vla_lib.training.saving import EPOCH_SAVE_S, Saver, needing_room
 from vla_lib.training.schedule import learning_rate
 from vla_lib.training.settings import TrainingSettings
 from vla_lib.training.statistics import training_statistics
 from vla_lib.training.validation import validate
 
-EPOCH_SAVE_S = 2.0  # epochs shorter than this do not each write a checkpoint
 T_BINS = 10  # of the diffusion timestep histogram
 
 
@@ -88,9 +88,10 @@ class Trainer:
             truncate(self.run_dir / "metrics.jsonl", self.step, self._epochs_done())
             log = MetricsLog(self.run_dir, settings.project, settings.wandb_mode, settings.to_dict(), self.wandb_id)
         self.log = log
-        self.started = self.saved_at = time.monotonic()
+        self.started = time.monotonic()
+        self.saver = Saver(self)
         if before is None:
-            self._save()  # there is always something to resume from
+            self.saver.newest()  # there is always something to resume from
         try:
             total = self.total_steps
             with Progress(
@@ -230,8 +231,8 @@ class Trainer:
             if self.stopped:
                 return
             done = self.position >= len(data.train) or self._finished()
-            if not done and self._due():
-                self._save()
+            if not done and self.saver.due():
+                self.saver.newest()
         share = waited / max(time.monotonic() - began, 1e-9)
         whole = self.position >= len(data.train)
         if whole:
@@ -240,8 +241,8 @@ class Trainer:
         if settings.head == "diffusion":
             extra["train/diffusion_t_counts"] = t_counts.tolist()
         self._validate(extra)
-        if self._due() or time.monotonic() - self.saved_at >= EPOCH_SAVE_S:
-            self._save()
+        if self.saver.due(EPOCH_SAVE_S):
+            self.saver.newest()
 
     def _step(self, micros: list[MicroBatch], loader: Any) -> tuple[float, np.ndarray | None]:
         """One optimiser step. Returns the seconds waited for data and the diffusion timesteps of all processes (None for regression)."""
@@ -290,7 +291,7 @@ class Trainer:
         self.stopped = (self.stop.asked or "another process was asked") if stop else ""
         self._row(shared, total / valid, lr, float(norm), timesteps, waited)
         if self.stopped:
-            self._save(must=True)
+            self.saver.newest(must=True)
         return waited, np.concatenate(timesteps) if timesteps else None
 
     def _done(self) -> float:
@@ -320,77 +321,22 @@ class Trainer:
             row |= found
             if found["val/action_loss"] < self.best.get("action_loss", math.inf):
                 self.best = {"action_loss": found["val/action_loss"], "step": self.step, "epoch": row["epoch"]} | {"metrics": found}
-                self._save(best=True)
+                self.saver.best()
         if self.main:
             print("\n".join(reporting.epoch_lines(row, s.num_workers)), flush=True)
         if self.log:
             self.log.log(row)
 
-    def _due(self) -> bool:
-        s = self.settings
-        by_steps = s.checkpoint_every_steps and self.step % s.checkpoint_every_steps == 0
-        return bool(by_steps) or time.monotonic() - self.saved_at >= s.checkpoint_every_s
-
-    def _content(self) -> dict[str, Any]:
-        return {
-            "front_door": self.settings.name,
-            "policy_config": self.policy.config.to_dict(),
-            "policy": self.averaged.policy.state_dict(),
-            "settings": self.settings.to_dict(),
-            "binding": self.data.binding,
-            "split": self.data.split,
-            "step": self.step,
-            "epoch": self.epoch,
-            "metrics": self.metrics,
-        } | ({"adapter": self.live.record(self.averaged.adapter)} if self.live else {})
-
-    def _state(self) -> dict[str, Any]:
-        return {
-            "model": self.policy.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "position": self.position,
-            "best": self.best,
-            "elapsed_s": self._elapsed(),
-            "wandb_id": self.wandb_id,
-            "fingerprints": self.data.fingerprints,
-            "world": self.world,
-            # draws and noise follow from (seed, epoch, step); the generator's state is kept for the record
-            "random": {"seed": self.settings.seed, "torch": torch.get_rng_state()},
-        } | ({"adapter": self.live.record()} if self.live else {})
-
-    def _save(self, best: bool = False, must: bool = False) -> None:
-        """Write the newest checkpoint, or the best one, which does not make the newest one any younger."""
-        if not self.main:
-            return
-        if best:
-            self._write(self.settings.checkpoints.best, {}, must)
-        elif self._write(self.settings.checkpoints.latest, {"training": self._state()}, must):
-            self.saved_at = time.monotonic()
-
-    def _write(self, name: str, more: dict[str, Any], must: bool) -> bool:
-        """Write one checkpoint. A failure keeps the file that was there: said aloud, an error if `must`. Returns whether it was written."""
-        path = self.latest.with_name(name)
-        try:
-            save_checkpoint(path, self._content() | more)
-            return True
-        except OSError as error:
-            said = f"{path} could not be written ({error}); the one written before it is untouched"
-            if must:
-                raise UserError(f"{said}. Make room and go on with --resume.") from error
-            print(f"{said}; training goes on and tries again.", flush=True)
-            return False
-
     def _end(self) -> dict[str, Any]:
-        s = self.settings
         results = reporting.results(self)
         if self.main:
             if self.stopped:
                 print(f"stopped by {self.stopped} at step {self.step}; {self.latest} is saved, go on with --resume", flush=True)
             else:
-                self._save(must=True)
-                if s.checkpoints.final:
-                    self._write(s.checkpoints.final, {}, must=True)
-            write_json(self.run_dir / "results.json", results)
+                self.saver.final()
+            path = self.run_dir / "results.json"
+            with needing_room(path):
+                write_json(path, results)
         self.accelerator.wait_for_everyone()
         return results
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import psutil
 
-from vla_lib.core.errors import UserError
 from vla_lib.core.files import append_jsonl, read_jsonl, write_text
+from vla_lib.training.saving import needing_room
 
 REACH_S = 30.0  # how long a training waits for W&B when it starts
 UPLOAD_S = 120.0  # and for its last figures to be taken when it ends
@@ -24,7 +24,8 @@ def truncate(path: Path, step: int, epochs: float) -> None:
     rows = read_jsonl(path)
     kept = [r for r in rows if r.get("step", 0) <= step and r.get("epoch", 0) <= epochs]
     if path.exists():
-        write_text(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in kept))
+        with needing_room(path):
+            write_text(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in kept))
 
 
 def wandb_mode(asked: str) -> str:
@@ -53,8 +54,9 @@ class MetricsLog:
 
     def __init__(self, run_dir: Path, project: str, mode: str, config: dict[str, Any], wandb_id: str):
         self.path = run_dir / "metrics.jsonl"
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.touch()
+        with needing_room(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.touch()
         os.environ.setdefault("WANDB_SILENT", "true")
         os.environ.pop("WANDB_SERVICE", None)  # of the program that started this one: it keeps the id of a killed run in use
         self._wandb = self._start(project, wandb_mode(mode), config, wandb_id, run_dir)
@@ -95,10 +97,8 @@ class MetricsLog:
     def log(self, row: dict[str, Any]) -> None:
         """Write one row; its `step` is W&B's step. Raises UserError where the disk is full: a step must not be missing."""
         row = {**row, "time": time.time()}
-        try:
+        with needing_room(self.path):
             append_jsonl(self.path, row)
-        except OSError as error:
-            raise UserError(f"{self.path} cannot be written ({error}). Make room and go on with --resume.") from error
         self._tell(row)
 
     def _tell(self, row: dict[str, Any]) -> None:
