@@ -47,7 +47,8 @@ def same(a: dict, b: dict, tolerance: float = 0.0) -> bool:
 
 def figures(run: Path) -> list[tuple]:
     rows = read_jsonl(run / "metrics.jsonl")
-    return [(r["step"], r.get("epoch"), r.get("train/loss_step", r.get("train/noise_loss")), r.get("val/loss_epoch")) for r in rows]
+    loss = [(r["step"], r.get("epoch"), r.get("train/loss_step", r.get("train/noise_loss")), r.get("val/loss_epoch")) for r in rows]
+    return [(*a, r.get("train/vl_reuse_counts"), r.get("train/diffusion_t_counts")) for a, r in zip(loss, rows, strict=True)]
 
 
 def wait_for_step(run: Path, step: int, process: subprocess.Popen) -> None:
@@ -97,6 +98,85 @@ def test_trap_24_killed_and_resumed_is_the_uninterrupted_run(model, kill, wandb_
         told = wandb_rows(run)
         assert [r["_step"] for r in told] == list(range(1, STEPS + 1)) and "val/loss_epoch" in told[-1]
         assert [r["train/loss_step"] for r in told] == [f[2] for f in figures(run) if f[2] is not None]
+
+
+THREE = {"batch_size": 20, "grad_accum_steps": 2, "lr": 1e-3, "dropout": 0.1, "checkpoint_every_steps": 2, "num_workers": 0}  # an epoch
+
+
+@pytest.mark.parametrize(
+    ("model", "length"), [("async", {"epochs": 2}), ("diffusion", {"max_steps": 4})]
+)  # ends with an epoch, or within the second one
+def test_trap_24_killed_after_any_step_and_resumed_is_the_uninterrupted_run(model, length, mixed, tmp_path, monkeypatch):
+    settings_class, train, extra = MODELS[model]
+
+    def settings(run, **more):
+        return settings_class(**{**SMALL, **THREE, **extra, **length, "sensor_enabled": False, "dataset_root": mixed, "run_dir": tmp_path / run, **more})
+
+    steps = train(settings("whole"))["step"]
+    step = loop.Trainer._step
+    for k in range(1, steps + 1):
+
+        def killed(self, *args, k=k):
+            result = step(self, *args)
+            if self.step == k:
+                raise ZeroDivisionError
+            return result
+
+        with monkeypatch.context() as patched, pytest.raises(ZeroDivisionError):
+            patched.setattr(loop.Trainer, "_step", killed)
+            train(settings(f"{k}"))
+        train(settings(f"{k}", resume=True))
+        assert same(weights(tmp_path / f"{k}"), weights(tmp_path / "whole"))
+        assert figures(tmp_path / f"{k}") == figures(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("length", [{"epochs": 2}, {"max_steps": 5}])
+@pytest.mark.parametrize("when", ["_step", "_validate"])
+def test_a_validation_that_a_stop_prevented_is_made_up_for(when, length, async_settings, tmp_path, monkeypatch, capsys):
+    """Stopped in the last step, or in the validation after it: resumed, it has every figure and the best checkpoint."""
+    flags = {**THREE, **length, "checkpoint_every_steps": 0, "sensor_enabled": False}
+    last = train_async(async_settings("whole", **flags))["step"]
+    method = getattr(loop.Trainer, when)
+
+    def asked(self, *args):
+        if self.step == last - (when == "_step"):
+            self.stop.asked = "SIGTERM"
+        return method(self, *args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(loop.Trainer, when, asked)
+        stopped = train_async(async_settings(**flags))
+    assert (stopped["step"], stopped["state"]) == (last, "stopped") and "stopped by SIGTERM at step" in capsys.readouterr().out
+    assert figures(tmp_path / "run") == figures(tmp_path / "whole")[:-1]
+    assert read_checkpoint(latest(tmp_path / "run"))["training"]["position"] > 0
+    ended = train_async(async_settings(**flags, resume=True))
+    assert figures(tmp_path / "run") == figures(tmp_path / "whole") and ended["state"] == "done"
+    best = [read_checkpoint(tmp_path / run / "checkpoints" / "qwen_vla_async_best.pt") for run in ("run", "whole")]
+    assert best[0]["step"] == best[1]["step"] and same(best[0]["policy"], best[1]["policy"])
+    before = figures(tmp_path / "run")
+    train_async(async_settings(**flags, resume=True))  # once is enough
+    assert figures(tmp_path / "run") == before
+
+
+def test_a_long_validation_begins_with_a_checkpoint(async_settings, tmp_path, monkeypatch):
+    now, seen = [0.0], []
+    monkeypatch.setattr(loop.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(loop.reporting, "epoch_lines", lambda *args: [])
+    step = loop.Trainer._step
+
+    def slow(self, *args):
+        now[0] += 7.0
+        return step(self, *args)
+
+    def long(*args):
+        now[0] += 1000.0
+        seen.append(read_checkpoint(latest(tmp_path / "run"))["step"])
+        return {"val/action_loss": 1.0}
+
+    monkeypatch.setattr(loop.Trainer, "_step", slow)
+    monkeypatch.setattr(loop, "validate", long)
+    train_async(async_settings(**THREE | {"checkpoint_every_steps": 0}, epochs=2))
+    assert seen == [3, 6] and read_checkpoint(latest(tmp_path / "run"))["epoch"] == 2
 
 
 def test_resuming_a_finished_run_with_more_epochs_goes_on(async_settings, tmp_path):

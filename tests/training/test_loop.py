@@ -21,6 +21,7 @@ from vla_lib.training.sampler import MicroBatch
 from vla_lib.training.samples import MicroBatchDataset
 from vla_lib.training.schedule import learning_rate
 from vla_lib.training.validation import validate
+from vla_lib.workbench.plots import training as plots
 
 
 def make_trainer(settings):
@@ -181,6 +182,10 @@ def test_trap_22_validation_is_in_eval_mode_and_leaves_the_mode_alone(async_sett
     for rank in range(2):
         validate(policy, val, 7, rank, 2, add)
     whole = sum(parts)
+    stopped = torch.zeros_like(whole)
+    stopped[-1] = 1.0
+    assert validate(policy, val, 7, stop=iter([False, True]).__next__) is None  # asked before the second batch
+    assert validate(policy, val, 7, 0, 2, lambda x: x + stopped) is None  # another process was asked
     assert float(whole[1] / whole[0]) == pytest.approx(first["val/loss_epoch"], rel=1e-6)  # any number of processes, any batch size
 
 
@@ -195,6 +200,30 @@ def test_baselines_are_what_they_say(async_settings):
         assert found[f"val/baseline_{name}_mae_mm"] == pytest.approx(error[:, :3].mean(), rel=1e-4)
         assert found[f"val/baseline_{name}_mae_deg"] == pytest.approx(error[:, 3:6].mean(), rel=1e-4)
     assert found["val/mae_mm"] == pytest.approx(found["val/baseline_mean_mae_mm"], rel=1e-4)  # a new regression head says the mean
+
+
+@pytest.mark.parametrize(("latency_ms", "ages"), [(0.0, 3), (250.0, 6)])
+def test_every_age_of_the_features_is_counted(latency_ms, ages, async_settings, tmp_path):
+    train_async(async_settings(epochs=2, vlm_latency_ms=latency_ms))
+    rows = read_jsonl(tmp_path / "run" / "metrics.jsonl")
+    counts = np.array([r["train/vl_reuse_counts"] for r in rows if "epoch" in r])
+    assert counts.shape == (2, ages) and counts.min() > 0
+    used = sum(age * n for age, n in enumerate(counts[0])) / counts[0].sum()
+    first = [r["train/vl_reuse_counter"] for r in rows if "train/loss_step" in r][: len(rows) // 2 - 1]
+    assert used == pytest.approx(np.mean(first), rel=0.1)  # the last step is smaller
+    bars = plots.reuse_counts([*rows, {"train/vl_reuse_counts": [1]}], action_hz=5.0).axes[0].patches
+    assert [bar.get_height() for bar in bars] == [counts[:, 0].sum() + 1, *counts.sum(0)[1:]]
+    assert bars[1].get_x() + bars[1].get_width() / 2 == pytest.approx(200)
+
+
+def test_the_steps_left_are_those_of_the_processes_that_go_on(async_settings):
+    """120 draws an epoch, 32 a step; the 7 steps so far were taken by another number of processes."""
+    trainer = make_trainer(async_settings(epochs=3))
+    assert (len(trainer.data.train), trainer.steps_left) == (120, 12)
+    trainer.step, trainer.epoch, trainer.position = 7, 1, 40
+    assert trainer.steps_left == 3 + 4
+    trainer.epoch, trainer.position = 3, 0
+    assert trainer.steps_left == 0
 
 
 def test_learning_rate_warms_up_and_falls(async_settings):

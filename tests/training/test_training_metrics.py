@@ -98,5 +98,5 @@ def test_truncate_drops_what_came_after_the_checkpoint(tmp_path):
         append_jsonl(path, row)
     with open(path, "a") as file:
         file.write('{"step": 5, "tra')  # killed while writing
-    truncate(path, 4, 1)
+    truncate(path, 4, 2)
     assert [(r["step"], r.get("epoch")) for r in read_jsonl(path)] == [(1, None), (2, None), (2, 1), (3, None), (4, None)]

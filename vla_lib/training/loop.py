@@ -34,9 +34,8 @@ from vla_lib.training.saving import EPOCH_SAVE_S, Saver, needing_room
 from vla_lib.training.schedule import learning_rate
 from vla_lib.training.settings import TrainingSettings
 from vla_lib.training.statistics import training_statistics
+from vla_lib.training.tally import Tally
 from vla_lib.training.validation import validate
-
-T_BINS = 10  # of the diffusion timestep histogram
 
 
 def train(settings: TrainingSettings) -> dict[str, Any]:
@@ -70,6 +69,7 @@ class Trainer:
         self.run_dir = self._run_dir()
         self.latest = self.run_dir / "checkpoints" / settings.checkpoints.latest
         self.step, self.epoch, self.position = 0, 0, 0  # optimiser steps; epoch and draws of it already used
+        self.validated = 0  # step of the newest validation
         self.elapsed_s, self.best = 0.0, {}
         self.metrics: dict[str, float] = {}
         self.live: LiveVlm | None = None  # stage 2's
@@ -85,7 +85,7 @@ class Trainer:
         self._build(before)
         log = None
         if self.main:
-            truncate(self.run_dir / "metrics.jsonl", self.step, self._epochs_done())
+            truncate(self.run_dir / "metrics.jsonl", self.step, self.validated)
             log = MetricsLog(self.run_dir, settings.project, settings.wandb_mode, settings.to_dict(), self.wandb_id)
         self.log = log
         self.started = time.monotonic()
@@ -93,9 +93,8 @@ class Trainer:
         if before is None:
             self.saver.newest()  # there is always something to resume from
         try:
-            total = self.total_steps
             with Progress(
-                total - self.step,
+                self.steps_left,
                 f"{settings.name}" + (f" (from step {self.step})" if self.step else ""),
                 "steps",
                 settings.log_every_s,
@@ -148,6 +147,7 @@ class Trainer:
             for tensor in self.trained.state_dict().values():
                 torch.distributed.broadcast(tensor, 0)
         self.averaged = AveragedPolicy(policy, settings.ema_decay, self.lora)
+        self.tally = self._new_tally()
         matrices = [p for p in self.trained.parameters() if p.ndim >= 2]
         vectors = [p for p in self.trained.parameters() if p.ndim < 2]
         groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
@@ -161,6 +161,9 @@ class Trainer:
             self.step, self.epoch, self.position = before["step"], before["epoch"], state["position"]
             self.elapsed_s, self.best, self.metrics = state["elapsed_s"], state["best"], before["metrics"]
             self.wandb_id = state["wandb_id"]
+            self.validated = state.get("validated", self.step)  # it may be older than this and the next
+            if "tally" in state:
+                self.tally.load(state["tally"])
         if settings.compile:
             policy.compile()
         self.model = self.accelerator.prepare_model(self.trained)
@@ -187,62 +190,57 @@ class Trainer:
         return list(self.live.weights.values()) if self.live else []
 
     @property
-    def total_steps(self) -> int:
-        """Optimiser steps of the whole run."""
-        per_epoch = self._plan(0, 0).__len__()
-        return self.settings.max_steps or per_epoch * self.settings.epochs
+    def steps_left(self) -> int:
+        """Optimiser steps to the end of the run, taken by as many processes as there are now."""
+        s = self.settings
+        if s.max_steps:
+            return max(0, s.max_steps - self.step)
+        whole = max(0, s.epochs - self.epoch - 1) * len(self._plan(0, 0))
+        return whole + (len(self._plan(self.epoch, self.position)) if self.epoch < s.epochs else 0)
 
     def _plan(self, epoch: int, position: int) -> EpochPlan:
         s = self.settings
         draws = draw_epoch(self.data.weights, len(self.data.train), s.seed, epoch)
         return EpochPlan(draws, s.batch_size, s.grad_accum_steps, self.rank, self.world, position)
 
-    def _finished(self) -> bool:
-        s = self.settings
-        return self.step >= s.max_steps if s.max_steps else self.epoch >= s.epochs
+    def _new_tally(self) -> Tally:
+        return Tally(int(self.data.train.age_steps.max()) + 1, getattr(self.settings, "diffusion_timesteps", 0))
 
-    def _epochs_done(self) -> float:
-        """Epochs whose validation is behind us: whole ones, and a part where --max-steps ended one early."""
-        part = self.position / len(self.data.train)
-        return self.epoch + (round(part, 4) if part < 1 else 0)
+    def _finished(self) -> bool:
+        """Whether all steps are done, and the last one is validated."""
+        s = self.settings
+        return s.max_steps <= self.step == self.validated if s.max_steps else self.epoch >= s.epochs
 
     # ---- training
 
     stopped = ""
 
     def _epoch(self, progress: Progress) -> None:
-        """Train the rest of the current epoch, validate, save."""
+        """Train the rest of the current epoch, if any, and validate; a stop request ends it with a checkpoint from which it goes on."""
         settings, data = self.settings, self.data
         steps = list(self._plan(self.epoch, self.position).steps())
         if settings.max_steps:
-            steps = steps[: settings.max_steps - self.step]
+            steps = steps[: max(0, settings.max_steps - self.step)]
         requests = [(m.indices, m.counts) for step in steps for m in step]
         loader = batches(data.train, requests, settings.num_workers, self.accelerator.device.type == "cuda")
-        waited, began = 0.0, time.monotonic()
-        reuse_counts, t_counts = np.zeros(settings.vlm_reuse_count, np.int64), np.zeros(T_BINS, np.int64)
+        began = time.monotonic()
         for micros in steps:
-            wait, drawn_t = self._step(micros, loader)
-            waited += wait
+            waited, timesteps = self._step(micros, loader)
             ages = data.train.age_steps[np.concatenate([m.shared for m in micros])]
-            reuse_counts += np.bincount(np.minimum(ages, settings.vlm_reuse_count - 1), minlength=settings.vlm_reuse_count)
-            if drawn_t is not None:
-                t_counts += np.histogram(drawn_t, T_BINS, (0, getattr(settings, "diffusion_timesteps", 1)))[0]
-            progress.update(1, reporting.step_note(self.row, settings.loss_key, self.epoch, waited / max(time.monotonic() - began, 1e-9)))
+            now = time.monotonic()
+            self.tally.add(ages, timesteps, waited, now - began)
+            began = now
+            progress.update(1, reporting.step_note(self.row, settings.loss_key, self.epoch, self.tally.wait_share))
             if self.stopped:
-                return
-            done = self.position >= len(data.train) or self._finished()
-            if not done and self.saver.due():
+                break
+            if self.saver.due():
                 self.saver.newest()
-        share = waited / max(time.monotonic() - began, 1e-9)
-        whole = self.position >= len(data.train)
-        if whole:
-            self.epoch, self.position = self.epoch + 1, 0
-        extra = {"train/loader_wait_share": share, "train/vl_reuse_counts": reuse_counts.tolist()}
-        if settings.head == "diffusion":
-            extra["train/diffusion_t_counts"] = t_counts.tolist()
-        self._validate(extra)
-        if self.saver.due(EPOCH_SAVE_S):
-            self.saver.newest()
+        if not self.stopped:
+            if self.saver.due(EPOCH_SAVE_S):
+                self.saver.newest()  # a validation may take long
+            self._validate()
+        if self.stopped or self.saver.due(EPOCH_SAVE_S):
+            self.saver.newest(must=bool(self.stopped))
 
     def _step(self, micros: list[MicroBatch], loader: Any) -> tuple[float, np.ndarray | None]:
         """One optimiser step. Returns the seconds waited for data and the diffusion timesteps of all processes (None for regression)."""
@@ -288,10 +286,8 @@ class Trainer:
         self.step += 1
         self.position += len(shared)
         self.averaged.update(self.policy, self.step, self.lora)
-        self.stopped = (self.stop.asked or "another process was asked") if stop else ""
+        self.stopped = self._asked if stop else ""
         self._row(shared, total / valid, lr, float(norm), timesteps, waited)
-        if self.stopped:
-            self.saver.newest(must=True)
         return waited, np.concatenate(timesteps) if timesteps else None
 
     def _done(self) -> float:
@@ -306,21 +302,33 @@ class Trainer:
 
     # ---- validation, checkpoints, the end
 
-    def _validate(self, extra: dict[str, Any]) -> None:
-        s = self.settings
-        row = {"epoch": self._epochs_done(), "step": self.step, "elapsed_s": round(self._elapsed(), 3), **extra}
+    @property
+    def _asked(self) -> str:
+        """Who asked for a stop, where at least one process was asked."""
+        return self.stop.asked or "another process's signal"
+
+    def _validate(self) -> None:
+        """Validate, close the epoch where its draws are used up, log. A stop request ends it early: then nothing changes, it is still due."""
+        s, found = self.settings, {}
         if self.data.val is not None:
             reduce = (lambda x: self.accelerator.reduce(x, "sum")) if self.world > 1 else (lambda x: x)
             options = (max(s.batch_size, 16), self.rank, self.world, reduce, s.seed, self.accelerator.autocast)
-            if self.live:
-                with self.live.using(self.averaged.adapter):
-                    found = validate(self.averaged.policy, LiveSamples(self.data.val, self.live), *options)
-            else:
-                found = validate(self.averaged.policy, self.data.val, *options)
+            with self.live.using(self.averaged.adapter) if self.live else contextlib.nullcontext():
+                samples = LiveSamples(self.data.val, self.live) if self.live else self.data.val
+                found = validate(self.averaged.policy, samples, *options, lambda: self.stop.asked is not None)
+            if found is None:
+                self.stopped = self._asked
+                return
+        part = self.position / len(self.data.train)
+        if part >= 1:
+            self.epoch, self.position = self.epoch + 1, 0
+        epochs = self.epoch + (round(part, 4) if part < 1 else 0)
+        row = {"epoch": epochs, "step": self.step, "elapsed_s": round(self._elapsed(), 3), **self.tally.row(), **found}
+        self.validated, self.tally = self.step, self._new_tally()
+        if found:
             self.metrics = found
-            row |= found
             if found["val/action_loss"] < self.best.get("action_loss", math.inf):
-                self.best = {"action_loss": found["val/action_loss"], "step": self.step, "epoch": row["epoch"]} | {"metrics": found}
+                self.best = {"action_loss": found["val/action_loss"], "step": self.step, "epoch": epochs, "metrics": found}
                 self.saver.best()
         if self.main:
             print("\n".join(reporting.epoch_lines(row, s.num_workers)), flush=True)

@@ -19,10 +19,10 @@ UPLOAD_S = 120.0  # and for its last figures to be taken when it ends
 END_S = 10.0  # and for its service process to end
 
 
-def truncate(path: Path, step: int, epochs: float) -> None:
-    """Drop what an interrupted run wrote after its newest checkpoint: rows beyond `step`, and validations beyond `epochs` epochs."""
+def truncate(path: Path, step: int, validated: int) -> None:
+    """Drop what an interrupted run wrote after its newest checkpoint: rows beyond `step`, and validations beyond step `validated`."""
     rows = read_jsonl(path)
-    kept = [r for r in rows if r.get("step", 0) <= step and r.get("epoch", 0) <= epochs]
+    kept = [r for r in rows if r.get("step", 0) <= (validated if "epoch" in r else step)]
     if path.exists():
         with needing_room(path):
             write_text(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in kept))
@@ -106,7 +106,8 @@ class MetricsLog:
             return
         values = {k: v for k, v in row.items() if isinstance(v, int | float) and k not in ("step", "time")}
         try:
-            self._wandb.log({**values, "_timestamp": row["time"]}, step=row["step"])
+            step = max(row["step"], self._wandb.starting_step)  # a validation that an interrupted run still owed its last step
+            self._wandb.log({**values, "_timestamp": row["time"]}, step=step)
         except Exception as error:
             print(f"W&B stopped taking figures ({error}); metrics.jsonl has every one.", flush=True)
             self._wandb = None

@@ -95,6 +95,8 @@ class Saver:
             "model": t.policy.state_dict(),
             "optimizer": t.optimizer.state_dict(),
             "position": t.position,
+            "validated": t.validated,
+            "tally": t.tally.state(),
             "best": t.best,
             "elapsed_s": t._elapsed(),
             "wandb_id": t.wandb_id,

@@ -24,22 +24,27 @@ def validate(
     reduce: Callable[[Tensor], Tensor] = lambda x: x,
     seed: int = 0,
     autocast: Callable[[], AbstractContextManager] = nullcontext,
-) -> dict[str, float]:
+    stop: Callable[[], bool] = lambda: False,
+) -> dict[str, float] | None:
     """Errors over all valid steps of all chunks; each process takes its share and `reduce` sums over the processes.
 
     val/loss_epoch: the training loss (noise loss for diffusion); val/action_loss: Huber loss of the predicted actions in standard
     deviations of the training actions, the same measure for both models and for val/baseline_<name>_action_loss; val/mae_mm and
     val/mae_deg: mean absolute error of an axis (diffusion: of one sampled chunk). Noise belongs to the sample, so the figures do not depend on
     the number of processes. The policy is put into eval mode and left as it was; `autocast` surrounds its calls.
+    `stop` is asked before each batch: where one process is to stop, it leaves out the rest, and all of them return None.
     """
     was_training = policy.training
     policy.eval()
     device = policy.queries.device
     normaliser = policy.normaliser
     names = ("model", *BASELINES)
-    sums = torch.zeros(2 + 3 * len(names), dtype=torch.float64, device=device)
+    sums = torch.zeros(3 + 3 * len(names), dtype=torch.float64, device=device)
     own = np.arange(len(samples))[rank::world]
     for start in range(0, len(own), batch_size):
+        if stop():
+            sums[-1] = 1
+            break
         numbers = own[start : start + batch_size]
         batch = {k: v.to(device) for k, v in samples.batch(numbers).items()}
         mask = batch["action_mask"][..., None]  # (B, H, 1)
@@ -67,8 +72,10 @@ def validate(
             sums[at + 2] += (error[..., 3:6] * mask).sum() / 3
     policy.train(was_training)
     sums = reduce(sums)
+    if sums[-1]:
+        return None
     count = sums[0].clamp_min(1)
-    values = (sums[1:] / count).tolist()
+    values = (sums[1:-1] / count).tolist()
     result = {"val/loss_epoch": values[0]}
     for k, name in enumerate(names):
         loss, mm, deg = values[1 + 3 * k : 4 + 3 * k]

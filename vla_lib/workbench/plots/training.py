@@ -75,7 +75,7 @@ def newest_figures(rows: Sequence[Mapping[str, Any]]) -> str:
     return " · ".join(parts)
 
 
-def reuse_counts(rows: Sequence[Mapping[str, Any]], action_hz: float = 10.0) -> Figure:
+def reuse_counts(rows: Sequence[Mapping[str, Any]], action_hz: float) -> Figure:
     """How often VL features of each age were used, over all epochs."""
     counts = _summed(rows, "train/vl_reuse_counts")
     ages = np.arange(len(counts))
@@ -143,7 +143,10 @@ def _histogram(x: np.ndarray, counts: np.ndarray, width: float, label: str, titl
 
 def _summed(rows: Sequence[Mapping[str, Any]], key: str) -> np.ndarray:
     found = [r[key] for r in rows if key in r]
-    return np.sum(found, axis=0) if found else np.zeros(0)
+    total = np.zeros(max(map(len, found), default=0))
+    for counts in found:  # rows of a run that an older version began may be shorter
+        total[: len(counts)] += counts
+    return total
 
 
 def _smooth(y: np.ndarray) -> np.ndarray:
