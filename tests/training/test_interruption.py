@@ -110,7 +110,9 @@ def test_trap_24_killed_after_any_step_and_resumed_is_the_uninterrupted_run(mode
     settings_class, train, extra = MODELS[model]
 
     def settings(run, **more):
-        return settings_class(**{**SMALL, **THREE, **extra, **length, "sensor_enabled": False, "dataset_root": mixed, "run_dir": tmp_path / run, **more})
+        return settings_class(
+            **{**SMALL, **THREE, **extra, **length, "sensor_enabled": False, "dataset_root": mixed, "run_dir": tmp_path / run, **more}
+        )
 
     steps = train(settings("whole"))["step"]
     step = loop.Trainer._step
