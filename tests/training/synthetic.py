@@ -89,7 +89,7 @@ def test_binding(layout: TokenLayout, stride: int, **changes) -> dict:
     } | changes
     import vla_lib.features.binding as bindings
 
-    return make_binding(**{k: v for k, v in fields.items() if k in bindings.FIELDS})
+    return make_binding(**{k: v for k, v in fields.items() if k in (*bindings.FIELDS, "source")})
 
 
 test_binding.__test__ = False

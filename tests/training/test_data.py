@@ -14,7 +14,7 @@ from vla_lib.core.errors import UserError
 from vla_lib.features.cache import FeatureCache, cache_folder
 from vla_lib.training.data import prepare_data
 from vla_lib.training.sampler import EpochPlan, draw_epoch, shares
-from vla_lib.training.samples import SampleSet
+from vla_lib.training.samples import SampleSet, batches
 from vla_lib.training.settings import AsyncSettings
 from vla_lib.training.split import split_episodes
 from vla_lib.training.statistics import training_statistics
@@ -57,16 +57,33 @@ def test_no_window_of_a_held_out_episode_is_trained_on(mixed):
 def test_weight_three_is_drawn_three_times_as_often(mixed, world):
     data = prepare_data(AsyncSettings(dataset_root=mixed, sensor_window_size=13))
     draws = draw_epoch(data.weights, 60_000, seed=0, epoch=0)
-    drawn = [m.indices[m.counts > 0] for rank in range(world) for step in EpochPlan(draws, 4, 2, rank, world).steps() for m in step]
-    assert sum(map(len, drawn)) == 60_000
-    count = np.bincount(np.concatenate(drawn), minlength=len(data.train))
     names = np.asarray(data.train.datasets)
-    rate = {name: count[names == name].mean() for name in np.unique(names)}
-    assert rate["New_dataset"] / rate["part1"] == pytest.approx(3, rel=0.05)
-    assert rate["White_silicone_white_circle"] / rate["part1"] == pytest.approx(2, rel=0.05)
     table = {row["dataset"]: row["share"] for row in data.weights_table()}
-    for name, share in table.items():
-        assert count[names == name].sum() / 60_000 == pytest.approx(share, abs=0.01)
+    for rank in range(world):  # in each for itself
+        drawn = np.concatenate([m.indices[m.counts > 0] for step in EpochPlan(draws, 4, 2, rank, world).steps() for m in step])
+        assert len(drawn) == 60_000 / world
+        count = np.bincount(drawn, minlength=len(data.train))
+        rate = {name: count[names == name].mean() for name in np.unique(names)}
+        assert rate["New_dataset"] / rate["part1"] == pytest.approx(3, rel=0.05)
+        assert rate["White_silicone_white_circle"] / rate["part1"] == pytest.approx(2, rel=0.05)
+        for name, share in table.items():
+            assert count[names == name].sum() / len(drawn) == pytest.approx(share, abs=0.01)
+
+
+def test_a_task_has_a_weight_of_its_own(tmp_path):
+    """Where tasks of a data set differ, each has a row of its own."""
+    write_dataset(tmp_path, {"New_dataset/Task_a": 3, "New_dataset/Task_b": 3, "part1": 2}, steps=10)
+    settings = AsyncSettings(dataset_root=tmp_path, sensor_window_size=13)
+    assert [(r["dataset"], r["weight"]) for r in prepare_data(settings).weights_table()] == [("New_dataset", 3), ("part1", 1)]
+    (tmp_path / "datasets.yaml").write_text("New_dataset/Task_b: {weight: 6}")
+    data = prepare_data(settings)
+    tasks = np.array([data.train.episodes[e].task for e in data.train.episode])
+    assert set(data.weights[tasks == "Task_b"]) == {6.0} and set(data.weights[tasks == "Task_a"]) == {3.0}
+    rows = {r["dataset"]: r for r in data.weights_table()}
+    assert [(name, r["weight"]) for name, r in rows.items()] == [("New_dataset/Task_a", 3), ("New_dataset/Task_b", 6), ("part1", 1)]
+    assert sum(r["train_episodes"] + r["val_episodes"] for r in rows.values()) == 8
+    b, a = rows["New_dataset/Task_b"], rows["New_dataset/Task_a"]
+    assert b["share"] / b["train_steps"] == pytest.approx(2 * a["share"] / a["train_steps"])
 
 
 def test_trap_12_ranks_draw_different_samples():
@@ -239,7 +256,7 @@ def test_trap_16_another_instruction_than_the_cached_one_is_refused(tmp_path):
 def test_missing_features_of_one_episode_are_an_error(tmp_path):
     write_dataset(tmp_path, {"part1": 3}, steps=10)
     next(cache_folder(tmp_path).glob("*/*.pt")).unlink()
-    with pytest.raises(UserError, match="has no features in cache.*build_vl_cache"):
+    with pytest.raises(UserError, match="has no features in cache.*added by: .*build_vl_cache .*--vl-model tiny --vlm"):
         prepare_data(AsyncSettings(dataset_root=tmp_path))
 
 
@@ -253,16 +270,14 @@ def test_trap_01_sensor_asked_for_but_absent_is_an_error(tmp_path):
     assert not data.policy_config(dataclasses.replace(settings, sensor_enabled=False)).uses_sensor
 
 
-def test_loading_touches_no_weight_of_a_loader_worker(mixed):
-    """Batches from loader processes equal those made here."""
-    from vla_lib.training.samples import MicroBatchDataset
-
+def test_loader_processes_read_what_is_read_here_and_end_with_the_epoch(mixed):
+    """Batches from loader processes, in order; persistent_workers is False."""
     samples = sample_set(mixed)
-    requests = [(np.array([k, k + 5]), np.ones(2, np.float32)) for k in range(6)]
-    loader = torch.utils.data.DataLoader(
-        MicroBatchDataset(samples), sampler=requests, batch_size=None, num_workers=1, persistent_workers=False
-    )
-    for (numbers, _), batch in zip(requests, loader, strict=True):
-        assert torch.equal(batch["sensor"], samples.batch(numbers)["sensor"]) and torch.equal(
-            batch["vl_tokens"], samples.batch(numbers)["vl_tokens"]
-        )
+    requests = [(np.array([k, k + 5]), np.array([1, k % 2], np.float32)) for k in range(6)]
+    loader = batches(samples, requests, 2, False)
+    assert loader._num_workers == 2 and loader._persistent_workers is False
+    for (numbers, counts), batch in zip(requests, loader, strict=True):
+        here = samples.batch(numbers)
+        assert all(torch.equal(batch[name], here[name]) for name in here)
+        assert batch["count"].tolist() == counts.tolist() and batch["sample"].tolist() == numbers.tolist()
+    assert not any(worker.is_alive() for worker in loader._workers)

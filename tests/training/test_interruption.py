@@ -13,6 +13,7 @@ import psutil
 import pytest
 import torch
 from conftest import SMALL, launch, wandb_rows
+from synthetic import write_dataset
 
 from vla_lib.core.errors import UserError
 from vla_lib.core.files import read_jsonl
@@ -189,16 +190,37 @@ def test_resuming_a_finished_run_with_more_epochs_goes_on(async_settings, tmp_pa
 
 
 def test_trap_24_resume_without_a_checkpoint_is_an_error(async_settings):
-    with pytest.raises(UserError, match="There is no checkpoint"):
+    with pytest.raises(UserError, match="There is no checkpoint .* to go on from; give the --run-dir"):
         train_async(async_settings(resume=True))
     with pytest.raises(UserError, match="--resume needs --run-dir"):
         train_async(async_settings(resume=True, run_dir=None))
 
 
-def test_a_run_folder_is_never_trained_over(async_settings):
+def test_a_run_folder_is_never_trained_over(async_settings, diffusion_settings, tmp_path):
     train_async(async_settings(max_steps=1))
     with pytest.raises(UserError, match="exists already; pass --resume"):
         train_async(async_settings(max_steps=1))
+    stage1 = latest(tmp_path / "run")
+    for other in (diffusion_settings(), async_settings(training_stage="stage2", stage1_checkpoint=stage1)):  # of another model or stage
+        with pytest.raises(UserError, match=r"another training \(qwen_vla_async.pt, .*; pass another --run-dir"):
+            (train_diffusion if other.head == "diffusion" else train_async)(other)
+        with pytest.raises(UserError, match="There is no checkpoint .* to go on from"):
+            (train_diffusion if other.head == "diffusion" else train_async)(dataclasses.replace(other, resume=True))
+
+
+def test_resume_refuses_other_weights_and_names_both_sides(tmp_path):
+    """Changed weights would change the draws."""
+    write_dataset(tmp_path / "data", {"part1": 2, "OCT_insertion": 2}, steps=10)
+    settings = AsyncSettings(**SMALL, dataset_root=tmp_path / "data", run_dir=tmp_path / "run", max_steps=1)
+    train_async(settings)
+    again = dataclasses.replace(settings, max_steps=2, resume=True)
+    (tmp_path / "data" / "datasets.yaml").write_text("part1: {weight: 5}")
+    with pytest.raises(
+        UserError, match=r"1 episodes have another weight .*part1/recv_all_\w+: checkpoint 1, now 5\).*restore datasets.yaml"
+    ):
+        train_async(again)
+    (tmp_path / "data" / "datasets.yaml").write_text("part1: {weight: 1}")
+    assert train_async(again)["step"] == 2
 
 
 def test_resume_refuses_other_settings_and_names_both_sides(async_settings):

@@ -72,7 +72,7 @@ def built(settings):
     return trainer
 
 
-def test_at_its_start_it_is_stage_one_and_gradients_reach_lora_alone(seen, tmp_path):
+def test_trap_20_at_its_start_it_is_stage_one_and_gradients_reach_lora_alone(seen, tmp_path):
     """With LoRA at zero the features are the cached ones; of the VLM only LoRA, in every computed layer, gets a gradient."""
     trainer = built(stage2(seen, tmp_path))
     samples, live = trainer.data.train, trainer.live

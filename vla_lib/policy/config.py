@@ -46,17 +46,22 @@ class PolicyConfig:
         for field in ("views", "token_view", "token_row", "token_col"):
             object.__setattr__(self, field, tuple(getattr(self, field)))
         if self.head not in HEADS:
-            raise UserError(f"A policy's head is one of {', '.join(HEADS)}, not '{self.head}'.")
+            raise UserError(f"A policy's head cannot be '{self.head}'; give one of {', '.join(HEADS)}.")
         if self.fusion not in FUSIONS:
-            raise UserError(f"--fusion is one of {', '.join(FUSIONS)}, not '{self.fusion}'.")
+            raise UserError(f"--fusion cannot be '{self.fusion}'; give one of {', '.join(FUSIONS)}.")
         if not len(self.token_view) == len(self.token_row) == len(self.token_col) > 0:
             raise UserError("The VL token layout is empty or its view, row and column lists differ in length; rebuild the VL cache.")
         if self.width % self.heads:
-            raise UserError(f"--width {self.width} must be a multiple of --heads {self.heads}.")
-        if min(self.horizon, self.layers, self.sensor_window_size, self.diffusion_timesteps) < 1:
-            raise UserError("horizon, layers, sensor window size and diffusion timesteps must each be at least 1.")
+            raise UserError(
+                f"--width {self.width} is no multiple of --heads {self.heads}; give --width {max(1, self.width // self.heads) * self.heads}."
+            )
+        for name in ("horizon", "layers", "sensor_window_size", "diffusion_timesteps"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}; give 1 or more.")
         if not 1 <= self.ddim_steps <= self.diffusion_timesteps:
-            raise UserError(f"--ddim-steps {self.ddim_steps} must lie between 1 and --diffusion-timesteps {self.diffusion_timesteps}.")
+            raise UserError(
+                f"--ddim-steps {self.ddim_steps} must lie between 1 and --diffusion-timesteps {self.diffusion_timesteps}; change one of them."
+            )
 
     @property
     def uses_sensor(self) -> bool:
@@ -79,8 +84,12 @@ class PolicyConfig:
         known = {f.name for f in dataclasses.fields(cls)}
         unknown = sorted(set(values) - known)
         if unknown:
-            raise UserError(f"The checkpoint's policy has settings that this version does not know: {', '.join(unknown)}.")
+            raise UserError(
+                f"The checkpoint's policy has settings that this version does not know: {', '.join(unknown)}; use the version that wrote it."
+            )
         try:
             return cls(**values)
         except TypeError as error:
-            raise UserError(f"The checkpoint's policy settings are incomplete ({error}).") from error
+            raise UserError(
+                f"The checkpoint's policy settings are incomplete ({error}); take another checkpoint of the same run."
+            ) from error

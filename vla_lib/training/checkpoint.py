@@ -37,15 +37,17 @@ def read_checkpoint(path: str | Path, map_location: str = "cpu") -> dict[str, An
     try:
         content = torch.load(path, map_location=map_location, weights_only=True)
     except FileNotFoundError:
-        raise UserError(f"There is no checkpoint {path}.") from None
+        raise UserError(f"There is no checkpoint {path}; a run keeps its own below checkpoints/ (`vla runs` lists the runs).") from None
     except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path} cannot be read as a checkpoint ({first}); take another one of the same run.") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise UserError(f"{path} is not a checkpoint of this workbench (format {FORMAT}).")
+        raise UserError(f"{path} is not a checkpoint of this workbench (format {FORMAT}); give one that its trainings wrote.")
     missing = [k for k in KEYS if k not in content]
     if missing:
-        raise UserError(f"{path} lacks {', '.join(missing)}; it was not written by this version.")
+        raise UserError(
+            f"{path} lacks {', '.join(missing)}; it was not written by this version: train anew, or use the version that wrote it."
+        )
     return content
 
 
@@ -74,7 +76,9 @@ def load_weights(policy: torch.nn.Module, state: dict[str, torch.Tensor], where:
     try:
         policy.load_state_dict(state, strict=True)
     except RuntimeError as error:
-        raise UserError(f"The weights in {where} do not fit its policy: {' '.join(str(error).split())[:400]}.") from error
+        raise UserError(
+            f"The weights in {where} do not fit its policy: {' '.join(str(error).split())[:400]}. Take another checkpoint of the same run."
+        ) from error
 
 
 def check_binding(trained: dict[str, Any], found: dict[str, Any], where: str) -> None:

@@ -4,7 +4,7 @@ Notebooks call `prepare_data` for their preflight; the training loop calls it fo
 """
 
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,14 +21,19 @@ from vla_lib.training.starting_point import check_stage1, stage1
 
 @dataclass(frozen=True)
 class TrainingData:
-    """What a training stands on. `weights` (n,): of each training sample; `val` is None where nothing is held out."""
+    """What a training stands on. `episode_weights`: of each training episode, by key; `val` is None where nothing is held out."""
 
     train: SampleSet
     val: SampleSet | None
     split: dict[str, list[str]]
     fingerprints: dict[str, str]
-    weights: np.ndarray
+    episode_weights: dict[str, float]
     cache: Any  # the FeatureCache
+
+    @property
+    def weights(self) -> np.ndarray:
+        """Of each training sample (n,), float64."""
+        return np.array(list(self.episode_weights.values()), dtype=np.float64)[self.train.episode]
 
     @property
     def binding(self) -> dict[str, Any]:
@@ -63,15 +68,21 @@ class TrainingData:
         )
 
     def weights_table(self) -> list[dict[str, Any]]:
-        """One row a data set: episodes, training steps, weight, and the share of all draws that it gets."""
-        names = self.train.datasets
-        share = shares(self.weights, names)
-        array = np.asarray(names)
+        """One row a data set, or a task of it where tasks have other weights: episodes, training steps, weight, and the share of all draws."""
+        weights = {}  # of each data set
+        for episode, weight in zip(self.train.episodes, self.episode_weights.values(), strict=True):
+            weights.setdefault(episode.dataset, set()).add(weight)
+
+        def name(episode: Any) -> str:
+            return f"{episode.dataset}/{episode.task}" if len(weights.get(episode.dataset, ())) > 1 else episode.dataset
+
+        trained, held = [[name(e) for e in samples.episodes] if samples else [] for samples in (self.train, self.val)]
+        names = np.asarray(trained)[self.train.episode]
         rows = []
-        for name, part in share.items():
-            held = sum(e.dataset == name for e in self.val.episodes) if self.val else 0
-            row = {"dataset": name, "train_episodes": sum(e.dataset == name for e in self.train.episodes), "val_episodes": held}
-            rows.append(row | {"train_steps": int((array == name).sum()), "weight": float(self.weights[array == name][0]), "share": part})
+        for group, part in shares(self.weights, names).items():
+            row = {"dataset": group, "train_episodes": trained.count(group), "val_episodes": held.count(group)}
+            weight = float(self.weights[names == group][0])
+            rows.append(row | {"train_steps": int((names == group).sum()), "weight": weight, "share": part})
         return rows
 
 
@@ -86,7 +97,7 @@ def prepare_data(settings: TrainingSettings, split: dict[str, list[str]] | None 
 
     root = settings.dataset_root
     if not root.is_dir():
-        raise UserError(f"--dataset-root {root} is not a folder.")
+        raise UserError(f"--dataset-root {root} is not a folder; give the folder that the data sets lie in.")
     folders = find_prepared(root)
     if not folders:
         raise UserError(f"No data.pkl below {root}; run `python -m vla_lib.preprocess --dataset-root {shlex.quote(str(root))}` first.")
@@ -121,13 +132,10 @@ def prepare_data(settings: TrainingSettings, split: dict[str, list[str]] | None 
         val = SampleSet([episodes[k] for k in split["val"]], cache, **options) if split["val"] else None
     except UserError as error:
         if "cache" in str(error):
-            raise UserError(f"{error} Missing features are added by: {cache_command(settings)}") from error
+            raise UserError(f"{error} Missing features are added by: {cache_command(settings, cache.binding)}") from error
         raise
     table = DatasetTable.load(root)
-    per_episode = np.array([table.weight(e.dataset) for e in train.episodes], dtype=np.float64)
-    weights = per_episode[train.episode]
-    if not weights.sum() > 0:
-        raise UserError(f"All data sets below {root} have weight 0; edit {root}/datasets.yaml.")
+    weights = {key: table.weight(episodes[key].dataset, episodes[key].task) for key in split["train"]}
     fingerprints = {k: str(episodes[k].fingerprint) for k in (*split["train"], *split["val"])}
     data = TrainingData(train, val, split, fingerprints, weights, cache)
     if start is not None:
@@ -135,11 +143,12 @@ def prepare_data(settings: TrainingSettings, split: dict[str, list[str]] | None 
     return data
 
 
-def cache_command(settings: TrainingSettings) -> str:
-    """The command that builds the VL cache which these settings need."""
+def cache_command(settings: TrainingSettings, binding: Mapping[str, Any] | None = None) -> str:
+    """The command that builds the VL cache which these settings need, with the VLM of `binding` where it is known."""
+    vlm = f"--vl-model {shlex.quote(str(binding['source']))} " if binding and binding.get("source") else ""
     return (
-        f"python -m vla_lib.build_vl_cache --dataset-root {shlex.quote(str(settings.dataset_root))} --vlm-reuse-count {settings.vlm_reuse_count} "
-        f"--image-resize-height {settings.image_resize_height} --image-resize-width {settings.image_resize_width}"
+        f"python -m vla_lib.build_vl_cache --dataset-root {shlex.quote(str(settings.dataset_root))} {vlm}--vlm-reuse-count "
+        f"{settings.vlm_reuse_count} --image-resize-height {settings.image_resize_height} --image-resize-width {settings.image_resize_width}"
     )
 
 
@@ -148,7 +157,7 @@ def check_cache(settings: TrainingSettings, binding: dict[str, Any]) -> None:
     odd = list(_size_differences(settings, binding))
     if odd:
         raise UserError(
-            f"The VL cache and the flags differ: {'; '.join(odd)}. Pass the cache's size, or build another: {cache_command(settings)}"
+            f"The VL cache and the flags differ: {'; '.join(odd)}. Pass the cache's size, or build another: {cache_command(settings, binding)}"
         )
 
 

@@ -123,10 +123,10 @@ class Trainer:
         """The checkpoint to go on from, or None for a new run. A run folder with checkpoints is never trained over."""
         if self.settings.resume:
             return starting_point.previous(self.settings, self.latest)
-        exists = self.latest.exists()
-        self.accelerator.wait_for_everyone()
-        if exists:
-            raise UserError(f"{self.latest} exists already; pass --resume to go on with that run, or another --run-dir.")
+        taken = starting_point.taken(self.latest)
+        self.accelerator.wait_for_everyone()  # all have looked before anyone writes
+        if taken:
+            raise UserError(taken)
         return None
 
     def _build(self, before: dict[str, Any] | None) -> None:

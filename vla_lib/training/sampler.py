@@ -6,7 +6,7 @@ same samples, and two processes of batch b do what one process of batch 2b does.
 last step of an epoch takes what is left (missing places are filled with draws that count zero).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -67,7 +67,7 @@ class EpochPlan:
         return MicroBatch(full[own], counts[own], shared, offset, size)
 
 
-def shares(weights: np.ndarray, groups: list[str]) -> dict[str, float]:
+def shares(weights: np.ndarray, groups: Sequence[str]) -> dict[str, float]:
     """The share of all draws that each group (data set) gets: `{data set: 0..1}`; `groups` has one name a sample."""
     total = float(np.sum(weights))
     names = np.asarray(groups)

@@ -42,7 +42,7 @@ class SampleSet:
         self.episodes = list(episodes)
         self.horizon, self.sensor_enabled, self.window = horizon, sensor_enabled, sensor_window_size
         if not self.episodes:
-            raise UserError("A sample set needs at least one episode.")
+            raise UserError("A sample set needs at least one episode; prepare some with `python -m vla_lib.preprocess`.")
         self.features = [cache.episode(e) for e in self.episodes]
         self.action_hz = float(self.episodes[0].action_hz)
         odd = [e.name for e in self.episodes if float(e.action_hz) != self.action_hz]

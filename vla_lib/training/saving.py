@@ -101,6 +101,7 @@ class Saver:
             "elapsed_s": t._elapsed(),
             "wandb_id": t.wandb_id,
             "fingerprints": t.data.fingerprints,
+            "weights": t.data.episode_weights,
             "world": t.world,
             # draws and noise follow from (seed, epoch, step); the generator's state is kept for the record
             "random": {"seed": t.settings.seed, "torch": torch.get_rng_state()},

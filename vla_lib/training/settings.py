@@ -232,7 +232,9 @@ class DiffusionSettings(TrainingSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 1 <= self.ddim_steps <= self.diffusion_timesteps:
-            raise UserError(f"--ddim-steps {self.ddim_steps} must lie between 1 and --diffusion-timesteps {self.diffusion_timesteps}.")
+            raise UserError(
+                f"--ddim-steps {self.ddim_steps} must lie between 1 and --diffusion-timesteps {self.diffusion_timesteps}; change one of them."
+            )
 
 
 def flag(name: str) -> str:

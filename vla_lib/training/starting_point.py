@@ -13,13 +13,28 @@ if TYPE_CHECKING:
 FREE = ("dropout", "view_dropout", "ddim_steps")  # of a policy's settings: those that no weight depends on
 
 
+def taken(latest: Path) -> str:
+    """Why no new training may begin in the run folder of `latest`: the sentence with its remedy; "" where none of it has checkpoints."""
+    found = sorted(path.name for path in latest.parent.glob("*.pt"))
+    if latest.name in found:
+        return f"{latest} exists already; pass --resume to go on with that run, or another --run-dir."
+    return f"{latest.parent} holds the checkpoints of another training ({', '.join(found)}); pass another --run-dir." if found else ""
+
+
 def previous(settings: TrainingSettings, latest: Path) -> dict[str, Any]:
-    """The newest checkpoint of the run that --resume goes on with. Raises UserError where it is another training's."""
+    """The newest checkpoint of the run that --resume goes on with. Raises UserError where there is none or it is another training's."""
+    if not latest.exists():
+        raise UserError(f"There is no checkpoint {latest} to go on from; give the --run-dir of a run that has one, or leave --resume out.")
     before = read_checkpoint(latest)
     if "training" not in before:
-        raise UserError(f"{latest} holds a policy but no training state; it cannot be resumed.")
+        raise UserError(
+            f"{latest} holds a policy but no training state; give the run's newest checkpoint its name back, or start a new run."
+        )
     if before["front_door"] != settings.name:
-        raise UserError(f"{latest} was written by {before['front_door']}, this is {settings.name}.")
+        raise UserError(
+            f"{latest} was written by {before['front_door']}, this is {settings.name}; go on with vla_lib.{before['front_door']}, "
+            "or give another --run-dir."
+        )
     conflicts = resume_conflicts(before["settings"], settings.to_dict())
     if conflicts:
         raise UserError(
@@ -29,12 +44,18 @@ def previous(settings: TrainingSettings, latest: Path) -> dict[str, Any]:
 
 
 def check_previous(before: dict[str, Any], data: "TrainingData", latest: Path) -> None:
-    """Raise UserError where the cache or an episode is not what the run began with."""
+    """Raise UserError where the cache, an episode or its weight is not what the run began with."""
     check_binding(before["binding"], data.binding, str(latest))
     known, now = before["training"]["fingerprints"], data.fingerprints
     changed = [k for k in known if known[k] != now.get(k)]
     if changed:
         raise UserError(f"{len(changed)} episodes have changed since the run began (first: {changed[0]}); restore them or start a new run.")
+    weights = before["training"].get("weights", data.episode_weights)  # it may be older than this
+    odd = [f"{k}: checkpoint {weights[k]:g}, now {now:g}" for k, now in data.episode_weights.items() if weights[k] != now]
+    if odd:
+        raise UserError(
+            f"{len(odd)} episodes have another weight than the run began with ({'; '.join(odd[:3])}); restore datasets.yaml, or start a new run."
+        )
 
 
 def stage1(settings: TrainingSettings) -> dict[str, Any]:
