@@ -13,13 +13,14 @@ from vla_lib.core.files import read_jsonl
 from vla_lib.policy.diffusion_head import DRAWS
 from vla_lib.train_async import main as train_async
 from vla_lib.train_diffusion import main as train_diffusion
-from vla_lib.training import loop
+from vla_lib.training import device, loop
 from vla_lib.training.checkpoint import load_policy
 from vla_lib.training.data import prepare_data
 from vla_lib.training.process import StopRequest
 from vla_lib.training.sampler import MicroBatch
 from vla_lib.training.samples import MicroBatchDataset
 from vla_lib.training.schedule import learning_rate
+from vla_lib.training.settings import AsyncSettings
 from vla_lib.training.validation import validate
 from vla_lib.workbench.plots import training as plots
 
@@ -244,13 +245,55 @@ def test_trap_20_cached_features_and_lora_are_never_combined(diffusion_settings)
     zero()
 
 
-def test_out_of_memory_names_the_three_remedies_with_this_runs_numbers(async_settings, monkeypatch):
-    def full(self):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+@pytest.mark.parametrize(
+    ("error", "numbers", "said"),
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory"),
+            (4, 8),
+            "--batch-size 2 instead of 4, .*--grad-accum-steps 16 instead of 8 .*--resume",
+        ),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"),
+            (5, 3),
+            "--batch-size 2 instead of 5, .*steps 8 instead of 3",
+        ),
+        (MemoryError("Unable to allocate 8 GiB for an array"), (4, 8), "in a new run, smaller pictures: --image-resize-height 180"),
+        (
+            MemoryError(),
+            (1, 8),
+            r"^Out of memory at batch size 1. Start a new run with \(1\) a smaller --width than 32, or \(2\) smaller pictures",
+        ),
+    ],
+)
+def test_out_of_memory_names_the_remedies_with_this_runs_numbers(error, numbers, said, async_settings, monkeypatch):
+    """The effective batch is kept; --resume is named for what it admits."""
 
-    monkeypatch.setattr(loop.Trainer, "run", full)
-    with pytest.raises(UserError, match=r"--batch-size 2 instead of 4.*--grad-accum-steps 16 instead of 8.*--image-resize-height 180"):
-        train_async(async_settings(batch_size=4, grad_accum_steps=8))
+    def full(self, before):
+        raise error
+
+    monkeypatch.setattr(loop.Trainer, "_build", full)
+    with pytest.raises(UserError, match=said) as told:
+        train_async(async_settings(batch_size=numbers[0], grad_accum_steps=numbers[1]))
+    assert numbers[0] > 1 or "--resume" not in str(told.value) and "accum" not in str(told.value)
+
+
+def test_another_runtime_error_is_not_taken_for_a_lack_of_memory(async_settings, monkeypatch):
+    def broken(self, before):
+        raise RuntimeError("shapes cannot be multiplied")
+
+    monkeypatch.setattr(loop.Trainer, "_build", broken)
+    with pytest.raises(RuntimeError, match="cannot be multiplied"):
+        train_async(async_settings())
+
+
+def test_bf16_is_used_where_the_gpu_has_it_by_itself(monkeypatch):
+    """Asked of torch without emulation; on a CPU only where it is wanted."""
+    asked = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: asked.append(including_emulation) or False)
+    assert not device.uses_bf16(AsyncSettings()) and asked == [False]
+    assert device.uses_bf16(AsyncSettings(precision="bf16", device="cpu")) and not device.uses_bf16(AsyncSettings(device="cpu"))
 
 
 def test_a_starving_loader_is_reported(async_settings, monkeypatch, capsys):

@@ -98,6 +98,26 @@ def test_the_first_failing_rank_explains_itself(tmp_path):
     assert "the needle is bent" in str(failure.value).splitlines()[0]
 
 
+def test_a_killed_rank_is_named_before_the_errors_of_those_that_miss_it(tmp_path):
+    """Also where an earlier start in the same folder has left another cause in the log."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "train.log").write_text(
+        "torch/distributed/elastic\n  rank      : 7 (local_rank: 7)\n  traceback : Signal 11 (SIGSEGV) received by PID 1\n"
+    )
+    script = tmp_path / "worker.py"
+    script.write_text(
+        "from torch.distributed.elastic.multiprocessing.errors import record\nimport os, signal, time\n@record\ndef main():\n"
+        "    print('step 1', flush=True)\n    if os.environ['RANK'] == '1': os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    raise RuntimeError('connection closed by peer')\nmain()"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
+    with pytest.raises(JobFailed) as failure:
+        Job(command, tmp_path / "run").run()
+    said = str(failure.value)
+    assert said.startswith("rank 1 was killed by SIGKILL (often: out of memory); go on with --resume.\n") and "step 1" in said
+    assert "SIGSEGV" not in said
+
+
 def test_a_supervisor_is_not_fooled_by_an_old_record(tmp_path):
     write_json(tmp_path / "job.json", {"state": "running", "supervisor_pid": os.getpid()})
     job = Job([sys.executable, "-c", "print('new')"], tmp_path).start()

@@ -43,23 +43,15 @@ class RunFolder:
         if path is None:
             path = new_folder(name)
         path.mkdir(parents=True, exist_ok=True)
-        process = psutil.Process()
-        record = {
-            "name": name,
-            "state": "running",
-            "started": datetime.now(UTC).isoformat(timespec="milliseconds"),
-            "ended": None,
-            "duration_s": None,
-            "parameters": parameters,
-            "error": None,
-            "pid": process.pid,
-            "pid_created": process.create_time(),
-            "host": socket.gethostname(),
-            "git": git_state(),
-            "versions": versions(),
-            **extra,
-        }
-        run = cls(path, record)
+        run = cls(path, {"name": name, **_opened(parameters), **extra})
+        run.save()
+        return run
+
+    @classmethod
+    def reopen(cls, path: Path, parameters: dict[str, Any]) -> "RunFolder":
+        """Open the ended record of `path` again, as `running` and owned by this process; `first_started` keeps when it first began."""
+        before = read_json(path / "run.json")
+        run = cls(path, {**before, **_opened(parameters), "first_started": before.get("first_started") or before["started"]})
         run.save()
         return run
 
@@ -95,6 +87,24 @@ def read_record(path: Path) -> dict[str, Any]:
     if record["state"] == "running" and record.get("host") == socket.gethostname() and not _alive(record):
         record["state"] = "lost"
     return record
+
+
+def _opened(parameters: dict[str, Any]) -> dict[str, Any]:
+    """The part of a record that a start decides, owned by this process."""
+    process = psutil.Process()
+    return {
+        "state": "running",
+        "started": datetime.now(UTC).isoformat(timespec="milliseconds"),
+        "ended": None,
+        "duration_s": None,
+        "parameters": parameters,
+        "error": None,
+        "pid": process.pid,
+        "pid_created": process.create_time(),
+        "host": socket.gethostname(),
+        "git": git_state(),
+        "versions": versions(),
+    }
 
 
 def _alive(record: dict[str, Any]) -> bool:

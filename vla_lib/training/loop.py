@@ -9,7 +9,6 @@ resumed run does what the uninterrupted one does.
 import contextlib
 import math
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +18,17 @@ import torch
 from vla_lib.core.errors import UserError
 from vla_lib.core.files import write_json
 from vla_lib.core.progress import Progress
-from vla_lib.core.run_folder import runs_root
+from vla_lib.core.run_folder import new_folder
 from vla_lib.policy.policy import Policy
 from vla_lib.training import reporting, starting_point
 from vla_lib.training.checkpoint import load_weights
 from vla_lib.training.data import prepare_data
+from vla_lib.training.device import open_accelerator
 from vla_lib.training.ema import AveragedPolicy
 from vla_lib.training.live_vlm import LivePolicy, LiveSamples, LiveVlm
 from vla_lib.training.metrics import MetricsLog, truncate
 from vla_lib.training.process import StopRequest
+from vla_lib.training.record import recorded
 from vla_lib.training.sampler import EpochPlan, MicroBatch, draw_epoch, step_seed
 from vla_lib.training.samples import batches
 from vla_lib.training.saving import EPOCH_SAVE_S, Saver, needing_room
@@ -40,20 +41,10 @@ from vla_lib.training.validation import validate
 
 def train(settings: TrainingSettings) -> dict[str, Any]:
     """Train, and return what results.json holds. Raises UserError for bad input, a lost checkpoint, or memory that does not suffice."""
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
-
-    cuda = torch.cuda.is_available() if settings.device == "auto" else settings.device == "cuda"
-    if cuda and not torch.cuda.is_available():
-        raise UserError("--device cuda, but torch sees no GPU here; pass --device auto.")
-    bf16 = settings.precision == "bf16" or (settings.precision == "auto" and cuda and torch.cuda.is_bf16_supported())
-    AcceleratorState._reset_state(reset_partial_state=True)  # a notebook may train twice in one process
-    accelerator = Accelerator(cpu=not cuda, mixed_precision="bf16" if bf16 else "no")
+    accelerator = open_accelerator(settings)
     try:
         with StopRequest() as stop:
             return Trainer(settings, accelerator, stop).run()
-    except torch.OutOfMemoryError as error:
-        raise UserError(reporting.out_of_memory(settings)) from error
     finally:
         with contextlib.suppress(Exception):
             accelerator.end_training()
@@ -77,8 +68,12 @@ class Trainer:
 
     def run(self) -> dict[str, Any]:
         """Everything. Returns the results."""
-        settings = self.settings
         before = self._previous()
+        with recorded(self), reporting.memory_remedies(self.settings):
+            return self._train(before)
+
+    def _train(self, before: dict[str, Any] | None) -> dict[str, Any]:
+        settings = self.settings
         self.data = prepare_data(settings, before["split"] if before else None)
         if self.main:
             print("\n".join(reporting.data_lines(self.data)), flush=True)
@@ -116,7 +111,7 @@ class Trainer:
             raise UserError("--resume needs --run-dir, the folder of the run to go on with.")
         from accelerate.utils import broadcast_object_list
 
-        folder = [str(runs_root() / f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{self.settings.name}") if self.main else ""]
+        folder = [str(new_folder(self.settings.name)) if self.main else ""]
         return Path(broadcast_object_list(folder)[0])
 
     def _previous(self) -> dict[str, Any] | None:

@@ -1,9 +1,14 @@
 """What a training knows in; the sentences of its log, its results and its out-of-memory advice out."""
 
+import contextlib
+import math
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
+from vla_lib.core.errors import UserError
 from vla_lib.training.data import TrainingData
 from vla_lib.training.settings import TrainingSettings
 from vla_lib.training.validation import BASELINES
@@ -12,21 +17,33 @@ if TYPE_CHECKING:
     from vla_lib.training.loop import Trainer
 
 GPU = "train/gpu_memory_gib"
+CPU_FULL = "can't allocate memory"  # of torch's CPU allocator
 STARVED = 0.2  # share of the time waited for data above which the loader is called the bottleneck
 
 
 def out_of_memory(settings: TrainingSettings) -> str:
-    """The guide's three remedies, filled in with this run's numbers."""
-    smaller, more = max(1, settings.batch_size // 2), settings.grad_accum_steps * 2
-    remedies = [
-        f"--batch-size {smaller} instead of {settings.batch_size}"
-        if settings.batch_size > 1
-        else "a smaller --width (the batch size is 1 already)",
-        f"with it --grad-accum-steps {more} instead of {settings.grad_accum_steps} (the same effective batch)",
-        f"smaller pictures: --image-resize-height {settings.image_resize_height // 2} --image-resize-width {settings.image_resize_width // 2}, "
-        "with a VL cache built for them",
-    ]
-    return f"Out of memory. Remedies, in this order: (1) {remedies[0]}; (2) {remedies[1]}; (3) {remedies[2]}. Then go on with --resume."
+    """The guide's three remedies, filled in with this run's numbers; those that --resume does not admit ask for a new run."""
+    pictures = f"--image-resize-height {settings.image_resize_height // 2} --image-resize-width {settings.image_resize_width // 2}"
+    pictures = f"smaller pictures: {pictures}, with a VL cache built for them"
+    if settings.batch_size == 1:
+        return f"Out of memory at batch size 1. Start a new run with (1) a smaller --width than {settings.width}, or (2) {pictures}."
+    smaller = settings.batch_size // 2
+    more = math.ceil(settings.batch_size * settings.grad_accum_steps / smaller)
+    return (
+        f"Out of memory. Remedies, in this order: (1) --batch-size {smaller} instead of {settings.batch_size}, (2) with it --grad-accum-steps "
+        f"{more} instead of {settings.grad_accum_steps} (the same effective batch), and go on with --resume; (3) in a new run, {pictures}."
+    )
+
+
+@contextlib.contextmanager
+def memory_remedies(settings: TrainingSettings) -> Iterator[None]:
+    """Inside is trained: memory of the GPU or of the machine that does not suffice becomes a UserError with its remedies."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # torch has a class of its own for the GPU's memory only
+        if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError) and CPU_FULL not in str(error):
+            raise
+        raise UserError(out_of_memory(settings)) from error
 
 
 def data_lines(data: TrainingData) -> list[str]:
@@ -72,8 +89,6 @@ def step_row(
     if timesteps:
         row["train/diffusion_t"] = float(np.concatenate(timesteps).mean())
     if trainer.accelerator.device.type == "cuda":
-        import torch
-
         row[GPU] = torch.cuda.max_memory_allocated() / 2**30
     return row
 

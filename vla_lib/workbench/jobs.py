@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -202,7 +203,7 @@ class Job:
         if status["reason"]:
             raise JobCancelled(f"{status['reason']}; its files are in {self.run_dir}")
         if status["returncode"] != 0:
-            raise JobFailed(explain(self.log, status["returncode"]))
+            raise JobFailed(explain(self.log, status["returncode"], status["log_from"]))
         return status
 
 
@@ -219,9 +220,13 @@ def is_running(run_dir: Path) -> bool:
     return status.get("state") == "running" and str(path) in words
 
 
-def explain(log: Path, returncode: int | None) -> str:
-    """Why a job failed: the first failing rank's error on top, its traceback, then the last lines of the log."""
-    lines = []
+def explain(log: Path, returncode: int | None, log_from: int) -> str:
+    """Why a job failed: the rank that was killed or the first failing rank's error on top, its traceback, then the last lines of the log.
+
+    `log_from`: bytes of the log that earlier starts had written.
+    """
+    said = log.read_bytes()[log_from:].decode(errors="replace").splitlines() if log.exists() else []
+    lines = killed_ranks(said)
     error_file = log.parent / "error.json"
     if error_file.exists():
         message = json.loads(error_file.read_text()).get("message", {})
@@ -232,12 +237,25 @@ def explain(log: Path, returncode: int | None) -> str:
             lines += [str(message), ""]
     if not lines:
         lines = [f"The job ended with exit status {returncode}.", ""]
-    if log.exists():
-        said = log.read_text(errors="replace").splitlines()
-        if error_file.exists():  # torchrun's own report tells the same once more
-            said = said[: next((number for number, line in enumerate(said) if "torch/distributed/elastic" in line), None)]
+    else:  # torchrun's own report tells the same once more
+        said = said[: next((number for number, line in enumerate(said) if "torch/distributed/elastic" in line), None)]
+    if said:
         lines += [f"Last lines of {log}:", *said[-LOG_TAIL_LINES:]]
     return "\n".join(lines)
+
+
+def killed_ranks(said: list[str]) -> list[str]:
+    """Sentences about the ranks that a signal killed, from torchrun's report: such a rank leaves no error, only the others' that miss it."""
+    found = {}
+    rank = ""
+    for line in said:
+        if match := re.match(r"\s+rank\s+: (\d+) ", line):
+            rank = match[1]
+        elif (match := re.match(r"\s+traceback : Signal \d+ \((SIG\w+)\) received", line)) and match[1] != "SIGTERM":  # torchrun's own
+            found[rank] = match[1]
+    often = {"SIGKILL": " (often: out of memory)"}
+    told = [f"rank {rank} was killed by {name}{often.get(name, '')}; go on with --resume." for rank, name in found.items()]
+    return [*told, ""] if told else []
 
 
 def _print_lines(lines: list[str]) -> None:

@@ -1,7 +1,9 @@
 """The lab book: the folders below `runs/` in; a table of all runs, or the newest one of a kind, out."""
 
 import hashlib
+import re
 from collections.abc import Iterable
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +29,16 @@ KEY_RESULTS = (
 def find_runs(name: str = "", root: Path | None = None) -> list[Path]:
     """Run folders (those with a run.json), oldest first; `name` keeps the runs of one notebook or front door."""
     root = root or runs_root()
-    found = sorted(path.parent for path in root.glob("*/run.json"))
-    return [path for path in found if not name or path.name.split("-", 2)[-1] == name]
+    found = sorted((*_time_and_name(path.parent), path.parent) for path in root.glob("*/run.json"))
+    return [path for _, of, path in found if not name or of == name]
+
+
+def _time_and_name(run: Path) -> tuple[str, str]:
+    """When a run began and what of, from the folder's name; from its record where --run-dir gave it another one."""
+    if re.match(r"\d{8}-\d{6}", run.name):
+        return run.name, run.name.split("-", 2)[-1]
+    record = read_record(run)
+    return f"{datetime.fromisoformat(record['started']):%Y%m%d-%H%M%S}", record["name"]
 
 
 def table(name: str = "", root: Path | None = None, of: Iterable[Path] | None = None) -> pd.DataFrame:
@@ -109,7 +119,8 @@ def name_of(checkpoint: Path) -> str:
     without = "".join(f" no {name}" for key, name in (("vl_enabled", "VL"), ("sensor_enabled", "sensor")) if parameters.get(key) is False)
     kind = "diffusion" if checkpoint.name.startswith("diffusion") else "async"
     which = "" if "_best" in checkpoint.stem else " final" if "_final" in checkpoint.stem else " latest"
-    return f"{kind}{without}{which} {run.name.split('-', 2)[0][4:]}-{run.name.split('-', 2)[1]}"
+    stamp = re.match(r"\d{4}(\d{4}-\d{6}[.\d]*)", run.name)
+    return f"{kind}{without}{which} {stamp[1] if stamp else run.name}"
 
 
 def newest_checkpoint(pattern: str, root: Path | None = None) -> Path:

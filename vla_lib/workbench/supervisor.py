@@ -37,6 +37,7 @@ def main(arguments: list[str]) -> int:
     status = {
         "command": command,
         "log": log_path.name,
+        "log_from": log_path.stat().st_size if log_path.exists() else 0,  # what stands before is of earlier starts in the same folder
         "supervisor_pid": os.getpid(),
         "state": "running",
         "started": _now(),

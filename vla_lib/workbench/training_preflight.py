@@ -68,21 +68,26 @@ def _measured(settings: TrainingSettings, data: TrainingData, policy: Any, sampl
 
     import torch
 
+    from vla_lib.training.device import uses_bf16, uses_gpu
+
     if settings.live_vlm:
         return "no finished run of stage 2 to go by; the first steps will tell"
-    device = torch.device("cuda" if torch.cuda.is_available() and settings.device != "cpu" else "cpu")
+    device = torch.device("cuda" if uses_gpu(settings) else "cpu")
     policy = policy.to(device).train()
     draws = {k: v.to(device) for k, v in policy.draw(settings.batch_size, torch.Generator().manual_seed(0)).items()}
     taken = []
     for numbers in np.random.default_rng(0).integers(0, len(data.train), (PASSES, settings.batch_size)):
         begin = time.perf_counter()
         batch = {k: v.to(device) for k, v in data.train.batch(numbers).items()}
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16(settings)):
             loss = policy(batch, draws).mean()
         loss.backward()
         loss.item()  # waits for the device
         taken.append(time.perf_counter() - begin)
+    policy.zero_grad()
     policy.to("cpu")
+    del batch, draws, loss
+    torch.cuda.empty_cache()  # the training's own processes want it
     side_by_side = processes if device.type == "cuda" else 1  # processes on the CPU share its cores
     rate = side_by_side * settings.batch_size / float(np.median(taken[1:]))
     return f"{clock(samples / rate)} and the validations, at {rate:,.0f} samples/s ({PASSES} passes on the {device.type} here)"
