@@ -17,6 +17,7 @@ from synthetic import write_dataset
 
 from vla_lib.core.errors import UserError
 from vla_lib.core.files import read_jsonl
+from vla_lib.core.run_folder import read_record
 from vla_lib.train_async import main as train_async
 from vla_lib.train_diffusion import main as train_diffusion
 from vla_lib.training import checkpoint, loop, metrics, saving
@@ -407,6 +408,22 @@ def test_trap_24_two_ranks_killed_and_resumed_are_the_uninterrupted_run(two_rank
     assert same(torch.load(run / "rank1.pt")["weights"], torch.load(two_ranks / "rank1.pt")["weights"])
 
 
+def test_two_ranks_below_torchrun_save_the_step_in_which_they_are_stopped(mixed, tmp_path):
+    """With loader processes; no checkpoint is due before, so it is the stop's own."""
+    run = tmp_path / "run"
+    flags = {"max_steps": 2000, "batch_size": 2, "grad_accum_steps": 1, "num_workers": 2, "epochs": 99, "checkpoint_every_s": 600}
+    process = launch("train_async", {**flags, "dataset_root": mixed, "run_dir": run}, processes=2, background=True)
+    wait_for_step(run, 5, process)
+    below = psutil.Process(process.pid).children(recursive=True)
+    os.killpg(process.pid, signal.SIGTERM)
+    output = process.communicate(timeout=240)[0]
+    rows = [r["step"] for r in read_jsonl(run / "metrics.jsonl") if "epoch" not in r]
+    assert rows == list(range(1, len(rows) + 1)) and 5 <= len(rows) < 2000
+    assert read_checkpoint(latest(run))["step"] == len(rows) and f"stopped by SIGTERM at step {len(rows)};" in output
+    assert read_record(run)["state"] == "cancelled"
+    assert not psutil.wait_procs(below, timeout=5)[1]
+
+
 def test_losing_a_rank_ends_the_job_and_one_process_goes_on(mixed, async_settings, tmp_path):
     """No process is left behind, and --resume with another number of processes ends at the same step without a doubled or missing one."""
     run = tmp_path / "run"
@@ -425,7 +442,7 @@ def test_losing_a_rank_ends_the_job_and_one_process_goes_on(mixed, async_setting
 
 
 def test_two_nodes_meet_on_this_machine(mixed, tmp_path):
-    """Two launchers with a c10d rendezvous, as on two machines; a user's error ends both with its sentence."""
+    """Two launchers with a c10d rendezvous, as on two machines, train one policy."""
     import socket
 
     with socket.socket() as probe:

@@ -203,7 +203,7 @@ class Job:
         if status["reason"]:
             raise JobCancelled(f"{status['reason']}; its files are in {self.run_dir}")
         if status["returncode"] != 0:
-            raise JobFailed(explain(self.log, status["returncode"], status["log_from"]))
+            raise JobFailed(explain(self.log, status["returncode"], status.get("log_from", 0)))
         return status
 
 
