@@ -3,7 +3,7 @@
 A checkpoint is a dict of plain values and tensors, opened with weights_only=True:
     format, front_door, policy_config, policy (state dict: the averaged weights and the normalisation), settings, binding (of the VL
     cache), split, step, epoch, metrics; of stage 2 `adapter` (the averaged LoRA weights of the VLM); and in the newest one `training`:
-    raw weights, optimiser, position in the epoch, best, random state.
+    raw weights, optimiser, position in the epoch, its counts so far, step of the newest validation, best, weights of the episodes, random state.
 """
 
 import pickle
