@@ -1,5 +1,7 @@
+import asyncio
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -9,6 +11,7 @@ import pytest
 from vla_lib.core.errors import UserError
 from vla_lib.core.files import read_json, write_json
 from vla_lib.core.run_folder import read_record
+from vla_lib.workbench import headless
 from vla_lib.workbench.headless import run_notebook
 from vla_lib.workbench.jobs import Job, JobFailed
 
@@ -39,6 +42,34 @@ def test_a_failing_cell_fails_the_run_with_its_cause(write_notebook):
     assert result.state == "failed"
     assert "ZeroDivisionError" in read_record(result.path)["error"]
     assert "ZeroDivisionError" in result.page.read_text()
+
+
+def test_a_failing_page_is_told_and_changes_no_state(write_notebook, monkeypatch, capsys):
+    monkeypatch.setattr(headless, "export_html", lambda notebook, page: page.write_text(str(1 / 0)))
+    result = run_notebook(write_notebook("n: int = 1", "run.finish()"), {}, log=False)
+    assert (result.state, result.error, read_record(result.path)["state"]) == ("done", None, "done")
+    assert "notebook.html could not be written: ZeroDivisionError" in capsys.readouterr().err
+    assert result.told == f"done: {result.path}"
+
+
+def test_the_log_holds_the_cells_lines_and_no_reprs(write_notebook, capsys):
+    cell = "import matplotlib.pyplot as plt\nprint('<a> is printed\\nExecuting the next line'); plt.figure()"
+    result = run_notebook(write_notebook("n: int = 1", cell, "run.finish()"), {})
+    lines = [line.partition(" ")[2] for line in (result.path / "run.log").read_text().splitlines()]
+    assert lines == [f"run folder: {result.path}", "<a> is printed", "Executing the next line", f"done: {result.path}"]
+    assert [line.partition(" ")[2] for line in capsys.readouterr().out.splitlines()] == lines
+
+
+def test_an_interrupt_between_two_cells_is_not_lost(write_notebook, runs_folder):
+    """A kernel ignores interrupts while no cell runs, which in a notebook of short cells is nearly always."""
+    path = write_notebook("n: int = 1", "print('begun')", *["n += 1"] * 300, "print('the end')")
+    command = [sys.executable, "-m", "vla_lib.cli", "run", str(path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert any("begun" in line for line in process.stdout)
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate()
+    (run,) = runs_folder.iterdir()
+    assert (process.returncode, read_record(run)["state"]) == (130, "cancelled") and "the end" not in said
 
 
 def test_a_cell_that_refuses_its_input_exits_2_with_its_sentence(write_notebook):
@@ -82,7 +113,7 @@ def test_plain_papermill_works_too(write_notebook, runs_folder, tmp_path):
 def test_a_failing_job_raises_its_cause_first(tmp_path):
     job = Job([sys.executable, "-c", "print('step 1'); raise SystemExit(3)"], tmp_path)
     with pytest.raises(JobFailed, match=r"^The job ended with exit status 3") as failure:
-        job.run()
+        asyncio.run(job.watch())
     assert "step 1" in str(failure.value)
 
 
@@ -94,7 +125,7 @@ def test_the_first_failing_rank_explains_itself(tmp_path):
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
     with pytest.raises(JobFailed) as failure:
-        Job(command, tmp_path / "run").run()
+        asyncio.run(Job(command, tmp_path / "run").watch())
     assert "the needle is bent" in str(failure.value).splitlines()[0]
 
 

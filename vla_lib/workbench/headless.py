@@ -3,11 +3,14 @@
 vla run 04_train_async -p batch_size 4 -p nproc_per_node 4
 """
 
+import contextlib
 import logging
 import os
+import re
 import signal
 import sys
 import tempfile
+import threading
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,14 +33,8 @@ from vla_lib.workbench.parameters import notebook_path, resolve
 from vla_lib.workbench.runs import data_state
 
 CANCELLED = ("KeyboardInterrupt", "CancelledError", "JobCancelled")
-CHATTER = (
-    "Input Notebook",
-    "Output Notebook",
-    "Working directory",
-    "Executing ",
-    "Ending Cell",
-    "<",
-)  # "<": the repr of a figure or a page
+LOG_NAME = "run.log"  # the cells' output as plain lines
+REPR = re.compile(r"<[\w.]+[^\n]*>")  # of a figure or a page, which the notebook shows drawn
 
 
 class LocalKernelManager(AsyncKernelManager):
@@ -92,7 +89,7 @@ def run_notebook(
     run = RunFolder.create(path.stem, values, path=run_dir, notebook=str(path), given=sorted(given), data=data_state(values), **noted)
     executed = run.path / "notebook.ipynb"
     state, error, bad_input, cell = "failed", None, False, None
-    with _kernel_environment(run.path), _interrupts_reach_the_kernel(), _plain_log(log):
+    with _kernel_environment(run.path), Interrupts() as interrupts, _plain_log(run.path / LOG_NAME, log):
         try:
             papermill.execute_notebook(
                 str(path),
@@ -101,9 +98,10 @@ def run_notebook(
                 kernel_name="python3",
                 kernel_manager_class=LocalKernelManager,
                 cwd=str(path.parent),
-                log_output=log,
+                log_output=True,
                 progress_bar=False,
                 autosave_cell_every=10,
+                on_cell_start=interrupts.before_cell,
             )
             state = "done"
         except PapermillExecutionError as failure:
@@ -118,9 +116,10 @@ def run_notebook(
         except Exception as failure:  # a full disk, a broken notebook: recorded, and told like any other failure
             error = f"{type(failure).__name__}: {failure}"
         finally:
-            if executed.exists():
-                export_html(executed, run.path / "notebook.html")
+            if interrupts.caught and state != "done":
+                state, error = "cancelled", error or "interrupted"
             run.finish(state, error)
+            _write_page(executed, run.path / "notebook.html")
     return RunResult(run.path, state, error, bad_input, cell)
 
 
@@ -137,43 +136,93 @@ def _kernel_environment(run_dir: Path) -> Iterator[None]:
             os.environ[RUN_DIR_VARIABLE] = before
 
 
-@contextmanager
-def _interrupts_reach_the_kernel() -> Iterator[None]:
-    """The first Ctrl-C or SIGTERM interrupts the running cell, which records the cancellation; a second one ends this process's wait."""
-    caught: list[int] = []
-
-    def handle(number: int, _frame: Any) -> None:
-        caught.append(number)
-        kernels = [child for child in psutil.Process().children() if "ipykernel_launcher" in " ".join(child.cmdline())]
-        if len(caught) > 1 or not kernels:
-            raise KeyboardInterrupt
-        for kernel in kernels:
-            kernel.send_signal(signal.SIGINT)
-
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+def _write_page(executed: Path, page: Path) -> None:
+    """The page of what was executed; a failure is told, the run's state is not the page's."""
     try:
-        yield
-    finally:
-        for number, handler in before.items():
+        if executed.exists():
+            export_html(executed, page)
+    except Exception as failure:
+        print(f"warning: {shown(page)} could not be written: {type(failure).__name__}: {failure}", file=sys.stderr, flush=True)
+
+
+class Interrupts:
+    """The first Ctrl-C or SIGTERM interrupts the running cell, which records the cancellation, or the run before its next cell; a second
+    one ends this process's wait."""
+
+    def __init__(self) -> None:
+        self.caught = 0
+        self._over = threading.Event()
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "Interrupts":
+        self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    def before_cell(self, **_: Any) -> None:
+        """nbclient's hook: no cell begins after an interrupt."""
+        if self.caught:
+            raise KeyboardInterrupt
+
+    def _handle(self, _number: int, _frame: Any) -> None:
+        self.caught += 1
+        kernels = _kernels()
+        if self.caught > 1 or not kernels:
+            raise KeyboardInterrupt
+        threading.Thread(target=self._pass_on, args=(kernels[0],), daemon=True).start()
+
+    def _pass_on(self, kernel: psutil.Process) -> None:
+        """Interrupt the kernel once, as soon as it listens: between two cells ipykernel ignores SIGINT."""
+        with contextlib.suppress(psutil.Error, OSError):
+            while _ignores_interrupts(kernel.pid) and not self._over.wait(0.02):
+                pass
+            if not self._over.is_set():
+                kernel.send_signal(signal.SIGINT)
+
+
+def _kernels() -> list[psutil.Process]:
+    found = []
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.Error):  # it may end while it is looked at
+            found += [child] if "ipykernel_launcher" in " ".join(child.cmdline()) else []
+    return found
+
+
+def _ignores_interrupts(pid: int) -> bool:
+    (mask,) = re.findall(r"^SigIgn:\s*(\w+)", Path(f"/proc/{pid}/status").read_text(), re.M)
+    return bool(int(mask, 16) >> (signal.SIGINT - 1) & 1)
+
 
 @contextmanager
-def _plain_log(show: bool) -> Iterator[None]:
-    """Cell outputs as plain lines with the time; papermill's own chatter stays out."""
+def _plain_log(path: Path, show: bool) -> Iterator[None]:
+    """Cell outputs as plain lines with the time, in the file `path`, and printed where `show`."""
     logger = logging.getLogger("papermill")
-    handler = logging.StreamHandler(sys.stdout)
-    handler.setFormatter(_OutputLines(datefmt="%H:%M:%S"))
-    handler.addFilter(lambda record: show and bool(record.getMessage().strip()) and not record.getMessage().startswith(CHATTER))
+    handlers: list[logging.Handler] = [logging.FileHandler(path, encoding="utf-8")]
+    handlers += [logging.StreamHandler(sys.stdout)] if show else []
     propagate, level = logger.propagate, logger.level
-    logger.addHandler(handler)
+    for handler in handlers:
+        handler.setFormatter(_OutputLines(datefmt="%H:%M:%S"))
+        handler.addFilter(_is_output)
+        logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     logger.propagate = False
     try:
         yield
     finally:
-        logger.removeHandler(handler)
+        for handler in handlers:
+            logger.removeHandler(handler)
+            handler.close()
         logger.propagate, logger.level = propagate, level
+
+
+def _is_output(record: logging.LogRecord) -> bool:
+    """Whether a line of papermill's logger is a cell's output: not papermill's own, not blank, not the bare repr of a figure."""
+    text = record.getMessage().strip()
+    return record.funcName == "log_output_message" and bool(text) and not REPR.fullmatch(text)
 
 
 class _OutputLines(logging.Formatter):

@@ -26,11 +26,12 @@ import pandas as pd
 import yaml
 
 from vla_lib.core.errors import UserError
-from vla_lib.core.files import read_json, write_json
+from vla_lib.core.files import read_json, write_json, write_text
 from vla_lib.core.processes import die_with_parent
 from vla_lib.core.progress import clock
 from vla_lib.core.run_folder import RunFolder, new_folder, read_record, runs_root
 from vla_lib.workbench import runs
+from vla_lib.workbench.headless import LOG_NAME
 from vla_lib.workbench.notebook import shown
 from vla_lib.workbench.parameters import notebook_path, resolve
 
@@ -56,6 +57,8 @@ def grid(notebook: str, axes: Sequence[str], fixed: dict[str, str]) -> list[Entr
         if name in values or name in fixed:
             raise UserError(f"Parameter {name} is given twice; give it once.")
         values[name] = words.split(",")
+        if len(set(values[name])) < len(values[name]):
+            raise UserError(f"--grid {axis}: a value of {name} is given twice; give each once.")
     found = []
     for combination in itertools.product(*values.values()):
         chosen = dict(zip(values, combination, strict=True))
@@ -64,9 +67,12 @@ def grid(notebook: str, axes: Sequence[str], fixed: dict[str, str]) -> list[Entr
 
 
 def read_list(path: Path) -> list[Entry]:
-    """The entries of a YAML list of `{name, notebook, parameters}`. Raises UserError naming the file and the entry for anything else."""
+    """The entries of a YAML list of `{name, notebook, parameters}`; values mean what the same words mean on a command line.
+
+    Raises UserError naming the file and the entry for anything else.
+    """
     try:
-        listed = yaml.safe_load(Path(path).read_text())
+        listed = yaml.load(Path(path).read_text(), Loader=yaml.BaseLoader)  # text as it stands: neither dates nor `no` for False
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}.") from None
     if not isinstance(listed, list) or not listed:
@@ -79,13 +85,25 @@ def read_list(path: Path) -> list[Entry]:
         parameters = row.get("parameters") or {}
         if not isinstance(parameters, dict):
             raise UserError(f"{where}: parameters are NAME: VALUE pairs, not {parameters!r}.")
-        words = {str(name): value if isinstance(value, str) else json.dumps(value) for name, value in parameters.items()}
-        found.append(Entry(str(row.get("name") or f"{number} {row['notebook']}"), row["notebook"], words))
+        words = {name: _word(value, f"{where}: parameter {name}") for name, value in parameters.items()}
+        name = row.get("name") or f"{number} {row['notebook']}"
+        if not isinstance(name, str):
+            raise UserError(f"{where}: its name is text, not {name!r}.")
+        found.append(Entry(name, row["notebook"], words))
     names = [entry.name for entry in found]
     for name in names:
         if names.count(name) > 1:
             raise UserError(f"{path}: two entries are named {name!r}; name each once.")
     return found
+
+
+def _word(value: Any, where: str) -> str:
+    """A value of a YAML list as a command-line word; a list of words is one too."""
+    if isinstance(value, list) and all(isinstance(item, str) for item in value):
+        return json.dumps(value)
+    if not isinstance(value, str):
+        raise UserError(f"{where} is one value or a list of words, not {value!r}.")
+    return value
 
 
 def run(kind: str, entries: list[Entry], parallel: int = 1) -> int:
@@ -96,7 +114,10 @@ def run(kind: str, entries: list[Entry], parallel: int = 1) -> int:
     if parallel < 1:
         raise UserError(f"--parallel is {parallel}; give 1 or more.")
     for entry in entries:
-        resolve(notebook_path(entry.notebook), entry.parameters, text=True)
+        try:
+            resolve(notebook_path(entry.notebook), entry.parameters, text=True)
+        except UserError as error:
+            raise UserError(f"{kind}, {entry.name}: {error}") from None
     folder, found = _open(kind, entries)
     waiting = [entry for entry in entries if found.get(entry.name, {}).get("state") != "done"]
     print(f"{kind}: {len(entries)} runs, {len(entries) - len(waiting)} done already; {shown(folder.path)}", flush=True)
@@ -127,29 +148,33 @@ def run(kind: str, entries: list[Entry], parallel: int = 1) -> int:
         )
         return 1 if failed else 0
     except KeyboardInterrupt:
+        state, error = "cancelled", "interrupted; the same command goes on"
         for process in running.values():
-            process.send_signal(signal.SIGINT)
+            process.terminate()  # not SIGINT: a child that is not up yet may ignore that one
         for name, process in running.items():
             process.wait()
             found[name]["state"] = _state(found[name]["run"])
-        state, error = "cancelled", "interrupted; the same command goes on"
         return 130
     finally:
+        folder.finish(state, error)
         _write(folder, entries, found)
         table = comparison(entries, found)
-        table.to_csv(folder.path / "comparison.csv", index=False)
+        write_text(folder.path / "comparison.csv", table.to_csv(index=False))
         print(f"\n{table.to_string(index=False, na_rep='')}\n\n{shown(folder.path / 'comparison.csv')}", flush=True)
         if error:
             print(f"error: {error}", file=sys.stderr)
-        folder.finish(state, error)
 
 
 def comparison(entries: Sequence[Entry], found: dict[str, dict[str, Any]]) -> pd.DataFrame:
-    """One row an entry: name, state, duration, the parameters that differ between entries, the key results."""
-    table = runs.table(of=[runs_root() / found[entry.name]["run"] for entry in entries if entry.name in found])
-    names = {found[entry.name]["run"]: entry.name for entry in entries if entry.name in found}
-    table.insert(0, "entry", table["run"].map(names))
-    return runs.short(table, ("entry", "state", "duration_s"))
+    """One row an entry that was started: name, state, duration, the parameters that differ between entries, the key results; `lost`
+    alone where it never began."""
+    started = {entry.name: runs_root() / found[entry.name]["run"] for entry in entries if entry.name in found}
+    begun = {name: path for name, path in started.items() if (path / "run.json").exists()}
+    table = runs.table(of=begun.values())
+    table.insert(0, "entry", list(begun))
+    table = runs.short(table, ("entry", "state", "duration_s")).astype(object).set_index("entry").reindex(list(started))
+    table["state"] = table["state"].fillna("lost")
+    return table.reset_index()
 
 
 def _open(kind: str, entries: list[Entry]) -> tuple[RunFolder, dict[str, dict[str, Any]]]:
@@ -177,10 +202,10 @@ def _write(folder: RunFolder, entries: list[Entry], found: dict[str, dict[str, A
 def _start(entry: Entry, target: Path) -> subprocess.Popen:
     words = [word for name, value in entry.parameters.items() for word in ("-p", name, value)]
     command = [sys.executable, "-m", "vla_lib.cli", "run", str(notebook_path(entry.notebook)), "--run-dir", str(target), *words]
-    with open(target / "run.log", "wb") as log:
+    with open(target / LOG_NAME, "ab") as log:  # its lines it writes there itself; this is for what it dies of
         # a session of its own: Ctrl-C reaches it once, from here; where this process is killed it is told to stop
         how = {"start_new_session": True, "preexec_fn": partial(die_with_parent, signal.SIGTERM), "cwd": os.getcwd()}
-        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, **how)
+        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=log, **how)
 
 
 def _state(run: str) -> str:
@@ -192,7 +217,7 @@ def _cause(row: dict[str, Any]) -> str:
     if row["state"] == "done":
         return ""
     path = runs_root() / row["run"]
-    error = read_record(path).get("error") if (path / "run.json").exists() else f"it never began, see {path / 'run.log'}"
+    error = read_record(path).get("error") if (path / "run.json").exists() else f"it never began, see {path / LOG_NAME}"
     return f"\n  {(error or '').splitlines()[0] if error else ''}"
 
 
