@@ -12,7 +12,8 @@ import pytest
 from vla_lib import cli
 from vla_lib.core.errors import UserError
 from vla_lib.core.files import read_json, write_json
-from vla_lib.core.run_folder import RunFolder, read_record
+from vla_lib.core.run_folder import RunFolder, git_state, read_record
+from vla_lib.training import metrics
 from vla_lib.workbench import doctor, queue, run_commands, runs
 from vla_lib.workbench.parameters import resolve
 
@@ -142,6 +143,7 @@ def test_runs_are_listed_shown_and_compared(two_runs, capsys):
     cli_exit(["runs"])
     listed = capsys.readouterr().out
     assert "val_mae_mm" in listed and "tiny-1" in listed and "lr" not in listed.splitlines()[0]
+    assert read_record(two_runs[0])["started"][:16].replace("T", " ") in listed
     cli_exit(["runs", "ls", "04_train_async", "--sort", "lr"])
     rows = capsys.readouterr().out.splitlines()
     assert "lr" in rows[0] and "seed" not in rows[0] and two_runs[1].name in rows[1]
@@ -162,7 +164,7 @@ def test_a_run_is_removed_only_on_purpose(two_runs):
         run_commands.rm([two_runs[0].name], True)
     with pytest.raises(UserError, match="is running"):
         run_commands.rm([user.path.name], True)
-    assert run_commands.rm([two_runs[1].name], True) == 0
+    assert run_commands.rm([two_runs[1].name, str(two_runs[1])], True) == 0  # named twice
     assert two_runs[0].exists() and not two_runs[1].exists()
 
 
@@ -173,23 +175,46 @@ def test_a_run_is_repeated_and_says_what_has_changed(write_notebook, tmp_path, r
     (first,) = runs_folder.iterdir()
     (tmp_path / "data" / "part1" / "episode").mkdir(parents=True)
     (tmp_path / "data" / "part1" / "episode" / "data.pkl").write_bytes(b"new")
+    write_json(tmp_path / "data" / "cache" / "qwen_vl_features" / "tiny-1" / "binding.json", {})
+    record = read_record(first)
+    write_json(first / "run.json", record | {"git": {"commit": "0123456789", "branch": "main", "changed": 2}})
+    path.write_text(path.read_text().replace("n: int = 1", "n: int = 1\\nm: int = 4"))
+    capsys.readouterr()
     cli_exit(["rerun", first.name])
-    assert "changed since: data: 0 prepared episodes then, 1 now" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    commit = git_state()["commit"][:8]
+    for line in (
+        "data: 0 prepared episodes then, 1 now",
+        "caches: none then, tiny-1 now",
+        f"code: commit 01234567 then, {commit} now",
+        "code: 2 changed files then, ",
+        "small has a new parameter m (it is 4)",
+    ):
+        assert f"changed since: {line}" in said
     (second,) = set(runs_folder.iterdir()) - {first}
-    assert read_record(second)["parameters"] == read_record(first)["parameters"]
+    assert read_record(second)["parameters"] == record["parameters"] | {"m": 4}
     assert read_json(second / "results.json") == {"step": 7}
 
 
-def test_the_doctor_names_what_is_missing_and_what_to_do(monkeypatch, tmp_path, capsys):
+def test_the_doctor_names_what_is_missing_and_what_to_do(monkeypatch, capsys):
     monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
     monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(doctor, "_pictures", lambda: ("ok", "EGL", ""))
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
     assert doctor.run() == 1
     said = capsys.readouterr().out
-    assert "fail JupyterLab" in said and "apt-get install chromium" in said and "wandb login" in said
+    assert "fail JupyterLab" in said and "apt-get install chromium" in said
+    assert "WANDB_MODE is offline: trainings are logged offline" in said and "wandb login" in said
     assert "ok   Python" in said
+
+
+@pytest.mark.parametrize(
+    "mode, level, said", (("online", "ok", "a key is set"), ("offline", "warn", "no key"), ("disabled", "warn", "unset it"))
+)
+def test_the_doctor_tells_where_trainings_are_logged(mode, level, said, monkeypatch):
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.setattr(metrics, "wandb_mode", lambda asked: mode)
+    found = doctor._wandb()
+    assert found[0] == level and said in found[2]
 
 
 def test_the_doctor_compares_the_packages_with_the_lock(monkeypatch, tmp_path):

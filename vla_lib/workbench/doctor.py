@@ -119,11 +119,15 @@ def _disk() -> Finding:
 
 
 def _wandb() -> Finding:
-    netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
-    logged_in = bool(os.environ.get("WANDB_API_KEY")) or (netrc.is_file() and "wandb.ai" in netrc.read_text(errors="replace"))
-    if logged_in:
+    from vla_lib.training.metrics import wandb_mode
+
+    mode = wandb_mode("auto")  # as a training decides
+    if mode == "online":
         return "ok", "W&B", "a key is set: trainings are logged online"
-    return "warn", "W&B", "no key: trainings are logged offline in their run folders; `wandb login` for online, `wandb sync` for later"
+    if mode == "disabled":
+        return "warn", "W&B", "WANDB_MODE is disabled: trainings are logged in their run folders only; unset it for W&B"
+    cause = f"WANDB_MODE is {os.environ['WANDB_MODE']}" if os.environ.get("WANDB_MODE") else "no key"
+    return "warn", "W&B", f"{cause}: trainings are logged offline in their run folders; `wandb login` for online, `wandb sync` for later"
 
 
 def _widgets() -> Iterator[Finding]:

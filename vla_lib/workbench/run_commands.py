@@ -21,7 +21,8 @@ def ls(name: str, state: str, sort: str) -> int:
     if not len(frame):
         print("no runs yet" if not name and not state else "no such runs")
         return 0
-    columns = ("run", "state", "duration_s", "data", "cache", "git")
+    frame["started"] = frame["started"].str.slice(0, 16).str.replace("T", " ")
+    columns = ("run", "state", "started", "duration_s", "data", "cache", "git")
     few = runs.short(frame, columns) if name else frame[list(columns)].join(runs.short(frame, ()).filter(list(runs.KEY_RESULTS)))
     if sort and sort not in few:
         raise UserError(f"There is no column {sort} to sort by; there are {', '.join(few.columns)}.")
@@ -71,7 +72,7 @@ def open_page(name: str) -> int:
 
 def rm(names: list[str], sure: bool) -> int:
     """Remove run folders; only with `sure`, never a running one nor one whose checkpoint another run was given."""
-    paths = [runs.find_run(name) for name in names]
+    paths = list(dict.fromkeys(runs.find_run(name) for name in names))
     others = [read_record(path) for path in runs.find_runs() if path not in paths]
     for path in paths:
         if read_record(path)["state"] == "running":
@@ -112,6 +113,8 @@ def rerun(name: str) -> int:
     given = {key: value for key, value in record["parameters"].items() if key in known and value != known[key].default}
     for gone in sorted(set(record["parameters"]) - set(known)):
         print(f"changed since: {notebook.stem} has no parameter {gone} any more (it was {record['parameters'][gone]!r})")
+    for new in sorted(set(known) - set(record["parameters"])):
+        print(f"changed since: {notebook.stem} has a new parameter {new} (it is {known[new].default!r})")
     result = run_notebook(notebook, given)
     if result.error:
         print(f"error: {result.error}", file=sys.stderr)

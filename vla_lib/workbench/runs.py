@@ -26,10 +26,9 @@ KEY_RESULTS = (
 )  # the first few that a run has
 
 
-def find_runs(name: str = "", root: Path | None = None) -> list[Path]:
+def find_runs(name: str = "") -> list[Path]:
     """Run folders (those with a run.json), oldest first; `name` keeps the runs of one notebook or front door."""
-    root = root or runs_root()
-    found = sorted((*_time_and_name(path.parent), path.parent) for path in root.glob("*/run.json"))
+    found = sorted((*_time_and_name(path.parent), path.parent) for path in runs_root().glob("*/run.json"))
     return [path for _, of, path in found if not name or of == name]
 
 
@@ -41,11 +40,11 @@ def _time_and_name(run: Path) -> tuple[str, str]:
     return f"{datetime.fromisoformat(record['started']):%Y%m%d-%H%M%S}", record["name"]
 
 
-def table(name: str = "", root: Path | None = None, of: Iterable[Path] | None = None) -> pd.DataFrame:
+def table(name: str = "", of: Iterable[Path] | None = None) -> pd.DataFrame:
     """One row a run (`of`: of these folders), oldest first: run, name, state, started, duration_s, error, data (fingerprint of the prepared
     episodes), cache, git (commit, + where files were changed), its parameters as `p.<name>` and its plain results as `r.<name>`."""
     rows = []
-    for path in find_runs(name, root) if of is None else of:
+    for path in find_runs(name) if of is None else of:
         record, results = read_record(path), results_of(path)
         row = {"run": path.name, **{key: record.get(key) for key in ("name", "state", "started", "duration_s", "error")}}
         git = record.get("git") or {}
@@ -67,12 +66,12 @@ def short(frame: pd.DataFrame, columns: Iterable[str]) -> pd.DataFrame:
     return frame[[*columns, *differ, *key]].rename(columns=named)
 
 
-def find_run(name: str, root: Path | None = None) -> Path:
+def find_run(name: str) -> Path:
     """The run folder whose name begins with, or ends in, `name`, or the folder itself. Raises UserError where none or several match."""
     path = Path(name)
     if (path / "run.json").exists():
-        return path
-    found = [run for run in find_runs(root=root) if run.name.startswith(name) or run.name.endswith(name)]
+        return path.absolute()
+    found = [run for run in find_runs() if run.name.startswith(name) or run.name.endswith(name)]
     if len(found) != 1:
         raise UserError(
             f"{len(found)} runs match {name!r}{': ' + ', '.join(run.name for run in found[:8]) if found else ''}; `vla runs` lists them, give one name."
@@ -102,10 +101,10 @@ def results_of(run: Path) -> dict[str, Any]:
     return read_json(path) if path.exists() else {}
 
 
-def find_checkpoints(root: Path | None = None) -> list[Path]:
+def find_checkpoints() -> list[Path]:
     """Every checkpoint of every run, newest run first, the best one of a run first."""
     found = []
-    for run in reversed(find_runs(root=root)):
+    for run in reversed(find_runs()):
         found += sorted((run / "checkpoints").glob("*.pt"), key=lambda path: ("_best" not in path.stem, path.name))
     return found
 
@@ -123,12 +122,10 @@ def name_of(checkpoint: Path) -> str:
     return f"{kind}{without}{which} {stamp[1] if stamp else run.name}"
 
 
-def newest_checkpoint(pattern: str, root: Path | None = None) -> Path:
+def newest_checkpoint(pattern: str) -> Path:
     """The checkpoint of the newest run that has one matching `pattern` (e.g. `qwen_vla_async_best.pt`). Raises UserError where there is none."""
-    for run in reversed(find_runs(root=root)):
+    for run in reversed(find_runs()):
         found = sorted((run / "checkpoints").glob(pattern))
         if found:
             return found[-1]
-    raise UserError(
-        f"No run below {root or runs_root()} has a checkpoint {pattern}; train one first (notebook 04 or 05), or give its path."
-    )
+    raise UserError(f"No run below {runs_root()} has a checkpoint {pattern}; train one first (notebook 04 or 05), or give its path.")
