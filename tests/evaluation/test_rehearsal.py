@@ -67,8 +67,12 @@ def test_the_stop_button_stops_the_robot(checkpoint, views):
     assert bytes(views[0]._picture.value).startswith(b"\xff\xd8")
     told = dict(rehearsal_view.outcome(record).itertuples(index=False))
     assert told["ended by"] == "operator" and told["verdict"].startswith("seed 3: ")
-    pictures, labels = rehearsal_view.some_pictures(moments)
-    assert set(pictures[0]) == {"View1_left", "View5"} and labels[0].endswith(" s")
+    top = rehearsal_view.some_pictures(moments).axes[:2]
+    assert {axis.get_title() for axis in top} == {"View1_left", "View5"} and top[0].get_ylabel().endswith(" s")
+
+
+def test_a_rehearsal_without_a_tick_is_told():
+    assert "no tick" in rehearsal_view.moments_slider([]).data and "No picture" in rehearsal_view.some_pictures([]).data
 
 
 def test_a_stop_of_a_dead_process_hides_nothing(checkpoint):

@@ -49,6 +49,13 @@ def test_a_missing_episode_is_told_with_what_there_is(root):
         widgets.choose_episode(root, "part1")
 
 
+def test_where_every_episode_is_rejected_that_is_told():
+    reports = [{"verdict": "rejected", "summary": {"valid": 0}}, {"verdict": "good", "summary": {"valid": 9}}]
+    assert widgets.best_report(reports) is reports[1]
+    with pytest.raises(UserError, match="Every episode is rejected"):
+        widgets.best_report(reports[:1])
+
+
 def test_another_root_lists_its_own_episodes(root, tmp_path):
     browser = widgets.EpisodeBrowser(tmp_path)
     assert browser.message.value == f"There is no recorded episode below {tmp_path}."

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from IPython.display import HTML
+from matplotlib.figure import Figure
 
 from vla_lib.core.errors import UserError
 from vla_lib.evaluation.attempt import AttemptSettings
@@ -23,6 +24,8 @@ from vla_lib.workbench.attempt_views import verdict
 from vla_lib.workbench.jobs import JobCancelled
 from vla_lib.workbench.notebook import interactive, shown
 from vla_lib.workbench.plots.rehearsal import moment
+from vla_lib.workbench.plots.sim import montage
+from vla_lib.workbench.tables import sentence
 from vla_lib.workbench.widgets import drawn, offline_slider
 
 ROBOTS = ("simulated rig", "dry run")
@@ -124,7 +127,9 @@ def told(seen: Moment) -> str:
 
 
 def moments_slider(moments: Sequence[Moment], count: int = 4) -> HTML:
-    """The static twin of the live view: `count` instants, evenly over the run, the last included."""
+    """The static twin of the live view: `count` instants, evenly over the run, the last included; a sentence where there was no tick."""
+    if not moments:
+        return sentence("There was no tick: the rehearsal ended before its first one.")
     ends = [int(k) for k in np.unique(np.linspace(1, len(moments), count + 1).round())[1:]]
     return offline_slider((moment(moments[:k], FORCE_MN) for k in ends), [f"{moments[k - 1].tick.t_s:.1f} s" for k in ends])
 
@@ -169,8 +174,10 @@ def outcome(record: dict[str, Any]) -> pd.DataFrame:
     return pd.DataFrame([(name.replace("_", " "), str(value)) for name, value in rows.items()], columns=["what", "value"])
 
 
-def some_pictures(moments: Sequence[Moment]) -> tuple[list[dict[str, np.ndarray]], list[str]]:
-    """All views at the start, in the middle and at the end, with their times: what `plots.sim.montage` draws."""
+def some_pictures(moments: Sequence[Moment]) -> Figure | HTML:
+    """All views at the start, in the middle and at the end, with their times; a sentence where no picture came."""
     seen = [one for one in moments if one.pictures]
+    if not seen:
+        return sentence("No picture came before the rehearsal ended.")
     chosen = [seen[k] for k in sorted({0, len(seen) // 2, len(seen) - 1})]
-    return [one.pictures for one in chosen], [f"{one.tick.t_s:.1f} s" for one in chosen]
+    return montage([one.pictures for one in chosen], [f"{one.tick.t_s:.1f} s" for one in chosen])

@@ -3,7 +3,7 @@
 import base64
 import io
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +75,14 @@ def choose_episode(root: Path, dataset: str = "", episode: str = "") -> EpisodeF
         names = ", ".join(sorted({files.dataset for files in found})) or "none at all"
         raise UserError(f"No episode below {root} has dataset '{dataset}' and '{episode}' in its name; the datasets there are {names}.")
     return fits[0]
+
+
+def best_report(reports: Iterable[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """Preprocessing's report of the episode with the most valid steps. Raises UserError where every one is rejected."""
+    kept = [report for report in reports if report["verdict"] != "rejected"]
+    if not kept:
+        raise UserError("Every episode is rejected, so there is nothing to go on with; the table of verdicts gives the reasons.")
+    return max(kept, key=lambda report: report["summary"]["valid"])
 
 
 class EpisodeView:
