@@ -10,7 +10,7 @@ from pathlib import Path
 
 from vla_lib.core.errors import UserError
 from vla_lib.core.frontdoor import EXIT_BAD_INPUT
-from vla_lib.core.run_folder import PROJECT
+from vla_lib.core.run_folder import PROJECT, runs_root
 
 EXIT_CANCELLED = 130
 FRONT_DOORS = ("simulate", "preprocess", "build_vl_cache", "train_async", "train_diffusion", "evaluate", "bench")
@@ -20,6 +20,8 @@ def main(argv: list[str] | None = None) -> None:
     """Parse the command line and run one command. Exit status: 0 done, 1 failed, 2 bad input, 130 cancelled."""
     arguments = _parser().parse_args(argv)
     signal.signal(signal.SIGTERM, _cancelled)
+    if os.environ.get("VLA_RUNS"):  # kernels and jobs, which work in other folders, mean the same one
+        os.environ["VLA_RUNS"] = str(runs_root())
     try:
         raise SystemExit(arguments.command(arguments))
     except UserError as error:

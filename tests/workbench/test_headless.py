@@ -4,16 +4,20 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 
+import nbformat
 import pytest
 
+from vla_lib import cli
 from vla_lib.core.errors import UserError
 from vla_lib.core.files import read_json, write_json
 from vla_lib.core.run_folder import read_record
 from vla_lib.workbench import headless
 from vla_lib.workbench.headless import run_notebook
-from vla_lib.workbench.jobs import Job, JobFailed
+from vla_lib.workbench.jobs import Job, JobCancelled, JobFailed
+from vla_lib.workbench.parameters import notebook_path
 
 
 def test_a_headless_run_leaves_notebook_page_and_record(write_notebook):
@@ -110,6 +114,36 @@ def test_plain_papermill_works_too(write_notebook, runs_folder, tmp_path):
     assert (record["state"], record["parameters"]) == ("done", {"n": 3})
 
 
+@pytest.mark.parametrize(
+    "words, said",
+    (
+        (["lrr", "1e-3"], "04_train_async has no parameter lrr; it has dataset_root, cache_id, "),
+        (["sensor_enabled", "true"], "parameter sensor_enabled wants bool, got 'true' (str); write True or False."),
+    ),
+)
+def test_plain_papermill_refuses_what_the_notebook_does_not_take(words, said, write_notebook, runs_folder, tmp_path):
+    cells = nbformat.read(notebook_path("04_train_async"), as_version=4).cells
+    (parameters,) = [cell.source for cell in cells if "parameters" in cell.metadata.get("tags", [])]
+    path = write_notebook(parameters, "run.finish()", name="04_train_async")
+    command = [sys.executable, "-m", "papermill", str(path), str(tmp_path / "out.ipynb"), "-p", *words]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode != 0 and said in done.stderr
+    assert not runs_folder.exists()
+
+
+def test_relative_folders_are_meant_from_where_the_command_is_given(write_notebook, tmp_path, monkeypatch):
+    cell = "from vla_lib.core.run_folder import runs_root\nrun.add_results(root=str(runs_root())); run.finish()"
+    path, here = write_notebook("n: int = 1", cell), tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    monkeypatch.setenv("VLA_RUNS", "book")
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["run", str(path), "--run-dir", "out"])
+    assert ended.value.code == 0
+    assert read_json(here / "out" / "results.json") == {"root": str(here / "book")}
+    assert read_record(here / "out")["state"] == "done"
+
+
 def test_a_failing_job_raises_its_cause_first(tmp_path):
     job = Job([sys.executable, "-c", "print('step 1'); raise SystemExit(3)"], tmp_path)
     with pytest.raises(JobFailed, match=r"^The job ended with exit status 3") as failure:
@@ -143,10 +177,39 @@ def test_a_killed_rank_is_named_before_the_errors_of_those_that_miss_it(tmp_path
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
     with pytest.raises(JobFailed) as failure:
-        Job(command, tmp_path / "run").run()
+        asyncio.run(Job(command, tmp_path / "run").watch())
     said = str(failure.value)
     assert said.startswith("rank 1 was killed by SIGKILL (often: out of memory); go on with --resume.\n") and "step 1" in said
     assert "SIGSEGV" not in said
+
+
+def test_of_two_starts_in_one_folder_one_is_refused(tmp_path):
+    job, ended = Job([sys.executable, "-c", "import time; time.sleep(600)"], tmp_path), []
+
+    def start(job: Job) -> None:
+        try:
+            job.start()
+        except UserError as error:
+            ended.append(str(error))
+
+    both = [job, Job(job.command, tmp_path)]
+    threads = [threading.Thread(target=start, args=(one,)) for one in both]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    (refusal,) = ended
+    assert refusal == f"A job already runs in {tmp_path}; stop it first, or use another run folder."
+    (started,) = [one for one in both if one._process is not None]
+    started.stop()
+    with pytest.raises(JobCancelled, match="stopped by SIGTERM"):
+        asyncio.run(started.watch())
+
+
+def test_a_command_that_cannot_be_started_is_told(tmp_path):
+    with pytest.raises(JobFailed, match="No such file or directory: 'no-such-program'"):
+        asyncio.run(Job(["no-such-program"], tmp_path).watch())
+    assert read_json(tmp_path / "job.json")["state"] == "ended"
 
 
 def test_a_supervisor_is_not_fooled_by_an_old_record(tmp_path):

@@ -1,7 +1,8 @@
 import pytest
 
 from vla_lib.core.errors import UserError
-from vla_lib.workbench.parameters import read_parameters, resolve
+from vla_lib.core.run_folder import PROJECT
+from vla_lib.workbench.parameters import notebook_path, read_parameters, resolve
 
 CELL = "lr: float = 1e-4\nbatch_size: int = 4\nsensor_enabled: bool = True\nname: str = ''\nviews: list[str] = []"
 
@@ -25,7 +26,17 @@ def test_an_unknown_parameter_is_refused_with_the_known_ones(write_notebook):
 
 
 @pytest.mark.parametrize(
-    "name, word", (("batch_size", "4.5"), ("batch_size", "true"), ("lr", "fast"), ("sensor_enabled", "1"), ("views", "[1]"))
+    "name, word",
+    (
+        ("lr", "NaN"),
+        ("lr", "1e999"),
+        ("batch_size", "Infinity"),
+        ("batch_size", "4.5"),
+        ("batch_size", "true"),
+        ("lr", "fast"),
+        ("sensor_enabled", "1"),
+        ("views", "[1]"),
+    ),
 )
 def test_a_wrong_type_is_refused(write_notebook, name, word):
     with pytest.raises(UserError, match=f"parameter {name} wants"):
@@ -36,3 +47,13 @@ def test_a_wrong_type_is_refused(write_notebook, name, word):
 def test_a_parameters_cell_holds_typed_literals_only(write_notebook, line):
     with pytest.raises(UserError, match="in the parameters cell is not"):
         read_parameters(write_notebook(line))
+
+
+def test_a_notebook_in_a_wrong_folder_is_not_the_projects(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    expected = PROJECT / "notebooks" / "04_train_async.ipynb"
+    for name in ("04_train_async", "04_train_async.ipynb", "notebooks/04_train_async.ipynb", expected):
+        assert notebook_path(name) == expected
+    for name in ("mine/04_train_async.ipynb", tmp_path / "04_train_async.ipynb"):
+        with pytest.raises(UserError, match="There is no notebook .*04_train_async.ipynb; there are 01_inspect_episodes, "):
+            notebook_path(name)

@@ -26,8 +26,8 @@ VERSIONS_OF = ("vla-workbench", "torch", "transformers", "accelerate", "diffuser
 
 
 def runs_root() -> Path:
-    """Folder that holds the run folders: `$VLA_RUNS` if set, else `runs/` of the project."""
-    return Path(os.environ.get("VLA_RUNS") or PROJECT / "runs")
+    """Folder that holds the run folders, absolute: `$VLA_RUNS` if set, else `runs/` of the project."""
+    return Path(os.environ.get("VLA_RUNS") or PROJECT / "runs").expanduser().absolute()
 
 
 @dataclass
@@ -40,8 +40,7 @@ class RunFolder:
     @classmethod
     def create(cls, name: str, parameters: dict[str, Any], path: Path | None = None, **extra: Any) -> "RunFolder":
         """Make the folder (or use the given empty one) and write a `running` record owned by this process."""
-        if path is None:
-            path = new_folder(name)
+        path = new_folder(name) if path is None else Path(path).expanduser().absolute()
         path.mkdir(parents=True, exist_ok=True)
         run = cls(path, {"name": name, **_opened(parameters), **extra})
         run.save()
@@ -59,8 +58,14 @@ class RunFolder:
         """Write the record."""
         write_json(self.path / "run.json", self.record)
 
+    def reopen(self) -> None:
+        """Make a record that was closed as failed or cancelled a running one again."""
+        if self.record["state"] in ("failed", "cancelled"):
+            self.record.update(state="running", error=None, ended=None, duration_s=None)
+
     def finish(self, state: str, error: str | None = None) -> None:
-        """Close the record as `done`, `failed`, `cancelled` or `lost`; the first closing holds, later ones change nothing."""
+        """Close the record as `done`, `failed`, `cancelled` or `lost`; the first closing holds, later ones change nothing
+        (but see `reopen`)."""
         if state not in STATES[1:]:
             raise ValueError(f"a run cannot end as {state!r}")
         if self.record.get("state") != "running":

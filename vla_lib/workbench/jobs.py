@@ -5,6 +5,7 @@ Files are the interface (the log, `metrics.jsonl`, `job.json`, `error.json` in t
 
 import asyncio
 import contextlib
+import fcntl
 import json
 import os
 import re
@@ -58,7 +59,7 @@ class Job:
 
     def __init__(self, command: list[str], run_dir: Path, environment: dict[str, str] | None = None, log: str = "train.log"):
         self.command = command
-        self.run_dir = Path(run_dir)
+        self.run_dir = Path(run_dir).absolute()
         self.log = self.run_dir / log
         self.environment = environment or {}
         self.attached = False
@@ -102,37 +103,32 @@ class Job:
         return read_json(path) if path.exists() else {}
 
     def start(self) -> "Job":
-        """Start the job. Raises UserError where one still runs in the same folder."""
-        if is_running(self.run_dir):
-            raise UserError(f"A job already runs in {self.run_dir}; stop it first, or use another run folder.")
+        """Start the job; returns once its supervisor has begun. Raises UserError where one still runs in the same folder."""
         self.run_dir.mkdir(parents=True, exist_ok=True)
-        for stale in ("job.json", "error.json"):
-            (self.run_dir / stale).unlink(missing_ok=True)
-        self._read = self.log.stat().st_size if self.log.exists() else 0
-        supervisor = [
-            sys.executable,
-            "-m",
-            "vla_lib.workbench.supervisor",
-            str(os.getpid()),
-            str(GRACE_S),
-            str(self.run_dir / "job.json"),
-            str(self.log),
-        ]
-        environment = {
-            **os.environ,
-            **self.environment,
-            "TORCHELASTIC_ERROR_FILE": str(self.run_dir / "error.json"),
-            "PYTHONUNBUFFERED": "1",
-        }
-        self._process = subprocess.Popen(
+        status = self.run_dir / "job.json"
+        with open(self.run_dir / "job.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # of two starts at once the second one sees the first one's job.json
+            if is_running(self.run_dir):
+                raise UserError(f"A job already runs in {self.run_dir}; stop it first, or use another run folder.")
+            for stale in (status, self.run_dir / "error.json"):
+                stale.unlink(missing_ok=True)
+            self._read = self.log.stat().st_size if self.log.exists() else 0
+            self._process = self._supervise(status)
+            while not status.exists() and self._process.poll() is None:
+                time.sleep(0.02)
+        return self
+
+    def _supervise(self, status: Path) -> subprocess.Popen:
+        supervisor = [sys.executable, "-m", "vla_lib.workbench.supervisor", str(os.getpid()), str(GRACE_S), str(status), str(self.log)]
+        own = {"TORCHELASTIC_ERROR_FILE": str(self.run_dir / "error.json"), "PYTHONUNBUFFERED": "1"}
+        return subprocess.Popen(
             [*supervisor, *self.command],
-            env=environment,
+            env={**os.environ, **self.environment, **own},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
-        return self
 
     @property
     def running(self) -> bool:
@@ -176,10 +172,6 @@ class Job:
             on_tick(self._new_lines(final=True))
             raise JobCancelled(f"the cell was interrupted; the job is stopped, its files are in {self.run_dir}") from None
         return self._conclude()
-
-    def run(self) -> dict[str, Any]:
-        """`watch` for plain scripts."""
-        return asyncio.run(self.watch())
 
     def _wait_stopped(self) -> None:
         deadline = time.monotonic() + GRACE_S + 15

@@ -45,8 +45,9 @@ class NotebookRun:
         return results
 
     def finish(self) -> None:
-        """Close the record as done (in the last cell)."""
+        """Close the record as done (in the last cell), also after a cell that failed and was mended, or a scratch cell."""
         if self._folder is not None:
+            self._folder.reopen()
             self._folder.finish("done")
         print(f"done: {shown(self.path)}")
 
@@ -57,8 +58,12 @@ class NotebookRun:
             self._folder.finish("cancelled" if cancelled else "failed", f"{type(error).__name__}: {error}")
 
     def _kernel_ends(self) -> None:
+        self.leave("the kernel was shut down before the last cell")
+
+    def leave(self, why: str) -> None:
+        """Close the record as cancelled where it still runs."""
         if self._folder is not None:
-            self._folder.finish("cancelled", "the kernel was shut down before the last cell")
+            self._folder.finish("cancelled", why)
 
 
 _current: NotebookRun | None = None
@@ -67,11 +72,12 @@ _current: NotebookRun | None = None
 def begin(name: str, namespace: dict[str, Any]) -> NotebookRun:
     """Check the parameters in `namespace` (the notebook's `globals()`) by name and type, and open the run folder.
 
-    Raises UserError for a wrong type.
+    Raises UserError for a wrong type, and for a name that papermill set and the notebook does not have.
     """
     global _current
     path = nb_parameters.notebook_path(name)
     known = nb_parameters.read_parameters(path)
+    nb_parameters.refuse_unknown(path, nb_parameters.injected_names(namespace.get("In", [])), known)
     missing = [key for key in known if key not in namespace]
     if missing:
         raise UserError(f"Run the parameters cell first: {', '.join(missing)} not set.")
@@ -80,7 +86,7 @@ def begin(name: str, namespace: dict[str, Any]) -> NotebookRun:
     if _current is not None and shell is not None:
         shell.events.unregister("post_run_cell", _current._cell_ended)
         atexit.unregister(_current._kernel_ends)
-        _current._kernel_ends()
+        _current.leave("the notebook was run again from its top")
     given = os.environ.get(RUN_DIR_VARIABLE)
     if given:
         run = NotebookRun(Path(given), values, None)

@@ -2,8 +2,10 @@
 
 import ast
 import json
+import math
 import types
 import typing
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,8 @@ class Parameter:
     default: Any
 
     def check(self, value: Any) -> Any:
-        """The value as this parameter's type. Raises UserError where it is of another one (an int serves as a float, nothing else converts)."""
+        """The value as this parameter's type. Raises UserError where it is of another one (an int serves as a float, nothing else
+        converts), or no finite number."""
         fits = {
             int: isinstance(value, int) and not isinstance(value, bool),
             float: isinstance(value, int | float) and not isinstance(value, bool),
@@ -32,7 +35,10 @@ class Parameter:
             str: isinstance(value, str),
         }.get(self.type, isinstance(value, list) and all(isinstance(item, str) for item in value))
         if not fits:
-            raise UserError(f"parameter {self.name} wants {_name(self.type)}, got {value!r} ({type(value).__name__})")
+            remedy = "; write True or False" if self.type is bool else ""
+            raise UserError(f"parameter {self.name} wants {_name(self.type)}, got {value!r} ({type(value).__name__}){remedy}")
+        if self.type is float and not math.isfinite(value):
+            raise UserError(f"parameter {self.name} wants a finite number, got {value!r}")
         return float(value) if self.type is float else value
 
     def parse(self, text: str) -> Any:
@@ -49,9 +55,10 @@ class Parameter:
 
 
 def notebook_path(name: str | Path) -> Path:
-    """A notebook by path or by name ("04_train_async"). Raises UserError where there is none."""
+    """A notebook by path (from here, or from the project) or by bare name ("04_train_async"). Raises UserError where there is none."""
     path = Path(name)
-    for candidate in (path, PROJECT / "notebooks" / path.name, PROJECT / "notebooks" / f"{path.name}.ipynb"):
+    bare = [PROJECT / "notebooks" / path.name, PROJECT / "notebooks" / f"{path.name}.ipynb"] if path.parent == Path() else []
+    for candidate in (path, PROJECT / path, *bare):
         if candidate.suffix == ".ipynb" and candidate.is_file():
             return candidate.resolve()
     have = ", ".join(sorted(found.stem for found in (PROJECT / "notebooks").glob("*.ipynb")))
@@ -91,13 +98,26 @@ def resolve(path: Path, given: dict[str, Any], text: bool = False) -> dict[str, 
     parameters = read_parameters(path)
     values = {name: parameter.default for name, parameter in parameters.items()}
     for name, value in given.items():
-        if name not in parameters:
-            raise UserError(f"{path.stem} has no parameter {name}; it has {', '.join(parameters)}.")
+        refuse_unknown(path, [name], parameters)
         try:
             values[name] = parameters[name].parse(value) if text else parameters[name].check(value)
         except UserError as error:
             raise UserError(f"{path.stem}: {error}.") from None
     return values
+
+
+def refuse_unknown(path: Path, names: Iterable[str], parameters: dict[str, Parameter]) -> None:
+    """Raises UserError for the first name that is no parameter of the notebook."""
+    for name in names:
+        if name not in parameters:
+            raise UserError(f"{path.stem} has no parameter {name}; it has {', '.join(parameters)}.")
+
+
+def injected_names(sources: Iterable[str]) -> list[str]:
+    """The names that papermill set, from the cells that ran: its cell begins with `# Parameters`. Empty without papermill."""
+    cells = [source for source in sources if source.startswith("# Parameters\n")]
+    found = [node for cell in cells[-1:] for node in ast.parse(cell).body if isinstance(node, ast.Assign)]
+    return [target.id for node in found for target in node.targets if isinstance(target, ast.Name)]
 
 
 def _name(kind: Any) -> str:

@@ -23,6 +23,7 @@ from vla_lib.core.processes import die_with_parent
 
 PR_SET_CHILD_SUBREAPER = 36
 POLL_S = 0.1
+NOT_STARTED = 127  # as a shell says it
 
 
 def main(arguments: list[str]) -> int:
@@ -45,13 +46,17 @@ def main(arguments: list[str]) -> int:
         "returncode": None,
         "reason": None,
     }
-    with open(log_path, "ab") as log:
-        outlive_nobody = partial(die_with_parent, signal.SIGTERM)  # this process may be killed: torchrun then ends its ranks in order
-        child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, preexec_fn=outlive_nobody)
-    status["pid"] = child.pid
-    write_json(status_path, status)
-    reason = None
+    child = reason = None
     try:
+        with open(log_path, "ab") as log:
+            outlive_nobody = partial(die_with_parent, signal.SIGTERM)  # this process may be killed: torchrun then ends its ranks in order
+            try:
+                child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, preexec_fn=outlive_nobody)
+            except OSError as error:
+                log.write(f"{error}\n".encode())
+                return NOT_STARTED
+        status["pid"] = child.pid
+        write_json(status_path, status)
         while child.poll() is None and reason is None:
             if stop_signals:
                 reason = f"stopped by {signal.Signals(stop_signals[0]).name}"
@@ -60,10 +65,12 @@ def main(arguments: list[str]) -> int:
             else:
                 time.sleep(POLL_S)
     finally:
-        _sweep(child, grace_s)
-        status.update(state="ended", ended=_now(), returncode=child.poll(), reason=reason)
+        if child is not None:
+            _sweep(child, grace_s)
+        returncode = NOT_STARTED if child is None else child.poll()
+        status.update(state="ended", ended=_now(), returncode=returncode, reason=reason)
         write_json(status_path, status)
-    return child.returncode or 0
+    return returncode or 0
 
 
 def _sweep(child: subprocess.Popen, grace_s: float) -> None:

@@ -1,0 +1,45 @@
+"""A notebook's record in JupyterLab: what a person does between its first and its last cell."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from vla_lib.core.run_folder import read_record
+from vla_lib.workbench import notebook
+
+
+@pytest.fixture(autouse=True)
+def kernel(monkeypatch):
+    """This process as a kernel."""
+    events = SimpleNamespace(register=lambda *_: None, unregister=lambda *_: None)
+    monkeypatch.setattr(notebook, "_shell", lambda: SimpleNamespace(events=events, run_line_magic=lambda *_: None))
+    monkeypatch.setattr(notebook, "_current", None)
+    monkeypatch.setattr(notebook, "atexit", SimpleNamespace(register=lambda *_: None, unregister=lambda *_: None))
+
+
+def ended(error: BaseException | None) -> SimpleNamespace:
+    return SimpleNamespace(error_before_exec=None, error_in_exec=error)
+
+
+def test_a_failing_scratch_cell_does_not_outlast_the_notebooks_end(write_notebook):
+    run = notebook.begin(str(write_notebook("n: int = 1")), {"n": 1})
+    run._cell_ended(ended(NameError("name 'm' is not defined")))
+    record = read_record(run.path)
+    assert (record["state"], record["error"]) == ("failed", "NameError: name 'm' is not defined")
+    run._cell_ended(ended(None))
+    run.finish()
+    record = read_record(run.path)
+    assert (record["state"], record["error"]) == ("done", None)
+
+
+def test_a_notebook_run_again_from_its_top_closes_its_former_run(write_notebook):
+    path = str(write_notebook("n: int = 1"))
+    first = notebook.begin(path, {"n": 1})
+    second = notebook.begin(path, {"n": 2})
+    record = read_record(first.path)
+    assert (record["state"], record["error"]) == ("cancelled", "the notebook was run again from its top")
+    second.finish()
+    third = notebook.begin(path, {"n": 3})
+    assert read_record(second.path)["state"] == "done"
+    third._kernel_ends()
+    assert read_record(third.path)["error"] == "the kernel was shut down before the last cell"
