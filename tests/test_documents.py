@@ -29,6 +29,7 @@ PROGRAMS = ("vla", "python", "torchrun", "papermill", "make", "conda")
 ELSEWHERE = {  # how a command begins: the test that runs it
     "make test": "tests/test_house.py::test_the_readmes_commands_are_the_makefiles",
     "papermill": "tests/workbench/test_headless.py::test_plain_papermill_works_too",
+    "vla run 07_rehearse -p checkpoint runs/": "tests/workbench/test_flow.py::test_notebook_07_rehearses_in_real_time_without_a_person",
     "vla run-all": "tests/workbench/test_flow.py::test_run_all_skips_every_step_that_is_up_to_date",
     "vla sweep": "tests/workbench/test_lab_book.py::test_a_sweep_survives_a_failing_run_and_goes_on_where_it_was",
     "vla night": "tests/workbench/test_lab_book.py::test_a_stopped_queue_leaves_no_process_and_true_records",
@@ -120,6 +121,8 @@ def understand(words: list[str]) -> None:
         assert started[0].startswith(".venv/bin/")
         if started[0].endswith("/vla"):
             understand(["vla", *started[1:]])
+    elif rest[0] == "activate":
+        assert rest[1:] == [yaml.safe_load((PROJECT / "environment.yml").read_text())["name"]]
     else:
         assert rest[:3] == ["env", "create", "--file"] and (PROJECT / rest[3]).is_file()
 
