@@ -9,7 +9,8 @@ STAMP := $(VENV)/.installed
 demo: $(STAMP)            ## record a data set, run the notebooks on it, print the result (DATASET=/path/to/root: the notebooks on your own data)
 	$(BIN)/vla $(if $(DATASET),run-all --dataset-root "$(DATASET)",demo) $(ARGS)
 
-test: $(STAMP)            ## all tests, after the same set-up
+test: export VLA_SCREENSHOTS ?= $(CURDIR)/runs/screenshots
+test: $(STAMP)            ## all tests, after the same set-up; the browser tests leave their screenshots in runs/screenshots
 	$(BIN)/python -m pytest $(ARGS)
 
 lab: $(STAMP)             ## JupyterLab on the notebooks

@@ -14,6 +14,7 @@ from typing import Any
 import nbformat
 import pytest
 
+from vla_lib.core.files import write_json
 from vla_lib.core.run_folder import PROJECT
 from vla_lib.workbench import lab as jupyterlab
 from vla_lib.workbench.parameters import read_parameters
@@ -25,7 +26,7 @@ KERNEL = (
     "(async () => { const panel = window.jupyterapp.shell.currentWidget; if (!panel || !panel.sessionContext) return '';"
     " await panel.sessionContext.ready; const session = panel.sessionContext.session; return session && session.kernel ? session.kernel.status : ''; })()"
 )
-CELLS = "(() => window.jupyterapp.shell.currentWidget.content.model.toJSON().cells)()"
+NOTEBOOK = "window.jupyterapp.shell.currentWidget.content.model.toJSON()"
 PANEL = "document.querySelector('.jp-MainAreaWidget:not(.lm-mod-hidden) .jp-WindowedPanel-outer')"
 SECONDS = 240  # for one notebook, on a machine that does other things too
 
@@ -72,13 +73,25 @@ class Desk:
 
     def finished(self) -> bool:
         """Whether the kernel is idle with every cell run, or one failed."""
-        cells = [cell for cell in self.page.evaluate(CELLS) if cell["cell_type"] == "code"]
+        cells = [cell for cell in self.cells() if cell["cell_type"] == "code"]
         over = all(cell["execution_count"] is not None for cell in cells) or self.errors()
         return bool(over) and self.page.evaluate(KERNEL) == "idle"
 
+    def cells(self) -> list[dict[str, Any]]:
+        """The open notebook's cells."""
+        return self.page.evaluate(NOTEBOOK)["cells"]
+
+    def keep(self) -> None:
+        """Put the executed notebook into its run folder, as a headless run has it."""
+        notebook = self.page.evaluate(NOTEBOOK)
+        for cell in notebook["cells"]:
+            if cell.get("attachments") is None:  # JupyterLab's null, which nbformat does not take
+                cell.pop("attachments", None)
+        write_json(max(self.runs()) / "notebook.ipynb", notebook)
+
     def outputs(self) -> list[dict[str, Any]]:
         """The outputs of all cells."""
-        return [output for cell in self.page.evaluate(CELLS) for output in cell.get("outputs", [])]
+        return [output for cell in self.cells() for output in cell.get("outputs", [])]
 
     def errors(self) -> list[str]:
         """What cells raised."""
@@ -95,22 +108,36 @@ class Desk:
             assert time.monotonic() < deadline, f"still waiting after {seconds} s"
             self.page.wait_for_timeout(200)
 
-    def show(self, cell: str) -> None:
-        """Scroll to a cell: JupyterLab draws only what is near."""
-        ids = [found["id"] for found in self.page.evaluate(CELLS)]
-        self.page.evaluate(f"window.jupyterapp.shell.currentWidget.content.scrollToItem({ids.index(cell)}, 'start')")
-        self.page.wait_for_timeout(500)
+    def close_tab(self) -> None:
+        """Close the browser's tab, and have a fresh one."""
+        context = self.page.context
+        self.page.close()
+        self.page = context.new_page()
 
-    def picture(self, name: str, whole: bool = True) -> Path:
-        """A screenshot, of the whole notebook or of what is seen now, in $VLA_SCREENSHOTS or below pytest's folder."""
-        page, path = self.page, self.pictures / f"{name}.png"
-        for _ in range(3 if whole else 0):  # heights are known only once cells are drawn
-            height = page.evaluate(f"(() => {{ const panel = {PANEL}; panel.scrollTop = 0; return panel.scrollHeight; }})()")
-            page.set_viewport_size({"width": 1300, "height": min(int(height) + 100, 14_000)})
-            page.wait_for_timeout(500)
-        page.screenshot(path=path)
-        page.set_viewport_size({"width": 1300, "height": 1000})
-        return path
+    def show(self, cell: str) -> Any:
+        """Scroll to a cell (JupyterLab draws only what is near) and return where it stands on the page."""
+        number = [found["id"] for found in self.cells()].index(cell)
+        content = "window.jupyterapp.shell.currentWidget.content"
+        self.page.evaluate(f"{content}.scrollToItem({number}, 'start')")
+        self.page.wait_for_timeout(500)
+        self.page.evaluate(f"{content}.widgets[{number}].node.setAttribute('data-shown', {cell!r})")
+        return self.page.locator(f"[data-shown='{cell}']")
+
+    def picture(self, name: str, height: int = 1000, cell: str = "") -> None:
+        """A screenshot of what is seen, `height` pixels of it, from `cell` on, in $VLA_SCREENSHOTS or below pytest's folder."""
+        self.page.set_viewport_size({"width": 1300, "height": height})
+        self.page.wait_for_timeout(500)
+        if cell:
+            self.show(cell)
+        self.page.screenshot(path=self.pictures / f"{name}.png")
+        self.page.set_viewport_size({"width": 1300, "height": 1000})
+
+    def whole_picture(self, name: str) -> None:
+        """A screenshot of the whole notebook: heights are known only once cells are drawn."""
+        self.page.set_viewport_size({"width": 1300, "height": 14_000})
+        self.page.wait_for_timeout(1500)
+        bottoms = f"[...{PANEL}.querySelectorAll('.jp-Cell')].map(cell => cell.getBoundingClientRect().bottom)"
+        self.picture(name, min(int(self.page.evaluate(f"Math.max(...{bottoms})")) + 60, 14_000))
 
 
 @pytest.fixture(scope="module")

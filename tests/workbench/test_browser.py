@@ -1,14 +1,18 @@
 """JupyterLab in Chromium: every notebook runs all its cells on a recording of seconds, its sliders redraw, Stop stops."""
 
 from pathlib import Path
+from typing import Any
 
+import nbformat
 import pytest
 from conftest import CHROMIUM
+from nbformat import v4
 
 from vla_lib import simulate
 from vla_lib.core.files import read_json, read_jsonl
-from vla_lib.core.run_folder import PROJECT, read_record
+from vla_lib.core.run_folder import PROJECT, RunFolder, read_record
 from vla_lib.training.checkpoint import read_checkpoint
+from vla_lib.workbench import flow, run_all
 
 pytestmark = [pytest.mark.browser, pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed (apt-get install chromium)")]
 NOTEBOOKS = sorted(path.stem for path in (PROJECT / "notebooks").glob("*.ipynb"))
@@ -18,11 +22,16 @@ TOLD = {
     "03_cache_vl_features": {"vl_pooling": "grid:2x3", **SMALL},
     "04_train_async": FEW | SMALL,
     "05_train_diffusion": FEW | SMALL,
-    "06_evaluate": {"closed_loop_seeds": 1, "masked": False, "max_time_s": 3.0, "films": 1},
+    "06_evaluate": {"closed_loop_seeds": 2, "masked": False, "max_time_s": 2.0, "films": 2},
     "07_rehearse": {"max_time_s": 2.0},
 }
 WIDGET = "application/vnd.jupyter.widget-view+json"
-SRC = "element => element.src"
+RANGE, HANDLE = "input[type=range]", ".noUi-handle"  # of pictures that need no kernel; of a widget
+SLIDERS = dict.fromkeys(NOTEBOOKS, ()) | {
+    "01_inspect_episodes": (("episode-browser", HANDLE), ("open-episode", RANGE)),
+    "06_evaluate": (("paths-in-space", RANGE), ("film-strips", RANGE), ("sensor-over-time", RANGE)),
+    "07_rehearse": (("moments", RANGE),),
+}
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +51,7 @@ def run(desk, name: str, root: Path) -> None:
             desk.open(desk.copy(earlier, dataset_root=str(root), **TOLD.get(earlier, {})))
             desk.run_all()
             assert desk.errors() == []
+            desk.keep()
             desk.ran.add(earlier)
 
 
@@ -49,44 +59,103 @@ def run(desk, name: str, root: Path) -> None:
 def test_a_notebook_lives_in_jupyterlab(name, desk, root):
     desk.ran.discard(name)
     run(desk, name, root)
-    desk.picture(f"jupyterlab-{name}")
+    desk.whole_picture(f"jupyterlab-{name}")
     for output in desk.outputs():
         data = output.get("data", {})
         if WIDGET not in data and not {"text/html", "image/png"} & set(data):
             text = "".join(data.get("text/plain", "")) + "".join(output.get("text", ""))
             assert not any(word in text for word in ("<Figure", "Box(children", "Slider(", "object at 0x")), text
-    page = desk.page
-    for slider in page.locator(".jp-OutputArea input[type=range]").all():  # pictures without a kernel
-        slider.scroll_into_view_if_needed()
-        shown = slider.locator("xpath=..").locator("img:visible")
-        before = shown.evaluate(SRC)
-        slider.fill(slider.get_attribute("max"))
-        assert slider.get_attribute("max") == "0" or shown.evaluate(SRC) != before
-    for slider in page.locator(".noUi-handle").all():
-        slider.scroll_into_view_if_needed()
-        picture = page.locator(".jupyter-widgets.widget-image").first
-        before = picture.evaluate(SRC)
-        for _ in range(5):
-            slider.press("ArrowRight")
-        desk.until(lambda picture=picture, before=before: picture.evaluate(SRC) != before)
+    pages = {cell["id"]: str([output.get("data", {}).get("text/html") for output in cell.get("outputs", [])]) for cell in desk.cells()}
+    assert [cell for cell, text in pages.items() if "<input type=" in text] == [cell for cell, kind in SLIDERS[name] if kind == RANGE]
+    for cell, kind in SLIDERS[name]:
+        area = desk.show(cell)
+        slider, shown = area.locator(kind), area.locator("img:visible")
+        assert (slider.count(), shown.count()) == (1, 1), cell
+        before = shown.get_attribute("src")
+        if kind == RANGE:
+            slider.fill(slider.get_attribute("max"))
+        else:
+            for _ in range(5):
+                slider.press("ArrowRight")
+        desk.until(lambda shown=shown, before=before: shown.get_attribute("src") != before)
+        desk.picture(f"slider-{name}-{cell}")
 
 
-def test_a_training_shows_its_progress_and_stop_stops_it(desk, root):
+def test_notebook_and_report_as_the_readme_shows_them(desk, root):
+    """The pictures `jupyterlab` and `report`; a report asks nothing of the network."""
+    run(desk, "06_evaluate", root)
+    desk.ran.discard("01_inspect_episodes")
+    run(desk, "01_inspect_episodes", root)
+    desk.picture("jupyterlab", 1330, "all-episodes")
+    newest = {read_record(path)["name"]: path for path in sorted(desk.runs()) if (path / "notebook.ipynb").exists()}
+    steps = [
+        flow.Step(name, "ran", "no finished run on this data set", read_record(newest[name])["duration_s"], newest[name])
+        for name in run_all.Plan(root).notebooks
+    ]
+    made = flow.Flow(RunFolder.create("run-all", {}), steps)
+    asked: list[str] = []
+    desk.page.on("request", lambda request: asked.append(request.url.partition(":")[0]))
+    desk.page.goto(made.report("VLA workbench: a recording", *run_all.summarise(made)).as_uri())
+    desk.picture("report", 1240)
+    assert set(asked) <= {"file", "data"} and desk.page.locator("img").count() >= 8
+
+
+def start_training(desk, root: Path, name: str) -> tuple[Path, Any]:
+    """Start a training that would go on for long; its run folder and its cell, once a curve is drawn."""
     run(desk, "03_cache_vl_features", root)
     before = set(desk.runs())
-    path = desk.copy("04_train_async", "training", dataset_root=str(root), **FEW | SMALL | {"max_steps": 1_000_000, "num_workers": 1})
-    desk.open(path)
+    desk.open(desk.copy("04_train_async", name, dataset_root=str(root), **FEW | SMALL | {"max_steps": 1_000_000, "num_workers": 1}))
     desk.start_all()
-    page, text = desk.page, lambda: desk.page.locator(".jp-Notebook").inner_text()
-    desk.show("run-training")
-    desk.until(lambda: "ETA" in text())
-    desk.until(lambda: page.locator("img.jupyter-widgets.widget-image").is_visible())
-    desk.picture("training", whole=False)
+    cell = desk.show("run-training")
+    desk.until(lambda: "ETA" in cell.inner_text() and cell.locator("img.jupyter-widgets.widget-image").is_visible())
     (found,) = set(desk.runs()) - before
-    steps = max(row["step"] for row in read_jsonl(found / "metrics.jsonl") if "step" in row)
-    page.locator("button.jupyter-button", has_text="Stop").click()
+    return found, cell
+
+
+def stop(desk, cell: Any, found: Path, steps: int) -> None:
+    """Press Stop; the job ends with a checkpoint of all its steps."""
+    cell.locator("button.jupyter-button", has_text="Stop").click()
     desk.until(lambda: read_record(found)["state"] != "running")
     assert read_record(found)["state"] == "cancelled" and read_json(found / "job.json")["state"] == "ended"
     assert read_checkpoint(found / "checkpoints" / "qwen_vla_async.pt")["step"] >= steps
-    desk.until(lambda: "stopped by SIGTERM" in text())
-    desk.picture("training-stopped", whole=False)
+    desk.until(lambda: "stopped by SIGTERM" in cell.inner_text())
+
+
+def step(found: Path) -> int:
+    return max(row["step"] for row in read_jsonl(found / "metrics.jsonl") if "step" in row)
+
+
+def test_a_training_shows_its_progress_and_stop_stops_it(desk, root):
+    found, cell = start_training(desk, root, "training")
+    desk.picture("training")
+    stop(desk, cell, found, step(found))
+    desk.picture("training-stopped")
+
+
+def test_a_training_goes_on_without_its_browser_tab_and_is_shown_again(desk, root):
+    found, _ = start_training(desk, root, "left")
+    desk.close_tab()
+    left_at = step(found)
+    desk.until(lambda: step(found) > left_at + 3)
+    cell = v4.new_code_cell(f"from vla_lib.workbench import live\nawait live.follow({str(found)!r})", id="follow")
+    nbformat.write(v4.new_notebook(cells=[cell]), desk.folder / "again.ipynb")
+    desk.open(desk.folder / "again.ipynb")
+    desk.start_all()
+    again = desk.show("follow")
+    desk.until(lambda: "ETA" in again.inner_text() and again.locator("img.jupyter-widgets.widget-image").is_visible())
+    desk.picture("training-followed")
+    stop(desk, again, found, step(found))
+
+
+def test_stop_stops_the_robot_of_a_rehearsal(desk, root):
+    run(desk, "04_train_async", root)
+    before = set(desk.runs())
+    desk.open(desk.copy("07_rehearse", "rehearsal", dataset_root=str(root), max_time_s=600.0))
+    desk.start_all()
+    cell = desk.show("rehearse")
+    desk.until(lambda: "ms late" in cell.inner_text())
+    cell.locator("button.jupyter-button", has_text="Stop").click()
+    desk.until(desk.finished)
+    assert desk.errors() == []
+    (found,) = set(desk.runs()) - before
+    assert read_json(found / "results.json")["runner"]["ended"] == "operator"

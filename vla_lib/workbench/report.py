@@ -81,7 +81,9 @@ def _section(section: Section, start: Path) -> str:
     took = clock(record["duration_s"]) if record.get("duration_s") is not None else "-"
     lines = [f"<h2>{html.escape(record['name'])}</h2>"]
     state = f"<span class='{'meta' if record['state'] == 'done' else 'bad'}'>{record['state']}</span>"
-    lines.append(f"<p class='meta'>{state} · {html.escape(record['started'])} · took {took} · <a href='{link}'>the whole notebook</a></p>")
+    lines.append(
+        f"<p class='meta'>{state} · {html.escape(record['started'][:16].replace('T', ' '))} UTC · took {took} · <a href='{link}'>the whole notebook</a></p>"
+    )
     if section.kept:
         lines.append(f"<p class='meta'>not run again: {html.escape(section.kept)}</p>")
     if record.get("error"):

@@ -204,9 +204,8 @@ def summarise(flow: Flow) -> tuple[pd.DataFrame, list[str]]:
     if "beats" in evaluated:
         lost_to = [name for name, won in evaluated["beats"].items() if not won]
         verdict = f"does NOT beat {', '.join(lost_to)}" if lost_to else "beats the zero, mean and persistence baselines"
-        notes.append(
-            f"On {evaluated['held_out_episodes']} held-out episodes the policy {verdict} (RMS errors of translation and of rotation)."
-        )
+        count = evaluated["held_out_episodes"]
+        notes.append(f"On {count} held-out episode{'s' * (count != 1)} the policy {verdict} (RMS errors of translation and of rotation).")
     if "successes" in evaluated:
         low, high = (100 * value for value in evaluated["interval_95"])
         told = f"{evaluated['successes']} of {evaluated['attempts']} unseen phantoms"
