@@ -47,7 +47,7 @@ class RunFolder:
         return run
 
     @classmethod
-    def reopen(cls, path: Path, parameters: dict[str, Any]) -> "RunFolder":
+    def resume(cls, path: Path, parameters: dict[str, Any]) -> "RunFolder":
         """Open the ended record of `path` again, as `running` and owned by this process; `first_started` keeps when it first began."""
         before = read_json(path / "run.json")
         run = cls(path, {**before, **_opened(parameters), "first_started": before.get("first_started") or before["started"]})
@@ -64,8 +64,7 @@ class RunFolder:
             self.record.update(state="running", error=None, ended=None, duration_s=None)
 
     def finish(self, state: str, error: str | None = None) -> None:
-        """Close the record as `done`, `failed`, `cancelled` or `lost`; the first closing holds, later ones change nothing
-        (but see `reopen`)."""
+        """Close the record as `done`, `failed`, `cancelled` or `lost`; the first closing holds unless it is `reopen`ed."""
         if state not in STATES[1:]:
             raise ValueError(f"a run cannot end as {state!r}")
         if self.record.get("state") != "running":

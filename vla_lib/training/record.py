@@ -37,5 +37,5 @@ def _open(trainer: "Trainer") -> RunFolder | None:
         if not path.exists():
             return RunFolder.create(settings.name, settings.to_dict(), path=trainer.run_dir)
         if read_json(path).get("name") == settings.name:
-            return RunFolder.reopen(trainer.run_dir, settings.to_dict())
+            return RunFolder.resume(trainer.run_dir, settings.to_dict())
     return None
