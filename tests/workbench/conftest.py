@@ -118,8 +118,9 @@ class Desk:
         """Scroll to a cell (JupyterLab draws only what is near) and return where it stands on the page."""
         number = [found["id"] for found in self.cells()].index(cell)
         content = "window.jupyterapp.shell.currentWidget.content"
-        self.page.evaluate(f"{content}.scrollToItem({number}, 'start')")
-        self.page.wait_for_timeout(500)
+        for _ in range(2):  # heights are known only once cells are drawn
+            self.page.evaluate(f"{content}.scrollToItem({number}, 'start')")
+            self.page.wait_for_timeout(500)
         self.page.evaluate(f"{content}.widgets[{number}].node.setAttribute('data-shown', {cell!r})")
         return self.page.locator(f"[data-shown='{cell}']")
 
@@ -169,7 +170,7 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Desk]:
                 time.sleep(0.2)
         with sync_playwright() as driver:
             browser = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-            page = browser.new_page(viewport={"width": 1300, "height": 1000})
+            page = browser.new_context(viewport={"width": 1300, "height": 1000}).new_page()
             yield Desk(f"http://127.0.0.1:{port}", folder, page, pictures)
             browser.close()
     finally:

@@ -94,6 +94,7 @@ def test_notebook_and_report_as_the_readme_shows_them(desk, root):
     ]
     made = flow.Flow(RunFolder.create("run-all", {}), steps)
     asked: list[str] = []
+    desk.close_tab()
     desk.page.on("request", lambda request: asked.append(request.url.partition(":")[0]))
     desk.page.goto(made.report("VLA workbench: a recording", *run_all.summarise(made)).as_uri())
     desk.picture("report", 1240)
@@ -107,9 +108,14 @@ def start_training(desk, root: Path, name: str) -> tuple[Path, Any]:
     desk.open(desk.copy("04_train_async", name, dataset_root=str(root), **FEW | SMALL | {"max_steps": 1_000_000, "num_workers": 1}))
     desk.start_all()
     cell = desk.show("run-training")
-    desk.until(lambda: "ETA" in cell.inner_text() and cell.locator("img.jupyter-widgets.widget-image").is_visible())
+    desk.until(lambda: shows_curves(desk, cell))
     (found,) = set(desk.runs()) - before
     return found, cell
+
+
+def shows_curves(desk, cell: Any) -> bool:
+    assert desk.errors() == []
+    return "ETA" in cell.inner_text() and cell.locator("img.jupyter-widgets.widget-image").is_visible()
 
 
 def stop(desk, cell: Any, found: Path, steps: int) -> None:
@@ -142,7 +148,7 @@ def test_a_training_goes_on_without_its_browser_tab_and_is_shown_again(desk, roo
     desk.open(desk.folder / "again.ipynb")
     desk.start_all()
     again = desk.show("follow")
-    desk.until(lambda: "ETA" in again.inner_text() and again.locator("img.jupyter-widgets.widget-image").is_visible())
+    desk.until(lambda: shows_curves(desk, again))
     desk.picture("training-followed")
     stop(desk, again, found, step(found))
 
