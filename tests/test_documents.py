@@ -37,7 +37,7 @@ ELSEWHERE = {  # how a command begins: the test that runs it
     "vla doctor": "tests/workbench/test_lab_book.py::test_the_doctor_names_what_is_missing_and_what_to_do",
     "vla cache rm": "tests/features/test_features_cache.py::test_list_verify_remove",
     "python -m vla_lib.evaluate": "tests/workbench/test_flow.py::test_the_front_door_evaluates_as_the_documents_say",
-    "python -m vla_lib.bench": "tests/sim/test_sim_plots_and_bench.py::test_benchmark_rows_are_measured",
+    "python -m vla_lib.bench": "tests/sim/test_sim_plots_and_bench.py::test_the_bench_prints_and_writes_its_rows",
 }
 
 

@@ -6,7 +6,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from vla_lib import bench as bench_front_door
 from vla_lib.benchmarks import sim as bench
+from vla_lib.core.files import read_json
 from vla_lib.sim.demonstrator import demonstrator_action
 from vla_lib.sim.render import PictureMaker
 from vla_lib.sim.rig import SimRig
@@ -87,3 +89,10 @@ def test_the_rigs_own_time_is_compared_with_the_clocks(ticking):
         done = terminated or truncated
     row = bench.rig_row()
     assert (row.name, row.ours) == ("sim.step", pytest.approx(info["time_s"] / 0.01))
+
+
+def test_the_bench_prints_and_writes_its_rows(tmp_path, capsys):
+    found = bench_front_door.main(bench_front_door.Settings(rooms=("sim",), fast=True, output=tmp_path / "rows.json"))
+    assert read_json(tmp_path / "rows.json") == found and found["rows"] and found["machine"]["cores"]
+    printed = capsys.readouterr().out
+    assert all(row["name"] in printed and row["ratio"] > 0 for row in found["rows"])
