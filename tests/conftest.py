@@ -1,11 +1,16 @@
 """Shared by all tests: a runs folder of the test's own, and small notebooks written on the spot."""
 
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
 import nbformat
 import pytest
 from nbformat import v4
+
+signal.signal(
+    signal.SIGINT, signal.default_int_handler
+)  # a background job of a shell ignores it, and so would every process that a test interrupts
 
 
 @pytest.fixture(autouse=True)
