@@ -43,5 +43,5 @@ def test_a_failing_rank_tells_its_sentence_to_the_launcher(tmp_path):
     environment = {**os.environ, "TORCHELASTIC_ERROR_FILE": str(tmp_path / "error.json")}
     done = subprocess.run([*command, "--dataset-root", str(tmp_path / "nowhere")], capture_output=True, text=True, env=environment)
     assert done.returncode != 0
-    assert f"error: --dataset-root {tmp_path / 'nowhere'} is not a folder." in done.stderr
+    assert f"error: --dataset-root {tmp_path / 'nowhere'} is not a folder; give the folder that the data sets lie in." in done.stderr
     assert "nowhere is not a folder" in (tmp_path / "error.json").read_text()
