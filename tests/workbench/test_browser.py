@@ -25,6 +25,7 @@ TOLD = {
     "06_evaluate": {"closed_loop_seeds": 2, "masked": False, "max_time_s": 2.0, "films": 2},
     "07_rehearse": {"max_time_s": 2.0},
 }
+KERNELSPEC = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}  # else JupyterLab asks for one
 WIDGET = "application/vnd.jupyter.widget-view+json"
 RANGE, HANDLE = "input[type=range]", ".noUi-handle"  # of pictures that need no kernel; of a widget
 SLIDERS = dict.fromkeys(NOTEBOOKS, ()) | {
@@ -144,7 +145,7 @@ def test_a_training_goes_on_without_its_browser_tab_and_is_shown_again(desk, roo
     left_at = step(found)
     desk.until(lambda: step(found) > left_at + 3)
     cell = v4.new_code_cell(f"from vla_lib.workbench import live\nawait live.follow({str(found)!r})", id="follow")
-    nbformat.write(v4.new_notebook(cells=[cell]), desk.folder / "again.ipynb")
+    nbformat.write(v4.new_notebook(cells=[cell], metadata=KERNELSPEC), desk.folder / "again.ipynb")
     desk.open(desk.folder / "again.ipynb")
     desk.start_all()
     again = desk.show("follow")
