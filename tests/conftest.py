@@ -8,9 +8,15 @@ import nbformat
 import pytest
 from nbformat import v4
 
-signal.signal(
-    signal.SIGINT, signal.default_int_handler
-)  # a background job of a shell ignores it, and so would every process that a test interrupts
+# a background job of a shell ignores it, and so would every process that a test interrupts
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
+LONG = ("test_browser.py", "test_flow.py", "test_cancelling.py", "test_interruption.py")  # begun first: none is left for the end
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files of minutes before files of seconds."""
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
 
 
 @pytest.fixture(autouse=True)
