@@ -1,5 +1,6 @@
 """Shared by all tests: a runs folder of the test's own, and small notebooks written on the spot."""
 
+import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +9,7 @@ import nbformat
 import pytest
 from nbformat import v4
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # one test process a core: threads would only wait for each other
 # a background job of a shell ignores it, and so would every process that a test interrupts
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -163,6 +163,7 @@ def test_notebook_05_trains_on_the_same_data(demo, runs_folder):
         "grad_accum_steps": 1,
         "val_fraction": 0.1,
         "num_workers": 0,
+        "ddim_steps": 2,
     }
     result = run_notebook("05_train_diffusion", given, log=False)
     assert result.state == "done", result.error
