@@ -114,7 +114,7 @@ class TrainingSettings:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: a GPU where there is one."""
     compile: bool = False
-    """torch.compile the policy (a GPU gains; needs a C++ compiler on a CPU)."""
+    """torch.compile the policy (no gain on a CPU, where it needs a C++ compiler; not measured on a GPU)."""
     wandb_mode: Literal["auto", "online", "offline", "disabled"] = "auto"
     """auto: online where a Weights & Biases key is set, else offline."""
     log_every_s: float = 5.0
