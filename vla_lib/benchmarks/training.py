@@ -26,7 +26,8 @@ def rows(fast: bool = False, dataset_root: Path | None = None) -> list[BenchRow]
             f"The training benchmark needs a prepared data set with a VL cache, and {root} is not there; run `make demo` first."
         )
     few = (40, 5, 6, 2) if fast else (200, 20, 30, 8)
-    return [*loading(root, few[0]), *compiled(root, few[1]), two_processes(root, few[2]), *live_vlm(root, few[3])]
+    loaded = [row for head in ("regression", "diffusion") for row in loading(root, few[0], head)]
+    return [*loaded, *compiled(root, few[1]), two_processes(root, few[2]), *live_vlm(root, few[3])]
 
 
 def _prepared(root: Path, head: str = "regression") -> tuple[Any, Any]:
@@ -54,13 +55,13 @@ def _step_time_s(policy: Any, batch: dict, count: int) -> float:
     return (time.perf_counter() - begin) / count
 
 
-def loading(root: Path, batches: int, batch_size: int = 32) -> list[BenchRow]:
+def loading(root: Path, batches: int, head: str, batch_size: int = 32) -> list[BenchRow]:
     """Bytes of windows and features into tensors a second, from warm files; against reading sample by sample, and against the step."""
     import torch
 
     from vla_lib.policy import Policy
 
-    settings, data = _prepared(root)
+    settings, data = _prepared(root, head)
     samples = data.train
     draws = np.random.default_rng(0).integers(0, len(samples), (batches, batch_size))
     for numbers in draws:
@@ -77,7 +78,7 @@ def loading(root: Path, batches: int, batch_size: int = 32) -> list[BenchRow]:
     size = samples.bytes_per_sample() * batch_size / 1e9
     policy = Policy(data.policy_config(settings))
     step_s = _step_time_s(policy, samples.batch(draws[0]), 3)
-    note = f"batches of {batch_size}, {samples.bytes_per_sample() / 1e3:.0f} kB a sample, {torch.get_num_threads()} threads"
+    note = f"{head}, batches of {batch_size}, {samples.bytes_per_sample() / 1e3:.0f} kB a sample, {torch.get_num_threads()} threads"
     return [
         BenchRow("batch reading, against sample by sample", size / ours_s, size / each_s, "GB/s", each_s / ours_s, ">= 1 GB/s", note),
         BenchRow("batch reading, against what the step consumes", 1 / ours_s, 1 / step_s, "batches/s", step_s / ours_s, ">= 5x", note),
