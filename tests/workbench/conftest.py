@@ -89,6 +89,10 @@ class Desk:
                 cell.pop("attachments", None)
         write_json(max(self.runs()) / "notebook.ipynb", notebook)
 
+    def saved(self, name: str) -> list[str]:
+        """The ids of the cells that have outputs in the notebook's file (JupyterLab saves it now and then)."""
+        return [cell["id"] for cell in nbformat.read(self.folder / f"{name}.ipynb", as_version=4).cells if cell.get("outputs")]
+
     def outputs(self) -> list[dict[str, Any]]:
         """The outputs of all cells."""
         return [output for cell in self.cells() for output in cell.get("outputs", [])]

@@ -140,10 +140,18 @@ def test_a_training_shows_its_progress_and_stop_stops_it(desk, root):
 
 
 def test_a_training_goes_on_without_its_browser_tab_and_is_shown_again(desk, root):
-    found, _ = start_training(desk, root, "left")
+    """In the same notebook opened again, and from any other one."""
+    found, cell = start_training(desk, root, "left")
+    desk.until(lambda: "run-training" in desk.saved("left"))
     desk.close_tab()
     left_at = step(found)
     desk.until(lambda: step(found) > left_at + 3)
+    desk.open(desk.folder / "left.ipynb")
+    same = desk.show("run-training")
+    desk.until(lambda: shows_curves(desk, same))
+    desk.picture("training-opened-again")
+    said = same.inner_text()
+    desk.until(lambda: same.inner_text() != said)
     cell = v4.new_code_cell(f"from vla_lib.workbench import live\nawait live.follow({str(found)!r})", id="follow")
     nbformat.write(v4.new_notebook(cells=[cell], metadata=KERNELSPEC), desk.folder / "again.ipynb")
     desk.open(desk.folder / "again.ipynb")
@@ -151,7 +159,8 @@ def test_a_training_goes_on_without_its_browser_tab_and_is_shown_again(desk, roo
     again = desk.show("follow")
     desk.until(lambda: shows_curves(desk, again))
     desk.picture("training-followed")
-    stop(desk, again, found, step(found))
+    desk.open(desk.folder / "left.ipynb")
+    stop(desk, desk.show("run-training"), found, step(found))
 
 
 def test_stop_stops_the_robot_of_a_rehearsal(desk, root):

@@ -1,10 +1,12 @@
-"""Processes that do not outlive who started them (Linux): called in a child, a dying parent takes the child along."""
+"""Processes that do not outlive who started them (Linux): called in a child, a dying parent takes the child along; and that end fast."""
 
+import atexit
 import ctypes
 import multiprocessing
 import os
 import signal
 import sys
+from typing import NoReturn
 
 PR_SET_PDEATHSIG = 1
 
@@ -26,3 +28,11 @@ def follow_parent() -> None:
     parent = multiprocessing.parent_process()
     if parent is not None and os.getppid() != parent.pid:  # it died before
         os._exit(1)
+
+
+def end() -> NoReturn:
+    """End this process well without taking its modules apart one by one: with torch and what it imports that takes two seconds of a core."""
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)

@@ -6,6 +6,7 @@ from typing import Any
 
 from vla_lib.core.files import read_jsonl
 from vla_lib.core.progress import read_line
+from vla_lib.workbench.busy_kernel import answering
 from vla_lib.workbench.jobs import Job
 from vla_lib.workbench.notebook import dataset_path, interactive, shown
 from vla_lib.workbench.plots.training import newest_figures, training_curves
@@ -18,9 +19,10 @@ LINES = 8  # of the log
 async def follow(job: Job | Path | str) -> dict[str, Any]:
     """Start `job` and follow it to its end; returns the supervisor's final status. `status = await follow(job)` in a cell.
 
-    A job that runs in that folder already, or ended well there with the same command, is shown instead of started a second time. Given a run
-    folder, its job is shown, whoever started it: from another notebook, or after a browser tab was closed. Interrupting a cell that only
-    shows a job leaves the job alone; Stop stops it. Raises JobFailed or JobCancelled as `Job.watch` does, UserError for a folder without a job.
+    A notebook whose tab was closed meanwhile shows the job again when it is opened again. A job that runs in that folder already, or ended well
+    there with the same command, is shown instead of started a second time. Given a run folder, its job is shown, whoever started it.
+    Interrupting a cell that only shows a job leaves the job alone; Stop stops it. Raises JobFailed or JobCancelled as `Job.watch` does,
+    UserError for a folder without a job.
     """
     if not isinstance(job, Job):
         job = Job.attach(dataset_path(str(job)))
@@ -33,7 +35,8 @@ async def follow(job: Job | Path | str) -> dict[str, Any]:
         return await job.watch()
     view = TrainingView(job)
     try:
-        return await job.watch(view.tick)
+        with answering():
+            return await job.watch(view.tick)
     finally:
         view.close()
 

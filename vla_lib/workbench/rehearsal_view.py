@@ -21,6 +21,7 @@ from vla_lib.evaluation.sim_robot import sim_limits
 from vla_lib.runtime.safety import SafetyLimits
 from vla_lib.training.checkpoint import read_checkpoint
 from vla_lib.workbench.attempt_views import verdict
+from vla_lib.workbench.busy_kernel import answering
 from vla_lib.workbench.jobs import JobCancelled
 from vla_lib.workbench.notebook import interactive, shown
 from vla_lib.workbench.plots.rehearsal import moment
@@ -42,10 +43,11 @@ async def follow(process: RehearsalProcess) -> tuple[dict[str, Any], list[Moment
     view = RehearsalView(process) if interactive() else PlainView()
     moments: list[Moment] = []
     try:
-        while process.running:
-            moments += process.poll()
-            view.tick(moments)
-            await asyncio.sleep(0.05)
+        with answering():
+            while process.running:
+                moments += process.poll()
+                view.tick(moments)
+                await asyncio.sleep(0.05)
         record = process.result()
     except (asyncio.CancelledError, KeyboardInterrupt):
         process.stop()

@@ -1,0 +1,43 @@
+"""A kernel whose cell awaits something long: it can still be asked what it is and which widgets it has.
+
+ipykernel delivers widget messages while a cell awaits, but lets every other question wait for the cell's end. A notebook that is opened again
+asks those questions before it draws a widget, so it would show `Loading widget...` for as long as the job runs.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from IPython import get_ipython
+
+QUESTIONS = ("kernel_info_request", "comm_info_request")
+
+
+@contextmanager
+def answering() -> Iterator[None]:
+    """Inside, with awaits, this kernel answers `QUESTIONS` at once. Does nothing where no such kernel runs (a script, another kernel)."""
+    kernel = getattr(get_ipython(), "kernel", None)
+    manager = getattr(getattr(kernel, "shell_channel_thread", None), "manager", None)
+    if manager is None:
+        yield
+        return
+
+    async def receive(subshell: str | None, message: list[Any]) -> None:
+        idents, frames = kernel.session.feed_identities(message, copy=False)
+        kind = kernel.session.deserialize(frames, content=False, copy=False)["header"]["msg_type"]
+        if kind not in QUESTIONS or subshell is not None:
+            await kernel.shell_main(subshell, message)
+            return
+        question = kernel.session.deserialize(frames, copy=False)
+        for state in ("busy", "idle"):  # an answer counts once its kernel says that it is done with it
+            if state == "idle":
+                await kernel.shell_handlers[kind](manager.get_subshell_to_shell_channel_socket(None), idents, question)
+            kernel.session.send(kernel.iopub_socket, "status", {"execution_state": state}, parent=question, ident=b"status")
+        cell = kernel.get_parent("shell")
+        kernel.session.send(kernel.iopub_socket, "status", {"execution_state": "busy"}, parent=cell, ident=b"status")
+
+    manager.set_on_recv_callback(receive)
+    try:
+        yield
+    finally:
+        manager.set_on_recv_callback(kernel.shell_main)
