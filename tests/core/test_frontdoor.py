@@ -48,6 +48,8 @@ def test_a_failing_rank_tells_its_sentence_to_the_launcher(tmp_path):
 
 
 def test_a_rank_ends_with_its_output_written_and_its_last_calls_made():
-    program = "import atexit\nfrom vla_lib.core import processes\natexit.register(print, 'last')\nprint('first')\nprocesses.end()\nprint('never')"
+    program = (
+        "import atexit\nfrom vla_lib.core import processes\natexit.register(print, 'last')\nprint('first')\nprocesses.end()\nprint('never')"
+    )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "first\nlast\n", "")

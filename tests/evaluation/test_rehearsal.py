@@ -116,21 +116,25 @@ def test_the_live_view_draws_the_runners_own_limits():
 def test_the_benchmark_counts_every_tick():
     ticks = [Tick(k, k / 10, 0.1 * k, vl_age_s=0.1, expert_ms=6.0 if k % 3 == 0 else 5.0, vl_busy=k % 3 == 0) for k in range(1, 31)]
     log = RunLog([*ticks, Tick(33, 3.3, 9.0, "hold", "missed deadline")], vlm_ms=[30.0, 32.0], ended="time limit")
-    late, beside = bench.lateness_row(log), bench.concurrency_row(log)
+    late, beside = bench.lateness_row(log, "diffusion"), bench.concurrency_row(log, "diffusion")
     assert 3.0 < late.ours < 9.0 and late.ratio == pytest.approx(5.0 / late.ours)
     assert "31 ticks" in late.note and "max 9.00 ms; 1 missed deadlines, 3 skipped, 1 held" in late.note
     assert (beside.ours, beside.baseline) == (6.0, 5.0) and "10 of 30 expert calls fell into VLM work; 2 VLM ticks" in beside.note
 
 
-def test_the_benchmark_rehearses_an_untrained_policy_on_all_views(monkeypatch):
+def test_the_benchmark_rehearses_an_untrained_policy_of_each_model_on_all_views(monkeypatch):
+    windows = []
+
     def rehearsed(settings, seed, go_on):
         policy, info = load_policy(settings.checkpoint)
+        windows.append((policy.config.head, policy.config.sensor_window_size))
         assert tuple(info["binding"]["views"]) == policy.config.views == VIEWS and go_on
         ticks = [Tick(k, k / 10, 2.0, expert_ms=5.0, vl_busy=k % 2 == 0) for k in range(round(10 * settings.max_time_s))]
         return {"log": RunLog(ticks, vlm_ms=[30.0], ended="time limit")}
 
     monkeypatch.setattr(bench, "rehearse", rehearsed)
-    late, beside = bench.rows(fast=True)
+    late, beside, *others = bench.rows(fast=True)
+    assert windows == [("regression", 65), ("diffusion", 650)] and ["diffusion" in row.name for row in others] == [True, True]
     assert late.ours == pytest.approx(2.0) and "30 ticks, ended by time limit" in late.note
     assert "15 of 30 expert calls fell into VLM work" in beside.note
 
