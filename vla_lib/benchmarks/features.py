@@ -1,17 +1,10 @@
-"""Benchmark rows of the feature cache: building against the plain way, serving, opening; with `--gpu` also a 3B-sized model and its MFU.
-
-    python -m vla_lib.benchmarks.features          # the CPU rows, tiny model
-    python -m vla_lib.benchmarks.features --gpu    # the GPU rows: Qwen2.5-VL-3B's sizes with random weights, no download
+"""Benchmark rows of the feature cache, with the tiny model on the CPU: building against the plain way, serving, opening.
 
 The plain way is what the cache replaces: the whole model with lm_head and all hidden states, one sample at a time, at every action step.
 """
 
-import argparse
-import json
 import tempfile
 import time
-from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,54 +14,15 @@ from vla_lib.benchmarks.rows import BenchRow
 
 VIEWS = ("View1_left", "View2_left", "View3_left", "View4_left", "View5")
 INSTRUCTION = "Insert into the white square silicone with a white circle sticker attached"
-H200_PEAK_TFLOPS = 989.0  # dense bf16 of H100 and H200, NVIDIA's data sheet
 
 
 def rows(fast: bool = False) -> list[BenchRow]:
-    """The CPU rows, each ratio measured in this run: building, serving, opening 1,000 episodes (`fast`: 200), random access."""
+    """Each ratio measured in this run: building, serving, opening 1,000 episodes (`fast`: 200), random access."""
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         make_dataset(root, episodes=2 if fast else 4, steps=60, size=(320, 180))
         built, plain_rate = build_row(root, "tiny", plain_samples=4 if fast else 12)
         return [built, *serve_rows(root, plain_rate), open_row(200 if fast else 1000)]
-
-
-def gpu_rows(views: int = 5, batch_size: int = 8) -> list[BenchRow]:
-    """The GPU rows: forward throughput and MFU (eager and compiled), and the whole build against the plain way. Needs about 20 GB."""
-    import torch
-
-    checkpoint, processor, config = large_checkpoint()
-    used = VIEWS[:views]
-    result = []
-    pictures = [torch.randint(0, 255, (3, 360, 640), dtype=torch.uint8) for _ in range(views * batch_size)]
-    ticks = [tuple(range(tick * views, tick * views + views)) for tick in range(batch_size)]
-    peak = matmul_tflops()
-    for compiled in (False, True):
-        try:
-            extractor = large_extractor(checkpoint, processor, config, used, compiled)
-            shown = [torch.from_numpy(extractor.recipe.prepare(picture.permute(1, 2, 0).numpy())) for picture in pictures]
-            seconds = _timed(partial(extractor.forward, shown, ticks, INSTRUCTION), repeats=6, warm=3)
-        except Exception as error:  # torch.compile needs a compiler on the machine; the eager row stands without it
-            print(f"compiled={compiled} did not run: {type(error).__name__}: {str(error)[:300]}", flush=True)
-            continue
-        flop = flop_per_tick(config, extractor, used) * batch_size
-        rate = flop / seconds / 1e12
-        share = rate / H200_PEAK_TFLOPS
-        note = f"{batch_size} ticks of {views} views at 640x360 in {seconds * 1e3:.0f} ms, {flop / batch_size / 1e12:.1f} TFLOP a tick; "
-        note += f"of a large matmul here ({peak:.0f} TFLOP/s): {100 * rate / peak:.0f} %; memory {torch.cuda.max_memory_allocated() / 2**30:.0f} GiB"
-        name = f"features.mfu{'.compiled' if compiled else ''}"
-        result.append(BenchRow(name, rate, H200_PEAK_TFLOPS, "TFLOP/s", share, "0.5 of the data sheet's peak", note))
-        if compiled:
-            continue
-        with tempfile.TemporaryDirectory() as folder:
-            make_dataset(Path(folder), episodes=3, steps=150, size=(1280, 720), views=used)
-            result.append(
-                build_row(Path(folder), "3B sizes", plain_samples=8, extractor=extractor, plain=large_plain(checkpoint, config))[0]
-            )
-    return result
-
-
-# ------------------------------------------------------------------ rows
 
 
 def build_row(root: Path, name: str, plain_samples: int, extractor: Any = None, plain: Any = None) -> tuple[BenchRow, float]:
@@ -128,10 +82,10 @@ def serve_rows(root: Path, plain_rate: float) -> list[BenchRow]:
             found = [cache.episode(episodes[number]) for number in numbers]
             gather(found, [int(one.newest(step)) for one, step in zip(found, steps, strict=True)])
 
-    rate = 64 * len(picks) / _timed(serve, repeats=3, warm=1)
+    rate = 64 * len(picks) / timed(serve, repeats=3, warm=1)
     tokens = torch.cat([cache.episode(episode).tokens for episode in episodes]).clone()
     index = [torch.from_numpy(rng.integers(0, len(tokens), 64)) for _ in picks]
-    memory = 64 * len(picks) / _timed(lambda: [tokens[one] for one in index], repeats=3, warm=1)
+    memory = 64 * len(picks) / timed(lambda: [tokens[one] for one in index], repeats=3, warm=1)
     size = tokens[0].numel() * tokens.element_size()
     note = f"batches of 64, {size / 1e3:.0f} kB a sample, {rate * size / 1e9:.2f} GB/s"
     return [
@@ -187,8 +141,8 @@ def open_row(count: int) -> BenchRow:
             for stub in stubs:
                 cache.episode(stub)
 
-        mapped = _timed(ours, repeats=3, warm=1)
-        baseline = _timed(whole, repeats=1, warm=0)
+        mapped = timed(ours, repeats=3, warm=1)
+        baseline = timed(whole, repeats=1, warm=0)
     note = f"{count} episodes, every file mapped and its fingerprint checked; baseline: torch.load of each"
     return BenchRow(f"features.open_{count}", mapped, baseline, "s", baseline / mapped, "< 1 s for 1,000 episodes", note)
 
@@ -215,9 +169,6 @@ def plain_way(model: Any, extractor: Any, episode: Any, samples: int) -> float:
     return samples / (time.perf_counter() - start)
 
 
-# ------------------------------------------------------------------ models
-
-
 def plain_model(checkpoint: Any) -> Any:
     """The whole model as transformers loads it by itself."""
     import torch
@@ -227,78 +178,6 @@ def plain_model(checkpoint: Any) -> Any:
 
     with quiet_transformers():
         return AutoModelForImageTextToText.from_pretrained(checkpoint.folder, dtype=torch.float32).eval()
-
-
-def large_checkpoint() -> tuple[Any, Any, dict[str, Any]]:
-    """The tiny checkpoint's tokenizer and processor, and the sizes of Qwen2.5-VL-3B (its published config.json) around its token ids."""
-    from vla_lib.features.vlm import load_processor, open_checkpoint
-
-    checkpoint = open_checkpoint("tiny")
-    ids = json.loads((checkpoint.folder / "config.json").read_text())
-    rope = {"rope_type": "default", "rope_theta": 1000000.0, "mrope_section": [16, 24, 24]}
-    text = {"vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36, "num_attention_heads": 16}
-    text |= {"num_key_value_heads": 2, "max_position_embeddings": 128000, "rope_parameters": rope}
-    vision = {"depth": 32, "hidden_size": 1280, "num_heads": 16, "intermediate_size": 3420, "out_hidden_size": 2048, "patch_size": 14}
-    vision |= {"spatial_merge_size": 2, "window_size": 112, "fullatt_block_indexes": [7, 15, 23, 31]}
-    names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
-    config = {"text_config": text, "vision_config": vision, "tie_word_embeddings": True, **{name: ids[name] for name in names}}
-    return checkpoint, load_processor(checkpoint), config
-
-
-def large_extractor(checkpoint: Any, processor: Any, config: dict[str, Any], views: tuple[str, ...], compiled: bool) -> Any:
-    """A 3B-sized extractor with random weights on the GPU: 18 of 36 layers, bfloat16, 4x6 tokens a view."""
-    import torch
-    from transformers import AutoConfig, AutoModel
-
-    from vla_lib.features.extractor import FeatureExtractor
-    from vla_lib.features.form import FeatureForm
-    from vla_lib.features.vlm import Vlm, speed_up
-
-    half = {**config, "text_config": {**config["text_config"], "num_hidden_layers": 18}}
-    with torch.device(_device()):
-        model = AutoModel.from_config(AutoConfig.for_model("qwen2_5_vl", **half), dtype=torch.bfloat16, attn_implementation="sdpa")
-    vlm = Vlm(speed_up(model, _device(), compiled), processor, "qwen2_5_vl", 36, 18, config["text_config"]["hidden_size"])
-    return FeatureExtractor(vlm, FeatureForm(processor, views, "grid:4x6", 360, 640))
-
-
-def large_plain(checkpoint: Any, config: dict[str, Any]) -> Any:
-    """The whole 3B-sized model with lm_head, as transformers runs it by default."""
-    import torch
-    from transformers import AutoConfig, AutoModelForImageTextToText
-
-    with torch.device(_device()):
-        model = AutoModelForImageTextToText.from_config(AutoConfig.for_model("qwen2_5_vl", **config), dtype=torch.bfloat16)
-    return model.eval()
-
-
-def flop_per_tick(config: dict[str, Any], extractor: Any, views: tuple[str, ...]) -> float:
-    """Floating-point operations of one tick of 640x360 pictures: two per weight and token, and the attention products."""
-    text, vision = config["text_config"], config["vision_config"]
-    rows_, cols = extractor.recipe.token_grid(360, 640)
-    patches, tokens = 4 * rows_ * cols, rows_ * cols
-    d, f = vision["hidden_size"], vision["intermediate_size"]
-    full = len(vision["fullatt_block_indexes"])
-    window = (vision["window_size"] // vision["patch_size"]) ** 2
-    tower = vision["depth"] * (4 * d * d + 3 * d * f) + 3 * 2 * 14 * 14 * d + (4 * d * 4 * d + 4 * d * vision["out_hidden_size"]) / 4
-    seen = 2 * patches * tower + 4 * patches * d * (full * patches + (vision["depth"] - full) * window)
-    ids, *_ = extractor._sequence(tuple(range(len(views))), ((rows_, cols),) * len(views), INSTRUCTION)
-    length = ids.shape[1]
-    h, g = text["hidden_size"], text["intermediate_size"]
-    keys = h * text["num_key_value_heads"] // text["num_attention_heads"]
-    layer = 2 * length * (2 * h * h + 2 * h * keys + 3 * h * g) + 2 * length * length * h  # causal: half of 4 L L h
-    assert length > tokens * len(views)
-    return len(views) * seen + extractor.vlm.layer * layer
-
-
-def matmul_tflops(size: int = 8192) -> float:
-    """TFLOP/s of one large bfloat16 matrix product on this GPU."""
-    import torch
-
-    a, b = (torch.randn(size, size, device=_device(), dtype=torch.bfloat16) for _ in range(2))
-    return 2 * size**3 / _timed(lambda: a @ b, repeats=20, warm=5) / 1e12
-
-
-# ------------------------------------------------------------------ helpers
 
 
 def make_dataset(
@@ -350,7 +229,7 @@ def _write_binding(folder: Path, binding: dict[str, Any]) -> None:
     write_json(folder / "binding.json", binding)
 
 
-def _timed(call: Any, repeats: int, warm: int) -> float:
+def timed(call: Any, repeats: int, warm: int) -> float:
     """Median seconds of a call, the GPU's work included."""
     import torch
 
@@ -367,19 +246,3 @@ def _timed(call: Any, repeats: int, warm: int) -> float:
         if turn >= warm:
             times.append(time.perf_counter() - start)
     return float(np.median(times))
-
-
-def _device() -> str:
-    import torch
-
-    return "cuda:0" if torch.cuda.is_available() else "cpu"
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--gpu", action="store_true", help="only the GPU rows")
-    parser.add_argument("--fast", action="store_true", help="smaller sizes")
-    parser.add_argument("--batch-size", type=int, default=8, help="ticks in one forward pass (GPU rows)")
-    given = parser.parse_args()
-    for row in gpu_rows(batch_size=given.batch_size) if given.gpu else rows(given.fast):
-        print(json.dumps(asdict(row)), flush=True)

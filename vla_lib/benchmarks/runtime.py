@@ -43,7 +43,9 @@ def lateness_row(log: RunLog, head: str) -> BenchRow:
     late = summary["lateness_ms"]
     counts = f"{summary['missed_deadlines']} missed deadlines, {summary['skipped_ticks']} skipped, {summary['modes'].get('hold', 0)} held"
     note = f"{summary['ticks']} ticks, ended by {summary['ended']}: median {late['median']:.2f}, max {late['max']:.2f} ms; {counts}; baseline: allowed"
-    return BenchRow(f"runtime.lateness p99 ({head})", late["p99"], LATENESS_MS, "ms", LATENESS_MS / late["p99"], "< 5 ms, none missed", note)
+    return BenchRow(
+        f"runtime.lateness p99 ({head})", late["p99"], LATENESS_MS, "ms", LATENESS_MS / late["p99"], "< 5 ms, none missed", note
+    )
 
 
 def concurrency_row(log: RunLog, head: str) -> BenchRow:

@@ -1,6 +1,5 @@
 """Training benchmarks: batches read as batches, the loader against the step, two processes against one, torch.compile. Rows out."""
 
-import argparse
 import os
 import shutil
 import subprocess
@@ -175,12 +174,3 @@ def _rate(root: Path, run_dir: Path, processes: int, steps: int) -> float:
     taken = [r["elapsed_s"] for r in read_jsonl(run_dir / "metrics.jsonl") if "train/loss_step" in r]
     skip = min(2, len(taken) - 2)
     return 16 * processes * (len(taken) - 1 - skip) / (taken[-1] - taken[skip])
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--dataset-root", type=Path)
-    parser.add_argument("--fast", action="store_true")
-    arguments = parser.parse_args()
-    for row in rows(arguments.fast, arguments.dataset_root):
-        print(row)
