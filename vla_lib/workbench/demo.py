@@ -30,12 +30,6 @@ SIZES = {
         {"closed_loop_seeds": 20, "masked": False},
         14e9,
     ),
-    "long": Size(
-        {"episodes_f1": 400, "episodes_f2": 0, "idle_tail_s": 0.5},
-        {"batch_size": 16, "grad_accum_steps": 1, "lr": 1e-3, "epochs": 6, "dropout": 0.1, "num_workers": 1},
-        {"closed_loop_seeds": 100, "masked": True, "latency_sweep": True},
-        30e9,
-    ),
     "small": Size(
         {"episodes_f1": 24, "episodes_f2": 2, "picture_width": 160, "picture_height": 90, "idle_tail_s": 0.5},
         {"batch_size": 16, "grad_accum_steps": 1, "lr": 1e-3, "epochs": 4, "val_fraction": 0.2, **REGULARISED},

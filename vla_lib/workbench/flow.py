@@ -70,8 +70,9 @@ class Flow:
         return {step.name: results_of(step.run) for step in self.steps if step.run is not None}
 
     def table(self) -> pd.DataFrame:
-        """One row a step."""
-        return pd.DataFrame([(s.name, s.state, clock(s.seconds), s.why) for s in self.steps], columns=["step", "state", "time", "why"])
+        """One row a step; `why` where there is something to say."""
+        told = pd.DataFrame([(s.name, s.state, clock(s.seconds), s.why) for s in self.steps], columns=["step", "state", "time", "why"])
+        return told if any(told["why"]) else told.drop(columns="why")
 
     def report(self, title: str, summary: pd.DataFrame, notes: list[str]) -> Path:
         """Write the flow's `report.html`; returns its path."""
