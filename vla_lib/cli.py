@@ -102,7 +102,7 @@ def _add_flows(commands: argparse._SubParsersAction, parameters: argparse.Argume
     run_all.add_argument("--diffusion", action="store_true", help="train the diffusion policy too, and compare it with the async one")
     run_all.set_defaults(command=_run_all)
     demo = commands.add_parser("demo", help="record a data set on the simulated rig, then the whole flow on it")
-    help_text = "long: 400 episodes, 100 unseen phantoms, about an hour; small: a few seconds-long episodes, as the tests use"
+    help_text = "demo: 144 episodes, about 10 minutes; small: a few seconds-long episodes, as the tests use"
     demo.add_argument("--size", choices=["demo", "small"], default="demo", help=help_text)
     demo.set_defaults(command=_demo)
     for flow, processes in ((run_all, 1), (demo, 2)):
