@@ -140,9 +140,17 @@ class Desk:
     def whole_picture(self, name: str) -> None:
         """A screenshot of the whole notebook: heights are known only once cells are drawn."""
         self.page.set_viewport_size({"width": 1300, "height": 14_000})
-        self.page.wait_for_timeout(1500)
-        bottoms = f"[...{PANEL}.querySelectorAll('.jp-Cell')].map(cell => cell.getBoundingClientRect().bottom)"
-        self.picture(name, min(int(self.page.evaluate(f"Math.max(...{bottoms})")) + 60, 14_000))
+        self.show(self.cells()[0]["id"])
+        count, bottoms = len(self.cells()), f"[...{PANEL}.querySelectorAll('.jp-Cell')].map(cell => cell.getBoundingClientRect().bottom)"
+        heights: list[float] = []
+
+        def settled() -> bool:
+            found = self.page.evaluate(bottoms)
+            heights.append(max(found) if len(found) == count else 0.0)
+            return len(heights) > 3 and 0 < heights[-1] == heights[-3]
+
+        self.until(settled, 30)
+        self.picture(name, min(int(heights[-1]) + 60, 14_000), self.cells()[0]["id"])
 
 
 @pytest.fixture(scope="module")

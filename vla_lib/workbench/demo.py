@@ -32,7 +32,7 @@ SIZES = {
     ),
     "small": Size(
         {"episodes_f1": 24, "episodes_f2": 2, "picture_width": 160, "picture_height": 90, "idle_tail_s": 0.5},
-        {"batch_size": 16, "grad_accum_steps": 1, "lr": 1e-3, "epochs": 4, "val_fraction": 0.2, **REGULARISED},
+        {"batch_size": 16, "grad_accum_steps": 1, "lr": 1e-3, "epochs": 3, "val_fraction": 0.2, **REGULARISED},
         {"closed_loop_seeds": 3, "masked": False, "max_time_s": 8.0, "films": 1},
         3e9,
     ),

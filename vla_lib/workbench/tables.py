@@ -19,7 +19,7 @@ def fit(frame: pd.DataFrame, precision: int = 3, height_px: int = 480) -> HTML:
 
     def cell(column: str, value: Any, tag: str = "td") -> str:
         sentence = column in SENTENCES
-        more = "white-space:nowrap;"
+        more = "" if tag == "th" else "white-space:nowrap;"
         if column in SENTENCES + WRAPPING:
             more = f"min-width:{24 if sentence else 12}em;white-space:normal;overflow-wrap:anywhere;"
         number = isinstance(value, int | float) and not isinstance(value, bool)
