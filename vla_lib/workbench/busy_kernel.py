@@ -22,6 +22,9 @@ def answering() -> Iterator[None]:
         yield
         return
 
+    def tell(state: str, about: dict[str, Any]) -> None:
+        kernel.session.send(kernel.iopub_socket, "status", {"execution_state": state}, parent=about, ident=b"status")
+
     async def receive(subshell: str | None, message: list[Any]) -> None:
         idents, frames = kernel.session.feed_identities(message, copy=False)
         kind = kernel.session.deserialize(frames, content=False, copy=False)["header"]["msg_type"]
@@ -29,12 +32,10 @@ def answering() -> Iterator[None]:
             await kernel.shell_main(subshell, message)
             return
         question = kernel.session.deserialize(frames, copy=False)
-        for state in ("busy", "idle"):  # an answer counts once its kernel says that it is done with it
-            if state == "idle":
-                await kernel.shell_handlers[kind](manager.get_subshell_to_shell_channel_socket(None), idents, question)
-            kernel.session.send(kernel.iopub_socket, "status", {"execution_state": state}, parent=question, ident=b"status")
-        cell = kernel.get_parent("shell")
-        kernel.session.send(kernel.iopub_socket, "status", {"execution_state": "busy"}, parent=cell, ident=b"status")
+        tell("busy", question)
+        await kernel.shell_handlers[kind](manager.get_subshell_to_shell_channel_socket(None), idents, question)
+        tell("idle", question)  # an answer counts once its kernel says that it is done with it
+        tell("busy", kernel.get_parent("shell"))  # the cell is not
 
     manager.set_on_recv_callback(receive)
     try:
