@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 
 .PHONY: demo test lab lock lint clean
 
-demo: $(STAMP)            ## record a data set, run the notebooks on it, print the result (DATASET=/path/to/root: the notebooks on your own data)
+demo: $(STAMP)            ## record a dataset, run the notebooks on it, print the result (DATASET=/path/to/root: the notebooks on your own data)
 	$(BIN)/vla $(if $(DATASET),run-all --dataset-root "$(DATASET)",demo) $(ARGS)
 
 test: export VLA_SCREENSHOTS ?= $(CURDIR)/runs/screenshots

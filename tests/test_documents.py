@@ -17,7 +17,8 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from torch.distributed.run import get_args_parser
 
-from vla_lib import cli, preprocess, simulate
+from needle_rig import __main__ as simulate
+from vla_lib import cli, preprocess
 from vla_lib.core import frontdoor
 from vla_lib.core.files import write_text
 from vla_lib.core.run_folder import PROJECT, RunFolder
@@ -37,14 +38,16 @@ ELSEWHERE = {  # how a command begins: the test that runs it
     "vla doctor": "tests/workbench/test_lab_book.py::test_the_doctor_names_what_is_missing_and_what_to_do",
     "vla cache rm": "tests/features/test_features_cache.py::test_list_verify_remove",
     "python -m vla_lib.evaluate": "tests/workbench/test_flow.py::test_the_front_door_evaluates_as_the_documents_say",
-    "python -m vla_lib.bench": "tests/sim/test_sim_plots_and_bench.py::test_the_bench_prints_and_writes_its_rows",
+    "python -m benchmarks": "tests/needle_rig/test_rig_plots_and_bench.py::test_the_bench_prints_and_writes_its_rows",
 }
 
 
 def blocks(document: str) -> list[str]:
     """The commands of a document's code blocks, comments and line breaks taken out."""
     text = (PROJECT / document).read_text().replace("\\\n", " ")
-    lines = [" ".join(shlex.split(line, comments=True, posix=False)) for line in re.findall(r"^    (\S.*)$", text, re.M)]
+    lines = [
+        " ".join(shlex.split(line, comments=True, posix=False)) for line in re.findall(r"^    (\S.*)$", text, re.M)
+    ]
     return [line for line in lines if line.split(" ")[0] in PROGRAMS]
 
 
@@ -52,7 +55,11 @@ def spans(document: str) -> list[str]:
     """The whole commands among a document's `code` in running text: neither a mere name of a block's command nor an entry of the table."""
     shown = blocks(document)
     text = re.sub(r"^(?:    |\| `).*$", "", (PROJECT / document).read_text(), flags=re.M)
-    found = [span for span in re.findall(r"`([^`\n]+)`", text) if span.split(" ")[0] in PROGRAMS and " " in span and "..." not in span]
+    found = [
+        span
+        for span in re.findall(r"`([^`\n]+)`", text)
+        if span.split(" ")[0] in PROGRAMS and " " in span and "..." not in span
+    ]
     return [span for span in found if not any(command.startswith(f"{span} ") for command in shown)]
 
 
@@ -114,7 +121,9 @@ def understand(words: list[str]) -> None:
         values = {name: papermill.cli._resolve_type(value) for name, value in found["parameters"]}
         resolve(notebook_path(found["notebook_path"]), values)
     elif program == "make":
-        outer = {key: value for key, value in os.environ.items() if not key.startswith(("MAKE", "MFLAGS"))}  # of `make test` itself
+        outer = {
+            key: value for key, value in os.environ.items() if not key.startswith(("MAKE", "MFLAGS"))
+        }  # of `make test` itself
         done = subprocess.run(["make", "-n", *rest], cwd=PROJECT, env=outer, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         started = shlex.split(done.stdout.splitlines()[-1])
@@ -141,8 +150,10 @@ def test_both_languages_show_the_same_commands_and_exceptions():
     assert exceptions(DOCUMENTS[0]) == exceptions(DOCUMENTS[1])
 
 
-SMALLER = {"--episodes-f1 30 --episodes-f2 10": "--episodes-f1 1 --episodes-f2 0 --picture-width 32 --picture-height 24 --idle-tail-s 0.2"}
-RUN_HERE = ("python -m vla_lib.simulate", "python -m vla_lib.preprocess", "vla cache ls", "vla cache verify", "vla runs")
+SMALLER = {
+    "--episodes-f1 30 --episodes-f2 10": "--episodes-f1 1 --episodes-f2 0 --picture-width 32 --picture-height 24 --idle-tail-s 0.2"
+}
+RUN_HERE = ("python -m needle_rig", "python -m vla_lib.preprocess", "vla cache ls", "vla cache verify", "vla runs")
 
 
 @pytest.mark.parametrize("command", [one for one in COMMANDS if one.startswith(RUN_HERE) and "DATA" not in one])
@@ -185,7 +196,11 @@ def test_every_command_is_run_by_a_test_or_named_as_needing_more():
 
 def test_the_lock_satisfies_what_pyproject_and_conda_ask():
     project = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]
-    lines = [Requirement(line) for line in (PROJECT / "requirements.lock").read_text().splitlines() if line and not line.startswith("#")]
+    lines = [
+        Requirement(line)
+        for line in (PROJECT / "requirements.lock").read_text().splitlines()
+        if line and not line.startswith("#")
+    ]
     conda = yaml.safe_load((PROJECT / "environment.yml").read_text())["dependencies"]
     (python,) = [item.partition("=")[2] for item in conda if isinstance(item, str) and item.startswith("python=")]
     assert SpecifierSet(project["requires-python"]).contains(f"{python}.0")
@@ -193,4 +208,6 @@ def test_the_lock_satisfies_what_pyproject_and_conda_ask():
     pinned = {line.name.lower(): line.specifier for line in lines if line.marker is None or line.marker.evaluate(here)}
     for wanted in map(Requirement, project["dependencies"]):
         (pin,) = pinned[wanted.name.lower()]
-        assert pin.operator == "==" and wanted.specifier.contains(pin.version, prereleases=True), f"{wanted} against {pin}"
+        assert pin.operator == "==" and wanted.specifier.contains(pin.version, prereleases=True), (
+            f"{wanted} against {pin}"
+        )

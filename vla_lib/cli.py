@@ -13,7 +13,7 @@ from vla_lib.core.frontdoor import EXIT_BAD_INPUT
 from vla_lib.core.run_folder import PROJECT, runs_root
 
 EXIT_CANCELLED = 130
-FRONT_DOORS = ("simulate", "preprocess", "build_vl_cache", "train_async", "train_diffusion", "evaluate", "bench")
+FRONT_DOORS = ("preprocess", "build_vl_cache", "train_async", "train_diffusion", "evaluate")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -50,7 +50,13 @@ def _parser() -> argparse.ArgumentParser:
 
     parameters = argparse.ArgumentParser(add_help=False)
     parameters.add_argument(
-        "-p", dest="parameters", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="a parameter (repeatable)"
+        "-p",
+        dest="parameters",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("NAME", "VALUE"),
+        help="a parameter (repeatable)",
     )
     notebook = argparse.ArgumentParser(add_help=False, parents=[parameters])
     notebook.add_argument("notebook", help="path or name, e.g. 04_train_async")
@@ -58,7 +64,9 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--run-dir", type=Path, default=None, help="this run folder instead of a new one below runs/")
     run.set_defaults(command=_run)
 
-    sweep = commands.add_parser("sweep", parents=[notebook], help="run a notebook with every combination of some parameters' values")
+    sweep = commands.add_parser(
+        "sweep", parents=[notebook], help="run a notebook with every combination of some parameters' values"
+    )
     sweep.add_argument("--grid", nargs="+", required=True, metavar="NAME=VALUE,VALUE", help="values of a parameter")
     sweep.add_argument("--parallel", type=int, default=1, help="runs at a time (default: %(default)s)")
     sweep.set_defaults(command=_sweep)
@@ -95,19 +103,25 @@ def _add_flows(commands: argparse._SubParsersAction, parameters: argparse.Argume
     run_all = commands.add_parser(
         "run-all",
         parents=[parameters],
-        help="the guide's whole flow on a data set (inspect, preprocess, cache, train, evaluate); what is up to date is skipped",
+        help="the guide's whole flow on a dataset (inspect, preprocess, cache, train, evaluate); what is up to date is skipped",
         description="-p NAME VALUE goes to every step with that parameter, -p NOTEBOOK.NAME VALUE to one step.",
     )
-    run_all.add_argument("--dataset-root", type=Path, required=True, help="folder of the data sets")
-    run_all.add_argument("--diffusion", action="store_true", help="train the diffusion policy too, and compare it with the async one")
+    run_all.add_argument("--dataset-root", type=Path, required=True, help="folder of the datasets")
+    run_all.add_argument(
+        "--diffusion", action="store_true", help="train the diffusion policy too, and compare it with the async one"
+    )
     run_all.set_defaults(command=_run_all)
-    demo = commands.add_parser("demo", help="record a data set on the simulated rig, then the whole flow on it")
+    demo = commands.add_parser("demo", help="record a dataset on the simulated rig, then the whole flow on it")
     help_text = "demo: 144 episodes, about 10 minutes; small: a few seconds-long episodes, as the tests use"
     demo.add_argument("--size", choices=["demo", "small"], default="demo", help=help_text)
     demo.set_defaults(command=_demo)
     for flow, processes in ((run_all, 1), (demo, 2)):
-        flow.add_argument("--vl-model", default="tiny", help="VL model: hub name, folder, or tiny (default: %(default)s)")
-        flow.add_argument("--nproc-per-node", type=int, default=processes, help="processes of torchrun (default: %(default)s)")
+        flow.add_argument(
+            "--vl-model", default="tiny", help="VL model: hub name, folder, or tiny (default: %(default)s)"
+        )
+        flow.add_argument(
+            "--nproc-per-node", type=int, default=processes, help="processes of torchrun (default: %(default)s)"
+        )
 
 
 def _add_runs(commands: argparse._SubParsersAction) -> None:
@@ -116,7 +130,12 @@ def _add_runs(commands: argparse._SubParsersAction) -> None:
     actions = runs.add_subparsers(dest="action", metavar="ACTION")
     ls = actions.add_parser("ls", help="list the runs, newest last (also without ACTION)")
     ls.add_argument("name", nargs="?", default="", help="only runs of this notebook, e.g. 04_train_async")
-    ls.add_argument("--state", default="", choices=["running", "done", "failed", "cancelled", "lost"], help="only runs in this state")
+    ls.add_argument(
+        "--state",
+        default="",
+        choices=["running", "done", "failed", "cancelled", "lost"],
+        help="only runs in this state",
+    )
     ls.add_argument("--sort", default="", help="sort by this column of the table")
     for action, runs_of, told in (
         ("show", 1, "what is known of a run"),
@@ -161,7 +180,9 @@ def _parameters(arguments: argparse.Namespace) -> dict[str, str]:
 def _sweep(arguments: argparse.Namespace) -> int:
     from vla_lib.workbench import queue
 
-    return queue.run("sweep", queue.grid(arguments.notebook, arguments.grid, _parameters(arguments)), arguments.parallel)
+    return queue.run(
+        "sweep", queue.grid(arguments.notebook, arguments.grid, _parameters(arguments)), arguments.parallel
+    )
 
 
 def _night(arguments: argparse.Namespace) -> int:
@@ -189,7 +210,9 @@ def _runs(arguments: argparse.Namespace) -> int:
         return run_commands.ls(arguments.name, arguments.state, arguments.sort)
     if arguments.action == "rm":
         return run_commands.rm(arguments.runs, arguments.yes)
-    return {"show": run_commands.show, "diff": run_commands.diff, "open": run_commands.open_page}[arguments.action](*arguments.runs)
+    return {"show": run_commands.show, "diff": run_commands.diff, "open": run_commands.open_page}[arguments.action](
+        *arguments.runs
+    )
 
 
 def _cache(arguments: argparse.Namespace) -> int:

@@ -27,9 +27,9 @@ class Settings:
     """Prepare raw episodes for training: measure, judge, write data.pkl. Nothing raw is changed or deleted."""
 
     dataset_root: Path | None = None
-    """Folder that holds the data set folders. Default: the folder that holds the first of --dataset-dirs."""
+    """Folder that holds the dataset folders. Default: the folder that holds the first of --dataset-dirs."""
     dataset_dirs: tuple[Path, ...] = ()
-    """Only these data set (or episode) folders; default: everything below --dataset-root."""
+    """Only these dataset (or episode) folders; default: everything below --dataset-root."""
     action_hz: float = 10.0
     """Actions a second: step k lasts from start + k/hz to start + (k+1)/hz."""
     rotation: str = "rotvec"
@@ -59,7 +59,9 @@ class Settings:
 
     def __post_init__(self) -> None:
         if self.dataset_root is None and not self.dataset_dirs:
-            raise UserError("No data given: name the folder of the data sets with --dataset-root, or data sets with --dataset-dirs.")
+            raise UserError(
+                "No data given: name the folder of the datasets with --dataset-root, or datasets with --dataset-dirs."
+            )
         if not 0 < self.action_hz <= 1000:
             raise UserError(f"--action-hz must lie between 0 and 1000 Hz, but it is {self.action_hz:g}.")
         if self.rotation not in ROTATIONS:
@@ -74,7 +76,7 @@ class Settings:
 
     @property
     def root(self) -> Path:
-        """The folder below which data sets are told apart."""
+        """The folder below which datasets are told apart."""
         return Path(self.dataset_root) if self.dataset_root is not None else Path(self.dataset_dirs[0]).resolve().parent
 
 

@@ -21,7 +21,9 @@ class Settings:
             raise UserError(f"--batch-size is {self.batch_size}; give 1 or more.")
 
 
-@pytest.mark.parametrize("words", (["--batch-size", "8", "--no-sensor-enabled"], ["--batch_size", "8", "--no_sensor_enabled"]))
+@pytest.mark.parametrize(
+    "words", (["--batch-size", "8", "--no-sensor-enabled"], ["--batch_size", "8", "--no_sensor_enabled"])
+)
 def test_dashes_and_underscores_are_the_same(words):
     assert frontdoor.parse(Settings, words) == Settings(8, False)
 
@@ -39,17 +41,28 @@ def test_bad_input_exits_with_2(words, capsys):
 
 
 def test_a_failing_rank_tells_its_sentence_to_the_launcher(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "vla_lib.train_async"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        "-m",
+        "vla_lib.train_async",
+    ]
     environment = {**os.environ, "TORCHELASTIC_ERROR_FILE": str(tmp_path / "error.json")}
-    done = subprocess.run([*command, "--dataset-root", str(tmp_path / "nowhere")], capture_output=True, text=True, env=environment)
+    done = subprocess.run(
+        [*command, "--dataset-root", str(tmp_path / "nowhere")], capture_output=True, text=True, env=environment
+    )
     assert done.returncode != 0
-    assert f"error: --dataset-root {tmp_path / 'nowhere'} is not a folder; give the folder that the data sets lie in." in done.stderr
+    assert (
+        f"error: --dataset-root {tmp_path / 'nowhere'} is not a folder; give the folder that the datasets lie in."
+        in done.stderr
+    )
     assert "nowhere is not a folder" in (tmp_path / "error.json").read_text()
 
 
 def test_a_rank_ends_with_its_output_written_and_its_last_calls_made():
-    program = (
-        "import atexit\nfrom vla_lib.core import processes\natexit.register(print, 'last')\nprint('first')\nprocesses.end()\nprint('never')"
-    )
+    program = "import atexit\nfrom vla_lib.core import processes\natexit.register(print, 'last')\nprint('first')\nprocesses.end()\nprint('never')"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "first\nlast\n", "")

@@ -1,4 +1,4 @@
-"""Shared by the tests of the episodes room: recorded data sets that are written once, and a shortcut to prepare one episode."""
+"""Shared by the tests of the episodes room: recorded datasets that are written once, and a shortcut to prepare one episode."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +12,9 @@ from vla_lib.episodes.prepare import PrepareSettings
 
 def prepare_all(root: Path, workers: int = 1, **settings) -> Outcome:
     """Prepare everything below a root, in this process."""
-    options = {name: settings.pop(name) for name in ("window", "overwrite", "report_only", "output_root") if name in settings}
+    options = {
+        name: settings.pop(name) for name in ("window", "overwrite", "report_only", "output_root") if name in settings
+    }
     return run_jobs(make_jobs(Path(root), settings=PrepareSettings(**settings), **options), workers, show=False)
 
 

@@ -86,7 +86,12 @@ class Raw:
         if self.sensor and self.layout != "F0":
             self._sensor(path)
         if self.layout == "F2":
-            told = {"camera_views": ["View5", "View1"], "sensor_hz": 650, "camera_frames_count": 0, "robot_states_count": -3}
+            told = {
+                "camera_views": ["View5", "View1"],
+                "sensor_hz": 650,
+                "camera_frames_count": 0,
+                "robot_states_count": -3,
+            }
             (path / "metadata.json").write_text(json.dumps(told))
         return path
 
@@ -139,18 +144,26 @@ class Raw:
         return f"{'view' if low else 'View'}{view}/{between}zed_{serial}_{side}_{at:.3f}.jpg"
 
     def _sensor(self, path: Path) -> None:
-        t = self.sensor_times if self.sensor_times is not None else np.arange(int((self.seconds + self.tail) * SENSOR_HZ)) / SENSOR_HZ
+        t = (
+            self.sensor_times
+            if self.sensor_times is not None
+            else np.arange(int((self.seconds + self.tail) * SENSOR_HZ)) / SENSOR_HZ
+        )
         at = self.start + t + self.sensor_ahead
         values = samples(len(t))
         save: Any = np.savez_compressed if self.compressed else np.savez
         if self.layout == "F2":
             ends = np.arange(650, len(t) + 1, self.stride)
             save(
-                path / (self.sensor_name or "sensor_data.npz"), timestamps=at[ends - 1], data=np.stack([values[e - 650 : e] for e in ends])
+                path / (self.sensor_name or "sensor_data.npz"),
+                timestamps=at[ends - 1],
+                data=np.stack([values[e - 650 : e] for e in ends]),
             )
             return
         time, force, aline = self.keys
-        name = self.sensor_name or ("sensor_data_20251020_1761003616.npz" if self.layout == "F1" else "sensor_data_20251020.npz")
+        name = self.sensor_name or (
+            "sensor_data_20251020_1761003616.npz" if self.layout == "F1" else "sensor_data_20251020.npz"
+        )
         save(path / name, **{time: at, "send_timestamps": at + 0.01, force: values[:, 0], aline: values[:, 1:]})
 
 

@@ -26,7 +26,9 @@ CASES = {
 def episode(request, tmp_path):
     path = CASES[request.param].write(tmp_path / "d")
     if request.param == "gaps":
-        sorted((path / "View1").glob("*.jpg"))[0].write_bytes(JPEG[:10] + b"x" * 400 + b"\xff\xd9")  # whole by its end, damaged inside
+        sorted((path / "View1").glob("*.jpg"))[0].write_bytes(
+            JPEG[:10] + b"x" * 400 + b"\xff\xd9"
+        )  # whole by its end, damaged inside
     return Episode.open(path)
 
 
@@ -56,7 +58,9 @@ def test_invalid_spans_are_shaded(tmp_path):
     steps = build_steps(episode)
     axis = episodes.actions(episode, steps).axes[0]
     spans = [patch.get_extents().transformed(axis.transData.inverted()) for patch in axis.patches]
-    assert len(spans) == 1 and spans[0].x0 == pytest.approx(0.6, abs=1e-6) and spans[0].x1 == pytest.approx(1.1, abs=1e-6)
+    assert (
+        len(spans) == 1 and spans[0].x0 == pytest.approx(0.6, abs=1e-6) and spans[0].x1 == pytest.approx(1.1, abs=1e-6)
+    )
 
 
 def test_figures_of_rates(episode):

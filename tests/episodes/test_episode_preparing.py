@@ -59,7 +59,9 @@ def test_unchanged_episodes_are_skipped_and_nothing_raw_is_touched(root):
     assert statuses(prepare_all(root, overwrite=True)) == ["written", "written"]
 
 
-@pytest.mark.parametrize("change", ("hz", "rotation", "offset", "views", "log", "sensor", "picture", "table", "window", "npy", "pkl"))
+@pytest.mark.parametrize(
+    "change", ("hz", "rotation", "offset", "views", "log", "sensor", "picture", "table", "window", "npy", "pkl")
+)
 def test_a_change_of_input_or_settings_prepares_again(root, change):
     prepare_all(root)
     first = find_episodes(root)[0].path
@@ -246,7 +248,12 @@ def test_symlink_loops_end(root):
 
 def test_object_arrays_in_a_sensor_file_are_never_opened(tmp_path):
     path = Raw(seconds=1.5, sensor=False).write(tmp_path / "root" / "part1")
-    np.savez(path / "s.npz", timestamps=np.arange(10) + T0, forces=np.array([Trap()] * 10, object), alines=np.zeros((10, 1025), np.float32))
+    np.savez(
+        path / "s.npz",
+        timestamps=np.arange(10) + T0,
+        forces=np.array([Trap()] * 10, object),
+        alines=np.zeros((10, 1025), np.float32),
+    )
     report = prepare_all(tmp_path / "root").reports[0]
     assert "Python objects" in report.left_out[0] and not load_prepared(path).has_sensor
 
@@ -299,18 +306,30 @@ def test_an_output_root_inside_the_data_set_is_not_taken_for_recordings(root):
 
 def test_gaps_reach_data_pkl_and_the_windows(tmp_path):
     t, sensor = np.arange(0, 3, 0.01), np.arange(1950) / 650
-    raw = Raw(row_times=t[(t < 1.015) | (t > 1.205)], sensor_times=sensor[(sensor < 2.02) | (sensor > 2.33)], camera_hz=2.0)
+    raw = Raw(
+        row_times=t[(t < 1.015) | (t > 1.205)], sensor_times=sensor[(sensor < 2.02) | (sensor > 2.33)], camera_hz=2.0
+    )
     path = raw.write(tmp_path / "root" / "part1")
     report = prepare_all(tmp_path / "root").reports[0]
     episode = load_prepared(path)
-    assert report.verdict == "usable with exclusions" and np.flatnonzero(~episode.valid).tolist() == [10, 11, 12, 20, 21, 22, 23]
+    assert report.verdict == "usable with exclusions" and np.flatnonzero(~episode.valid).tolist() == [
+        10,
+        11,
+        12,
+        20,
+        21,
+        22,
+        23,
+    ]
     assert np.flatnonzero(~episode.sensor_full(65)).tolist() == [0, 21, 22, 23, 24]
     assert [episode.sensor_window(k, 65) is None for k in (20, 22, 24, 25)] == [False, True, True, False]
     assert set(episode.metadata["gaps"]) == {"robot", "sensor"} and report.summary["full_windows"] == 24
 
 
 def test_memory_stays_small_however_large_the_sensor_files(tmp_path):
-    Raw("F2", seconds=5.0, stride=65, compressed=True, camera_hz=2).write(tmp_path / "root" / "New_dataset" / "A")  # 110 MB of windows
+    Raw("F2", seconds=5.0, stride=65, compressed=True, camera_hz=2).write(
+        tmp_path / "root" / "New_dataset" / "A"
+    )  # 110 MB of windows
     jobs = make_jobs(tmp_path / "root")
     tracemalloc.start()
     outcome = run_jobs(jobs, 1, show=False)
@@ -345,7 +364,7 @@ def test_data_set_folders_decide_names(root):
 @pytest.mark.parametrize(
     ("flags", "words"),
     (
-        (["--dataset-root", "/nowhere"], "no data set folder"),
+        (["--dataset-root", "/nowhere"], "no dataset folder"),
         ([], "--dataset-root"),
         (["--dataset-root", "{root}", "--action-hz", "0"], "--action-hz"),
         (["--dataset-root", "{root}", "--rotation", "quaternion"], "--rotation"),
@@ -377,12 +396,29 @@ def content_of(folder):
 def test_data_pkl_keeps_its_contract(prepared):
     content = content_of(prepared)
     n = len(content["timestamp"])
-    assert content["action"].shape == (n, 7) and content["action"].dtype == np.float32 and (content["action"][:, 6] == 1).all()
-    assert content["timestamp"].dtype == np.float64 and content["valid"].dtype == bool and content["state"].shape == (n, 12)
+    assert (
+        content["action"].shape == (n, 7)
+        and content["action"].dtype == np.float32
+        and (content["action"][:, 6] == 1).all()
+    )
+    assert (
+        content["timestamp"].dtype == np.float64
+        and content["valid"].dtype == bool
+        and content["state"].shape == (n, 12)
+    )
     assert content["image_index"]["View5"].dtype == np.int32 and isinstance(content["image"]["View5"][0], str)
     assert content["sensor_data"]["array"] == "sensor.npy" and content["sensor_data"]["timestamp"].dtype == np.float64
     told = set(content["metadata"])
-    assert {"episode_name", "dataset", "layout", "robot_hz", "robot_pose_hz", "action_hz", "num_actions", "num_robot_states"} <= told
+    assert {
+        "episode_name",
+        "dataset",
+        "layout",
+        "robot_hz",
+        "robot_pose_hz",
+        "action_hz",
+        "num_actions",
+        "num_robot_states",
+    } <= told
     assert {
         "duration_seconds",
         "has_sensor",
@@ -404,7 +440,9 @@ def test_a_pickle_that_tries_to_execute_is_refused(prepared, tmp_path, monkeypat
     assert not (tmp_path / "executed").exists()
 
 
-@pytest.mark.parametrize("path", ("../../secret.jpg", "/etc/passwd", "View1/../../x.jpg", "", "C:\\x.jpg", "a\\..\\..\\b", "a\nb", 7))
+@pytest.mark.parametrize(
+    "path", ("../../secret.jpg", "/etc/passwd", "View1/../../x.jpg", "", "C:\\x.jpg", "a\\..\\..\\b", "a\nb", 7)
+)
 def test_a_path_that_leaves_the_folder_is_refused(prepared, path):
     content = content_of(prepared)
     content["image"]["View5"][1] = path

@@ -5,7 +5,16 @@ import pytest
 from raw_episodes import JPEG, T0, Raw, samples, smooth_pose, true_action
 
 from vla_lib.core.errors import UserError
-from vla_lib.episodes import DatasetTable, Episode, build_steps, find_episodes, find_prepared, judge, load_prepared, measure
+from vla_lib.episodes import (
+    DatasetTable,
+    Episode,
+    build_steps,
+    find_episodes,
+    find_prepared,
+    judge,
+    load_prepared,
+    measure,
+)
 from vla_lib.episodes.instants import pictures_at, sensor_image
 from vla_lib.episodes.recheck import recheck
 
@@ -77,7 +86,9 @@ def test_metadata_json_is_never_trusted(tmp_path):
 def test_compressed_and_several_sensor_files(tmp_path):
     path = Raw(seconds=2.0, compressed=True).write(tmp_path / "d")
     later = np.arange(1300, 1950) / 650 + T0
-    np.savez(path / "sensor_data_b.npz", timestamps=later, forces=np.arange(1300, 1950.0), alines=samples(650, 1300)[:, 1:])
+    np.savez(
+        path / "sensor_data_b.npz", timestamps=later, forces=np.arange(1300, 1950.0), alines=samples(650, 1300)[:, 1:]
+    )
     sensor = Episode.open(path).sensor
     np.testing.assert_array_equal(np.concatenate([block.copy() for block, _ in sensor.blocks()]), samples(1950))
     np.testing.assert_array_equal(sensor.rows(np.array([3, 1299, 1300])), samples(1950)[[3, 1299, 1300]])
@@ -93,9 +104,11 @@ def test_a_cut_off_last_line_is_dropped_even_where_its_cells_look_whole(tmp_path
 
 
 def test_empty_cells_text_and_infinities_are_left_out(tmp_path):
-    path = Raw(edit_rows=lambda rows: np.where(np.isin(np.arange(300), [100, 101])[:, None] & (np.arange(16) > 12), np.nan, rows)).write(
-        tmp_path / "d"
-    )
+    path = Raw(
+        edit_rows=lambda rows: np.where(
+            np.isin(np.arange(300), [100, 101])[:, None] & (np.arange(16) > 12), np.nan, rows
+        )
+    ).write(tmp_path / "d")
     log = next(path.glob("*.csv"))
     lines = log.read_text().splitlines()
     lines[150] = lines[150].replace(lines[150].split(",")[12], "oops")
@@ -166,7 +179,12 @@ def test_jitter_gaps_and_repeats_are_measured(tmp_path):
     t = np.repeat(np.arange(0, 3, 0.01), np.where(np.arange(300) % 50 == 7, 2, 1))
     t = t[(t < 1.0) | (t > 1.5)]
     row = measure(opened(tmp_path, Raw(row_times=t)))["robot"]
-    assert row.repeats == 5 and len(row.gaps) == 1 and row.jitter_max_ms == pytest.approx(510, abs=15) and row.jitter_p50_ms < 0.1
+    assert (
+        row.repeats == 5
+        and len(row.gaps) == 1
+        and row.jitter_max_ms == pytest.approx(510, abs=15)
+        and row.jitter_p50_ms < 0.1
+    )
     assert row.gaps[0][1] - row.gaps[0][0] == pytest.approx(0.52, abs=0.02)
 
 
@@ -191,8 +209,12 @@ def test_small_start_differences_are_staggering_and_said_to_be_assumed(tmp_path)
 @pytest.mark.parametrize("layout", ("F1", "F2"))
 def test_a_large_start_difference_is_taken_for_the_offset(tmp_path, layout):
     episode = opened(tmp_path, Raw(layout, sensor_ahead=1.5))
-    assert episode.sensor_clock.how == "estimated from starts" and episode.sensor_clock.offset_s == pytest.approx(1.5, abs=2e-3)
-    assert judge(episode, build_steps(episode)).level == "usable with exclusions" and "its clock is off" in said(episode)
+    assert episode.sensor_clock.how == "estimated from starts" and episode.sensor_clock.offset_s == pytest.approx(
+        1.5, abs=2e-3
+    )
+    assert judge(episode, build_steps(episode)).level == "usable with exclusions" and "its clock is off" in said(
+        episode
+    )
 
 
 def test_logged_force_finds_the_offset(tmp_path):
@@ -203,7 +225,11 @@ def test_logged_force_finds_the_offset(tmp_path):
     values[:, 0] = np.interp(t, np.arange(300) / 100, force)
     np.savez(path / "s.npz", timestamps=t + T0 + 0.24, data=values)
     clock = Episode.open(path).sensor_clock
-    assert clock.how == "estimated from forces" and clock.offset_s == pytest.approx(0.24, abs=0.011) and clock.correlation > 0.99
+    assert (
+        clock.how == "estimated from forces"
+        and clock.offset_s == pytest.approx(0.24, abs=0.011)
+        and clock.correlation > 0.99
+    )
 
 
 # --- windows -----------------------------------------------------------------------------------------------
@@ -254,12 +280,20 @@ def test_instants_and_thinned_a_scans(tmp_path):
     assert image.values.shape == (1025, 50) and image.values[0, 0] == 0.25 and np.all(np.diff(image.t_s) > 0)
 
 
-# --- the table of data sets --------------------------------------------------------------------------------
+# --- the table of datasets --------------------------------------------------------------------------------
 def test_built_in_table_and_its_override(tmp_path):
     table = DatasetTable.load(tmp_path)
-    assert [table.weight(name) for name in ("New_dataset", "White_silicone_white_circle", "part1", "unknown")] == [3, 2, 1, 1]
+    assert [table.weight(name) for name in ("New_dataset", "White_silicone_white_circle", "part1", "unknown")] == [
+        3,
+        2,
+        1,
+        1,
+    ]
     assert table.instruction("New_dataset", "Red_point") == "Perform Red point insertion task"
-    assert table.instruction("Needle_insertion_eye_trocar") == "Insert the needle through the trocar into the eye phantom model"
+    assert (
+        table.instruction("Needle_insertion_eye_trocar")
+        == "Insert the needle through the trocar into the eye phantom model"
+    )
     (tmp_path / "datasets.yaml").write_text(
         "part1: {weight: 5}\nNew_dataset/Red*: {instruction: Go for {task}}\n".replace("{task}}", "'{task}'}").replace(
             "Go for '{task}'", "'Go for {task}'"
@@ -267,10 +301,15 @@ def test_built_in_table_and_its_override(tmp_path):
     )
     mine = DatasetTable.load(tmp_path)
     assert mine.weight("part1") == 5 and mine.instruction("part1") == "Perform the insertion task"
-    assert mine.instruction("New_dataset", "Red_point") == "Go for Red point" and mine.weight("New_dataset", "Red_point") == 3
+    assert (
+        mine.instruction("New_dataset", "Red_point") == "Go for Red point"
+        and mine.weight("New_dataset", "Red_point") == 3
+    )
 
 
-@pytest.mark.parametrize("text", ("- a\n- b\n", "part1: 3\n", "part1: {weight: -1}\n", "part1: {weights: 1}\n", "a: [\n"))
+@pytest.mark.parametrize(
+    "text", ("- a\n- b\n", "part1: 3\n", "part1: {weight: -1}\n", "part1: {weights: 1}\n", "a: [\n")
+)
 def test_a_table_that_cannot_be_understood_is_refused(tmp_path, text):
     (tmp_path / "datasets.yaml").write_text(text)
     with pytest.raises(UserError, match="datasets.yaml"):

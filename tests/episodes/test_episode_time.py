@@ -6,7 +6,15 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from scipy.spatial.transform import Rotation, Slerp
 
-from vla_lib.episodes.poses import apply_action, delta_action, interpolate, matrix_to_pose, pose_to_matrix, rotation, rotation_angle_deg
+from vla_lib.episodes.poses import (
+    apply_action,
+    delta_action,
+    interpolate,
+    matrix_to_pose,
+    pose_to_matrix,
+    rotation,
+    rotation_angle_deg,
+)
 from vla_lib.episodes.sensor_windows import stitch
 from vla_lib.episodes.steps import window_full
 from vla_lib.episodes.timeline import clean_times, find_gaps, grid, longest_rising, newest_at_or_before, overlaps
@@ -26,7 +34,10 @@ def test_cleaned_times_strictly_rise_and_every_row_is_accounted_for(stamps):
 
 @given(st.lists(st.integers(0, 6), max_size=9))
 def test_as_few_rows_as_possible_are_dropped(values):
-    longest = max((bin(m).count("1") for m in range(1 << len(values)) if rises([v for k, v in enumerate(values) if m >> k & 1])), default=0)
+    longest = max(
+        (bin(m).count("1") for m in range(1 << len(values)) if rises([v for k, v in enumerate(values) if m >> k & 1])),
+        default=0,
+    )
     chain = longest_rising(np.array(values, float))
     assert len(chain) == longest and rises([values[k] for k in chain])
 
@@ -77,7 +88,13 @@ def test_a_window_is_full_only_where_its_samples_are_there_and_fresh():
     t = np.arange(1000) / 650
     at = np.array([0.05, 0.1, 0.5, 1.0, 1.6])
     index = newest_at_or_before(t, at) + 1
-    assert window_full(index, t, at, 65, 650, []).tolist() == [False, True, True, True, False]  # the last one is 60 ms stale
+    assert window_full(index, t, at, 65, 650, []).tolist() == [
+        False,
+        True,
+        True,
+        True,
+        False,
+    ]  # the last one is 60 ms stale
     assert window_full(index, t, at, 65, 650, [(0.45, 0.47)]).tolist() == [False, True, False, True, False]
     assert window_full(index, t, at, 650, 650, []).tolist() == [False, False, False, True, False]
     holed = np.where(t > 0.45, t + 0.2, t)  # a hole that nobody listed
@@ -119,7 +136,9 @@ def test_interpolation_is_linear_and_slerp(poses, parts):
     got, turned = interpolate(t, np.array(poses), at)
     expected = Slerp(t, rotation(np.array(poses)[:, 3:]))(at)
     flips = (turned * expected.inv()).magnitude()
-    half_turn = rotation_angle_deg(np.array(poses)[:-1], np.array(poses)[1:]).max() > 179.9  # both ways round are right there
+    half_turn = (
+        rotation_angle_deg(np.array(poses)[:-1], np.array(poses)[1:]).max() > 179.9
+    )  # both ways round are right there
     assert half_turn or flips.max() < 1e-6
     assert (rotation(got[:, 3:]) * turned.inv()).magnitude().max() < np.radians(0.006)
     for k in range(3):

@@ -9,7 +9,9 @@ from vla_lib.episodes.poses import rotation
 
 
 @pytest.mark.parametrize("layout", ("F1", "F3"))
-@pytest.mark.parametrize("keys", (("timestamps", "forces", "alines"), ("timestamp", "force", "aline"), ("times", "Force_data", "bscan")))
+@pytest.mark.parametrize(
+    "keys", (("timestamps", "forces", "alines"), ("timestamp", "force", "aline"), ("times", "Force_data", "bscan"))
+)
 def test_trap_01_sensor_is_found_whatever_file_and_keys_are_called(tmp_path, layout, keys):
     raw = Raw(layout, seconds=1.0, keys=keys, sensor_name="force_and_oct_final.npz")
     episode = Episode.open(raw.write(tmp_path / "d"))
@@ -72,7 +74,11 @@ def test_trap_05_views_are_aligned_by_time(prepare):
 
 def wrapping(t):
     return np.stack(
-        [*smooth_pose(t)[..., :3].T, *(((np.array([170, 10, 178])[:, None] + np.array([12, 1, 6])[:, None] * t) + 180) % 360 - 180)], -1
+        [
+            *smooth_pose(t)[..., :3].T,
+            *(((np.array([170, 10, 178])[:, None] + np.array([12, 1, 6])[:, None] * t) + 180) % 360 - 180),
+        ],
+        -1,
     )
 
 
@@ -110,7 +116,9 @@ def test_trap_07_the_grid_is_exact_however_uneven_the_rows(prepare):
 
 def test_trap_08_overlapping_windows_become_one_stream(prepare):
     episode = prepare(Raw("F2", seconds=3.0, tail=0.5), dataset="New_dataset/Red_point")
-    np.testing.assert_array_equal(episode.sensor[:, 0], np.arange(len(episode.sensor)))  # every sample once, none missing
+    np.testing.assert_array_equal(
+        episode.sensor[:, 0], np.arange(len(episode.sensor))
+    )  # every sample once, none missing
     k = 20
     assert episode.sensor_window(k, 65)[-1, 0] == pytest.approx((episode.timestamp[k] - T0) * 650, abs=1.1)
     assert episode.sensor_hz == pytest.approx(650, rel=0.01)
@@ -136,7 +144,9 @@ def test_trap_10_steps_end_with_the_robot_log(prepare, layout):
 def test_gaps_make_steps_invalid_and_only_those(tmp_path):
     t = np.arange(0, 4, 0.01)
     sensor = np.arange(2600) / 650
-    raw = Raw(row_times=t[(t < 1.015) | (t > 1.405)], sensor_times=sensor[(sensor < 2.52) | (sensor > 2.83)], seconds=4.0)
+    raw = Raw(
+        row_times=t[(t < 1.015) | (t > 1.405)], sensor_times=sensor[(sensor < 2.52) | (sensor > 2.83)], seconds=4.0
+    )
     steps = build_steps(Episode.open(raw.write(tmp_path / "d")))
     assert np.flatnonzero(~steps.valid).tolist() == [10, 11, 12, 13, 14, 25, 26, 27, 28]
     assert set(steps.gaps) == {"robot", "sensor"}

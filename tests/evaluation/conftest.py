@@ -25,7 +25,14 @@ def checkpoint(tmp_path_factory):
         generator = torch.Generator().manual_seed(0)
         for weights in policy.parameters():
             weights.normal_(0.0, 0.1, generator=generator)
-    content = {"front_door": "train_async", "policy_config": config.to_dict(), "policy": policy.state_dict(), "binding": binding}
+    content = {
+        "front_door": "train_async",
+        "policy_config": config.to_dict(),
+        "policy": policy.state_dict(),
+        "binding": binding,
+    }
     settings = {"vlm_reuse_count": 3, "vlm_latency_ms": 0.0, "dataset_root": "not at hand"}
-    save_checkpoint(path, content | {"settings": settings, "split": {"train": [], "val": []}, "step": 0, "epoch": 0, "metrics": {}})
+    save_checkpoint(
+        path, content | {"settings": settings, "split": {"train": [], "val": []}, "step": 0, "epoch": 0, "metrics": {}}
+    )
     return path

@@ -8,12 +8,14 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
+from needle_rig.demonstrator import demonstrator_action
+from needle_rig.rig import SimRig
 from vla_lib.core.errors import UserError
 from vla_lib.core.files import write_json
-from vla_lib.evaluation import attempt as attempts
 from vla_lib.evaluation import closed_loop as closed
-from vla_lib.evaluation.attempt import AttemptSettings, film, fly
+from vla_lib.evaluation import rollout as rollouts
 from vla_lib.evaluation.metrics import open_loop_metrics
+from vla_lib.evaluation.rollout import RolloutSettings, film, fly
 from vla_lib.evaluation.sim_robot import SimRobot, sim_limits
 from vla_lib.evaluation.summary import closed_loop_table, pair_table
 from vla_lib.runtime.clock import Latency, SimulatedClock
@@ -21,11 +23,9 @@ from vla_lib.runtime.execution import ExecutionSettings
 from vla_lib.runtime.run_log import RunLog, Tick
 from vla_lib.runtime.runner import RunnerSettings
 from vla_lib.runtime.safety import SafetyLimits
-from vla_lib.sim.demonstrator import demonstrator_action
-from vla_lib.sim.rig import SimRig
-from vla_lib.workbench import attempt_views
-from vla_lib.workbench.attempt_views import failures_first
+from vla_lib.workbench import rollout_views
 from vla_lib.workbench.plots import closed_loop as plots
+from vla_lib.workbench.rollout_views import failures_first
 
 
 class Scripted:
@@ -55,13 +55,20 @@ def scripted(seed, bias=0.0, latencies=None, chunks=None, rig=None):
 @pytest.mark.parametrize("execution", ("first action", "temporal ensemble", "chunk of n"))
 def test_the_demonstrator_succeeds_through_the_runner(execution):
     chunks = ExecutionSettings(execution, steps=2, decay=1.0)
-    records = [scripted(seed, latencies={"vlm": Latency(90, 30), "expert": Latency(10, 5)}, chunks=chunks)[0] for seed in range(40, 45)]
+    records = [
+        scripted(seed, latencies={"vlm": Latency(90, 30), "expert": Latency(10, 5)}, chunks=chunks)[0]
+        for seed in range(40, 45)
+    ]
     assert [record["success"] for record in records] == [True] * 5, [record["reason"] for record in records]
     for record in records:
         assert record["lateral_mm"] < 0.5 and abs(record["depth_error_mm"]) < 0.3 and 3 < record["time_s"] < 20
-        assert record["runner"]["modes"].get("hold", 0) == 0 and record["runner"]["limited"] == {}  # trap 35: no limit is in its way
+        assert (
+            record["runner"]["modes"].get("hold", 0) == 0 and record["runner"]["limited"] == {}
+        )  # trap 35: no limit is in its way
         path = record["path"]
-        assert np.array(path["position_mm"]).shape == (len(path["t_s"]), 3) and len(path["force_mN"]) == len(path["t_s"])
+        assert np.array(path["position_mm"]).shape == (len(path["t_s"]), 3) and len(path["force_mN"]) == len(
+            path["t_s"]
+        )
 
 
 def test_a_one_second_window_is_full_from_the_first_step():
@@ -72,7 +79,7 @@ def test_a_one_second_window_is_full_from_the_first_step():
     assert record["success"] and record["runner"]["modes"] == {"act": record["runner"]["ticks"]}
 
 
-def test_attempts_are_deterministic_by_the_seed():
+def test_rollouts_are_deterministic_by_the_seed():
     latencies = {"vlm": Latency(50, 80)}
     rig = SimRig(pictures=False)
     first, again = (scripted(7, latencies=latencies, rig=rig)[0] for _ in range(2))
@@ -121,7 +128,10 @@ def test_the_rigs_lag_at_full_speed_is_far_from_not_following():
     limits = SafetyLimits(**sim_limits())
     record = fly(rig, Swinger(rig), no_vlm, 3, RunnerSettings(), limits, watch=lambda tick, seen: ticks.append(tick))
     assert record["runner"]["modes"] == {"act": 60}
-    off_mm = [np.linalg.norm(np.subtract(tick.pose[:3], before.commanded[:3])) for before, tick in zip(ticks, ticks[1:], strict=False)]
+    off_mm = [
+        np.linalg.norm(np.subtract(tick.pose[:3], before.commanded[:3]))
+        for before, tick in zip(ticks, ticks[1:], strict=False)
+    ]
     assert 1.0 < max(off_mm) < 0.5 * limits.follow_mm
 
 
@@ -143,7 +153,7 @@ def test_the_rig_follows_the_clock_and_stands_after_a_stop():
     assert robot.rig.arm.command[0] == pytest.approx(robot.rig.world.start_mm[0] + 0.5)
 
 
-def test_the_rig_goes_on_after_the_attempt_where_it_is_told_to():
+def test_the_rig_goes_on_after_the_rollout_where_it_is_told_to():
     for go_on, seconds in ((False, 0.5), (True, 1.0)):
         clock = SimulatedClock()
         robot = SimRobot(SimRig(pictures=False, max_time_s=0.5), clock, seed=5, go_on=go_on)
@@ -174,15 +184,20 @@ def row(seed: int, success: bool, reason: str = "", punctured: bool = True, late
 
 def test_the_summary_counts_what_happened(tmp_path):
     (tmp_path / "a.pt").touch()
-    rows = [row(1, True), row(2, True), row(3, False, "no puncture", punctured=False, lateral=9.0), row(4, False, "too deep")]
-    found = closed.ClosedLoop(AttemptSettings(tmp_path / "a.pt"), rows)
+    rows = [
+        row(1, True),
+        row(2, True),
+        row(3, False, "no puncture", punctured=False, lateral=9.0),
+        row(4, False, "too deep"),
+    ]
+    found = closed.ClosedLoop(RolloutSettings(tmp_path / "a.pt"), rows)
     summary = found.summary()
-    assert (summary["successes"], summary["attempts"], summary["punctured"], summary["held_ticks"]) == (2, 4, 3, 8)
+    assert (summary["successes"], summary["rollouts"], summary["punctured"], summary["held_ticks"]) == (2, 4, 3, 8)
     assert summary["lateral_mm"]["max"] == 0.5 and summary["depth_error_mm"]["median"] == pytest.approx(0.1)
     assert summary["time_to_target_s"] == {"median": 10.5, "p90": pytest.approx(10.9), "max": 11.0}
     assert summary["reasons"] == {"no puncture": 1, "too deep": 1} and summary["peak_force_mN"]["max"] == 84
     write_json(tmp_path / "results.json", found.results())
-    assert "path" not in found.results()["attempts"][0]
+    assert "path" not in found.results()["rollouts"][0]
     empty = closed.ClosedLoop(found.settings, [row(1, False, "no puncture", punctured=False)]).summary()
     assert empty["lateral_mm"] is None and empty["time_to_target_s"] is None
 
@@ -190,15 +205,19 @@ def test_the_summary_counts_what_happened(tmp_path):
 def test_the_plots_tell_units_and_counts(tmp_path):
     (tmp_path / "a.pt").touch()
     rows = [row(1, True), row(2, True), row(3, False, "no puncture", punctured=False)]
-    found = {"all inputs": closed.ClosedLoop(AttemptSettings(tmp_path / "a.pt"), rows)}
+    found = {"all inputs": closed.ClosedLoop(RolloutSettings(tmp_path / "a.pt"), rows)}
     figure = plots.success(found)
     assert "2 of 3" in [text.get_text() for text in figure.axes[0].texts]
     assert "no puncture" in [text.get_text() for text in figure.axes[1].get_legend().get_texts()]
     figure = plots.errors(found)
-    assert [len(line.get_xdata()) for line in figure.axes[0].lines] == [2]  # the attempt without a puncture has no place
+    assert [len(line.get_xdata()) for line in figure.axes[0].lines] == [
+        2
+    ]  # the rollout without a puncture has no place
     assert all("(" in axis.get_xlabel() for axis in figure.axes)
-    settled = closed.ClosedLoop(found["all inputs"].settings, [r | {"truth": {"target_xy_mm": (170.0, 1.0)}} for r in rows])
-    other = closed.ClosedLoop(settled.settings, [r | {"success": False} for r in settled.attempts])
+    settled = closed.ClosedLoop(
+        found["all inputs"].settings, [r | {"truth": {"target_xy_mm": (170.0, 1.0)}} for r in rows]
+    )
+    other = closed.ClosedLoop(settled.settings, [r | {"success": False} for r in settled.rollouts])
     legend = plots.paired(settled, other, ("A", "B")).axes[0].get_legend()
     assert [text.get_text() for text in legend.get_texts()] == ["both: 0", "only A: 2", "only B: 0", "neither: 1"]
     assert list(pair_table({"A": settled, "B": other})["only the first"]) == [2]
@@ -207,8 +226,15 @@ def test_the_plots_tell_units_and_counts(tmp_path):
     record, _ = scripted(3)
     log = RunLog([Tick(k, k / 10, 0.2, vl_age_s=0.1, expert_ms=5.0) for k in range(20)], vlm_ms=[30.0, 31.0])
     assert all("(" in axis.get_xlabel() for axis in plots.timing(log).axes)
-    frame = {"t_s": 0.5, "pictures": {"View5": np.zeros((9, 16, 3), np.uint8)}, "a_scan": np.ones(1025), "force_mN": 7.0}
-    strip = plots.film_strip(record | {"frames": [frame | {"action": np.zeros(7), "reason": "stale sensor"}] * 3}, views=("View5",))
+    frame = {
+        "t_s": 0.5,
+        "pictures": {"View5": np.zeros((9, 16, 3), np.uint8)},
+        "a_scan": np.ones(1025),
+        "force_mN": 7.0,
+    }
+    strip = plots.film_strip(
+        record | {"frames": [frame | {"action": np.zeros(7), "reason": "stale sensor"}] * 3}, views=("View5",)
+    )
     assert len(strip.axes) == 6 and "7 mN\nstale sensor" in strip.axes[-1].get_xlabel()
 
 
@@ -217,12 +243,14 @@ def test_the_pair_that_is_chosen_is_drawn(tmp_path, monkeypatch):
     truth = {"truth": {"target_xy_mm": (170.0, 1.0)}}
     wins = {"all": (1, 1), "blind": (0, 1), "numb": (0, 0)}
     loops = {
-        name: closed.ClosedLoop(AttemptSettings(tmp_path / "a.pt"), [row(seed, bool(won)) | truth for seed, won in enumerate(each)])
+        name: closed.ClosedLoop(
+            RolloutSettings(tmp_path / "a.pt"), [row(seed, bool(won)) | truth for seed, won in enumerate(each)]
+        )
         for name, each in wins.items()
     }
     shown = []
     monkeypatch.setattr("IPython.display.display", shown.append)
-    view = attempt_views.PairView(loops)
+    view = rollout_views.PairView(loops)
     view._ipython_display_()  # headless
     assert isinstance(shown.pop(), Figure) and view.names == ("all", "blind")
 
@@ -230,7 +258,7 @@ def test_the_pair_that_is_chosen_is_drawn(tmp_path, monkeypatch):
         return [text.get_text() for text in view.draw().axes[0].get_legend().get_texts()]
 
     assert counts() == ["both: 1", "only all: 1", "only blind: 0", "neither: 0"]
-    monkeypatch.setattr(attempt_views, "interactive", lambda: True)
+    monkeypatch.setattr(rollout_views, "interactive", lambda: True)
     view._ipython_display_()
     choice, picture = shown.pop().children
     one, _, other = choice.children
@@ -240,7 +268,7 @@ def test_the_pair_that_is_chosen_is_drawn(tmp_path, monkeypatch):
     one.value = "blind"
     assert counts() == ["both: 0", "only blind: 1", "only numb: 0", "neither: 1"]
     assert bytes(picture.value).startswith(b"\x89PNG")
-    assert attempt_views.PairView({"all": loops["all"]}).names == ("all", "all")
+    assert rollout_views.PairView({"all": loops["all"]}).names == ("all", "all")
 
 
 def test_wilsons_interval():
@@ -251,12 +279,18 @@ def test_wilsons_interval():
 
 def test_two_runs_are_compared_seed_by_seed(tmp_path):
     (tmp_path / "a.pt").touch()
-    settings = AttemptSettings(tmp_path / "a.pt")
+    settings = RolloutSettings(tmp_path / "a.pt")
     one = closed.ClosedLoop(settings, [row(seed, seed < 8) for seed in range(10)])
     other = closed.ClosedLoop(settings, [row(seed, seed in (0, 9)) for seed in range(10)])
-    assert closed.compare(one, other) == {"both": 1, "only_one": 7, "only_other": 1, "neither": 1, "p_value": pytest.approx(18 / 256)}
+    assert closed.compare(one, other) == {
+        "both": 1,
+        "only_one": 7,
+        "only_other": 1,
+        "neither": 1,
+        "p_value": pytest.approx(18 / 256),
+    }
     with pytest.raises(UserError, match="same seeds"):
-        closed.compare(one, closed.ClosedLoop(settings, one.attempts[1:]))
+        closed.compare(one, closed.ClosedLoop(settings, one.rollouts[1:]))
 
 
 def test_seeds_of_the_recording_are_never_evaluated(tmp_path):
@@ -271,19 +305,23 @@ def test_seeds_of_the_recording_are_never_evaluated(tmp_path):
 
 def test_impossible_settings_are_refused(tmp_path):
     with pytest.raises(UserError, match="no checkpoint"):
-        AttemptSettings(tmp_path / "a.pt")
+        RolloutSettings(tmp_path / "a.pt")
     (tmp_path / "a.pt").touch()
     for changes in ({"without": "eyes"}, {"execution": "all"}, {"vlm_latency_ms": -1.0}, {"max_time_s": 0}):
         with pytest.raises(UserError):
-            AttemptSettings(tmp_path / "a.pt", **changes)
+            RolloutSettings(tmp_path / "a.pt", **changes)
     with pytest.raises(UserError, match="each seed once"):
-        closed.closed_loop({"a": AttemptSettings(tmp_path / "a.pt")}, [1, 1])
-    assert [v.vlm_latency_ms for v in closed.latency_sweep(AttemptSettings(tmp_path / "a.pt")).values()] == [0, 300, 600]
-    assert [v.without for v in closed.masked(AttemptSettings(tmp_path / "a.pt")).values()] == ["vl", "sensor"]
+        closed.closed_loop({"a": RolloutSettings(tmp_path / "a.pt")}, [1, 1])
+    assert [v.vlm_latency_ms for v in closed.latency_sweep(RolloutSettings(tmp_path / "a.pt")).values()] == [
+        0,
+        300,
+        600,
+    ]
+    assert [v.without for v in closed.masked(RolloutSettings(tmp_path / "a.pt")).values()] == ["vl", "sensor"]
 
 
 class DyingPool:
-    """Finishes one attempt; then its process is dead."""
+    """Finishes one rollout; then its process is dead."""
 
     def __enter__(self):
         self.asked = 0
@@ -307,10 +345,12 @@ class DyingPool:
 
 def test_a_process_that_dies_is_told_with_what_was_done(tmp_path, monkeypatch):
     (tmp_path / "a.pt").touch()
-    settings = AttemptSettings(tmp_path / "a.pt")
+    settings = RolloutSettings(tmp_path / "a.pt")
     monkeypatch.setattr(closed, "_processes", lambda workers: DyingPool())
-    with pytest.raises(UserError, match=r"when 1 of 4 attempts were done \(all: 1, blind: 0\).* fewer workers than 2"):
-        closed.closed_loop({"all": settings, "blind": closed.masked(settings)["VL masked"]}, [1, 2], workers=2, show=False)
+    with pytest.raises(UserError, match=r"when 1 of 4 rollouts were done \(all: 1, blind: 0\).* fewer workers than 2"):
+        closed.closed_loop(
+            {"all": settings, "blind": closed.masked(settings)["VL masked"]}, [1, 2], workers=2, show=False
+        )
     with pytest.raises(UserError, match="film fewer seeds than 3, or with fewer workers than 1"):
         closed.films(settings, [1, 2, 3], workers=1)
 
@@ -318,28 +358,40 @@ def test_a_process_that_dies_is_told_with_what_was_done(tmp_path, monkeypatch):
 # ---------------------------------------------------------------- a checkpoint, whole
 
 
-def test_an_attempt_runs_as_the_checkpoint_was_trained(checkpoint, monkeypatch):
-    monkeypatch.setattr(attempts, "_rig", lambda *how: how)
-    monkeypatch.setattr(attempts, "fly", lambda *given: given)
-    late = {"vlm_latency_ms": 300.0, "vlm_jitter_ms": 100.0, "expert_latency_ms": 10.0, "expert_jitter_ms": 5.0, "ddim_steps": 7}
-    rig, expert, _, seed, run, limits, latencies, _ = attempts.attempt(AttemptSettings(checkpoint, **late), 3)
+def test_an_rollout_runs_as_the_checkpoint_was_trained(checkpoint, monkeypatch):
+    monkeypatch.setattr(rollouts, "_rig", lambda *how: how)
+    monkeypatch.setattr(rollouts, "fly", lambda *given: given)
+    late = {
+        "vlm_latency_ms": 300.0,
+        "vlm_jitter_ms": 100.0,
+        "expert_latency_ms": 10.0,
+        "expert_jitter_ms": 5.0,
+        "ddim_steps": 7,
+    }
+    rig, expert, _, seed, run, limits, latencies, _ = rollouts.rollout(RolloutSettings(checkpoint, **late), 3)
     assert (run.views, run.vlm_reuse_count, seed) == (("View1_left", "View5"), 3, 3) and rig[1:] == (10.0, run.views)
     assert latencies == {"vlm": Latency(300, 100), "expert": Latency(10, 5)} and expert.ddim_steps == 7
     assert limits.vl_age_s == pytest.approx(1.8)  # a jitter of three times its mean is no fault yet
-    assert attempts.attempt(AttemptSettings(checkpoint), 3)[5].vl_age_s == 1.0
+    assert rollouts.rollout(RolloutSettings(checkpoint), 3)[5].vl_age_s == 1.0
 
 
 def test_a_checkpoint_is_tried_in_processes_and_filmed_again(checkpoint):
-    settings = AttemptSettings(checkpoint, max_time_s=0.8)
-    found = closed.closed_loop({"whole": settings, "blind": closed.masked(settings)["VL masked"]}, [3], workers=1, show=False)
-    (record,) = found["whole"].attempts
-    assert record["reason"] == "no puncture" and record["time_s"] == pytest.approx(0.8) and record["runner"]["expert_calls"] == 8
+    settings = RolloutSettings(checkpoint, max_time_s=0.8)
+    found = closed.closed_loop(
+        {"whole": settings, "blind": closed.masked(settings)["VL masked"]}, [3], workers=1, show=False
+    )
+    (record,) = found["whole"].rollouts
+    assert (
+        record["reason"] == "no puncture"
+        and record["time_s"] == pytest.approx(0.8)
+        and record["runner"]["expert_calls"] == 8
+    )
     assert record["runner"]["vl_age_s"]["max"] == pytest.approx(0.2)
-    assert found["blind"].attempts[0]["path"] != record["path"]
+    assert found["blind"].rollouts[0]["path"] != record["path"]
     shown = film(settings, 3, frames=4)
     frames, sensor, t_s = (shown.pop(name) for name in ("frames", "sensor", "sensor_t_s"))
     assert sensor.shape == (len(t_s), 1026) and (np.diff(t_s) > 0).all() and t_s[0] < 0 < t_s[-1]
-    assert shown == record  # the film, made in another process, shows the very attempt that was judged
+    assert shown == record  # the film, made in another process, shows the very rollout that was judged
     assert [len(frame["pictures"]) for frame in frames] == [2] * 4
     assert frames[-1]["a_scan"].shape == (1025,) and np.isfinite(frames[-1]["force_mN"])
     assert frames[0]["pictures"]["View5"].shape == (180, 320, 3)

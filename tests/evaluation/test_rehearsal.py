@@ -5,15 +5,15 @@ import asyncio
 import numpy as np
 import pytest
 
-from vla_lib.benchmarks import runtime as bench
+from benchmarks import runtime as bench
+from needle_rig.world import VIEWS
 from vla_lib.core.errors import UserError
 from vla_lib.core.files import read_jsonl
-from vla_lib.evaluation.attempt import AttemptSettings
 from vla_lib.evaluation.rehearsal import rehearse
 from vla_lib.evaluation.rehearsal_process import Moment, RehearsalProcess
+from vla_lib.evaluation.rollout import RolloutSettings
 from vla_lib.evaluation.sim_robot import sim_limits
 from vla_lib.runtime.run_log import RunLog, Tick
-from vla_lib.sim.world import VIEWS
 from vla_lib.training.checkpoint import load_policy
 from vla_lib.workbench import rehearsal_view
 from vla_lib.workbench.jobs import JobCancelled
@@ -22,8 +22,10 @@ from vla_lib.workbench.plots import closed_loop as loop_plots
 
 def test_a_checkpoint_is_rehearsed_in_real_time(checkpoint, tmp_path):
     runners, ticks = [], []
-    settings = AttemptSettings(checkpoint, max_time_s=0.7)
-    found = rehearse(settings, 3, lambda tick, observation: ticks.append(tick.step), runners.append, dry_run=tmp_path / "sent.jsonl")
+    settings = RolloutSettings(checkpoint, max_time_s=0.7)
+    found = rehearse(
+        settings, 3, lambda tick, observation: ticks.append(tick.step), runners.append, dry_run=tmp_path / "sent.jsonl"
+    )
     log = found["log"]
     assert [tick.step for tick in log.ticks] == ticks and runners[0].log is log
     assert found["reason"] and not found["success"] and found["runner"]["ended"] == log.ended
@@ -48,7 +50,7 @@ def views(monkeypatch):
 
 
 def test_the_stop_button_stops_the_robot(checkpoint, views):
-    process = RehearsalProcess(AttemptSettings(checkpoint, max_time_s=60.0), 3, go_on=True)
+    process = RehearsalProcess(RolloutSettings(checkpoint, max_time_s=60.0), 3, go_on=True)
 
     async def click():
         while not (views and bytes(views[0]._picture.value)):  # a moment has been drawn
@@ -76,7 +78,7 @@ def test_a_rehearsal_without_a_tick_is_told():
 
 
 def test_a_stop_of_a_dead_process_hides_nothing(checkpoint):
-    process = RehearsalProcess(AttemptSettings(checkpoint), 3)
+    process = RehearsalProcess(RolloutSettings(checkpoint), 3)
     process._process.kill()
     process._process.join()
     process.stop()
@@ -86,7 +88,7 @@ def test_a_stop_of_a_dead_process_hides_nothing(checkpoint):
 
 
 def test_an_interrupted_cell_stops_the_robot_and_ends_the_process(checkpoint, views, monkeypatch):
-    process = RehearsalProcess(AttemptSettings(checkpoint, max_time_s=60.0), 3, go_on=True)
+    process = RehearsalProcess(RolloutSettings(checkpoint, max_time_s=60.0), 3, go_on=True)
 
     stops, stop = [], process.stop
     monkeypatch.setattr(process, "stop", lambda: (stops.append(process._process.is_alive()), stop()))
@@ -106,7 +108,10 @@ def test_an_interrupted_cell_stops_the_robot_and_ends_the_process(checkpoint, vi
 def test_the_live_view_draws_the_runners_own_limits():
     ticks = [Tick(k, k / 5, 0.1, expert_ms=5.0, vl_age_s=0.2) for k in range(4)]
     moments = [Moment(tick, 0.2, np.full((10, 1026), 20.0), tick.t_s + np.arange(10) / 50, {}) for tick in ticks]
-    axes = {axis.get_ylabel() or axis.get_xlabel(): axis for axis in rehearsal_view.moment(moments, rehearsal_view.FORCE_MN).axes}
+    axes = {
+        axis.get_ylabel() or axis.get_xlabel(): axis
+        for axis in rehearsal_view.moment(moments, rehearsal_view.FORCE_MN).axes
+    }
     assert axes["force (mN)"].lines[-1].get_ydata()[0] == sim_limits()["force_mN"]
     (deadline,) = next(axis for axis in axes.values() if axis.get_xlabel() == "duration of the expert (ms)").lines
     assert deadline.get_xdata()[0] == 200  # at 5 Hz
@@ -114,12 +119,18 @@ def test_the_live_view_draws_the_runners_own_limits():
 
 
 def test_the_benchmark_counts_every_tick():
-    ticks = [Tick(k, k / 10, 0.1 * k, vl_age_s=0.1, expert_ms=6.0 if k % 3 == 0 else 5.0, vl_busy=k % 3 == 0) for k in range(1, 31)]
+    ticks = [
+        Tick(k, k / 10, 0.1 * k, vl_age_s=0.1, expert_ms=6.0 if k % 3 == 0 else 5.0, vl_busy=k % 3 == 0)
+        for k in range(1, 31)
+    ]
     log = RunLog([*ticks, Tick(33, 3.3, 9.0, "hold", "missed deadline")], vlm_ms=[30.0, 32.0], ended="time limit")
     late, beside = bench.lateness_row(log, "diffusion"), bench.concurrency_row(log, "diffusion")
     assert 3.0 < late.ours < 9.0 and late.ratio == pytest.approx(5.0 / late.ours)
     assert "31 ticks" in late.note and "max 9.00 ms; 1 missed deadlines, 3 skipped, 1 held" in late.note
-    assert (beside.ours, beside.baseline) == (6.0, 5.0) and "10 of 30 expert calls fell into VLM work; 2 VLM ticks" in beside.note
+    assert (beside.ours, beside.baseline) == (
+        6.0,
+        5.0,
+    ) and "10 of 30 expert calls fell into VLM work; 2 VLM ticks" in beside.note
 
 
 def test_the_benchmark_rehearses_an_untrained_policy_of_each_model_on_all_views(monkeypatch):
@@ -129,12 +140,17 @@ def test_the_benchmark_rehearses_an_untrained_policy_of_each_model_on_all_views(
         policy, info = load_policy(settings.checkpoint)
         windows.append((policy.config.head, policy.config.sensor_window_size))
         assert tuple(info["binding"]["views"]) == policy.config.views == VIEWS and go_on
-        ticks = [Tick(k, k / 10, 2.0, expert_ms=5.0, vl_busy=k % 2 == 0) for k in range(round(10 * settings.max_time_s))]
+        ticks = [
+            Tick(k, k / 10, 2.0, expert_ms=5.0, vl_busy=k % 2 == 0) for k in range(round(10 * settings.max_time_s))
+        ]
         return {"log": RunLog(ticks, vlm_ms=[30.0], ended="time limit")}
 
     monkeypatch.setattr(bench, "rehearse", rehearsed)
     late, beside, *others = bench.rows(fast=True)
-    assert windows == [("regression", 65), ("diffusion", 650)] and ["diffusion" in row.name for row in others] == [True, True]
+    assert windows == [("regression", 65), ("diffusion", 650)] and ["diffusion" in row.name for row in others] == [
+        True,
+        True,
+    ]
     assert late.ours == pytest.approx(2.0) and "30 ticks, ended by time limit" in late.note
     assert "15 of 30 expert calls fell into VLM work" in beside.note
 

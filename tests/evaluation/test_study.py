@@ -6,16 +6,16 @@ import numpy as np
 import pytest
 import torch
 
+from needle_rig.rig import SimRig
+from needle_rig.world import DEFAULT_TASK, instruction_of
 from vla_lib.core.errors import UserError
 from vla_lib.core.files import read_json, write_json
-from vla_lib.evaluation.attempt import rig_of
 from vla_lib.evaluation.contact import phases
 from vla_lib.evaluation.origin import rig_refusal, rig_settings
+from vla_lib.evaluation.rollout import rig_of
 from vla_lib.evaluation.study import Settings, variants
 from vla_lib.policy.config import PolicyConfig
 from vla_lib.runtime.expert import hidden
-from vla_lib.sim.rig import SimRig
-from vla_lib.sim.world import DEFAULT_TASK, instruction_of
 from vla_lib.training.checkpoint import save_checkpoint
 
 
@@ -61,7 +61,15 @@ def test_checkpoints_are_named_and_the_first_is_tried_in_all_ways(write, tmp_pat
     ]
     how |= {"picture_width": 160, "camera_hz": 4.0}
     assert all({name: getattr(variant, name) for name in how} == how for variant in found.values())
-    assert [v.vlm_latency_ms for v in found.values()] == [0, 200, 0, 0, 0, 300, 600]  # each as trained, unless told otherwise
+    assert [v.vlm_latency_ms for v in found.values()] == [
+        0,
+        200,
+        0,
+        0,
+        0,
+        300,
+        600,
+    ]  # each as trained, unless told otherwise
     assert found["all, VLM delay 0 ms"] == found["all"]  # tried once
     blind = variants(dataclasses.replace(settings, checkpoints=(given[1],), latency_sweep=False))
     assert list(blind) == ["blind", "blind, sensor masked"]  # there is no VL to mask
@@ -76,13 +84,16 @@ def test_a_checkpoint_that_the_rig_cannot_judge_is_told_in_a_sentence(write, tmp
     assert "was not recorded on the simulated rig" in rig_refusal(lab)
     with pytest.raises(UserError, match="not recorded on the simulated rig"):
         variants(Settings((str(lab),), closed_loop_seeds=1))
-    with pytest.raises(UserError, match="which is not there; give the folder of its data set with --dataset-root"):
+    with pytest.raises(UserError, match="which is not there; give the folder of its dataset with --dataset-root"):
         rig_refusal(write("gone.pt", root=tmp_path / "gone"))
 
 
 def test_trap_16_the_rig_speaks_and_shows_the_task_that_was_recorded(write, tmp_path):
     root = tmp_path / "data"
-    assert (rig_settings(write("a.pt")).task, rig_settings(write("a.pt")).instruction) == (DEFAULT_TASK, instruction_of(DEFAULT_TASK))
+    assert (rig_settings(write("a.pt")).task, rig_settings(write("a.pt")).instruction) == (
+        DEFAULT_TASK,
+        instruction_of(DEFAULT_TASK),
+    )
     plan = read_json(root / "simulation.json")["plan"]
     tasks = (DEFAULT_TASK, "Silicone_block", "Silicone_block")
     write_json(root / "simulation.json", {"plan": plan, "episodes": [{"task": task, "seed": 1} for task in tasks]})
@@ -133,7 +144,11 @@ def test_contact_is_told_by_the_force_above_the_episodes_own_rest():
 
 
 def test_a_hidden_input_is_missing_as_in_training():
-    observation = {"vl_tokens": torch.ones(2, 3, 4), "vl_mask": torch.ones(2, 3, dtype=torch.bool), "sensor": torch.ones(2, 5, 1026)}
+    observation = {
+        "vl_tokens": torch.ones(2, 3, 4),
+        "vl_mask": torch.ones(2, 3, dtype=torch.bool),
+        "sensor": torch.ones(2, 5, 1026),
+    }
     observation["sensor_mask"] = torch.ones(2, dtype=torch.bool)
     blind, numb = hidden(observation, "vl"), hidden(observation, "sensor")
     assert not blind["vl_mask"].any() and blind["sensor"] is observation["sensor"]

@@ -23,7 +23,9 @@ def draw(x: float, y: float, size: tuple[int, int], seed: int) -> Image.Image:
     rng = np.random.default_rng(seed)
     picture = Image.fromarray(rng.integers(90, 110, (height, width, 3), dtype=np.uint8))
     radius = height / 12
-    ImageDraw.Draw(picture).ellipse([x * width - radius, y * height - radius, x * width + radius, y * height + radius], fill=(200, 30, 30))
+    ImageDraw.Draw(picture).ellipse(
+        [x * width - radius, y * height - radius, x * width + radius, y * height + radius], fill=(200, 30, 30)
+    )
     return picture
 
 
@@ -103,7 +105,13 @@ def dataset(tmp_path) -> Path:
     root = tmp_path / "dataset"
     make_episode(root, "White_silicone_white_circle/recv_all_1", steps=20)
     make_episode(root, "White_silicone_white_circle/recv_all_2", steps=10, late=4)
-    make_episode(root, "New_dataset/Needle_insertion/episode_1", steps=13, views=VIEWS[:2], instruction="Perform Needle insertion task")
+    make_episode(
+        root,
+        "New_dataset/Needle_insertion/episode_1",
+        steps=13,
+        views=VIEWS[:2],
+        instruction="Perform Needle insertion task",
+    )
     return root
 
 

@@ -40,7 +40,17 @@ def files(root):
 
 def command(root, *flags, ranks=0):
     start = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone"] if ranks else []
-    return [sys.executable, *start, "-m", "vla_lib.build_vl_cache", "--dataset-root", str(root), "--device", "cpu", *flags]
+    return [
+        sys.executable,
+        *start,
+        "-m",
+        "vla_lib.build_vl_cache",
+        "--dataset-root",
+        str(root),
+        "--device",
+        "cpu",
+        *flags,
+    ]
 
 
 def environment():
@@ -77,7 +87,9 @@ def test_trap_31_live_features_are_the_cached_ones(dataset):
     episode = load_prepared(dataset / "White_silicone_white_circle" / "recv_all_2")
     found = features.episode(episode)
     for tick, step in enumerate(found.tick_step.tolist()):
-        tokens, mask = live.extract({view: episode.picture_path(view, step) for view in live.views}, episode.instruction)
+        tokens, mask = live.extract(
+            {view: episode.picture_path(view, step) for view in live.views}, episode.instruction
+        )
         torch.testing.assert_close(tokens, found.tokens[tick], atol=1e-5, rtol=0)
         assert torch.equal(mask, found.mask[tick])
 
@@ -103,7 +115,9 @@ def test_stride_one_caches_every_step(dataset):
     found = features.episode(episode)
     assert found.tick_step.tolist() == list(range(20))
     # 5 Hz pictures under 10 Hz ticks: two ticks with the same pictures have the same features, bit for bit
-    same = [all(episode.picture_path(view, k) == episode.picture_path(view, k + 1) for view in VIEWS) for k in range(19)]
+    same = [
+        all(episode.picture_path(view, k) == episode.picture_path(view, k + 1) for view in VIEWS) for k in range(19)
+    ]
     assert any(same) and not all(same)
     assert [torch.equal(found.tokens[k], found.tokens[k + 1]) for k in range(19)] == same
 
@@ -113,7 +127,9 @@ def test_trap_28_one_file_an_episode_opened_mapped(dataset):
     assert len(files(dataset)) == 3
     features = FeatureCache.open(dataset)
     found = features.episode(load_prepared(find_prepared(dataset)[0]))
-    mapped = [line for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith(str(files(dataset)[0]))]
+    mapped = [
+        line for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith(str(files(dataset)[0]))
+    ]
     assert len(mapped) == 1 and found.tokens.shape[0] == 13
 
 
@@ -134,7 +150,9 @@ def test_two_ranks_and_one_write_the_same_content(tmp_path):
         for number, steps in enumerate((25, 7, 12, 4)):
             make_episode(root, f"part1/episode_{number}", steps=steps, camera_hz=10.0)
     build(roots[0])
-    done = subprocess.run(command(roots[1], "--num-workers", "1", ranks=2), env=environment(), capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        command(roots[1], "--num-workers", "1", ranks=2), env=environment(), capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert "2 rank(s)" in done.stdout and "4 episodes, 18 ticks written" in done.stdout
     names = [[path.relative_to(root).as_posix() for path in files(root)] for root in roots]
@@ -150,7 +168,11 @@ def test_two_ranks_and_one_write_the_same_content(tmp_path):
 
 def test_bad_input_is_one_sentence_and_status_two(tmp_path):
     done = subprocess.run(command(tmp_path / "nowhere"), env=environment(), capture_output=True, text=True, timeout=300)
-    assert done.returncode == 2 and done.stderr.startswith("error: There is no dataset root") and done.stderr.count("\n") == 1
+    assert (
+        done.returncode == 2
+        and done.stderr.startswith("error: There is no dataset root")
+        and done.stderr.count("\n") == 1
+    )
 
 
 def test_resumes_after_sigkill_with_only_what_is_missing(tmp_path):
@@ -194,7 +216,9 @@ def test_out_of_memory_halves_the_batch_and_goes_on(dataset, monkeypatch):
     assert results["episodes"] == 3 and results["batch_size"] <= 2
     assert sizes[0] == 7 and max(sizes[2:]) <= 3  # halved once, then never tried in full again
     for path in files(dataset):
-        torch.testing.assert_close(torch.load(path, weights_only=True)["tokens"], expected[path.name]["tokens"], atol=1e-6, rtol=0)
+        torch.testing.assert_close(
+            torch.load(path, weights_only=True)["tokens"], expected[path.name]["tokens"], atol=1e-6, rtol=0
+        )
 
 
 def test_one_tick_that_does_not_fit_is_a_sentence(dataset, monkeypatch):
@@ -212,10 +236,15 @@ def test_a_corrupt_picture_is_reported_and_its_tick_marked(dataset):
     cut.write_bytes(cut.read_bytes()[:200])
     gone.unlink()
     results = build(dataset, num_workers=1)
-    assert [finding.rsplit("/", 1)[1].split(": ")[1] for finding in results["findings"]] == ["corrupt or cut off", "missing"]
+    assert [finding.rsplit("/", 1)[1].split(": ")[1] for finding in results["findings"]] == [
+        "corrupt or cut off",
+        "missing",
+    ]
     features = FeatureCache.open(dataset)
     found = features.episode(episode)
-    view1, view2 = (found.mask[:, features.layout.view_slice(view)].all(1).tolist() for view in ("View1_left", "View2_left"))
+    view1, view2 = (
+        found.mask[:, features.layout.view_slice(view)].all(1).tolist() for view in ("View1_left", "View2_left")
+    )
     same = [episode.picture_path("View1_left", k) == cut for k in found.tick_step.tolist()]
     assert any(same) and view1 == [not one for one in same]
     assert view2[0] is False and all(view2[1:])
@@ -275,7 +304,9 @@ def test_trap_17_a_reader_with_other_wishes_stops_with_both_sides(dataset):
     assert "views" not in str(caught.value)
 
 
-@pytest.mark.parametrize("change", [{"fingerprint": "new"}, {"instruction": "Do otherwise"}], ids=["data.pkl", "instruction"])
+@pytest.mark.parametrize(
+    "change", [{"fingerprint": "new"}, {"instruction": "Do otherwise"}], ids=["data.pkl", "instruction"]
+)
 def test_stale_features_stop_the_reader_and_are_rebuilt(dataset, change):
     build(dataset)
     key = "White_silicone_white_circle/recv_all_1"
@@ -319,7 +350,11 @@ def test_live_use_refuses_another_model_or_transformers(dataset):
             FeatureExtractor.from_binding(other, device="cpu")
 
 
-@given(st.dictionaries(st.sampled_from([name for name in bindings.FIELDS if name != "schema"]), st.integers(0, 3), min_size=1))
+@given(
+    st.dictionaries(
+        st.sampled_from([name for name in bindings.FIELDS if name != "schema"]), st.integers(0, 3), min_size=1
+    )
+)
 @hypothesis_settings(max_examples=50, deadline=None)
 def test_ids_differ_exactly_when_a_field_does(changes):
     base = bindings.make_binding(**{name: 0 for name in bindings.FIELDS if name != "schema"})

@@ -37,8 +37,15 @@ def test_the_tiny_checkpoint_has_the_ordinary_form(family, tmp_path):
     assert all(len(processor.tokenizer.encode(token)) == 1 for token in SPECIAL_TOKENS)
     text = "Insert the needle ¡ üñ 바늘!"
     assert processor.tokenizer.decode(processor.tokenizer.encode(text)) == text
-    message = [{"role": "user", "content": [{"type": "image", "image": Image.new("RGB", (96, 56))}, {"type": "text", "text": "Go"}]}]
-    inputs = processor.apply_chat_template(message, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True)
+    message = [
+        {
+            "role": "user",
+            "content": [{"type": "image", "image": Image.new("RGB", (96, 56))}, {"type": "text", "text": "Go"}],
+        }
+    ]
+    inputs = processor.apply_chat_template(
+        message, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True
+    )
     assert model(**inputs).logits.isfinite().all()
 
 
@@ -46,7 +53,11 @@ def test_one_seed_one_checkpoint(tmp_path):
     folders = [write_tiny_checkpoint(tmp_path / str(number), seed=seed) for number, seed in enumerate((0, 0, 1))]
     weights = [(folder / "model.safetensors").read_bytes() for folder in folders]
     assert weights[0] == weights[1] != weights[2]
-    assert open_checkpoint(str(folders[0])).sha256 == open_checkpoint(str(folders[1])).sha256 == open_checkpoint("tiny").sha256
+    assert (
+        open_checkpoint(str(folders[0])).sha256
+        == open_checkpoint(str(folders[1])).sha256
+        == open_checkpoint("tiny").sha256
+    )
     assert tiny_checkpoint() == open_checkpoint("tiny").folder
 
 

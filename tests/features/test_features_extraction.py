@@ -43,7 +43,9 @@ def by_hand(model, processor, form, views, images, layer, rows, cols):
     return torch.cat([*pooled, hidden[where[-1] + 1 :].mean(0, keepdim=True)])
 
 
-@pytest.mark.parametrize(("size", "count"), [((320, 180), 1), ((160, 90), 5), ((96, 120), 2), ((57, 43), 3), ((330, 190), 4)])
+@pytest.mark.parametrize(
+    ("size", "count"), [((320, 180), 1), ((160, 90), 5), ((96, 120), 2), ((57, 43), 3), ((330, 190), 4)]
+)
 @pytest.mark.parametrize("layer", [1, 2, 4])
 def test_equals_the_plain_processor_and_forward(extractor_for, plain, size, count, layer):
     name, model, processor = plain
@@ -65,7 +67,9 @@ def test_features_do_not_depend_on_the_batch(extractor_for, name):
     ticks = [(0, 1, 2), (2, 1, 0), (0, -1, 3), (3, 4, -1), (-1, -1, -1), (0, 1, 2)]
     tokens, mask = extractor.forward(tensors, ticks, INSTRUCTION)
     for number, tick in enumerate(ticks):
-        alone, alone_mask = extractor.extract({v: drawn[i] for v, i in zip("abc", tick, strict=True) if i >= 0}, INSTRUCTION)
+        alone, alone_mask = extractor.extract(
+            {v: drawn[i] for v, i in zip("abc", tick, strict=True) if i >= 0}, INSTRUCTION
+        )
         torch.testing.assert_close(tokens[number], alone, atol=1e-5, rtol=0)
         assert torch.equal(mask[number], alone_mask)
     assert mask.sum(1).tolist() == [73, 73, 49, 49, 0, 73]

@@ -20,7 +20,9 @@ def episode(number, positions=None, ticks=12, noise=0.0):
     mask = torch.ones(ticks, 13, dtype=torch.bool)
     mask[0, LAYOUT.view_slice("b")] = False
     tokens[~mask] = 0
-    return EpisodeFeatures(tokens, mask, torch.arange(0, 3 * ticks, 3), LAYOUT, f"part1/episode_{number}", {}), positions
+    return EpisodeFeatures(
+        tokens, mask, torch.arange(0, 3 * ticks, 3), LAYOUT, f"part1/episode_{number}", {}
+    ), positions
 
 
 def test_the_probe_finds_a_linear_map_on_held_out_episodes():
@@ -59,9 +61,15 @@ def test_every_figure_is_labelled_and_draws(tmp_path):
     }
     for name, figure in figures.items():
         figure.savefig(tmp_path / f"{name}.png")
-    labels = {name: " ".join(axes.get_xlabel() + axes.get_ylabel() for axes in figure.axes) for name, figure in figures.items()}
+    labels = {
+        name: " ".join(axes.get_xlabel() + axes.get_ylabel() for axes in figure.axes)
+        for name, figure in figures.items()
+    }
     assert (
-        "episodes" in labels["coverage"] and "MB" in labels["sizes"] and "action step" in labels["similarity"] and "(mm)" in labels["probe"]
+        "episodes" in labels["coverage"]
+        and "MB" in labels["sizes"]
+        and "action step" in labels["similarity"]
+        and "(mm)" in labels["probe"]
     )
     texts = [text.get_text() for axes in figures["maps"].axes for text in axes.texts]
     assert texts == ["no picture", "masked"]

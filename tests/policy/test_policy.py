@@ -68,7 +68,10 @@ def test_draws_of_a_sample_share_its_context_and_nothing_else(fusion):
     policy = make_policy(head="diffusion", fusion=fusion)
     batch = observe() | {"action": torch.randn(3, 8, 7)}
     draws = policy.draw(3, torch.Generator().manual_seed(0))
-    alone = [policy(batch, {name: value[:, k : k + 1] for name, value in draws.items()}) for k in range(draws["timestep"].shape[1])]
+    alone = [
+        policy(batch, {name: value[:, k : k + 1] for name, value in draws.items()})
+        for k in range(draws["timestep"].shape[1])
+    ]
     assert torch.allclose(policy(batch, draws), torch.stack(alone).mean(0), atol=1e-5)
 
 
@@ -161,11 +164,18 @@ def test_trap_21_actions_are_normalised_and_the_clamp_follows_their_range():
         "action_mean": torch.tensor([0.3, 0, 0, 0, 0, 0, 1.0]),
         "action_std": torch.tensor([0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.0]),
         "action_range": torch.tensor(4.0),
-        **{"state_mean": torch.zeros(12), "state_std": torch.ones(12), "token_mean": torch.zeros(13, 8), "token_std": torch.ones(8)},
+        **{
+            "state_mean": torch.zeros(12),
+            "state_std": torch.ones(12),
+            "token_mean": torch.zeros(13, 8),
+            "token_std": torch.ones(8),
+        },
         **{"sensor_mean": torch.zeros(1026), "sensor_std": torch.ones(1026)},
     }
     policy.normaliser.load_statistics(statistics)
-    wanted = policy.head._compressed(policy.normaliser, torch.full((1, 8, 7), 3.5))  # a model that always sees x0 = 3.5 standard deviations
+    wanted = policy.head._compressed(
+        policy.normaliser, torch.full((1, 8, 7), 3.5)
+    )  # a model that always sees x0 = 3.5 standard deviations
     scheduler = policy.head.scheduler
 
     def perfect(policy, context, noisy, timestep):
@@ -182,8 +192,17 @@ def test_trap_21_actions_are_normalised_and_the_clamp_follows_their_range():
 def test_normaliser_inverts_and_zero_spread_does_not_explode():
     policy = make_policy()
     n = policy.normaliser
-    zeros = {"action_mean": torch.arange(7.0), "action_std": torch.tensor([1, 2, 3, 1e-9, 0, 0.5, 0]), "action_range": torch.tensor(2.0)}
-    zeros |= {"state_mean": torch.zeros(12), "state_std": torch.zeros(12), "token_mean": torch.zeros(13, 8), "token_std": torch.zeros(8)}
+    zeros = {
+        "action_mean": torch.arange(7.0),
+        "action_std": torch.tensor([1, 2, 3, 1e-9, 0, 0.5, 0]),
+        "action_range": torch.tensor(2.0),
+    }
+    zeros |= {
+        "state_mean": torch.zeros(12),
+        "state_std": torch.zeros(12),
+        "token_mean": torch.zeros(13, 8),
+        "token_std": torch.zeros(8),
+    }
     zeros |= {"sensor_mean": torch.zeros(1026), "sensor_std": torch.zeros(1026)}
     n.load_statistics(zeros)
     action = torch.randn(5, 7)
@@ -232,7 +251,13 @@ def test_predict_refuses_training_mode_and_other_layouts():
 def test_config_round_trip_and_refusals():
     config = make_config(head="diffusion")
     assert PolicyConfig.from_dict(config.to_dict()) == config
-    for changes in ({"head": "x"}, {"fusion": "x"}, {"width": 30, "heads": 4}, {"token_row": (0,)}, {"ddim_steps": 200}):
+    for changes in (
+        {"head": "x"},
+        {"fusion": "x"},
+        {"width": 30, "heads": 4},
+        {"token_row": (0,)},
+        {"ddim_steps": 200},
+    ):
         with pytest.raises(UserError):
             dataclasses.replace(config, **changes)
     with pytest.raises(UserError, match="does not know: colour"):

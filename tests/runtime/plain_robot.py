@@ -71,7 +71,9 @@ class PlainExpert:
 class Setup:
     """One simulated run, its parts at hand; `latencies_s`: "vlm" and "expert" -> list of durations in s (the last one goes on)."""
 
-    def __init__(self, expert=None, compute=tokens_of, edit=None, pose=START, latencies_s=None, latency=None, seed=0, **changes):
+    def __init__(
+        self, expert=None, compute=tokens_of, edit=None, pose=START, latencies_s=None, latency=None, seed=0, **changes
+    ):
         self.clock = SimulatedClock(latency or {}, seed)
         if latencies_s:
             calls = {work: 0 for work in latencies_s}

@@ -101,8 +101,12 @@ def test_live_observations_are_the_training_samples(recorded, window, latency_ms
     samples = SampleSet([episode], cache, sensor_window_size=window, vlm_reuse_count=3, vlm_latency_ms=latency_ms)
     clock = SimulatedClock({"vlm": Latency(latency_ms)})
     expert = Recorder(small_policy(cache, window))
-    vlm = SimulatedVlm(lambda pictures, instruction: (features.tokens[pictures["step"]], features.mask[pictures["step"]]), clock)
-    log = Runner(Playback(episode, clock), expert, vlm, clock, RunnerSettings(), SafetyLimits(workspace_mm=BOX)).run(STEPS / 10)
+    vlm = SimulatedVlm(
+        lambda pictures, instruction: (features.tokens[pictures["step"]], features.mask[pictures["step"]]), clock
+    )
+    log = Runner(Playback(episode, clock), expert, vlm, clock, RunnerSettings(), SafetyLimits(workspace_mm=BOX)).run(
+        STEPS / 10
+    )
     acted = [tick.step for tick in log.ticks if tick.mode == "act"]
     assert acted == list(range(round(latency_ms / 100), STEPS))  # from the first finished features on, at every step
     batch = samples.batch(acted)
@@ -138,7 +142,12 @@ def test_a_diffusion_policy_draws_anew_at_every_call_and_alike_by_the_seed(recor
     episode, cache = recorded
     policy = small_policy(cache, head="diffusion")
     features = cache.episode(episode)
-    seen = (Features(features.tokens[0], features.mask[0], 0, 0.0), 0.1, episode.state[0], np.array(episode.sensor[:65]))
+    seen = (
+        Features(features.tokens[0], features.mask[0], 0, 0.0),
+        0.1,
+        episode.state[0],
+        np.array(episode.sensor[:65]),
+    )
     one, same, other = PolicyExpert(policy, seed=4), PolicyExpert(policy, seed=4), PolicyExpert(policy, seed=5)
     first, second = one(*seen), one(*seen)
     assert np.array_equal(first, same(*seen)) and np.array_equal(second, same(*seen))

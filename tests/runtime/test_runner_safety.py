@@ -104,7 +104,10 @@ def test_what_cannot_be_trusted_is_not_acted_on(setup, spoil, reason):
 @pytest.mark.parametrize("gone", ("pictures", "picture_timestamps"))
 def test_a_view_of_the_policy_that_is_missing_holds_then_stops(setup, gone):
     def edit(t_s, fields):
-        fields["pictures"]["View3_left"], fields["picture_timestamps"]["View3_left"] = np.zeros((2, 2, 3)), fields["timestamp"]
+        fields["pictures"]["View3_left"], fields["picture_timestamps"]["View3_left"] = (
+            np.zeros((2, 2, 3)),
+            fields["timestamp"],
+        )
         if t_s > 0.95:
             del fields[gone]["View3_left"]
 
@@ -124,7 +127,10 @@ def test_the_vlm_is_shown_the_policys_views_and_no_old_picture(setup):
         return tokens_of(pictures, instruction)
 
     def edit(t_s, fields):
-        fields["pictures"]["View9"], fields["picture_timestamps"]["View9"] = np.zeros((2, 2, 3)), 0.0  # not the policy's, and old
+        fields["pictures"]["View9"], fields["picture_timestamps"]["View9"] = (
+            np.zeros((2, 2, 3)),
+            0.0,
+        )  # not the policy's, and old
         if 0.85 < t_s < 1.15:  # three ticks, one of them the VLM's
             fields["picture_timestamps"]["View5"] = 999.5
 
@@ -136,10 +142,14 @@ def test_the_vlm_is_shown_the_policys_views_and_no_old_picture(setup):
 def test_a_robot_that_does_not_follow_holds_then_stops(setup):
     run = setup(expert=PlainExpert((0.5, 0, 0, 0, 0, 0)))
     send = run.robot.send_action
-    run.robot.send_action = lambda action: send(action if run.clock.now() < 0.95 else np.zeros(7))  # it is stuck from 1 s on
+    run.robot.send_action = lambda action: send(
+        action if run.clock.now() < 0.95 else np.zeros(7)
+    )  # it is stuck from 1 s on
     log = run.run(10)
     hold = first(log, "hold")
-    assert hold.reason == log.ended == "robot does not follow" and hold.t_s == pytest.approx(2.1)  # eleven steps of 0.5 mm were sent
+    assert hold.reason == log.ended == "robot does not follow" and hold.t_s == pytest.approx(
+        2.1
+    )  # eleven steps of 0.5 mm were sent
     assert log.ticks[-1].t_s == pytest.approx(hold.t_s + run.limits.hold_s)
 
 
@@ -253,7 +263,9 @@ def test_a_vlm_that_dies_with_the_force_or_in_the_retreat_does_not_end_the_retre
     back = [tick for tick in log.ticks if tick.mode == "retreat"]
     assert run.vlm.failure and log.ended == "force limit" and back[0].t_s == pytest.approx(0.9)
     assert sum(tick.action[2] for tick in back) == pytest.approx(run.limits.retreat_mm)
-    assert {"kind": "warning", "reason": "VLM worker died: RuntimeError: out of memory"}.items() <= log.events[-3].items()
+    assert {"kind": "warning", "reason": "VLM worker died: RuntimeError: out of memory"}.items() <= log.events[
+        -3
+    ].items()
 
 
 def test_the_time_limit_does_not_end_a_retreat(setup):

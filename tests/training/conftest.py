@@ -1,4 +1,4 @@
-"""Shared by the training tests: small prepared data sets with a VL cache, and settings that train on them in seconds."""
+"""Shared by the training tests: small prepared datasets with a VL cache, and settings that train on them in seconds."""
 
 import json
 import os
@@ -38,7 +38,7 @@ def quiet_machine(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="session")
 def mixed(tmp_path_factory) -> Path:
-    """Three data sets of weight 3, 2 and 1; 8 episodes of 24 steps, ticks at every step."""
+    """Three datasets of weight 3, 2 and 1; 8 episodes of 24 steps, ticks at every step."""
     root = tmp_path_factory.mktemp("mixed")
     write_dataset(root, {"New_dataset/Task_a": 2, "White_silicone_white_circle": 3, "part1": 3}, steps=24)
     return root
@@ -86,11 +86,15 @@ def wandb_rows(run: Path) -> list[dict]:
         if kind in (1, 4):  # whole, or the last part of one
             row, record = Record.FromString(record), b""
             if row.HasField("history"):
-                rows.append({item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in row.history.item})
+                rows.append(
+                    {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in row.history.item}
+                )
     return rows
 
 
-def launch(program: str | list[str], flags: dict, processes: int = 1, background: bool = False, environment: dict | None = None):
+def launch(
+    program: str | list[str], flags: dict, processes: int = 1, background: bool = False, environment: dict | None = None
+):
     """Start a front door (or the words behind `python`) as a program, under torchrun where `processes` > 1.
 
     Returns the finished (or running) process. Flags are written as the settings' names with dashes.

@@ -29,7 +29,12 @@ class Watched(loop.Trainer):
 
     def _end(self):
         results = super()._end()
-        state = {"weights": self.policy.state_dict(), "lora": dict(enumerate(self.lora)), "drawn": drawn, "metrics": self.metrics}
+        state = {
+            "weights": self.policy.state_dict(),
+            "lora": dict(enumerate(self.lora)),
+            "drawn": drawn,
+            "metrics": self.metrics,
+        }
         torch.save(state, self.run_dir / f"rank{self.rank}.pt")
         return results
 
@@ -38,7 +43,9 @@ def main(settings):
     if "DIFFUSION" not in os.environ:
         loop.train(settings)
     else:
-        with pytest.MonkeyPatch.context() as patched:  # a second group would find the first one's addresses in torchrun's store, and hang
+        with (
+            pytest.MonkeyPatch.context() as patched
+        ):  # a second group would find the first one's addresses in torchrun's store, and hang
             patched.setattr(Accelerator, "end_training", lambda self: None)
             loop.train(settings)
         drawn.clear()

@@ -23,7 +23,11 @@ from vla_lib.training.statistics import training_statistics
 def sample_set(root, **options) -> SampleSet:
     from vla_lib.episodes import find_prepared, load_prepared
 
-    return SampleSet([load_prepared(p) for p in find_prepared(root)], FeatureCache.open(root), **({"sensor_window_size": 13} | options))
+    return SampleSet(
+        [load_prepared(p) for p in find_prepared(root)],
+        FeatureCache.open(root),
+        **({"sensor_window_size": 13} | options),
+    )
 
 
 # ---- split
@@ -60,7 +64,9 @@ def test_weight_three_is_drawn_three_times_as_often(mixed, world):
     names = np.asarray(data.train.datasets)
     table = {row["dataset"]: row["share"] for row in data.weights_table()}
     for rank in range(world):  # in each for itself
-        drawn = np.concatenate([m.indices[m.counts > 0] for step in EpochPlan(draws, 4, 2, rank, world).steps() for m in step])
+        drawn = np.concatenate(
+            [m.indices[m.counts > 0] for step in EpochPlan(draws, 4, 2, rank, world).steps() for m in step]
+        )
         assert len(drawn) == 60_000 / world
         count = np.bincount(drawn, minlength=len(data.train))
         rate = {name: count[names == name].mean() for name in np.unique(names)}
@@ -71,16 +77,23 @@ def test_weight_three_is_drawn_three_times_as_often(mixed, world):
 
 
 def test_a_task_has_a_weight_of_its_own(tmp_path):
-    """Where tasks of a data set differ, each has a row of its own."""
+    """Where tasks of a dataset differ, each has a row of its own."""
     write_dataset(tmp_path, {"New_dataset/Task_a": 3, "New_dataset/Task_b": 3, "part1": 2}, steps=10)
     settings = AsyncSettings(dataset_root=tmp_path, sensor_window_size=13)
-    assert [(r["dataset"], r["weight"]) for r in prepare_data(settings).weights_table()] == [("New_dataset", 3), ("part1", 1)]
+    assert [(r["dataset"], r["weight"]) for r in prepare_data(settings).weights_table()] == [
+        ("New_dataset", 3),
+        ("part1", 1),
+    ]
     (tmp_path / "datasets.yaml").write_text("New_dataset/Task_b: {weight: 6}")
     data = prepare_data(settings)
     tasks = np.array([data.train.episodes[e].task for e in data.train.episode])
     assert set(data.weights[tasks == "Task_b"]) == {6.0} and set(data.weights[tasks == "Task_a"]) == {3.0}
     rows = {r["dataset"]: r for r in data.weights_table()}
-    assert [(name, r["weight"]) for name, r in rows.items()] == [("New_dataset/Task_a", 3), ("New_dataset/Task_b", 6), ("part1", 1)]
+    assert [(name, r["weight"]) for name, r in rows.items()] == [
+        ("New_dataset/Task_a", 3),
+        ("New_dataset/Task_b", 6),
+        ("part1", 1),
+    ]
     assert sum(r["train_episodes"] + r["val_episodes"] for r in rows.values()) == 8
     b, a = rows["New_dataset/Task_b"], rows["New_dataset/Task_a"]
     assert b["share"] / b["train_steps"] == pytest.approx(2 * a["share"] / a["train_steps"])
@@ -137,7 +150,14 @@ def test_a_batch_holds_what_the_robot_knew(mixed):
     numbers = np.random.default_rng(0).permutation(len(samples))[:40]
     batch = samples.batch(numbers)
     assert {k: tuple(v.shape[1:]) for k, v in batch.items()} == {
-        **{"vl_tokens": (49, 24), "vl_mask": (49,), "vl_age_s": (), "state": (12,), "sensor": (13, 1026), "sensor_mask": ()},
+        **{
+            "vl_tokens": (49, 24),
+            "vl_mask": (49,),
+            "vl_age_s": (),
+            "state": (12,),
+            "sensor": (13, 1026),
+            "sensor_mask": (),
+        },
         **{"action": (8, 7), "action_mask": (8,), "previous_action": (7,)},
     }
     for b, n in enumerate(numbers):
@@ -210,7 +230,9 @@ def test_statistics_are_those_of_the_episodes_given(mixed):
     samples = sample_set(mixed)
     found = training_statistics(samples)
     action = np.concatenate([e.action for e in samples.episodes])
-    assert np.allclose(found["action_mean"], action.mean(0), atol=1e-5) and np.allclose(found["action_std"], action.std(0), atol=1e-5)
+    assert np.allclose(found["action_mean"], action.mean(0), atol=1e-5) and np.allclose(
+        found["action_std"], action.std(0), atol=1e-5
+    )
     tokens = torch.cat([f.tokens for f in samples.features]).float()
     assert torch.allclose(found["token_mean"], tokens.mean(0), atol=1e-4)
     sensor = np.concatenate([e.sensor for e in samples.episodes])
@@ -228,7 +250,9 @@ def test_no_cache_names_the_command_that_builds_it(tmp_path):
 
     write_dataset(tmp_path, {"part1": 2}, steps=10)
     shutil.rmtree(tmp_path / "cache")
-    with pytest.raises(UserError, match=r"python -m vla_lib.build_vl_cache --dataset-root \S+ --vlm-reuse-count 3 .*360"):
+    with pytest.raises(
+        UserError, match=r"python -m vla_lib.build_vl_cache --dataset-root \S+ --vlm-reuse-count 3 .*360"
+    ):
         prepare_data(AsyncSettings(dataset_root=tmp_path))
 
 

@@ -25,7 +25,14 @@ from vla_lib.training.checkpoint import load_policy, read_checkpoint
 from vla_lib.training.settings import AsyncSettings, DiffusionSettings
 
 STEPS = 12
-RUN = {"max_steps": STEPS, "batch_size": 4, "grad_accum_steps": 2, "lr": 1e-3, "dropout": 0.1, "checkpoint_every_steps": 2}
+RUN = {
+    "max_steps": STEPS,
+    "batch_size": 4,
+    "grad_accum_steps": 2,
+    "lr": 1e-3,
+    "dropout": 0.1,
+    "checkpoint_every_steps": 2,
+}
 
 
 DIFFUSION = {"diffusion_timesteps": 10, "ddim_steps": 2}
@@ -49,8 +56,13 @@ def same(a: dict, b: dict, tolerance: float = 0.0) -> bool:
 
 def figures(run: Path) -> list[tuple]:
     rows = read_jsonl(run / "metrics.jsonl")
-    loss = [(r["step"], r.get("epoch"), r.get("train/loss_step", r.get("train/noise_loss")), r.get("val/loss_epoch")) for r in rows]
-    return [(*a, r.get("train/vl_reuse_counts"), r.get("train/diffusion_t_counts")) for a, r in zip(loss, rows, strict=True)]
+    loss = [
+        (r["step"], r.get("epoch"), r.get("train/loss_step", r.get("train/noise_loss")), r.get("val/loss_epoch"))
+        for r in rows
+    ]
+    return [
+        (*a, r.get("train/vl_reuse_counts"), r.get("train/diffusion_t_counts")) for a, r in zip(loss, rows, strict=True)
+    ]
 
 
 def wait_for_step(run: Path, step: int, process: subprocess.Popen) -> None:
@@ -75,7 +87,11 @@ def whole(mixed, tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("model", "kill", "wandb_mode"),
-    [("async", signal.SIGKILL, "offline"), ("async", signal.SIGTERM, "disabled"), ("diffusion", signal.SIGKILL, "disabled")],
+    [
+        ("async", signal.SIGKILL, "offline"),
+        ("async", signal.SIGTERM, "disabled"),
+        ("diffusion", signal.SIGKILL, "disabled"),
+    ],
 )
 def test_trap_24_killed_and_resumed_is_the_uninterrupted_run(model, kill, wandb_mode, whole, mixed, tmp_path):
     """The same weights bit for bit; metrics.jsonl and W&B hold every step once."""
@@ -102,18 +118,36 @@ def test_trap_24_killed_and_resumed_is_the_uninterrupted_run(model, kill, wandb_
         assert [r["train/loss_step"] for r in told] == [f[2] for f in figures(run) if f[2] is not None]
 
 
-THREE = {"batch_size": 20, "grad_accum_steps": 2, "lr": 1e-3, "dropout": 0.1, "checkpoint_every_steps": 2, "num_workers": 0}  # an epoch
+THREE = {
+    "batch_size": 20,
+    "grad_accum_steps": 2,
+    "lr": 1e-3,
+    "dropout": 0.1,
+    "checkpoint_every_steps": 2,
+    "num_workers": 0,
+}  # an epoch
 
 
 @pytest.mark.parametrize(
     ("model", "length"), [("async", {"epochs": 2}), ("diffusion", {"max_steps": 4})]
 )  # ends with an epoch, or within the second one
-def test_trap_24_killed_after_any_step_and_resumed_is_the_uninterrupted_run(model, length, mixed, tmp_path, monkeypatch):
+def test_trap_24_killed_after_any_step_and_resumed_is_the_uninterrupted_run(
+    model, length, mixed, tmp_path, monkeypatch
+):
     settings_class, train, extra = MODELS[model]
 
     def settings(run, **more):
         return settings_class(
-            **{**SMALL, **THREE, **extra, **length, "sensor_enabled": False, "dataset_root": mixed, "run_dir": tmp_path / run, **more}
+            **{
+                **SMALL,
+                **THREE,
+                **extra,
+                **length,
+                "sensor_enabled": False,
+                "dataset_root": mixed,
+                "run_dir": tmp_path / run,
+                **more,
+            }
         )
 
     steps = train(settings("whole"))["step"]
@@ -150,7 +184,10 @@ def test_a_validation_that_a_stop_prevented_is_made_up_for(when, length, async_s
     with monkeypatch.context() as patched:
         patched.setattr(loop.Trainer, when, asked)
         stopped = train_async(async_settings(**flags))
-    assert (stopped["step"], stopped["state"]) == (last, "stopped") and "stopped by SIGTERM at step" in capsys.readouterr().out
+    assert (stopped["step"], stopped["state"]) == (
+        last,
+        "stopped",
+    ) and "stopped by SIGTERM at step" in capsys.readouterr().out
     assert figures(tmp_path / "run") == figures(tmp_path / "whole")[:-1]
     assert read_checkpoint(latest(tmp_path / "run"))["training"]["position"] > 0
     ended = train_async(async_settings(**flags, resume=True))
@@ -202,7 +239,10 @@ def test_a_run_folder_is_never_trained_over(async_settings, diffusion_settings, 
     with pytest.raises(UserError, match="exists already; pass --resume"):
         train_async(async_settings(max_steps=1))
     stage1 = latest(tmp_path / "run")
-    for other in (diffusion_settings(), async_settings(training_stage="stage2", stage1_checkpoint=stage1)):  # of another model or stage
+    for other in (
+        diffusion_settings(),
+        async_settings(training_stage="stage2", stage1_checkpoint=stage1),
+    ):  # of another model or stage
         with pytest.raises(UserError, match=r"another training \(qwen_vla_async.pt, .*; pass another --run-dir"):
             (train_diffusion if other.head == "diffusion" else train_async)(other)
         with pytest.raises(UserError, match="There is no checkpoint .* to go on from"):
@@ -217,7 +257,8 @@ def test_resume_refuses_other_weights_and_names_both_sides(tmp_path):
     again = dataclasses.replace(settings, max_steps=2, resume=True)
     (tmp_path / "data" / "datasets.yaml").write_text("part1: {weight: 5}")
     with pytest.raises(
-        UserError, match=r"1 episodes have another weight .*part1/recv_all_\w+: checkpoint 1, now 5\).*restore datasets.yaml"
+        UserError,
+        match=r"1 episodes have another weight .*part1/recv_all_\w+: checkpoint 1, now 5\).*restore datasets.yaml",
     ):
         train_async(again)
     (tmp_path / "data" / "datasets.yaml").write_text("part1: {weight: 1}")
@@ -297,7 +338,11 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(async_settings, tmp_path, mo
 
 @pytest.mark.parametrize(
     ("room", "writer", "file"),
-    [(metrics, "append_jsonl", "metrics.jsonl"), (metrics, "write_text", "metrics.jsonl"), (loop, "write_json", "results.json")],
+    [
+        (metrics, "append_jsonl", "metrics.jsonl"),
+        (metrics, "write_text", "metrics.jsonl"),
+        (loop, "write_json", "results.json"),
+    ],
 )
 def test_a_full_disk_ends_a_training_with_its_remedy(room, writer, file, async_settings, monkeypatch):
     settings = async_settings(max_steps=1, val_fraction=0.0)
@@ -327,11 +372,17 @@ def test_a_full_disk_is_not_tried_in_every_step(async_settings, monkeypatch):
 
     monkeypatch.setattr(loop.Trainer, "_step", slow)
     monkeypatch.setattr(saving, "save_checkpoint", full)
-    train_async(async_settings(max_steps=9, checkpoint_every_s=20.0, epochs=99, batch_size=1, grad_accum_steps=1, val_fraction=0.0))
+    train_async(
+        async_settings(
+            max_steps=9, checkpoint_every_s=20.0, epochs=99, batch_size=1, grad_accum_steps=1, val_fraction=0.0
+        )
+    )
     assert tries[:3] == [0, 3, 6]
 
 
-@pytest.mark.parametrize("batch_size", [1, 60])  # all steps within one epoch, or an epoch of two steps, each better than the one before
+@pytest.mark.parametrize(
+    "batch_size", [1, 60]
+)  # all steps within one epoch, or an epoch of two steps, each better than the one before
 def test_latest_is_never_older_than_the_interval(batch_size, async_settings, monkeypatch):
     now, ages, written = [0.0], [], [0.0]
     monkeypatch.setattr(loop.time, "monotonic", lambda: now[0])
@@ -353,7 +404,9 @@ def test_latest_is_never_older_than_the_interval(batch_size, async_settings, mon
 
     monkeypatch.setattr(saving, "save_checkpoint", watched)
     monkeypatch.setattr(loop.Trainer, "_step", slow)
-    train_async(async_settings(max_steps=9, checkpoint_every_s=20.0, epochs=99, batch_size=batch_size, grad_accum_steps=1))
+    train_async(
+        async_settings(max_steps=9, checkpoint_every_s=20.0, epochs=99, batch_size=batch_size, grad_accum_steps=1)
+    )
     assert max(ages) <= 20.0 + 7.0 and len(ages) == 9
 
 
@@ -363,10 +416,18 @@ TWO = {"max_steps": 5, "lr": 1e-3, "grad_accum_steps": 2, "sensor_enabled": Fals
 def on_two_ranks(root: Path, run: Path, resume: bool = False, killed_after: int = 0) -> subprocess.CompletedProcess:
     """The worker beside this file below torchrun, batches of 3."""
     flags = {**TWO, "batch_size": 3, "resume": resume}
-    words = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(Path(__file__).with_name("rank_worker.py"))]
+    words = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        str(Path(__file__).with_name("rank_worker.py")),
+    ]
     environment = {"KILLED_AFTER": str(killed_after)}
     if not resume and not killed_after:
-        environment["DIFFUSION"] = json.dumps({**DIFFUSION, "sensor_enabled": True, "run_dir": str(run.with_name("diffusion"))})
+        environment["DIFFUSION"] = json.dumps(
+            {**DIFFUSION, "sensor_enabled": True, "run_dir": str(run.with_name("diffusion"))}
+        )
     return launch(words, {**flags, "dataset_root": root, "run_dir": run}, environment=environment)
 
 
@@ -411,7 +472,14 @@ def test_trap_24_two_ranks_killed_and_resumed_are_the_uninterrupted_run(two_rank
 def test_two_ranks_below_torchrun_save_the_step_in_which_they_are_stopped(mixed, tmp_path):
     """With loader processes; no checkpoint is due before, so it is the stop's own."""
     run = tmp_path / "run"
-    flags = {"max_steps": 2000, "batch_size": 2, "grad_accum_steps": 1, "num_workers": 2, "epochs": 99, "checkpoint_every_s": 600}
+    flags = {
+        "max_steps": 2000,
+        "batch_size": 2,
+        "grad_accum_steps": 1,
+        "num_workers": 2,
+        "epochs": 99,
+        "checkpoint_every_s": 600,
+    }
     process = launch("train_async", {**flags, "dataset_root": mixed, "run_dir": run}, processes=2, background=True)
     wait_for_step(run, 5, process)
     below = psutil.Process(process.pid).children(recursive=True)
@@ -448,12 +516,30 @@ def test_two_nodes_meet_on_this_machine(mixed, tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    words = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", "--rdzv_id=test"]
-    words += [f"--rdzv_endpoint=127.0.0.1:{port}", "--local_addr=127.0.0.1", "-m", "vla_lib.train_async", "--max-steps", "2"]
+    words = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nnodes=2",
+        "--nproc_per_node=1",
+        "--rdzv_backend=c10d",
+        "--rdzv_id=test",
+    ]
+    words += [
+        f"--rdzv_endpoint=127.0.0.1:{port}",
+        "--local_addr=127.0.0.1",
+        "-m",
+        "vla_lib.train_async",
+        "--max-steps",
+        "2",
+    ]
     for name, value in {**SMALL, "dataset_root": mixed, "run_dir": tmp_path / "run"}.items():
         words += ["--" + name.replace("_", "-"), str(value)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    nodes = [subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(2)]
+    nodes = [
+        subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for _ in range(2)
+    ]
     outputs = [node.communicate(timeout=300)[0] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], outputs
     assert read_checkpoint(tmp_path / "run" / "checkpoints" / "qwen_vla_async.pt")["training"]["world"] == 2

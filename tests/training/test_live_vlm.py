@@ -30,14 +30,24 @@ from vla_lib.training.process import StopRequest
 from vla_lib.training.settings import AsyncSettings, DiffusionSettings
 from vla_lib.training.validation import validate
 
-MODELS = {"async": (AsyncSettings, train_async, {}), "diffusion": (DiffusionSettings, train_diffusion, {"diffusion_timesteps": 20})}
+MODELS = {
+    "async": (AsyncSettings, train_async, {}),
+    "diffusion": (DiffusionSettings, train_diffusion, {"diffusion_timesteps": 20}),
+}
 MODELS["diffusion"][2]["ddim_steps"] = 4
-FEW = {"max_steps": 6, "batch_size": 4, "grad_accum_steps": 2, "lr": 1e-3, "sensor_enabled": False, "checkpoint_every_steps": 1}
+FEW = {
+    "max_steps": 6,
+    "batch_size": 4,
+    "grad_accum_steps": 2,
+    "lr": 1e-3,
+    "sensor_enabled": False,
+    "checkpoint_every_steps": 1,
+}
 
 
 @pytest.fixture(scope="module", params=["tiny", "tiny-qwen3-vl"])
 def seen(request, tmp_path_factory):
-    """A data set whose episodes have pictures, with a cache of this VLM and a stage-1 checkpoint of the async model."""
+    """A dataset whose episodes have pictures, with a cache of this VLM and a stage-1 checkpoint of the async model."""
     root = tmp_path_factory.mktemp("seen")
     for folder in write_dataset(root, {"part1": 3, "New_dataset/Task": 2}, steps=12):
         data = load_prepared(folder)
@@ -49,7 +59,11 @@ def seen(request, tmp_path_factory):
                 ImageDraw.Draw(picture).ellipse([x - 6, y - 6, x + 6, y + 6], fill=(200, 30, 30))
                 picture.save(folder / view / f"{k:04d}.jpg")
     shutil.rmtree(cache_folder(root))
-    build(BuildSettings(dataset_root=root, vl_model=request.param, vl_layer=2, vl_pooling="grid:2x3", num_workers=0, device="cpu"))
+    build(
+        BuildSettings(
+            dataset_root=root, vl_model=request.param, vl_layer=2, vl_pooling="grid:2x3", num_workers=0, device="cpu"
+        )
+    )
     torch.set_num_threads(1)
     run = tmp_path_factory.mktemp("runs") / "stage1"
     train_async(AsyncSettings(**SMALL, **FEW, dataset_root=root, run_dir=run))
@@ -59,7 +73,15 @@ def seen(request, tmp_path_factory):
 def stage2(seen, tmp_path, model="async", run="stage2", **changes):
     settings_class, _, extra = MODELS[model]
     root, checkpoint = seen
-    values = {**SMALL, **FEW, **extra, "dataset_root": root, "run_dir": tmp_path / run, "training_stage": "stage2", "lora_rank": 4}
+    values = {
+        **SMALL,
+        **FEW,
+        **extra,
+        "dataset_root": root,
+        "run_dir": tmp_path / run,
+        "training_stage": "stage2",
+        "lora_rank": 4,
+    }
     return settings_class(**{**values, "stage1_checkpoint": checkpoint, **changes})
 
 
@@ -84,7 +106,9 @@ def test_trap_20_at_its_start_it_is_stage_one_and_gradients_reach_lora_alone(see
     assert validate(stage1, trainer.data.val, 16) == pytest.approx(
         validate(trainer.policy.eval(), LiveSamples(trainer.data.val, live), 16), rel=1e-4
     )
-    assert trainer.data.split == info["split"] and trainer.policy.normaliser.action_std.equal(stage1.normaliser.action_std)
+    assert trainer.data.split == info["split"] and trainer.policy.normaliser.action_std.equal(
+        stage1.normaliser.action_std
+    )
 
     frozen = {k: v.clone() for k, v in live.extractor.vlm.model.state_dict().items() if "lora" not in k}
     with torch.no_grad():
@@ -109,7 +133,9 @@ def test_it_trains_is_resumed_and_its_checkpoint_predicts_alike_everywhere(seen,
         seen = seen[0], tmp_path / "one" / "checkpoints" / "diffusion_stage1_latest.pt"
     results = train(stage2(seen, tmp_path, model))
     with monkeypatch.context() as patched:
-        patched.setattr(FeatureExtractor, "look", None)  # the vision tower has run over every picture once, and never does again
+        patched.setattr(
+            FeatureExtractor, "look", None
+        )  # the vision tower has run over every picture once, and never does again
         step = loop.Trainer._step
 
         def stop_at_three(self, *args):
@@ -134,7 +160,9 @@ def test_it_trains_is_resumed_and_its_checkpoint_predicts_alike_everywhere(seen,
     assert any(v.abs().max() > 0 for k, v in whole["adapter"]["weights"].items() if "lora_B" in k)
 
     policy, info = load_policy(path)
-    assert results["parameters"] == policy.parameter_count() + sum(v.numel() for v in info["adapter"]["weights"].values())
+    assert results["parameters"] == policy.parameter_count() + sum(
+        v.numel() for v in info["adapter"]["weights"].values()
+    )
     held_out = prepare_data(stage2(seen, tmp_path, model)).val
     samples = sample_set(held_out.episodes, seen[0], info)  # features computed anew from the pictures
     assert validate(policy, samples, 16) == pytest.approx(whole["metrics"], rel=1e-4)
@@ -144,7 +172,9 @@ def test_it_trains_is_resumed_and_its_checkpoint_predicts_alike_everywhere(seen,
     pictures = {view: episode.picture_path(view, 3) for view in VIEWS}
     tokens, mask = make_extractor(path, "cpu")(pictures, episode.instruction)
     torch.testing.assert_close(tokens, samples.batch([3])["vl_tokens"][0], atol=1e-5, rtol=0)
-    assert mask.all() and not torch.allclose(tokens, held_out.batch([3])["vl_tokens"][0], atol=1e-5)  # the cache has the plain VLM's
+    assert mask.all() and not torch.allclose(
+        tokens, held_out.batch([3])["vl_tokens"][0], atol=1e-5
+    )  # the cache has the plain VLM's
     with pytest.raises(UserError, match="LoRA weights in its VLM.*not its own"):
         load_policy(path, binding=info["binding"])
 
@@ -161,8 +191,21 @@ def test_two_ranks_hold_equal_weights_those_of_one_with_twice_the_batch(seen, tm
     shutil.copytree(seen[0], root)
     for path in cache_folder(root).glob("*/vision/*.pt"):
         path.unlink()
-    flags = {**FEW, "max_steps": 3, "dataset_root": root, "training_stage": "stage2", "lora_rank": 4, "stage1_checkpoint": seen[1]}
-    worker = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(Path(__file__).with_name("rank_worker.py"))]
+    flags = {
+        **FEW,
+        "max_steps": 3,
+        "dataset_root": root,
+        "training_stage": "stage2",
+        "lora_rank": 4,
+        "stage1_checkpoint": seen[1],
+    }
+    worker = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        str(Path(__file__).with_name("rank_worker.py")),
+    ]
     done = launch(worker, {**flags, "batch_size": 2, "run_dir": tmp_path / "two"})
     assert done.returncode == 0, done.stdout + done.stderr
     ranks = [torch.load(tmp_path / "two" / f"rank{r}.pt") for r in range(2)]
@@ -171,11 +214,16 @@ def test_two_ranks_hold_equal_weights_those_of_one_with_twice_the_batch(seen, tm
     assert ranks[0]["metrics"] == ranks[1]["metrics"] and len(list(cache_folder(root).glob("*/vision/*.pt"))) == 5
     train_async(AsyncSettings(**{**SMALL, **flags, "batch_size": 4, "run_dir": tmp_path / "one"}))
     one = read_checkpoint(tmp_path / "one" / "checkpoints" / "qwen_vla_async_stage2.pt")["training"]
-    for own, other in ((one["model"], ranks[0]["weights"]), (dict(enumerate(one["adapter"]["weights"].values())), ranks[0]["lora"])):
+    for own, other in (
+        (one["model"], ranks[0]["weights"]),
+        (dict(enumerate(one["adapter"]["weights"].values())), ranks[0]["lora"]),
+    ):
         assert own.keys() == other.keys() and all(torch.allclose(own[k], other[k], atol=1e-4) for k in own)
 
 
-def test_vision_tokens_are_read_in_parts_masked_where_unreadable_and_made_again_where_damaged(seen, tmp_path, monkeypatch):
+def test_vision_tokens_are_read_in_parts_masked_where_unreadable_and_made_again_where_damaged(
+    seen, tmp_path, monkeypatch
+):
     root = tmp_path / "data"
     shutil.copytree(seen[0], root)
     cache = FeatureCache.open(root)
@@ -196,11 +244,18 @@ def test_vision_tokens_are_read_in_parts_masked_where_unreadable_and_made_again_
     monkeypatch.setattr(vision_cache, "PICTURES", 1)  # a part of one, that cannot be read
     again.build([episode])
     parts = again.episode(episode)
-    assert [[place >= 0 for place in row] for row in parts.ticks] == [[False, True], [True, True], [False, True], [True, True]]
+    assert [[place >= 0 for place in row] for row in parts.ticks] == [
+        [False, True],
+        [True, True],
+        [False, True],
+        [True, True],
+    ]
     for tick, row in enumerate(parts.ticks):
         for view, place in enumerate(row):
             if place >= 0:
-                torch.testing.assert_close(parts.picture(place, "cpu").tokens, whole.picture(whole.ticks[tick][view], "cpu").tokens)
+                torch.testing.assert_close(
+                    parts.picture(place, "cpu").tokens, whole.picture(whole.ticks[tick][view], "cpu").tokens
+                )
 
 
 def test_the_loss_falls(seen, tmp_path):

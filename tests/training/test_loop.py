@@ -56,7 +56,9 @@ def test_async_writes_everything_and_its_policy_loads(async_settings, tmp_path):
     assert [r["step"] for r in steps] == list(range(1, results["step"] + 1))
     assert {"time", "train/lr", "train/vl_reuse_counter", "train/sensor_samples"} <= set(steps[0])
     validations = [r for r in rows if "val/loss_epoch" in r]
-    assert [r["epoch"] for r in validations] == [1, 2] and {"train/loader_wait_share", "train/vl_reuse_counts"} <= set(validations[0])
+    assert [r["epoch"] for r in validations] == [1, 2] and {"train/loader_wait_share", "train/vl_reuse_counts"} <= set(
+        validations[0]
+    )
     assert json.loads((tmp_path / "run" / "results.json").read_text()) == results
     assert {
         "step",
@@ -71,7 +73,11 @@ def test_async_writes_everything_and_its_policy_loads(async_settings, tmp_path):
         "wall_s",
     } <= set(results)
     folder = tmp_path / "run" / "checkpoints"
-    assert sorted(p.name for p in folder.iterdir()) == ["qwen_vla_async.pt", "qwen_vla_async_best.pt", "qwen_vla_async_final.pt"]
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "qwen_vla_async.pt",
+        "qwen_vla_async_best.pt",
+        "qwen_vla_async_final.pt",
+    ]
     for path in folder.iterdir():
         policy, info = load_policy(path, binding=prepare_data(settings).binding)
         assert not policy.training and sorted(info["split"]) == ["train", "val"] and info["settings"]["horizon"] == 8
@@ -143,7 +149,9 @@ def test_trap_18_the_target_is_not_inside_the_input(kind, scenes, async_settings
     build, train = {"async": (async_settings, train_async), "diffusion": (diffusion_settings, train_diffusion)}[kind]
     steps, lr, honest_most, few, least, most = LEAK[kind]
     extra = {"diffusion_timesteps": 20, "ddim_steps": 4} if kind == "diffusion" else {}
-    settings = build(dataset_root=scenes, max_steps=steps, lr=lr, batch_size=32, grad_accum_steps=1, val_fraction=0.25, **extra)
+    settings = build(
+        dataset_root=scenes, max_steps=steps, lr=lr, batch_size=32, grad_accum_steps=1, val_fraction=0.25, **extra
+    )
     honest = train(settings)
     assert honest["val_action_loss"] < honest_most * honest["baselines"]["mean"]["action_loss"]
 
@@ -163,7 +171,9 @@ def test_trap_15_sensor_loss_weight_counts_at_batch_size_one(async_settings):
     """The gradient of a sample with sensor is `sensor_loss_weight` times what it is at weight 1, at batch size 1 too."""
     norms = {}
     for weight in (1.0, 3.0):
-        trainer = make_trainer(async_settings(batch_size=1, grad_accum_steps=1, sensor_loss_weight=weight, clip_norm=1e9))
+        trainer = make_trainer(
+            async_settings(batch_size=1, grad_accum_steps=1, sensor_loss_weight=weight, clip_norm=1e9)
+        )
         take(trainer, [5])
         norms[weight] = trainer.row["train/grad_norm"]
     assert norms[3.0] == pytest.approx(3 * norms[1.0], rel=1e-4)
@@ -198,7 +208,9 @@ def test_trap_22_validation_is_in_eval_mode_and_leaves_the_mode_alone(async_sett
     stopped[-1] = 1.0
     assert validate(policy, val, 7, stop=iter([False, True]).__next__) is None  # asked before the second batch
     assert validate(policy, val, 7, 0, 2, lambda x: x + stopped) is None  # another process was asked
-    assert float(whole[1] / whole[0]) == pytest.approx(first["val/loss_epoch"], rel=1e-6)  # any number of processes, any batch size
+    assert float(whole[1] / whole[0]) == pytest.approx(
+        first["val/loss_epoch"], rel=1e-6
+    )  # any number of processes, any batch size
 
 
 def test_baselines_are_what_they_say(async_settings):
@@ -211,7 +223,9 @@ def test_baselines_are_what_they_say(async_settings):
         error = np.abs(guess - action)[mask]
         assert found[f"val/baseline_{name}_mae_mm"] == pytest.approx(error[:, :3].mean(), rel=1e-4)
         assert found[f"val/baseline_{name}_mae_deg"] == pytest.approx(error[:, 3:6].mean(), rel=1e-4)
-    assert found["val/mae_mm"] == pytest.approx(found["val/baseline_mean_mae_mm"], rel=1e-4)  # a new regression head says the mean
+    assert found["val/mae_mm"] == pytest.approx(
+        found["val/baseline_mean_mae_mm"], rel=1e-4
+    )  # a new regression head says the mean
 
 
 @pytest.mark.parametrize(("latency_ms", "ages"), [(0.0, 3), (250.0, 6)])
@@ -269,7 +283,11 @@ def test_trap_20_cached_features_and_lora_are_never_combined(diffusion_settings)
             (5, 3),
             "--batch-size 2 instead of 5, .*steps 8 instead of 3",
         ),
-        (MemoryError("Unable to allocate 8 GiB for an array"), (4, 8), "in a new run, smaller pictures: --image-resize-height 180"),
+        (
+            MemoryError("Unable to allocate 8 GiB for an array"),
+            (4, 8),
+            "in a new run, smaller pictures: --image-resize-height 180",
+        ),
         (
             MemoryError(),
             (1, 8),
@@ -302,9 +320,13 @@ def test_bf16_is_used_where_the_gpu_has_it_by_itself(monkeypatch):
     """Asked of torch without emulation; on a CPU only where it is wanted."""
     asked = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: asked.append(including_emulation) or False)
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation=True: asked.append(including_emulation) or False
+    )
     assert not device.uses_bf16(AsyncSettings()) and asked == [False]
-    assert device.uses_bf16(AsyncSettings(precision="bf16", device="cpu")) and not device.uses_bf16(AsyncSettings(device="cpu"))
+    assert device.uses_bf16(AsyncSettings(precision="bf16", device="cpu")) and not device.uses_bf16(
+        AsyncSettings(device="cpu")
+    )
 
 
 def test_a_starving_loader_is_reported(async_settings, monkeypatch, capsys):

@@ -56,7 +56,9 @@ def test_a_failure_is_told_in_the_record(async_settings, tmp_path, monkeypatch):
     with pytest.raises(UserError):
         train_async(async_settings(image_resize_height=180))
     record = read_record(tmp_path / "run")
-    assert record["state"] == "failed" and record["error"].startswith("The VL cache and the flags differ: image-resize-height is 360")
+    assert record["state"] == "failed" and record["error"].startswith(
+        "The VL cache and the flags differ: image-resize-height is 360"
+    )
     monkeypatch.setattr(loop.Trainer, "_step", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         train_async(async_settings())

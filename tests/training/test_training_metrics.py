@@ -58,7 +58,9 @@ log.close()
     assert done.returncode == 0 and done.stdout.startswith("W&B cannot be reached ("), done.stdout + done.stderr
     (folder,) = (path for path in (tmp_path / "wandb").glob("*run-*") if path.is_dir() and not path.is_symlink())
     assert f"`wandb sync {folder}` uploads it" in done.stdout and folder.name.startswith("offline-run-")
-    assert [r["train/loss_step"] for r in wandb_rows(tmp_path)] == [r["train/loss_step"] for r in read_jsonl(tmp_path / "metrics.jsonl")]
+    assert [r["train/loss_step"] for r in wandb_rows(tmp_path)] == [
+        r["train/loss_step"] for r in read_jsonl(tmp_path / "metrics.jsonl")
+    ]
 
 
 def test_an_online_run_is_told_what_the_server_lacks_and_no_more(monkeypatch, tmp_path):
@@ -74,7 +76,10 @@ def test_an_online_run_is_told_what_the_server_lacks_and_no_more(monkeypatch, tm
         assert (options["id"], options["resume"], options["mode"]) == ("id-0", "allow", "online")
         assert options["settings"].finish_timeout > 0 and options["settings"].finish_timeout_raises
         return SimpleNamespace(
-            starting_step=3, dir=str(tmp_path / "wandb" / "run-2-id-0" / "files"), log=lambda v, step: told.append((step, v)), finish=finish
+            starting_step=3,
+            dir=str(tmp_path / "wandb" / "run-2-id-0" / "files"),
+            log=lambda v, step: told.append((step, v)),
+            finish=finish,
         )
 
     monkeypatch.setattr(wandb, "init", init)
@@ -99,4 +104,10 @@ def test_truncate_drops_what_came_after_the_checkpoint(tmp_path):
     with open(path, "a") as file:
         file.write('{"step": 5, "tra')  # killed while writing
     truncate(path, 4, 2)
-    assert [(r["step"], r.get("epoch")) for r in read_jsonl(path)] == [(1, None), (2, None), (2, 1), (3, None), (4, None)]
+    assert [(r["step"], r.get("epoch")) for r in read_jsonl(path)] == [
+        (1, None),
+        (2, None),
+        (2, 1),
+        (3, None),
+        (4, None),
+    ]

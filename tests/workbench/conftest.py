@@ -91,7 +91,11 @@ class Desk:
 
     def saved(self, name: str) -> list[str]:
         """The ids of the cells that have outputs in the notebook's file (JupyterLab saves it now and then)."""
-        return [cell["id"] for cell in nbformat.read(self.folder / f"{name}.ipynb", as_version=4).cells if cell.get("outputs")]
+        return [
+            cell["id"]
+            for cell in nbformat.read(self.folder / f"{name}.ipynb", as_version=4).cells
+            if cell.get("outputs")
+        ]
 
     def outputs(self) -> list[dict[str, Any]]:
         """The outputs of all cells."""
@@ -99,7 +103,9 @@ class Desk:
 
     def errors(self) -> list[str]:
         """What cells raised."""
-        return [f"{output['ename']}: {output['evalue']}" for output in self.outputs() if output["output_type"] == "error"]
+        return [
+            f"{output['ename']}: {output['evalue']}" for output in self.outputs() if output["output_type"] == "error"
+        ]
 
     def command(self, name: str) -> None:
         """Carry out a command of JupyterLab's."""
@@ -141,7 +147,10 @@ class Desk:
         """A screenshot of the whole notebook: heights are known only once cells are drawn."""
         self.page.set_viewport_size({"width": 1300, "height": 14_000})
         self.show(self.cells()[0]["id"])
-        count, bottoms = len(self.cells()), f"[...{PANEL}.querySelectorAll('.jp-Cell')].map(cell => cell.getBoundingClientRect().bottom)"
+        count, bottoms = (
+            len(self.cells()),
+            f"[...{PANEL}.querySelectorAll('.jp-Cell')].map(cell => cell.getBoundingClientRect().bottom)",
+        )
         heights: list[float] = []
 
         def settled() -> bool:

@@ -8,13 +8,16 @@ import pytest
 from conftest import CHROMIUM
 from nbformat import v4
 
-from vla_lib import simulate
+from needle_rig import __main__ as simulate
 from vla_lib.core.files import read_json, read_jsonl
 from vla_lib.core.run_folder import PROJECT, RunFolder, read_record
 from vla_lib.training.checkpoint import read_checkpoint
 from vla_lib.workbench import flow, run_all
 
-pytestmark = [pytest.mark.browser, pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed (apt-get install chromium)")]
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed (apt-get install chromium)"),
+]
 NOTEBOOKS = sorted(path.stem for path in (PROJECT / "notebooks").glob("*.ipynb"))
 FEW = {"batch_size": 8, "grad_accum_steps": 1, "max_steps": 4, "val_fraction": 0.3, "num_workers": 0, "ddim_steps": 2}
 SMALL = {"image_resize_height": 84, "image_resize_width": 140}  # what the VL model sees
@@ -25,7 +28,9 @@ TOLD = {
     "06_evaluate": {"closed_loop_seeds": 2, "masked": False, "max_time_s": 2.0, "films": 2},
     "07_rehearse": {"max_time_s": 2.0},
 }
-KERNELSPEC = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}  # else JupyterLab asks for one
+KERNELSPEC = {
+    "kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}
+}  # else JupyterLab asks for one
 WIDGET = "application/vnd.jupyter.widget-view+json"
 RANGE, HANDLE = "input[type=range]", ".noUi-handle"  # of pictures that need no kernel; of a widget
 SLIDERS = dict.fromkeys(NOTEBOOKS, ()) | {
@@ -40,7 +45,9 @@ def root(tmp_path_factory) -> Path:
     """A recording of three episodes."""
     folder = tmp_path_factory.mktemp("browser") / "data"
     simulate.main(
-        simulate.Settings(dataset_root=folder, episodes_f1=3, episodes_f2=1, picture_width=160, picture_height=90, idle_tail_s=0.2)
+        simulate.Settings(
+            dataset_root=folder, episodes_f1=3, episodes_f2=1, picture_width=160, picture_height=90, idle_tail_s=0.2
+        )
     )
     return folder
 
@@ -68,8 +75,13 @@ def test_a_notebook_lives_in_jupyterlab(name, desk, root):
         if WIDGET not in data and not {"text/html", "image/png"} & set(data):
             text = "".join(data.get("text/plain", "")) + "".join(output.get("text", ""))
             assert not any(word in text for word in ("<Figure", "Box(children", "Slider(", "object at 0x")), text
-    pages = {cell["id"]: str([output.get("data", {}).get("text/html") for output in cell.get("outputs", [])]) for cell in desk.cells()}
-    assert [cell for cell, text in pages.items() if "<input type=" in text] == [cell for cell, kind in SLIDERS[name] if kind == RANGE]
+    pages = {
+        cell["id"]: str([output.get("data", {}).get("text/html") for output in cell.get("outputs", [])])
+        for cell in desk.cells()
+    }
+    assert [cell for cell, text in pages.items() if "<input type=" in text] == [
+        cell for cell, kind in SLIDERS[name] if kind == RANGE
+    ]
     for cell, kind in SLIDERS[name]:
         area = desk.show(cell)
         slider, shown = area.locator(kind), area.locator("img:visible")
@@ -89,7 +101,7 @@ def test_the_report_as_the_readme_shows_it(desk, root):
     run(desk, "06_evaluate", root)
     newest = {read_record(path)["name"]: path for path in sorted(desk.runs()) if (path / "notebook.ipynb").exists()}
     steps = [
-        flow.Step(name, "ran", "no finished run on this data set", read_record(newest[name])["duration_s"], newest[name])
+        flow.Step(name, "ran", "no finished run on this dataset", read_record(newest[name])["duration_s"], newest[name])
         for name in run_all.Plan(root).notebooks
     ]
     made = flow.Flow(RunFolder.create("run-all", {}), steps)
@@ -105,7 +117,11 @@ def start_training(desk, root: Path, name: str) -> tuple[Path, Any]:
     """Start a training that would go on for long; its run folder and its cell, once a curve is drawn."""
     run(desk, "03_cache_vl_features", root)
     before = set(desk.runs())
-    desk.open(desk.copy("04_train_async", name, dataset_root=str(root), **FEW | SMALL | {"max_steps": 1_000_000, "num_workers": 1}))
+    desk.open(
+        desk.copy(
+            "04_train_async", name, dataset_root=str(root), **FEW | SMALL | {"max_steps": 1_000_000, "num_workers": 1}
+        )
+    )
     desk.start_all()
     cell = desk.show("run-training")
     desk.until(lambda: shows_curves(desk, cell))

@@ -94,7 +94,9 @@ VLA_RUN, PAPERMILL = ["vla_lib.cli", "run"], ["papermill", "--kernel", "python3"
         pytest.param(VLA_RUN, kernel, signal.SIGINT, "cancelled", 130, id="kernel interrupted"),
         pytest.param(VLA_RUN, kernel, signal.SIGKILL, "lost", 1, id="kernel killed"),
         pytest.param(VLA_RUN, supervisor, signal.SIGKILL, "failed", 1, id="supervisor killed"),
-        pytest.param(VLA_RUN, supervisor_and_torchrun, signal.SIGKILL, "failed", 1, id="supervisor and torchrun killed"),
+        pytest.param(
+            VLA_RUN, supervisor_and_torchrun, signal.SIGKILL, "failed", 1, id="supervisor and torchrun killed"
+        ),
         pytest.param(PAPERMILL, driver, signal.SIGINT, "cancelled", 1, id="papermill interrupted"),
         pytest.param(PAPERMILL, driver, signal.SIGTERM, "lost", -signal.SIGTERM, id="papermill terminated"),
         pytest.param(PAPERMILL, driver, signal.SIGKILL, "lost", -signal.SIGKILL, id="papermill killed"),
@@ -121,8 +123,12 @@ def test_an_ended_training_leaves_no_process_and_a_true_record(
     check(run, family, state, asked)
 
 
-@pytest.mark.parametrize("now, state", ((False, "cancelled"), (True, "lost")), ids=("asked as JupyterLab does", "killed"))
-def test_a_restarted_kernel_leaves_no_process_and_a_true_record(now: bool, state: str, training: str, runs_folder: Path, write_notebook):
+@pytest.mark.parametrize(
+    "now, state", ((False, "cancelled"), (True, "lost")), ids=("asked as JupyterLab does", "killed")
+)
+def test_a_restarted_kernel_leaves_no_process_and_a_true_record(
+    now: bool, state: str, training: str, runs_folder: Path, write_notebook
+):
     path = write_notebook("n: int = 1", training)
     manager = KernelManager(kernel_name="python3")
     manager.start_kernel(cwd=str(path.parent))
@@ -130,7 +136,11 @@ def test_a_restarted_kernel_leaves_no_process_and_a_true_record(now: bool, state
     client.start_channels()
     try:
         client.wait_for_ready(timeout=120)
-        cells = ["n = 1", f"from vla_lib.workbench import notebook\nrun = notebook.begin({str(path)!r}, globals())", training]
+        cells = [
+            "n = 1",
+            f"from vla_lib.workbench import notebook\nrun = notebook.begin({str(path)!r}, globals())",
+            training,
+        ]
         for cell in cells:
             client.execute(cell)
         run, family = wait_for_training(psutil.Process(os.getpid()), runs_folder)

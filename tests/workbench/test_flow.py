@@ -29,7 +29,9 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.Completed
 
     runs = tmp_path_factory.mktemp("demo") / "runs"
     command = [sys.executable, "-m", "vla_lib.cli", "demo", "--size", "small", "--nproc-per-node", "2"]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "VLA_RUNS": str(runs), "WANDB_MODE": "offline"})
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "VLA_RUNS": str(runs), "WANDB_MODE": "offline"}
+    )
     return done, runs
 
 
@@ -56,7 +58,9 @@ def test_every_stage_leaves_an_offline_page_with_drawn_plots(demo):
             for output in cell.get("outputs", []):
                 assert output.output_type != "error"
                 text = output.get("data", {}).get("text/plain", "")
-                assert not text.startswith("<Figure") or "image/png" in output["data"], f"{name}: {cell.id} shows a repr instead of a plot"
+                assert not text.startswith("<Figure") or "image/png" in output["data"], (
+                    f"{name}: {cell.id} shows a repr instead of a plot"
+                )
 
 
 def test_the_training_ran_as_two_supervised_processes(demo):
@@ -84,16 +88,20 @@ def test_the_policy_beats_all_three_baselines_on_held_out_episodes(demo):
     assert re.search(r"held-out episodes the policy (beats|does NOT beat)", done.stdout)
 
 
-def test_the_policy_is_tried_on_unseen_phantoms_and_its_attempts_are_drawn(demo):
+def test_the_policy_is_tried_on_unseen_phantoms_and_its_rollouts_are_drawn(demo):
     done, runs = demo
     run = run_of(runs, "06_evaluate")
     results = read_json(run / "results.json")
     (loop,) = results["closed_loop"].values()
     recorded = {entry["seed"] for entry in read_json(runs / "small-data" / "simulation.json")["episodes"]}
-    assert len(loop["attempts"]) == results["attempts"] == 3 and not recorded & {row["seed"] for row in loop["attempts"]}
+    assert len(loop["rollouts"]) == results["rollouts"] == 3 and not recorded & {
+        row["seed"] for row in loop["rollouts"]
+    }
     assert (loop["settings"]["picture_width"], loop["settings"]["picture_height"]) == (160, 90)  # as recorded
     assert re.search(rf"closed-loop success\s+{results['successes']} of 3 unseen phantoms \(", done.stdout)
-    assert (run / "notebook.html").read_text().count('type="range"') == 3  # paths, film strips, sensor: browsable offline
+    assert (run / "notebook.html").read_text().count(
+        'type="range"'
+    ) == 3  # paths, film strips, sensor: browsable offline
 
 
 def test_the_front_door_evaluates_as_the_documents_say(demo, tmp_path, capsys, monkeypatch):
@@ -107,15 +115,28 @@ def test_the_front_door_evaluates_as_the_documents_say(demo, tmp_path, capsys, m
 
     monkeypatch.setattr(Policy, "predict", spy)
     given = ["--checkpoints", f"best={best}", f"latest={latest}", "--run-dir", str(tmp_path), "--ddim-steps", "4"]
-    given += ["--closed-loop-seeds", "1", "--masked", "--latency-sweep", "--vlm-jitter-ms", "10", "--max-time-s", "1", "--workers", "1"]
+    given += [
+        "--closed-loop-seeds",
+        "1",
+        "--masked",
+        "--latency-sweep",
+        "--vlm-jitter-ms",
+        "10",
+        "--max-time-s",
+        "1",
+        "--workers",
+        "1",
+    ]
     evaluate.main(frontdoor.parse(evaluate.Settings, given))
     results = read_json(tmp_path / "results.json")
     assert set(results["compared_with"]) == {"latest"} and asked == {4}
     delays = [f"best, VLM delay {delay} ms" for delay in (0, 300, 600)]
     names = ["best", "latest", "best, VL masked", "best, sensor masked", *delays]
     assert list(results["closed_loop"]) == names and list(results["pairs"]) == names[1:]
-    tried = [loop["attempts"][0] for loop in results["closed_loop"].values()]
-    assert len({attempt["seed"] for attempt in tried}) == 1 and {attempt["reason"] for attempt in tried} == {"no puncture"}
+    tried = [loop["rollouts"][0] for loop in results["closed_loop"].values()]
+    assert len({rollout["seed"] for rollout in tried}) == 1 and {rollout["reason"] for rollout in tried} == {
+        "no puncture"
+    }
     assert {loop["settings"]["vlm_jitter_ms"] for loop in results["closed_loop"].values()} == {10}
     assert [results["closed_loop"][name]["settings"]["vlm_latency_ms"] for name in delays] == [0, 300, 600]
     said = capsys.readouterr().out
@@ -129,7 +150,9 @@ def test_notebook_06_tells_where_the_rig_is_no_judge(demo, runs_folder):
     last = best.with_name("qwen_vla_async.pt")
     hidden = manifest.rename(manifest.with_suffix(".hidden"))  # as if a lab had recorded it
     try:
-        result = run_notebook("06_evaluate", {"checkpoint": f"best={best}", "compare_with": [f"last={last}"]}, log=False)
+        result = run_notebook(
+            "06_evaluate", {"checkpoint": f"best={best}", "compare_with": [f"last={last}"]}, log=False
+        )
     finally:
         hidden.rename(manifest)
     assert result.state == "done", result.error
@@ -147,9 +170,14 @@ def test_notebook_07_rehearses_in_real_time_without_a_person(demo, runs_folder):
     lines = read_jsonl(result.path / "rehearsal.jsonl")
     sent = read_jsonl(result.path / "dry_run.jsonl")
     assert sum("tick" in line for line in lines) == len([line for line in sent if "action" in line]) + sum(
-        line["tick"]["mode"] in ("wait", "stop") or line["tick"]["reason"] == "missed deadline" for line in lines if "tick" in line
+        line["tick"]["mode"] in ("wait", "stop") or line["tick"]["reason"] == "missed deadline"
+        for line in lines
+        if "tick" in line
     )
-    assert "stop" in sent[-1] and read_json(result.path / "results.json")["runner"]["ended"] == lines[-1]["summary"]["ended"]
+    assert (
+        "stop" in sent[-1]
+        and read_json(result.path / "results.json")["runner"]["ended"] == lines[-1]["summary"]["ended"]
+    )
     page = (result.path / "notebook.html").read_text()
     assert 'type="range"' in page and "145 mN, then a retreat of 5 mm" in page  # the limits that hold are shown
 
@@ -167,12 +195,22 @@ def test_notebook_05_trains_on_the_same_data(demo, runs_folder):
     }
     result = run_notebook("05_train_diffusion", given, log=False)
     assert result.state == "done", result.error
-    assert {path.name for path in (result.path / "checkpoints").iterdir()} == {"diffusion_stage1_latest.pt", "diffusion_stage1_best.pt"}
+    assert {path.name for path in (result.path / "checkpoints").iterdir()} == {
+        "diffusion_stage1_latest.pt",
+        "diffusion_stage1_best.pt",
+    }
 
 
 def test_the_table_tells_rates_steps_errors_times_and_the_report(demo):
     done, runs = demo
-    for words in ("rate of sensor samples", "650.", "episodes prepared", "VL feature cache", "optimiser steps", "time in all"):
+    for words in (
+        "rate of sensor samples",
+        "650.",
+        "episodes prepared",
+        "VL feature cache",
+        "optimiser steps",
+        "time in all",
+    ):
         assert words in done.stdout, words
     for method in ("policy", "zero", "mean", "persistence"):
         assert re.search(rf"held-out RMS error, {method}\s+0\.\d+ mm", done.stdout)
@@ -187,7 +225,16 @@ def run_all(data: Path, **train: float) -> int:
     given = {"04_train_async": size.train | train, "06_evaluate": size.evaluate}
     pairs = [["-p", f"{name}.{key}", str(value)] for name, values in given.items() for key, value in values.items()]
     with pytest.raises(SystemExit) as ended:
-        cli.main(["run-all", "--dataset-root", str(data), "--nproc-per-node", "2", *(word for pair in pairs for word in pair)])
+        cli.main(
+            [
+                "run-all",
+                "--dataset-root",
+                str(data),
+                "--nproc-per-node",
+                "2",
+                *(word for pair in pairs for word in pair),
+            ]
+        )
     return ended.value.code
 
 
@@ -295,7 +342,9 @@ def test_no_egl_is_told_before_anything_starts(tmp_path, runs_folder):
     import os
 
     command = [sys.executable, "-m", "vla_lib.cli", "demo", "--size", "small"]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "MUJOCO_GL": "egl", "MUJOCO_EGL_DEVICE_ID": "99"})
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "MUJOCO_GL": "egl", "MUJOCO_EGL_DEVICE_ID": "99"}
+    )
     assert done.returncode == 2
     assert "cannot draw its pictures" in done.stderr
     assert not list(runs_folder.glob("*-demo"))
@@ -308,6 +357,8 @@ def test_a_taken_port_is_told():
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        done = subprocess.run([sys.executable, "-m", "vla_lib.cli", "lab", "--port", str(port)], capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-m", "vla_lib.cli", "lab", "--port", str(port)], capture_output=True, text=True
+        )
     assert done.returncode == 2
     assert f"Port {port} is in use" in done.stderr

@@ -22,7 +22,9 @@ from vla_lib.workbench.parameters import notebook_path
 
 def test_a_headless_run_leaves_notebook_page_and_record(write_notebook):
     path = write_notebook(
-        "n: int = 1", "import matplotlib.pyplot as plt\nplt.plot([n, 2]); plt.show()", "run.add_results(n=n); run.finish()"
+        "n: int = 1",
+        "import matplotlib.pyplot as plt\nplt.plot([n, 2]); plt.show()",
+        "run.add_results(n=n); run.finish()",
     )
     result = run_notebook(path, {"n": 7}, log=False)
     assert result.state == "done"
@@ -78,7 +80,8 @@ def test_an_interrupt_between_two_cells_is_not_lost(write_notebook, runs_folder)
 
 def test_a_cell_that_refuses_its_input_exits_2_with_its_sentence(write_notebook):
     path = write_notebook(
-        "n: int = 1", "from vla_lib.core.errors import UserError\nraise UserError('There is no dataset root x; give one.')"
+        "n: int = 1",
+        "from vla_lib.core.errors import UserError\nraise UserError('There is no dataset root x; give one.')",
     )
     done = subprocess.run([sys.executable, "-m", "vla_lib.cli", "run", str(path)], capture_output=True, text=True)
     assert done.returncode == 2
@@ -107,7 +110,18 @@ def test_vla_run_exits_2_on_a_bad_parameter(write_notebook):
 
 def test_plain_papermill_works_too(write_notebook, runs_folder, tmp_path):
     path = write_notebook("n: int = 1", "run.finish()")
-    command = [sys.executable, "-m", "papermill", str(path), str(tmp_path / "out.ipynb"), "-p", "n", "3", "-k", "python3"]
+    command = [
+        sys.executable,
+        "-m",
+        "papermill",
+        str(path),
+        str(tmp_path / "out.ipynb"),
+        "-p",
+        "n",
+        "3",
+        "-k",
+        "python3",
+    ]
     subprocess.run(command, check=True, capture_output=True)
     (folder,) = runs_folder.iterdir()
     record = read_record(folder)
@@ -179,7 +193,10 @@ def test_a_killed_rank_is_named_before_the_errors_of_those_that_miss_it(tmp_path
     with pytest.raises(JobFailed) as failure:
         asyncio.run(Job(command, tmp_path / "run").watch())
     said = str(failure.value)
-    assert said.startswith("rank 1 was killed by SIGKILL (often: out of memory); go on with --resume.\n") and "step 1" in said
+    assert (
+        said.startswith("rank 1 was killed by SIGKILL (often: out of memory); go on with --resume.\n")
+        and "step 1" in said
+    )
     assert "SIGSEGV" not in said
 
 

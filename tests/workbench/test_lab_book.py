@@ -57,7 +57,9 @@ def test_a_stopped_queue_leaves_no_process_and_true_records(write_notebook, runs
 
 
 def night_process(jobs: Path) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, "-m", "vla_lib.cli", "night", str(jobs)], stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-m", "vla_lib.cli", "night", str(jobs)], stdout=subprocess.PIPE, text=True
+    )
 
 
 def test_a_queue_stopped_before_its_run_began_ends_in_order(write_notebook, runs_folder, tmp_path):
@@ -78,7 +80,9 @@ def test_a_run_that_never_begins_is_lost_and_stands_beside_the_others(write_note
     start = queue._start
     broken = queue.Entry("n=2", str(path), {"n": "2"})
     never = [sys.executable, "-c", "raise SystemExit(3)"]
-    monkeypatch.setattr(queue, "_start", lambda entry, target: subprocess.Popen(never) if entry == broken else start(entry, target))
+    monkeypatch.setattr(
+        queue, "_start", lambda entry, target: subprocess.Popen(never) if entry == broken else start(entry, target)
+    )
     assert queue.run("sweep", queue.grid(str(path), ["n=1,2"], {}), parallel=2) == 1
     assert "it never began, see " in capsys.readouterr().out
     (sweep,) = runs_folder.glob("*-sweep")
@@ -91,8 +95,14 @@ def test_a_run_that_never_begins_is_lost_and_stands_beside_the_others(write_note
     "text, said",
     (
         ("- {notebook: 04_train_async, parameters: {lrr: 1e-4}}", "has no parameter lrr"),
-        ("- {name: a, notebook: 04_train_async, parameters: {lr: 2026-01-01}}", "night, a: 04_train_async: parameter lr wants float"),
-        ("- {notebook: 04_train_async, parameters: {lr: [1e-4, {a: b}]}}", "entry 1: parameter lr is one value or a list of words"),
+        (
+            "- {name: a, notebook: 04_train_async, parameters: {lr: 2026-01-01}}",
+            "night, a: 04_train_async: parameter lr wants float",
+        ),
+        (
+            "- {notebook: 04_train_async, parameters: {lr: [1e-4, {a: b}]}}",
+            "entry 1: parameter lr is one value or a list of words",
+        ),
         ("- {name: [a], notebook: 04_train_async}", "entry 1: its name is text"),
         ("- {name: a}", "entry 1: wants a notebook"),
         ("- {notebook: 04_train_async\n", "cannot be read as YAML"),
@@ -109,7 +119,9 @@ def test_a_bad_list_starts_nothing(text, said, tmp_path, runs_folder):
 
 def test_values_of_a_list_mean_what_command_line_words_mean(tmp_path, write_notebook):
     path = write_notebook("name: str = ''\nlr: float = 1.0\non: bool = False\nviews: list[str] = []")
-    (tmp_path / "jobs.yaml").write_text(f"- notebook: {path}\n  parameters: {{name: no, lr: 1e-4, on: true, views: [View1, 2026-01-01]}}\n")
+    (tmp_path / "jobs.yaml").write_text(
+        f"- notebook: {path}\n  parameters: {{name: no, lr: 1e-4, on: true, views: [View1, 2026-01-01]}}\n"
+    )
     (entry,) = queue.read_list(tmp_path / "jobs.yaml")
     values = {"name": "no", "lr": 1e-4, "on": True, "views": ["View1", "2026-01-01"]}
     assert resolve(path, entry.parameters, text=True) == values
@@ -208,7 +220,8 @@ def test_the_doctor_names_what_is_missing_and_what_to_do(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    "mode, level, said", (("online", "ok", "a key is set"), ("offline", "warn", "no key"), ("disabled", "warn", "unset it"))
+    "mode, level, said",
+    (("online", "ok", "a key is set"), ("offline", "warn", "no key"), ("disabled", "warn", "unset it")),
 )
 def test_the_doctor_tells_where_trainings_are_logged(mode, level, said, monkeypatch):
     monkeypatch.delenv("WANDB_MODE")
@@ -219,11 +232,16 @@ def test_the_doctor_tells_where_trainings_are_logged(mode, level, said, monkeypa
 
 def test_the_doctor_compares_the_packages_with_the_lock(monkeypatch, tmp_path):
     assert doctor._packages()[0] == "ok"
-    (tmp_path / "requirements.lock").write_text("# a comment\npandas==0.0.1\nno-such-package==1\nnumpy==1 ; sys_platform == 'win32'\n")
+    (tmp_path / "requirements.lock").write_text(
+        "# a comment\npandas==0.0.1\nno-such-package==1\nnumpy==1 ; sys_platform == 'win32'\n"
+    )
     monkeypatch.setattr(doctor, "PROJECT", tmp_path)
     level, what, said = doctor._packages()
     assert (
-        (level, what) == ("warn", "packages") and "pandas " in said and "no-such-package missing (lock: 1)" in said and "numpy" not in said
+        (level, what) == ("warn", "packages")
+        and "pandas " in said
+        and "no-such-package missing (lock: 1)" in said
+        and "numpy" not in said
     )
 
 

@@ -28,7 +28,13 @@ def views(monkeypatch) -> list[live.TrainingView]:
 
 def test_the_view_shows_log_curves_and_end(tmp_path, views):
     for step in range(1, 4):
-        row = {"step": step, "train/loss_step": 1 / step, "train/lr": 1e-4, "elapsed_s": 2.0 * step, "train/loader_wait_s": 0.5}
+        row = {
+            "step": step,
+            "train/loss_step": 1 / step,
+            "train/lr": 1e-4,
+            "elapsed_s": 2.0 * step,
+            "train/loader_wait_s": 0.5,
+        }
         append_jsonl(tmp_path / "metrics.jsonl", {**row, "train/gpu_memory_gib": 11.5})
     baselines = {f"val/baseline_{name}_action_loss": 0.4 for name in ("zero", "mean", "persistence")}
     append_jsonl(tmp_path / "metrics.jsonl", {"step": 3, "epoch": 1, "val/action_loss": 0.3, **baselines})
@@ -38,7 +44,13 @@ def test_the_view_shows_log_curves_and_end(tmp_path, views):
     assert "loss &lt;3&gt;" in view._log.value and "train 3/4 steps" in view._log.value
     assert view._bar.value == 0.75 and view._counted.value.startswith("3 of 4 steps, ETA 0:0")
     assert bytes(view._curves.value).startswith(b"\x89PNG")
-    for words in ("loss 0.3333", "lr 1.00e-04", "loader wait 25 %", "GPU memory 11.5 GiB", "held-out error 0.3000 (baselines: zero 0.4000"):
+    for words in (
+        "loss 0.3333",
+        "lr 1.00e-04",
+        "loader wait 25 %",
+        "GPU memory 11.5 GiB",
+        "held-out error 0.3000 (baselines: zero 0.4000",
+    ):
         assert words in view._figures.value
     assert view._stop.disabled and view._state.value == "<b>done</b>"
 

@@ -21,7 +21,9 @@ def test_command_line_words_mean_what_they_say(write_notebook):
 
 
 def test_an_unknown_parameter_is_refused_with_the_known_ones(write_notebook):
-    with pytest.raises(UserError, match="small has no parameter lrr; it has lr, batch_size, sensor_enabled, name, views"):
+    with pytest.raises(
+        UserError, match="small has no parameter lrr; it has lr, batch_size, sensor_enabled, name, views"
+    ):
         resolve(write_notebook(CELL), {"lrr": "1"}, text=True)
 
 
@@ -43,7 +45,9 @@ def test_a_wrong_type_is_refused(write_notebook, name, word):
         resolve(write_notebook(CELL), {name: word}, text=True)
 
 
-@pytest.mark.parametrize("line", ("a = 1", "a: int = 1 + 1", "a: Path = 'x'", "import os", "a: int = 'x'", "a: int = print()"))
+@pytest.mark.parametrize(
+    "line", ("a = 1", "a: int = 1 + 1", "a: Path = 'x'", "import os", "a: int = 'x'", "a: int = print()")
+)
 def test_a_parameters_cell_holds_typed_literals_only(write_notebook, line):
     with pytest.raises(UserError, match="in the parameters cell is not"):
         read_parameters(write_notebook(line))
@@ -55,5 +59,7 @@ def test_a_notebook_in_a_wrong_folder_is_not_the_projects(tmp_path, monkeypatch)
     for name in ("04_train_async", "04_train_async.ipynb", "notebooks/04_train_async.ipynb", expected):
         assert notebook_path(name) == expected
     for name in ("mine/04_train_async.ipynb", tmp_path / "04_train_async.ipynb"):
-        with pytest.raises(UserError, match="There is no notebook .*04_train_async.ipynb; there are 01_inspect_episodes, "):
+        with pytest.raises(
+            UserError, match="There is no notebook .*04_train_async.ipynb; there are 01_inspect_episodes, "
+        ):
             notebook_path(name)

@@ -51,7 +51,11 @@ def test_checkpoints_are_picked_by_parameters_or_by_clicks(monkeypatch, tmp_path
         for name in files:
             (run.path / "checkpoints" / name).touch()
     newest = runs.find_checkpoints()
-    assert [path.name for path in newest[:3]] == ["qwen_vla_async_best.pt", "qwen_vla_async.pt", "qwen_vla_async_final.pt"]
+    assert [path.name for path in newest[:3]] == [
+        "qwen_vla_async_best.pt",
+        "qwen_vla_async.pt",
+        "qwen_vla_async_final.pt",
+    ]
     assert len({runs.name_of(path) for path in newest}) == 6 and runs.name_of(newest[0]).startswith("async no VL ")
     elsewhere = tmp_path / "theirs.pt"
     elsewhere.touch()
@@ -75,25 +79,36 @@ def test_a_report_is_one_offline_page_below_5_mb_whatever_the_cameras_saw(tmp_pa
 
     def png(height: int, width: int, grey: bool = False) -> str:
         buffer = io.BytesIO()
-        Image.fromarray(rng.integers(0, 255, (height, width) if grey else (height, width, 3), np.uint8)).save(buffer, "PNG")
+        Image.fromarray(rng.integers(0, 255, (height, width) if grey else (height, width, 3), np.uint8)).save(
+            buffer, "PNG"
+        )
         return base64.b64encode(buffer.getvalue()).decode()
 
     plot = png(40, 60, grey=True)
     run = RunFolder.create("01_inspect_episodes", {})
-    outputs = [v4.new_output("display_data", data={"image/png": data}) for data in (*(png(500, 800) for _ in range(12)), plot)]
+    outputs = [
+        v4.new_output("display_data", data={"image/png": data}) for data in (*(png(500, 800) for _ in range(12)), plot)
+    ]
     cells = [
         v4.new_code_cell("view", outputs=outputs, metadata={"tags": ["report"]}),
         v4.new_code_cell("more", outputs=[v4.new_output("stream", text="not shown")]),
     ]
     write_text(run.path / "notebook.ipynb", v4.writes(v4.new_notebook(cells=cells)))
     run.finish("done")
-    write_report(tmp_path / "report.html", "T", [pd.DataFrame({"what": ["a"]}), pd.DataFrame({"step": ["b"]})], [Section(run.path, "same")])
+    write_report(
+        tmp_path / "report.html",
+        "T",
+        [pd.DataFrame({"what": ["a"]}), pd.DataFrame({"step": ["b"]})],
+        [Section(run.path, "same")],
+    )
     page = (tmp_path / "report.html").read_text()
     assert len(page.encode()) < 5e6 and plot in page and "not shown" not in page and "not run again: same" in page
     pictures = re.findall(r"<img [^>]*src='data:image/(png|jpeg);base64,([^']+)'", page)
     assert len(pictures) == 13
     for kind, data in pictures:
         assert Image.open(io.BytesIO(base64.b64decode(data))).format.lower() == kind
-    fetched = [link for link in re.findall(r"""(?:src|href)\s*=\s*['"]([^'"]+)""", page) if not link.startswith("data:")]
+    fetched = [
+        link for link in re.findall(r"""(?:src|href)\s*=\s*['"]([^'"]+)""", page) if not link.startswith("data:")
+    ]
     assert len(fetched) == 1 and fetched[0].endswith("notebook.html") and not fetched[0].startswith("http")
     assert not re.search(r"<script|<link|@import|url\(", page)

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from vla_lib import simulate
+from needle_rig import __main__ as simulate
 from vla_lib.core.errors import UserError
 from vla_lib.workbench import widgets
 
@@ -12,7 +12,9 @@ def root(tmp_path_factory) -> Path:
     """Two small recorded episodes."""
     folder = tmp_path_factory.mktemp("widgets") / "data"
     simulate.main(
-        simulate.Settings(dataset_root=folder, episodes_f1=1, episodes_f2=1, picture_width=160, picture_height=90, idle_tail_s=0.5)
+        simulate.Settings(
+            dataset_root=folder, episodes_f1=1, episodes_f2=1, picture_width=160, picture_height=90, idle_tail_s=0.5
+        )
     )
     return folder
 

@@ -29,15 +29,24 @@ class Progress:
             if note:
                 self._bar.set_postfix_str(note, refresh=False)
             self._bar.update(n)
-        elif self._show and self.done != self.total and time.monotonic() - self._last >= self.every_s:  # `close` prints the end
+        elif (
+            self._show and self.done != self.total and time.monotonic() - self._last >= self.every_s
+        ):  # `close` prints the end
             self._print(note)
 
     def _print(self, note: str = "") -> None:
         self._last = time.monotonic()
         elapsed = max(self._last - self._start, 1e-9)
         rate = self.done / elapsed
-        eta = f", ETA {clock((self.total - self.done) / rate)}" if 0 < self.done < self.total else f", took {clock(elapsed)}"
-        print(f"{self.label} {self.done:g}/{self.total:g} {self.unit}, {rate:.3g}/s{eta}{', ' + note if note else ''}", flush=True)
+        eta = (
+            f", ETA {clock((self.total - self.done) / rate)}"
+            if 0 < self.done < self.total
+            else f", took {clock(elapsed)}"
+        )
+        print(
+            f"{self.label} {self.done:g}/{self.total:g} {self.unit}, {rate:.3g}/s{eta}{', ' + note if note else ''}",
+            flush=True,
+        )
 
     def close(self) -> None:
         """End the bar, or print the last line."""

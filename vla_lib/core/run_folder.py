@@ -50,7 +50,9 @@ class RunFolder:
     def resume(cls, path: Path, parameters: dict[str, Any]) -> "RunFolder":
         """Open the ended record of `path` again, as `running` and owned by this process; `first_started` keeps when it first began."""
         before = read_json(path / "run.json")
-        run = cls(path, {**before, **_opened(parameters), "first_started": before.get("first_started") or before["started"]})
+        run = cls(
+            path, {**before, **_opened(parameters), "first_started": before.get("first_started") or before["started"]}
+        )
         run.save()
         return run
 
@@ -138,7 +140,9 @@ def git_state() -> dict[str, Any] | None:
     """Commit and cleanliness of the project's checkout, None outside one."""
 
     def git(*words: str) -> str:
-        return subprocess.run(["git", "-C", str(PROJECT), *words], capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+        return subprocess.run(
+            ["git", "-C", str(PROJECT), *words], capture_output=True, text=True, check=True, timeout=20
+        ).stdout.strip()
 
     try:
         return {
@@ -159,3 +163,19 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """The results.json of the run folder `path`, empty where it has none yet. Raises UserError where it is no JSON object."""
+    file = Path(path) / "results.json"
+    found = read_json(file) if file.exists() else {}
+    if not isinstance(found, dict):
+        raise UserError(f"{file} is not a table of results; remove or restore it.")
+    return found
+
+
+def write_results(path: Path, results: dict[str, Any]) -> dict[str, Any]:
+    """Merge `results` into the results.json of the run folder `path`, its only writer; returns all of them."""
+    merged = {**read_results(path), **results}
+    write_json(Path(path) / "results.json", merged)
+    return merged

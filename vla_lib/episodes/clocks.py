@@ -45,7 +45,11 @@ class ClockOffset:
         if self.how == "no sensor":
             return "no sensor stream, so no offset is needed"
         spread = f" (+-{self.uncertainty_s * 1e3:.0f} ms)" if self.uncertainty_s else ""
-        start = f"sensor begins {self.start_difference_s * 1e3:+.0f} ms from the robot" if self.start_difference_s is not None else ""
+        start = (
+            f"sensor begins {self.start_difference_s * 1e3:+.0f} ms from the robot"
+            if self.start_difference_s is not None
+            else ""
+        )
         return f"{self.offset_s * 1e3:+.0f} ms{spread}, {self.how}; {start}"
 
 

@@ -47,7 +47,9 @@ _RENAMED = {"numpy.core.multiarray": "numpy._core.multiarray", "numpy.core.numer
 class _PlainUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _ADMITTED:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, and only plain Python and numpy values are admitted")
+            raise pickle.UnpicklingError(
+                f"it asks for {module}.{name}, and only plain Python and numpy values are admitted"
+            )
         return super().find_class(_RENAMED.get(module, module), name)
 
     def persistent_load(self, pid: Any) -> Any:
@@ -59,12 +61,14 @@ def read_pickle(path: Path) -> dict[str, Any]:
     try:
         content = _PlainUnpickler(io.BytesIO(path.read_bytes())).load()
     except FileNotFoundError:
-        raise UserError(f"There is no {path}; run python -m vla_lib.preprocess on its data set first.") from None
+        raise UserError(f"There is no {path}; run python -m vla_lib.preprocess on its dataset first.") from None
     except Exception as error:  # any bytes can stand in a file; whatever pickle makes of them is a refusal
         said = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{path} is refused: {said}; run python -m vla_lib.preprocess on its data set again.") from error
+        raise UserError(f"{path} is refused: {said}; run python -m vla_lib.preprocess on its dataset again.") from error
     if not isinstance(content, dict):
-        raise UserError(f"{path} is refused: it holds a {type(content).__name__}, not a dict; preprocess its data set again.")
+        raise UserError(
+            f"{path} is refused: it holds a {type(content).__name__}, not a dict; preprocess its dataset again."
+        )
     return content
 
 
@@ -79,8 +83,14 @@ def check_content(content: dict[str, Any], where: Path) -> None:
     try:
         _check(content)
     except (AssertionError, KeyError, TypeError, ValueError, AttributeError) as error:
-        said = f"the key {error} is missing" if isinstance(error, KeyError) else str(error) or "its values have the wrong form"
-        raise UserError(f"{where} is refused: {said}; run python -m vla_lib.preprocess on its data set again.") from error
+        said = (
+            f"the key {error} is missing"
+            if isinstance(error, KeyError)
+            else str(error) or "its values have the wrong form"
+        )
+        raise UserError(
+            f"{where} is refused: {said}; run python -m vla_lib.preprocess on its dataset again."
+        ) from error
 
 
 def _require(condition: Any, text: str) -> None:
@@ -91,7 +101,9 @@ def _require(condition: Any, text: str) -> None:
 def _array(value: Any, shape: tuple[int | None, ...], kind: str, name: str) -> Any:
     if type(value) is not np.ndarray:
         raise ValueError(f"{name} is no array")
-    if len(value.shape) != len(shape) or any(want not in (None, have) for want, have in zip(shape, value.shape, strict=True)):
+    if len(value.shape) != len(shape) or any(
+        want not in (None, have) for want, have in zip(shape, value.shape, strict=True)
+    ):
         shown = "(" + ", ".join("n" if want is None else str(want) for want in shape) + ")"
         raise ValueError(f"{name} has shape {value.shape}, {shown} is needed")
     if value.dtype.kind not in kind:
@@ -104,7 +116,10 @@ def _check(content: dict[str, Any]) -> None:
     _require(not missing, f"the keys {', '.join(sorted(missing))} are missing")
     metadata = content["metadata"]
     _require(isinstance(metadata, dict), "metadata is no dict")
-    _require(metadata["schema_version"] == SCHEMA, f"it has schema version {metadata['schema_version']}, this code reads {SCHEMA}")
+    _require(
+        metadata["schema_version"] == SCHEMA,
+        f"it has schema version {metadata['schema_version']}, this code reads {SCHEMA}",
+    )
     _require(isinstance(content["instruction"], str), "instruction is no text")
     steps = len(_array(content["action"], (None, 7), "f", "action"))
     times = _array(content["timestamp"], (steps,), "f", "timestamp")
@@ -112,13 +127,18 @@ def _check(content: dict[str, Any]) -> None:
     _array(content["valid"], (steps,), "b", "valid")
     _array(content["state"], (steps, 12), "f", "state")
     images, image_times, indices = content["image"], content["image_timestamp"], content["image_index"]
-    _require(set(images) == set(image_times) == set(indices), "image, image_timestamp and image_index differ in their views")
+    _require(
+        set(images) == set(image_times) == set(indices), "image, image_timestamp and image_index differ in their views"
+    )
     for view, paths in images.items():
         _require(isinstance(view, str) and type(paths) is list, f"image[{view!r}] is no list")
         check_paths(paths, view)
         _array(image_times[view], (len(paths),), "f", f"image_timestamp[{view!r}]")
         index = _array(indices[view], (steps,), "iu", f"image_index[{view!r}]")
-        _require(not steps or (index.min() >= -1 and index.max() < len(paths)), f"image_index[{view!r}] points outside its list")
+        _require(
+            not steps or (index.min() >= -1 and index.max() < len(paths)),
+            f"image_index[{view!r}] points outside its list",
+        )
     sensor = content["sensor_data"]
     if sensor is None:
         return

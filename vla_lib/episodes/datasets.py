@@ -1,12 +1,12 @@
-"""The table of data sets: name and task in, sampling weight and instruction out; a YAML file at the root overrides it.
+"""The table of datasets: name and task in, sampling weight and instruction out; a YAML file at the root overrides it.
 
-`<dataset root>/datasets.yaml` maps a data set's name (or `name/task`; `*` is a wildcard) to what shall differ:
+`<dataset root>/datasets.yaml` maps a dataset's name (or `name/task`; `*` is a wildcard) to what shall differ:
 
     White_silicone_white_circle: {weight: 2, instruction: "Insert into the white square silicone"}
     New_dataset*: {weight: 3, instruction: "Perform {task} insertion task"}
 
 The first entry of the file that matches and names the field wins, then the built-in table, then weight 1.
-Weight w means: each step of the data set is drawn w times as often as a step of weight 1.
+Weight w means: each step of the dataset is drawn w times as often as a step of weight 1.
 """
 
 from collections.abc import Mapping
@@ -28,7 +28,10 @@ BUILT_IN: dict[str, dict[str, Any]] = {
         "weight": 2.0,
         "instruction": "Insert into the white square silicone with a white circle sticker attached",
     },
-    "Needle_insertion_eye_trocar": {"weight": 2.0, "instruction": "Insert the needle through the trocar into the eye phantom model"},
+    "Needle_insertion_eye_trocar": {
+        "weight": 2.0,
+        "instruction": "Insert the needle through the trocar into the eye phantom model",
+    },
     "OCT_insertion": {"weight": 1.0, "instruction": DEFAULT_INSTRUCTION},
     "part1": {"weight": 1.0, "instruction": DEFAULT_INSTRUCTION},
 }
@@ -36,7 +39,7 @@ BUILT_IN: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class DatasetTable:
-    """Weights and instructions of all data sets below one root."""
+    """Weights and instructions of all datasets below one root."""
 
     entries: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """The user's own entries, in the order of the file."""
@@ -50,11 +53,13 @@ class DatasetTable:
         try:
             content = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise UserError(f"{path} cannot be read as YAML ({' '.join(str(error).split())}); correct or remove it.") from error
+            raise UserError(
+                f"{path} cannot be read as YAML ({' '.join(str(error).split())}); correct or remove it."
+            ) from error
         return cls(_checked(content or {}, path))
 
     def weight(self, dataset: str, task: str = "") -> float:
-        """How often a step of the data set is drawn, relative to weight 1."""
+        """How often a step of the dataset is drawn, relative to weight 1."""
         return float(self._look_up("weight", dataset, task, DEFAULT_WEIGHT))
 
     def instruction(self, dataset: str, task: str = "") -> str:
@@ -74,10 +79,14 @@ class DatasetTable:
 
 def _checked(content: Any, path: Path) -> dict[str, dict[str, Any]]:
     if not isinstance(content, dict):
-        raise UserError(f"{path} must map data set names to {{weight, instruction}}, but it holds a {type(content).__name__}.")
+        raise UserError(
+            f"{path} must map dataset names to {{weight, instruction}}, but it holds a {type(content).__name__}."
+        )
     for name, values in content.items():
         if not isinstance(values, dict) or not set(values) <= {"weight", "instruction"}:
-            raise UserError(f"{path}: the entry {name!r} must be a mapping with the keys weight and instruction, nothing else.")
+            raise UserError(
+                f"{path}: the entry {name!r} must be a mapping with the keys weight and instruction, nothing else."
+            )
         weight = values.get("weight", 1.0)
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < float("inf"):
             raise UserError(f"{path}: the weight of {name!r} must be a positive number, but it is {weight!r}.")

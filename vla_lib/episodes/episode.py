@@ -51,11 +51,15 @@ class Episode:
         """
         files = where if isinstance(where, EpisodeFiles) else read_layout(where)
         if files.robot_log is None:
-            raise UserError(f"{files.path} holds no robot log (a CSV with a clock and six pose columns); it cannot be used.")
+            raise UserError(
+                f"{files.path} holds no robot log (a CSV with a clock and six pose columns); it cannot be used."
+            )
         robot = read_robot_log(files.robot_log)
         findings = list(robot.findings)
         for other in files.other_logs:
-            findings.append(Finding(EXCLUDED, "robot", f"{other.name} is a second robot log and is not used", left_out=True))
+            findings.append(
+                Finding(EXCLUDED, "robot", f"{other.name} is a second robot log and is not used", left_out=True)
+            )
         pictures = read_pictures(files.path, findings, full_picture_check, listing)
         pictures = _chosen(pictures, views, findings)
         sensor = read_sensor_log(files.sensor_files, findings)
@@ -64,7 +68,9 @@ class Episode:
             sensor.shift(clock.offset_s)
             if sensor.t_s[-1] < robot.t_s[0] or sensor.t_s[0] > robot.t_s[-1]:
                 away = sensor.t_s[0] - robot.t_s[0]
-                text = f"the sensor's time does not overlap the robot's (it starts {away:+.1f} s from it) and is not used"
+                text = (
+                    f"the sensor's time does not overlap the robot's (it starts {away:+.1f} s from it) and is not used"
+                )
                 findings.append(Finding(EXCLUDED, "sensor", text + "; give --sensor-clock-offset-ms", left_out=True))
                 sensor = None
         if files.layout != "F0" and not files.sensor_files:

@@ -1,7 +1,7 @@
 """An episode's raw files and the settings in; one hex string out that changes when anything that data.pkl depends on does.
 
 Robot log and metadata count by content, sensor files by the checksums that their .npz directory holds, pictures by name and
-size: copying a data set elsewhere changes nothing, and no large file has to be read.
+size: copying a dataset elsewhere changes nothing, and no large file has to be read.
 """
 
 import hashlib

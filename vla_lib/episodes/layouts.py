@@ -1,4 +1,4 @@
-"""A data set root in; the episodes below it out, each with its robot log and sensor files, found by content.
+"""A dataset root in; the episodes below it out, each with its robot log and sensor files, found by content.
 
 An episode is a folder that holds a CSV with robot columns. Folders that look like one (by name, view folders or sensor
 files) but hold no robot log are returned too, so that they can be reported and never vanish.
@@ -16,7 +16,9 @@ from vla_lib.episodes.robot_log import read_header, robot_columns
 MAX_DEPTH = 5
 """Levels searched below a root: dataset / task / episode, and room for two more."""
 SKIPPED_FOLDERS = {"cache", "__pycache__", "runs", "wandb"}
-EPISODE_NAME = re.compile(r"^(recv_all_|episode_|data_collection_)\d{8}_\d{6}|^ZED_Captures_\d+|^Captures_?\d+", re.IGNORECASE)
+EPISODE_NAME = re.compile(
+    r"^(recv_all_|episode_|data_collection_)\d{8}_\d{6}|^ZED_Captures_\d+|^Captures_?\d+", re.IGNORECASE
+)
 VIEW_FOLDER = re.compile(r"^view[ _-]?(\d)(?!\d)", re.IGNORECASE)
 
 
@@ -26,9 +28,9 @@ class EpisodeFiles:
 
     path: Path
     dataset: str
-    """The top folder of the data set below the root."""
+    """The top folder of the dataset below the root."""
     task: str
-    """Folders between data set and episode (`Needle_insertion`), or empty."""
+    """Folders between dataset and episode (`Needle_insertion`), or empty."""
     layout: str
     """`F0`..`F3`, judged by columns and folders."""
     robot_log: Path | None
@@ -45,7 +47,7 @@ class EpisodeFiles:
 def find_episodes(root: str | Path, dataset_dirs: Sequence[str | Path] = ()) -> list[EpisodeFiles]:
     """All raw episodes below `root`, or only those below `dataset_dirs`, sorted by path.
 
-    A data set folder or an episode itself may be given too. Symbolic links are followed once; loops end.
+    A dataset folder or an episode itself may be given too. Symbolic links are followed once; loops end.
     Raises UserError where a folder does not exist.
     """
     found: dict[Path, EpisodeFiles] = {}
@@ -68,18 +70,18 @@ def read_layout(path: str | Path, root: str | Path | None = None) -> EpisodeFile
 
 
 def dataset_of(path: Path, root: Path) -> tuple[str, str]:
-    """(data set, task) of an episode folder: the first folder below the root, and those between it and the episode."""
+    """(dataset, task) of an episode folder: the first folder below the root, and those between it and the episode."""
     try:
         parts = path.relative_to(root).parts
     except ValueError:
         parts = ()
-    if len(parts) < 2:  # the root is the data set itself, or the episode
+    if len(parts) < 2:  # the root is the dataset itself, or the episode
         return (root if parts else path.parent).resolve().name, ""
     return parts[0], "/".join(parts[1:-1])
 
 
 def _guess_root(path: Path) -> Path:
-    """The root of a lone episode: F2 and F3 keep a task folder between data set and episode."""
+    """The root of a lone episode: F2 and F3 keep a task folder between dataset and episode."""
     parent = path.parent
     return parent.parent.parent if parent.parent.name.lower().startswith("new_dataset") else parent.parent
 
@@ -91,7 +93,7 @@ def _tops(root: str | Path, dataset_dirs: Sequence[str | Path]) -> list[tuple[Pa
         if dataset_dirs and not path.is_dir() and (Path(root) / path).is_dir():
             path = Path(root) / path
         if not path.is_dir():
-            raise UserError(f"There is no data set folder {path}; give an existing folder.")
+            raise UserError(f"There is no dataset folder {path}; give an existing folder.")
         inside = Path(root) in path.parents or path == Path(root)
         tops.append((path, Path(root) if inside else path.parent))
     return tops
@@ -129,7 +131,9 @@ def _is_dir(entry: "os.DirEntry[str]") -> bool:
 
 
 def _has_robot_log(entries: "list[os.DirEntry[str]]") -> bool:
-    return any(entry.name.lower().endswith(".csv") and robot_columns(read_header(Path(entry.path))) for entry in entries)
+    return any(
+        entry.name.lower().endswith(".csv") and robot_columns(read_header(Path(entry.path))) for entry in entries
+    )
 
 
 def _examine(folder: Path, entries: "list[os.DirEntry[str]]", base: Path) -> EpisodeFiles | None:
@@ -149,7 +153,9 @@ def _examine(folder: Path, entries: "list[os.DirEntry[str]]", base: Path) -> Epi
             images = True
     headers = {path: columns for path in csvs if (columns := robot_columns(read_header(path)))}
     logs = sorted(headers, key=lambda path: (-path.stat().st_size, path.name))
-    blank = any(path.stat().st_size == 0 for path in csvs)  # a log that was never written: an episode to record again, not to pass over
+    blank = any(
+        path.stat().st_size == 0 for path in csvs
+    )  # a log that was never written: an episode to record again, not to pass over
     if not logs and not EPISODE_NAME.match(folder.name) and not views and not (sensors and csvs) and not blank:
         return None
     dataset, task = dataset_of(folder, base)
@@ -157,7 +163,9 @@ def _examine(folder: Path, entries: "list[os.DirEntry[str]]", base: Path) -> Epi
         path=folder,
         dataset=dataset,
         task=task,
-        layout=_layout(headers[logs[0]].pose[0] if logs else "", bool(logs and headers[logs[0]].force), images, views, folder.name),
+        layout=_layout(
+            headers[logs[0]].pose[0] if logs else "", bool(logs and headers[logs[0]].force), images, views, folder.name
+        ),
         robot_log=logs[0] if logs else None,
         other_logs=tuple(logs[1:]),
         sensor_files=tuple(sorted(sensors)),

@@ -44,8 +44,18 @@ class NpzFile:
                 for info in archive.infolist():
                     if info.filename.endswith(".npy"):
                         self.members[info.filename[:-4]] = self._member(archive, info, stream)
-        except (OSError, zipfile.BadZipFile, ValueError, EOFError, struct.error, NotImplementedError, RuntimeError) as error:
-            raise UserError(f"{self.path} is no whole .npz file ({' '.join(str(error).split())}); it may have been cut off.") from error
+        except (
+            OSError,
+            zipfile.BadZipFile,
+            ValueError,
+            EOFError,
+            struct.error,
+            NotImplementedError,
+            RuntimeError,
+        ) as error:
+            raise UserError(
+                f"{self.path} is no whole .npz file ({' '.join(str(error).split())}); it may have been cut off."
+            ) from error
 
     def _member(self, archive: zipfile.ZipFile, info: zipfile.ZipInfo, stream: BinaryIO) -> Member:
         compressed = info.compress_type != zipfile.ZIP_STORED
@@ -66,7 +76,9 @@ class NpzFile:
                 raise ValueError(f"{info.filename} is shorter than its header says")
         if dtype.hasobject:
             raise ValueError(f"{info.filename} holds Python objects, which are never opened")
-        return Member(info.filename[:-4], shape, dtype, fortran, compressed, offset, (info.filename, info.file_size, info.CRC))
+        return Member(
+            info.filename[:-4], shape, dtype, fortran, compressed, offset, (info.filename, info.file_size, info.CRC)
+        )
 
     def load(self, key: str) -> Array:
         """The whole array; for small members only."""
@@ -111,7 +123,9 @@ class NpzFile:
     def _fortran_chunks(self, member: Member, rows: int) -> Iterator[Array]:
         whole = self.mapped(member.key)
         if whole is None:
-            raise UserError(f"{self.path}: {member.key} is compressed column by column; save it again with numpy.savez.")
+            raise UserError(
+                f"{self.path}: {member.key} is compressed column by column; save it again with numpy.savez."
+            )
         for start in range(0, member.shape[0], rows):
             yield np.ascontiguousarray(whole[start : start + rows])
 

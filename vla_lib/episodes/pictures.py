@@ -88,14 +88,18 @@ def list_pictures(episode: Path) -> Listing:
     return listing
 
 
-def read_pictures(episode: Path, findings: list[Finding], full_check: bool = False, listing: Listing | None = None) -> dict[str, Pictures]:
+def read_pictures(
+    episode: Path, findings: list[Finding], full_check: bool = False, listing: Listing | None = None
+) -> dict[str, Pictures]:
     """All views of an episode, sorted by key. Cut-off pictures and names without a time are left out and said.
 
     Cut-off pictures are looked for among those that are much smaller than their neighbours, with `full_check` among all.
     """
     listing = listing or list_pictures(episode)
     for place, count in sorted(listing.nameless.items()):
-        findings.append(Finding(EXCLUDED, place, f"{count} pictures in {place} carry no time in their names and are left out"))
+        findings.append(
+            Finding(EXCLUDED, place, f"{count} pictures in {place} carry no time in their names and are left out")
+        )
     views = {}
     for view, rows in listing.rows.items():
         rows = _without_strays(view, rows, findings)
@@ -112,7 +116,11 @@ def _picture_folders(episode: Path) -> list[str]:
         if entry.name.startswith(".") or not entry.is_dir():
             continue
         if entry.name.lower() == "images":
-            folders += [f"{entry.name}/{inner.name}" for inner in sorted(os.scandir(entry.path), key=lambda e: e.name) if inner.is_dir()]
+            folders += [
+                f"{entry.name}/{inner.name}"
+                for inner in sorted(os.scandir(entry.path), key=lambda e: e.name)
+                if inner.is_dir()
+            ]
         else:
             folders.append(entry.name)
     return folders
@@ -136,7 +144,11 @@ def _scan(episode: Path, folder: str, listing: Listing, side: str = "") -> None:
         if stamp is None:
             listing.nameless[folder] = listing.nameless.get(folder, 0) + 1
             continue
-        key = f"View{view}" if view == HAND_EYE else f"View{view}_{side or ('right' if '_right_' in name.lower() else 'left')}"
+        key = (
+            f"View{view}"
+            if view == HAND_EYE
+            else f"View{view}_{side or ('right' if '_right_' in name.lower() else 'left')}"
+        )
         listing.rows.setdefault(key, []).append((float(stamp.group(1)), f"{folder}/{name}", entry.stat().st_size))
 
 
@@ -149,13 +161,21 @@ def _without_strays(view: str, rows: list[Row], findings: list[Finding]) -> list
     middle = rows[len(rows) // 2][0]
     kept = [row for row in rows if abs(row[0] - middle) <= FAR_S]
     if len(kept) < len(rows):
-        findings.append(Finding(NOTE, view, f"{len(rows) - len(kept)} pictures carry a time hours away from the others and are left out"))
+        findings.append(
+            Finding(
+                NOTE, view, f"{len(rows) - len(kept)} pictures carry a time hours away from the others and are left out"
+            )
+        )
     return kept
 
 
 def _without_broken(view: str, episode: Path, rows: list[Row], findings: list[Finding], full_check: bool) -> list[Row]:
     usual = float(np.median([size for _, _, size in rows])) if rows else 0.0
-    broken = {path for _, path, size in rows if (full_check or size < SMALL_PART * usual or not size) and not is_whole(episode / path)}
+    broken = {
+        path
+        for _, path, size in rows
+        if (full_check or size < SMALL_PART * usual or not size) and not is_whole(episode / path)
+    }
     if broken:
         findings.append(
             Finding(

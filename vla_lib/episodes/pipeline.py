@@ -70,7 +70,7 @@ def make_jobs(
     overwrite: bool = False,
     report_only: bool = False,
 ) -> list[Job]:
-    """One job per raw episode below `root` (or the data set folders). Raises UserError where a folder is missing."""
+    """One job per raw episode below `root` (or the dataset folders). Raises UserError where a folder is missing."""
     table = DatasetTable.load(root)
     jobs = []
     for files in find_episodes(root, dataset_dirs):
@@ -128,7 +128,9 @@ def _parallel(jobs: Sequence[Job], workers: int) -> Iterator[Report]:
 def run_job(job: Job) -> Report:
     """One job in this process. Raises UserError only for what concerns every episode: nothing can be written."""
     try:
-        return prepare_episode(job.files, job.key, job.out, job.settings, job.instruction, job.window, job.overwrite, job.report_only)
+        return prepare_episode(
+            job.files, job.key, job.out, job.settings, job.instruction, job.window, job.overwrite, job.report_only
+        )
     except OSError as error:
         if error.errno in UNWRITABLE and not os.access(error.filename or job.out, os.R_OK):
             return _broken(job, f"{error.filename} cannot be read ({error.strerror})")
@@ -137,7 +139,9 @@ def run_job(job: Job) -> Report:
                 f"{job.out} cannot be written ({error.strerror}); give --output-root FOLDER to prepare into another place."
             ) from error
         if error.errno in FULL:
-            raise UserError(f"The disk is full at {job.out} ({error.strerror}); free some space or give --output-root FOLDER.") from error
+            raise UserError(
+                f"The disk is full at {job.out} ({error.strerror}); free some space or give --output-root FOLDER."
+            ) from error
         return _broken(job, f"{type(error).__name__}: {error}")
     except UserError as error:
         return _broken(job, str(error))
@@ -146,5 +150,12 @@ def run_job(job: Job) -> Report:
 
 
 def _broken(job: Job, text: str) -> Report:
-    summary: dict[str, Any] = {"episode": job.key, "layout": job.files.layout, "verdict": REJECTED, "reasons": text, "steps": 0, "valid": 0}
+    summary: dict[str, Any] = {
+        "episode": job.key,
+        "layout": job.files.layout,
+        "verdict": REJECTED,
+        "reasons": text,
+        "steps": 0,
+        "valid": 0,
+    }
     return Report(job.key, "failed", REJECTED, [text], [], summary, [])

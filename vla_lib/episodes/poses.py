@@ -63,7 +63,9 @@ def delta_euler_action(pose_a: Array, pose_b: Array) -> Array:
     """As `delta_action`, but with wrap-corrected Euler differences in degrees: for comparison with older systems only."""
     pose_a, pose_b = np.broadcast_arrays(np.asarray(pose_a, float), np.asarray(pose_b, float))
     gripper = np.full((*pose_a.shape[:-1], 1), GRIPPER_CLOSED)
-    return np.concatenate([pose_b[..., :3] - pose_a[..., :3], wrap_deg(pose_b[..., 3:] - pose_a[..., 3:]), gripper], axis=-1)
+    return np.concatenate(
+        [pose_b[..., :3] - pose_a[..., :3], wrap_deg(pose_b[..., 3:] - pose_a[..., 3:]), gripper], axis=-1
+    )
 
 
 def apply_action(pose: Array, action: Array) -> Array:

@@ -29,7 +29,10 @@ from vla_lib.episodes.verdict import REJECTED, Verdict, judge, rejected, summary
 Array = np.ndarray[Any, Any]
 
 LOCK_NAME = ".data.pkl.lock"
-BYTES_FINDINGS = ("differ between the windows that share them; the first window's stand", "hold values that are no numbers")
+BYTES_FINDINGS = (
+    "differ between the windows that share them; the first window's stand",
+    "hold values that are no numbers",
+)
 """Ends of the findings that only reading every sample can make."""
 
 
@@ -89,7 +92,13 @@ def prepare_episode(
             kept = _unchanged(out, print_of, window)
             if kept is not None:
                 return Report(
-                    key, "unchanged", kept["verdict"], kept["reasons"], kept["left_out"], kept["summary"] | {"episode": key}, kept["rates"]
+                    key,
+                    "unchanged",
+                    kept["verdict"],
+                    kept["reasons"],
+                    kept["left_out"],
+                    kept["summary"] | {"episode": key},
+                    kept["rates"],
                 )
         try:
             episode = _open(files, settings, listing)
@@ -101,7 +110,9 @@ def prepare_episode(
 
 def inputs_of(files: EpisodeFiles, settings: PrepareSettings, instruction: str, listing: Listing | None = None) -> str:
     """The fingerprint that a data.pkl of these raw files and settings carries."""
-    return fingerprint(files, asdict(settings) | {"instruction": instruction, "dataset": files.dataset, "task": files.task}, listing)
+    return fingerprint(
+        files, asdict(settings) | {"instruction": instruction, "dataset": files.dataset, "task": files.task}, listing
+    )
 
 
 def _failed(files: EpisodeFiles, key: str, text: str) -> Report:
@@ -144,12 +155,18 @@ def _judged(episode: Episode, key: str, status: str, steps: Steps, rates: Rates,
     extra = []
     if episode.sensor is not None and not full.all():
         extra.append(
-            Finding(NOTE, "sensor", f"{int((~full).sum())} of {len(steps)} steps have no full window of {window} samples behind them")
+            Finding(
+                NOTE,
+                "sensor",
+                f"{int((~full).sum())} of {len(steps)} steps have no full window of {window} samples behind them",
+            )
         )
     verdict = judge(episode, steps, rates, extra)
     summary = summary_row(key, episode.layout, verdict, rates, steps, episode.duration_s)
     summary["full_windows"] = int(full.sum())
-    report = Report(key, status, verdict.level, verdict.reasons, verdict.left_out, summary, [row.to_dict() for row in rates.streams])
+    report = Report(
+        key, status, verdict.level, verdict.reasons, verdict.left_out, summary, [row.to_dict() for row in rates.streams]
+    )
     return _Study(episode, steps, rates, verdict, report)
 
 
@@ -157,7 +174,9 @@ def _full(episode: Episode, steps: Steps, window: int) -> Array:
     sensor = episode.sensor
     if sensor is None:
         return np.zeros(len(steps), bool)
-    return window_full(sensor_index(sensor.t_s, steps.t_s), sensor.t_s, steps.t_s, window, sensor.hz, steps.gaps.get("sensor", []))
+    return window_full(
+        sensor_index(sensor.t_s, steps.t_s), sensor.t_s, steps.t_s, window, sensor.hz, steps.gaps.get("sensor", [])
+    )
 
 
 def _unchanged(out: Path, print_of: str, window: int) -> dict[str, Any] | None:
@@ -170,7 +189,9 @@ def _unchanged(out: Path, print_of: str, window: int) -> dict[str, Any] | None:
     metadata = content["metadata"]
     if metadata.get("fingerprint") != print_of or metadata.get("sensor_window_size") != window:
         return None
-    if content["sensor_data"] is not None and not _sensor_stands(out / SENSOR_NAME, len(content["sensor_data"]["force"])):
+    if content["sensor_data"] is not None and not _sensor_stands(
+        out / SENSOR_NAME, len(content["sensor_data"]["force"])
+    ):
         return None
     return metadata.get("report")
 
@@ -183,7 +204,14 @@ def _sensor_stands(path: Path, samples: int) -> bool:
 
 
 def _write(
-    episode: Episode, key: str, out: Path, settings: PrepareSettings, instruction: str, window: int, print_of: str, overwrite: bool
+    episode: Episode,
+    key: str,
+    out: Path,
+    settings: PrepareSettings,
+    instruction: str,
+    window: int,
+    print_of: str,
+    overwrite: bool,
 ) -> Report:
     study = _study(episode, key, "written", settings, window)
     if study.verdict.level == REJECTED:
@@ -291,7 +319,12 @@ def _content(study: _Study, settings: PrepareSettings, instruction: str, force: 
         "image_index": {view: image_index(pictures, steps.t_s) for view, pictures in episode.pictures.items()},
         "sensor_data": None
         if sensor is None
-        else {"force": force, "timestamp": sensor.t_s, "index": sensor_index(sensor.t_s, steps.t_s), "array": SENSOR_NAME},
+        else {
+            "force": force,
+            "timestamp": sensor.t_s,
+            "index": sensor_index(sensor.t_s, steps.t_s),
+            "array": SENSOR_NAME,
+        },
         "instruction": instruction,
         "metadata": {
             "episode_name": episode.name,
@@ -310,7 +343,10 @@ def _content(study: _Study, settings: PrepareSettings, instruction: str, force: 
             "sensor_hz": sensor.hz if sensor is not None else None,
             "sensor_times_reconstructed": bool(sensor is not None and sensor.reconstructed),
             "camera_hz": {view: rates[view].hz for view in episode.pictures},
-            "clock_offsets": {"sensor": asdict(clock) | {"sentence": clock.sentence()}, "robot_receive_lag_s": episode.robot.clock_lag_s},
+            "clock_offsets": {
+                "sensor": asdict(clock) | {"sentence": clock.sentence()},
+                "robot_receive_lag_s": episode.robot.clock_lag_s,
+            },
             "gaps": {stream: [[float(b), float(e)] for b, e in spans] for stream, spans in steps.gaps.items()},
             "sensor_bytes_findings": any(finding.text.endswith(BYTES_FINDINGS) for finding in verdict.findings),
             "verdict": verdict.level,
@@ -330,7 +366,9 @@ def _link_pictures(episode: Episode, out: Path) -> None:
                 continue
             link.unlink()
         if link.exists():
-            raise UserError(f"{link} is in the way: below an output root it must be a link to {target}; remove it or choose another root.")
+            raise UserError(
+                f"{link} is in the way: below an output root it must be a link to {target}; remove it or choose another root."
+            )
         os.symlink(target, link, target_is_directory=True)
 
 

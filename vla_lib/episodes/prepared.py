@@ -23,7 +23,7 @@ def find_prepared(root: str | Path) -> list[Path]:
     """All folders below `root` (itself included) that hold a data.pkl, sorted. Raises UserError where root is no folder."""
     root = Path(root)
     if not root.is_dir():
-        raise UserError(f"There is no data set folder {root}; give an existing folder.")
+        raise UserError(f"There is no dataset folder {root}; give an existing folder.")
     found: list[Path] = []
     _collect(str(root), 0, found, set())
     return sorted(found)
@@ -119,12 +119,12 @@ class PreparedEpisode:
 
     @property
     def dataset(self) -> str:
-        """Name of the data set folder below the root."""
+        """Name of the dataset folder below the root."""
         return str(self.metadata["dataset"])
 
     @property
     def task(self) -> str:
-        """Folder between data set and episode, or empty."""
+        """Folder between dataset and episode, or empty."""
         return str(self.metadata.get("task", ""))
 
     @property
@@ -240,10 +240,10 @@ class PreparedEpisode:
             try:
                 mapped = np.load(path, mmap_mode="r", allow_pickle=False)
             except (OSError, ValueError, EOFError) as error:
-                raise UserError(f"{path} cannot be opened ({error}); preprocess its data set again.") from error
+                raise UserError(f"{path} cannot be opened ({error}); preprocess its dataset again.") from error
             if mapped.shape != (len(content["sensor_data"]["force"]), CHANNELS) or mapped.dtype != np.float32:
                 raise UserError(
-                    f"{path} holds {mapped.shape} {mapped.dtype}, which data.pkl does not expect; preprocess its data set again."
+                    f"{path} holds {mapped.shape} {mapped.dtype}, which data.pkl does not expect; preprocess its dataset again."
                 )
             self._sensor = mapped
         return self._sensor
@@ -259,7 +259,9 @@ class PreparedEpisode:
             return np.zeros(self._steps, bool)
         from vla_lib.episodes.steps import window_full
 
-        return window_full(self.sensor_index, self.sensor_timestamp, self.timestamp, length, self.sensor_hz, self.sensor_gaps)
+        return window_full(
+            self.sensor_index, self.sensor_timestamp, self.timestamp, length, self.sensor_hz, self.sensor_gaps
+        )
 
     def sensor_window(self, step: int, length: int) -> Array | None:
         """(length, 1026) float32: the samples that end at step `step`; None where the window is not full.

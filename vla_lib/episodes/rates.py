@@ -107,7 +107,8 @@ def measure(episode: Episode, gaps: Mapping[str, list[Span]] | None = None) -> R
                 repeats=sensor.cleaned.repeats,
                 backward=sensor.cleaned.backward_steps,
                 offset=sensor.clock_offset_s,
-                clock=episode.sensor_clock.how + (", sample times rebuilt from window times" if sensor.reconstructed else ""),
+                clock=episode.sensor_clock.how
+                + (", sample times rebuilt from window times" if sensor.reconstructed else ""),
             )
         )
     for view, pictures in episode.pictures.items():

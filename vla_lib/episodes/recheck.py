@@ -42,7 +42,9 @@ def recheck(prepared: PreparedEpisode, episode: Episode, count: int = 20, seed: 
             turn = (after * before.inv()).as_rotvec(degrees=True)
         recomputed = np.concatenate([place[1] - place[0], turn])
         stored = prepared.action[step, :6].astype(float)
-        pictures = all(_newest(p.t_s, begin) == int(prepared.image_index[view][step]) for view, p in episode.pictures.items())
+        pictures = all(
+            _newest(p.t_s, begin) == int(prepared.image_index[view][step]) for view, p in episode.pictures.items()
+        )
         sensor, sample = _compare_sensor(prepared, episode, step, begin)
         found.append(
             {

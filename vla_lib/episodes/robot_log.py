@@ -61,7 +61,11 @@ def read_header(path: Path) -> list[str]:
             line = stream.readline(65536)
     except OSError:
         return []
-    return [name.strip().strip('"') for name in line.decode("utf-8-sig", errors="replace").split(",")] if line.strip() else []
+    return (
+        [name.strip().strip('"') for name in line.decode("utf-8-sig", errors="replace").split(",")]
+        if line.strip()
+        else []
+    )
 
 
 @dataclass
@@ -104,7 +108,9 @@ def read_robot_log(path: Path) -> RobotLog:
     """
     columns = robot_columns(read_header(path))
     if columns is None:
-        raise UserError(f"{path} has no robot columns (a clock and six pose columns are needed); it cannot be used as a robot log.")
+        raise UserError(
+            f"{path} has no robot columns (a clock and six pose columns are needed); it cannot be used as a robot log."
+        )
     findings: list[Finding] = []
     names = [*columns.clock, *columns.pose, *columns.joints, *([columns.force] if columns.force else [])]
     cells = _read_csv(path, list(dict.fromkeys(names)), findings)
@@ -117,12 +123,16 @@ def read_robot_log(path: Path) -> RobotLog:
             f"{path}: none of the clock columns {', '.join(columns.clock)} holds UNIX seconds; the rows cannot be placed in time."
         )
     if clock != columns.clock[0]:
-        findings.append(Finding(EXCLUDED, "robot", f"{columns.clock[0]} holds no time, so {clock} is used in its place"))
+        findings.append(
+            Finding(EXCLUDED, "robot", f"{columns.clock[0]} holds no time, so {clock} is used in its place")
+        )
     stamps = cells[clock]
     body = np.stack([cells[name] for name in (*columns.pose, *columns.joints)], axis=1)
     whole = np.isfinite(body).all(1)
     if (~whole).any():
-        findings.append(Finding(NOTE, "robot", f"{int((~whole).sum())} rows with empty or unreadable cells are left out"))
+        findings.append(
+            Finding(NOTE, "robot", f"{int((~whole).sum())} rows with empty or unreadable cells are left out")
+        )
     cleaned = clean_times(np.where(whole, stamps, np.nan))
     keep = cleaned.keep
     findings += _clock_findings(cleaned, int((~whole).sum()))
@@ -165,7 +175,11 @@ def _read_csv(path: Path, names: list[str], findings: list[Finding]) -> dict[str
         end = max(raw.rfind(b"\n"), raw.rfind(b"\r"))
         findings.append(Finding(NOTE, "robot", "the last line is cut off (no line end) and is left out"))
         raw = raw[: end + 1]
-    options: dict[str, Any] = {"usecols": lambda name: name.strip() in names, "encoding_errors": "replace", "skipinitialspace": True}
+    options: dict[str, Any] = {
+        "usecols": lambda name: name.strip() in names,
+        "encoding_errors": "replace",
+        "skipinitialspace": True,
+    }
     names = [name.strip() for name in names]
     try:
         frame = pd.read_csv(io.BytesIO(raw), dtype=np.float64, engine="c", **options)
@@ -173,21 +187,30 @@ def _read_csv(path: Path, names: list[str], findings: list[Finding]) -> dict[str
         frame = _read_damaged(raw, path, names, options, findings)
     frame.columns = [str(name).strip().lstrip("\ufeff") for name in frame.columns]
     values = frame.to_numpy()
-    return {name: np.where(np.isfinite(column), column, np.nan) for name, column in zip(frame.columns, values.T, strict=True)}
+    return {
+        name: np.where(np.isfinite(column), column, np.nan)
+        for name, column in zip(frame.columns, values.T, strict=True)
+    }
 
 
-def _read_damaged(raw: bytes, path: Path, names: list[str], options: dict[str, Any], findings: list[Finding]) -> pd.DataFrame:
+def _read_damaged(
+    raw: bytes, path: Path, names: list[str], options: dict[str, Any], findings: list[Finding]
+) -> pd.DataFrame:
     lines_before = raw.count(b"\n")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            text = pd.read_csv(io.BytesIO(raw.replace(b"\0", b"")), dtype=str, on_bad_lines="skip", engine="c", **options)
+            text = pd.read_csv(
+                io.BytesIO(raw.replace(b"\0", b"")), dtype=str, on_bad_lines="skip", engine="c", **options
+            )
     except (ValueError, pd.errors.ParserError) as error:
         raise UserError(f"{path} cannot be read as CSV ({' '.join(str(error).split())}).") from error
     frame = text.apply(pd.to_numeric, errors="coerce").astype(np.float64)
     broken = int((frame.isna() & text.notna()).any(axis=1).sum())
     skipped = max(lines_before - 1 - len(frame), 0)
-    findings.append(Finding(NOTE, "robot", f"{broken} rows hold text where numbers belong and {skipped} lines have too many cells"))
+    findings.append(
+        Finding(NOTE, "robot", f"{broken} rows hold text where numbers belong and {skipped} lines have too many cells")
+    )
     return frame
 
 
@@ -206,5 +229,7 @@ def _clock_findings(cleaned: Cleaned, unreadable: int) -> list[Finding]:
             )
         )
     if cleaned.repeats:
-        found.append(Finding(NOTE, "robot", f"{cleaned.repeats} rows repeat the time of the row before and are left out"))
+        found.append(
+            Finding(NOTE, "robot", f"{cleaned.repeats} rows repeat the time of the row before and are left out")
+        )
     return found

@@ -47,11 +47,15 @@ def sensor_keys(members: dict[str, Member]) -> SensorKeys:
         return next((lower[name] for name in names if name in lower and len(members[lower[name]].shape) in ndims), None)
 
     def shaped(*tail: int, ndim: int) -> str | None:
-        fits = (key for key, m in members.items() if len(m.shape) == ndim and m.shape[-1:] == tail and m.dtype.kind in "fiu")
+        fits = (
+            key for key, m in members.items() if len(m.shape) == ndim and m.shape[-1:] == tail and m.dtype.kind in "fiu"
+        )
         return next(fits, None)
 
     shown = ", ".join(f"{key} {member.shape}" for key, member in members.items()) or "no arrays"
-    time = named(TIME_KEYS, 1) or next((key for key in members if "time" in key.lower() and len(members[key].shape) == 1), None)
+    time = named(TIME_KEYS, 1) or next(
+        (key for key in members if "time" in key.lower() and len(members[key].shape) == 1), None
+    )
     if time is None:
         raise UserError(f"it holds no times (found {shown})")
     windows, samples = shaped(CHANNELS, ndim=3), shaped(CHANNELS, ndim=2)
@@ -60,7 +64,9 @@ def sensor_keys(members: dict[str, Member]) -> SensorKeys:
     if samples:
         return SensorKeys(time, samples=samples)
     alines = named(ALINE_KEYS, 2) or shaped(CHANNELS - 1, ndim=2)
-    force = named(FORCE_KEYS, 1, 2) or next((k for k, m in members.items() if "force" in k.lower() and len(m.shape) in (1, 2)), None)
+    force = named(FORCE_KEYS, 1, 2) or next(
+        (k for k, m in members.items() if "force" in k.lower() and len(m.shape) in (1, 2)), None
+    )
     if alines is None or force is None:
         missing = " and ".join(name for name, key in (("forces", force), ("A-lines", alines)) if key is None)
         raise UserError(f"it holds no {missing} (found {shown})")
@@ -123,13 +129,17 @@ class SensorPart:
     def _window_blocks(self, stitched: Stitched) -> Iterator[tuple[Array, int]]:
         assert self.keys.windows
         before: Array | None = None
-        for window, count in zip(windows_of(self.file, self.keys.windows, stitched.order), stitched.new.tolist(), strict=True):
+        for window, count in zip(
+            windows_of(self.file, self.keys.windows, stitched.order), stitched.new.tolist(), strict=True
+        ):
             shared = len(window) - count
             differ = 0
             if before is not None and shared > 0:
                 old, now = before[count:], window[:shared]
                 if not np.array_equal(old, now):
-                    differ = int((old.view(f"u{old.dtype.itemsize}") != now.view(f"u{now.dtype.itemsize}")).any(axis=1).sum())
+                    differ = int(
+                        (old.view(f"u{old.dtype.itemsize}") != now.view(f"u{now.dtype.itemsize}")).any(axis=1).sum()
+                    )
             before = window
             yield window[shared:].astype(np.float32, copy=False), differ
 
@@ -216,7 +226,12 @@ def _part_rows(part: SensorPart, wanted: Array) -> Array:
         place = np.searchsorted(ends, wanted, side="right")
         windows = part.file.mapped(keys.windows or "")
         if windows is not None:
-            return np.stack([windows[part.stitched.order[p], windows.shape[1] - (ends[p] - w)] for p, w in zip(place, wanted, strict=True)])
+            return np.stack(
+                [
+                    windows[part.stitched.order[p], windows.shape[1] - (ends[p] - w)]
+                    for p, w in zip(place, wanted, strict=True)
+                ]
+            )
     elif keys.samples and (samples := part.file.mapped(keys.samples)) is not None:
         return np.asarray(samples[part.keep[wanted]], np.float32)
     elif keys.alines and keys.force and (alines := part.file.mapped(keys.alines)) is not None:
@@ -248,10 +263,16 @@ def read_sensor_log(files: Sequence[Path], findings: list[Finding]) -> SensorLog
         lengths = [file.members[key].shape[0] for key in (keys.windows, keys.samples, keys.force, keys.alines) if key]
         if min(lengths) != len(stamps) or max(lengths) != len(stamps):
             shortest = min([*lengths, len(stamps)])
-            findings.append(Finding(EXCLUDED, "sensor", f"{path.name}: its arrays differ in length; the first {shortest} rows are used"))
+            findings.append(
+                Finding(
+                    EXCLUDED, "sensor", f"{path.name}: its arrays differ in length; the first {shortest} rows are used"
+                )
+            )
             stamps = stamps[:shortest]
         if not np.isfinite(stamps).any():
-            findings.append(Finding(EXCLUDED, "sensor", f"{path.name} holds no samples with a time and is not used", left_out=True))
+            findings.append(
+                Finding(EXCLUDED, "sensor", f"{path.name} holds no samples with a time and is not used", left_out=True)
+            )
             continue
         opened.append((file, keys, stamps))
     if not opened:
@@ -268,12 +289,16 @@ def _join(opened: list[tuple[NpzFile, SensorKeys, Array]], findings: list[Findin
     for (file, keys, own), start in zip(opened, bounds[:-1], strict=True):
         keep = cleaned.keep[(cleaned.keep >= start) & (cleaned.keep < start + len(own))] - start
         if not len(keep):
-            findings.append(Finding(EXCLUDED, "sensor", f"{file.path.name} has no usable sample and is not used", left_out=True))
+            findings.append(
+                Finding(EXCLUDED, "sensor", f"{file.path.name} has no usable sample and is not used", left_out=True)
+            )
             continue
         stitched = None
         if keys.windows:
             windows = file.mapped(keys.windows)
-            inside = (windows[number] for number in keep) if windows is not None else windows_of(file, keys.windows, keep)
+            inside = (
+                (windows[number] for number in keep) if windows is not None else windows_of(file, keys.windows, keep)
+            )
             stitched = stitch(inside, file.members[keys.windows].shape[1], keep, own[keep])
             findings += stitched.findings
             gaps += stitched.gaps
@@ -292,7 +317,9 @@ def _join(opened: list[tuple[NpzFile, SensorKeys, Array]], findings: list[Findin
     known = {(round(begin, 6), round(end, 6)) for begin, end in gaps}
     for hole in holes:
         span = (float(t_s[hole]), float(t_s[hole + 1]))
-        if (round(span[0], 6), round(span[1], 6)) not in known and not any(b <= span[0] and span[1] <= e for b, e in gaps):
+        if (round(span[0], 6), round(span[1], 6)) not in known and not any(
+            b <= span[0] and span[1] <= e for b, e in gaps
+        ):
             gaps.append(span)
     _report(cleaned, findings)
     return SensorLog(
@@ -319,4 +346,6 @@ def _report(cleaned: Cleaned, findings: list[Finding]) -> None:
             )
         )
     if cleaned.repeats:
-        findings.append(Finding(NOTE, "sensor", f"{cleaned.repeats} samples repeat the time of the one before and are left out"))
+        findings.append(
+            Finding(NOTE, "sensor", f"{cleaned.repeats} samples repeat the time of the one before and are left out")
+        )

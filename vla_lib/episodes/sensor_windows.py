@@ -65,7 +65,9 @@ def stitch(windows: Iterable[Array], width: int, order: Array, ends_s: Array) ->
             )
         )
     if squeezed:
-        findings.append(Finding(NOTE, "sensor", f"{squeezed} windows bring more new samples than the time between them holds"))
+        findings.append(
+            Finding(NOTE, "sensor", f"{squeezed} windows bring more new samples than the time between them holds")
+        )
     return Stitched(order, new, times, hz, gaps, findings)
 
 

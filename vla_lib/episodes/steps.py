@@ -95,7 +95,9 @@ def stream_gaps(episode: Episode) -> dict[str, list[Span]]:
     return {stream: spans for stream, spans in gaps.items() if spans}
 
 
-def build_steps(episode: Episode, hz: float = 10.0, euler: bool = False, gaps: Mapping[str, list[Span]] | None = None) -> Steps:
+def build_steps(
+    episode: Episode, hz: float = 10.0, euler: bool = False, gaps: Mapping[str, list[Span]] | None = None
+) -> Steps:
     """The action grid of an episode. `euler`: wrap-corrected Euler differences instead of rotation vectors.
 
     Raises UserError where the robot log covers no step or implausibly many.
@@ -104,9 +106,13 @@ def build_steps(episode: Episode, hz: float = 10.0, euler: bool = False, gaps: M
     robot = episode.robot
     t_s = grid(episode.start_s, episode.end_s, hz)
     if not len(t_s):
-        raise UserError(f"{episode.path}: the robot log lasts {episode.duration_s:.3f} s, less than one step of {1 / hz:g} s.")
+        raise UserError(
+            f"{episode.path}: the robot log lasts {episode.duration_s:.3f} s, less than one step of {1 / hz:g} s."
+        )
     if len(t_s) > MOST_STEPS:
-        raise UserError(f"{episode.path}: the robot log seems to last {episode.duration_s:.0f} s; its times cannot be right.")
+        raise UserError(
+            f"{episode.path}: the robot log seems to last {episode.duration_s:.0f} s; its times cannot be right."
+        )
     rows = pose_rows(robot)
     ends = np.append(t_s, episode.start_s + len(t_s) / hz)
     pose, turned = interpolate(robot.t_s[rows], robot.pose[rows], ends)

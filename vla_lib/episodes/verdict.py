@@ -65,7 +65,9 @@ def judge(episode: Episode, steps: Steps, rates: Rates | None = None, extra: Ite
     invalid = int((~steps.valid).sum())
     if invalid:
         streams = ", ".join(sorted(steps.gaps))
-        findings.append(Finding(EXCLUDED, "episode", f"{invalid} of {len(steps)} steps are invalid (gaps in {streams})"))
+        findings.append(
+            Finding(EXCLUDED, "episode", f"{invalid} of {len(steps)} steps are invalid (gaps in {streams})")
+        )
     if steps.valid.sum() / steps.hz < LEAST_VALID_S - 1e-9:
         text = f"only {int(steps.valid.sum())} steps are valid: {steps.valid.sum() / steps.hz:.1f} s, {LEAST_VALID_S} s are needed"
         findings.append(Finding(FATAL, "episode", text))
@@ -91,7 +93,13 @@ def _judge_robot(episode: Episode, steps: Steps, rates: Rates) -> list[Finding]:
         text = f"rows come at {robot.mean_hz:.0f} Hz but poses change at {robot.distinct_hz:.0f} Hz: repeated rows are old poses"
         found.append(Finding(NOTE, "robot", text))
     if robot.hz < steps.hz:
-        found.append(Finding(FATAL, "robot", f"rows come at {robot.hz:.1f} Hz, fewer than the {steps.hz:g} actions a second asked for"))
+        found.append(
+            Finding(
+                FATAL,
+                "robot",
+                f"rows come at {robot.hz:.1f} Hz, fewer than the {steps.hz:g} actions a second asked for",
+            )
+        )
     travelled = float(np.linalg.norm(steps.action[:, :3], axis=1).sum())
     turned = float(np.linalg.norm(steps.action[:, 3:6], axis=1).sum())
     if travelled < STILL_MM and turned < STILL_MM:
@@ -111,7 +119,9 @@ def _judge_sensor(episode: Episode, rates: Rates) -> list[Finding]:
         found.append(Finding(EXCLUDED, "sensor", _gap_text(sensor.gaps, episode.start_s)))
     low, high = EXPECTED_SENSOR_HZ
     if not low <= sensor.hz <= high:
-        found.append(Finding(EXCLUDED, "sensor", f"samples come at {sensor.hz:.0f} Hz, {low:.0f}-{high:.0f} are expected"))
+        found.append(
+            Finding(EXCLUDED, "sensor", f"samples come at {sensor.hz:.0f} Hz, {low:.0f}-{high:.0f} are expected")
+        )
     if abs(sensor.start_s) > FAR_START_S and not clock.how.startswith("estimated"):
         found.append(Finding(EXCLUDED, "sensor", f"it begins {sensor.start_s:+.1f} s from the robot"))
     return found
@@ -125,7 +135,9 @@ def _judge_pictures(episode: Episode, rates: Rates) -> list[Finding]:
         if row.gaps:
             found.append(Finding(EXCLUDED, view, _gap_text(row.gaps, episode.start_s)))
         if row.start_s > FAR_START_S:
-            found.append(Finding(EXCLUDED, view, f"its first picture comes {row.start_s:.1f} s after the robot's first row"))
+            found.append(
+                Finding(EXCLUDED, view, f"its first picture comes {row.start_s:.1f} s after the robot's first row")
+            )
         inside = row.start_s < episode.duration_s and row.end_s > -episode.duration_s
         overlapping += inside
         if not inside:
@@ -135,7 +147,9 @@ def _judge_pictures(episode: Episode, rates: Rates) -> list[Finding]:
     return found
 
 
-def summary_row(key: str, layout: str, verdict: Verdict, rates: Rates | None, steps: Steps | None, duration_s: float) -> dict[str, Any]:
+def summary_row(
+    key: str, layout: str, verdict: Verdict, rates: Rates | None, steps: Steps | None, duration_s: float
+) -> dict[str, Any]:
     """One row of the table of all episodes (plain values)."""
     nan = float("nan")
     cameras = [row for row in rates.streams if row.stream.startswith("View")] if rates else []
@@ -164,7 +178,9 @@ def verdict_table(rows: Iterable[dict[str, Any]]) -> pd.DataFrame:
     if frame.empty:
         return frame
     order = {REJECTED: 0, USABLE: 1, GOOD: 2}
-    return frame.sort_values(by=["verdict", "episode"], key=lambda c: c.map(order) if c.name == "verdict" else c, ignore_index=True)
+    return frame.sort_values(
+        by=["verdict", "episode"], key=lambda c: c.map(order) if c.name == "verdict" else c, ignore_index=True
+    )
 
 
 def rate_table(rates: Rates) -> pd.DataFrame:

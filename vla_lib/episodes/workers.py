@@ -74,7 +74,9 @@ def run_all(work: Callable[[Any], Any], jobs: Sequence[Any], count: int) -> Iter
 
 def _may_fork() -> bool:
     """Whether this is the only thread (tqdm's sleeping monitor aside): a lock held by another would stay held in the child."""
-    return all(thread is threading.main_thread() or type(thread).__name__ == "TMonitor" for thread in threading.enumerate())
+    return all(
+        thread is threading.main_thread() or type(thread).__name__ == "TMonitor" for thread in threading.enumerate()
+    )
 
 
 class _Fork:
@@ -120,7 +122,9 @@ Worker = subprocess.Popen[bytes] | _Fork
 
 
 def _start() -> "subprocess.Popen[bytes]":
-    return subprocess.Popen([sys.executable, "-c", f"from {__name__} import main; main()"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    return subprocess.Popen(
+        [sys.executable, "-c", f"from {__name__} import main; main()"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
 
 
 def _ask(worker: Worker, work: Callable[[Any], Any], job: Any) -> Any:

@@ -1,9 +1,9 @@
 """Checkpoints and unseen seeds in; success counts with intervals, errors, forces, times and reasons of failure on the simulated rig out.
 
-    found = closed_loop({"async": AttemptSettings(checkpoint), "async, no VL": AttemptSettings(checkpoint, without="vl")}, unseen_seeds(100))
+    found = closed_loop({"async": RolloutSettings(checkpoint), "async, no VL": RolloutSettings(checkpoint, without="vl")}, unseen_seeds(100))
     found["async"].summary()
 
-All variants meet the same phantoms. Attempts run in fresh processes: no GL context and no thread of the caller is shared with them.
+All variants meet the same phantoms. Rollouts run in fresh processes: no GL context and no thread of the caller is shared with them.
 """
 
 import multiprocessing
@@ -16,13 +16,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from needle_rig.recorder import MANIFEST
 from vla_lib.core.errors import UserError
 from vla_lib.core.files import read_json
 from vla_lib.core.processes import follow_parent
 from vla_lib.core.progress import Progress
-from vla_lib.evaluation.attempt import AttemptSettings, attempt, film
+from vla_lib.evaluation.rollout import RolloutSettings, film, rollout
 from vla_lib.runtime.run_log import distribution
-from vla_lib.sim.recorder import MANIFEST
 
 FIRST_SEED = 7_000_000  # reported seeds begin here; recordings draw theirs from 62 bits
 TUNING_SEED = 8_000_000  # for choosing between variants, so that the reported ones stay unseen
@@ -30,18 +30,18 @@ TUNING_SEED = 8_000_000  # for choosing between variants, so that the reported o
 
 @dataclass(frozen=True)
 class ClosedLoop:
-    """The attempts of one variant, in the order of their seeds; each is a record of `evaluation.attempt.judged` with its `path`."""
+    """The rollouts of one variant, in the order of their seeds; each is a record of `evaluation.rollout.judged` with its `path`."""
 
-    settings: AttemptSettings
-    attempts: list[dict[str, Any]]
+    settings: RolloutSettings
+    rollouts: list[dict[str, Any]]
 
     def summary(self) -> dict[str, Any]:
-        """Plain figures: `successes` of `attempts`, `success_rate`, `interval_95` (Wilson), distributions (median, p90, max) of
-        |lateral| and |depth| error in mm over punctured attempts, peak force over all, time over successes, counts of reasons."""
-        rows = self.attempts
+        """Plain figures: `successes` of `rollouts`, `success_rate`, `interval_95` (Wilson), distributions (median, p90, max) of
+        |lateral| and |depth| error in mm over punctured rollouts, peak force over all, time over successes, counts of reasons."""
+        rows = self.rollouts
         wins, through = [row for row in rows if row["success"]], [row for row in rows if row["punctured"]]
         return {
-            "attempts": len(rows),
+            "rollouts": len(rows),
             "successes": len(wins),
             "success_rate": len(wins) / len(rows) if rows else None,
             "interval_95": wilson(len(wins), len(rows)) if rows else None,
@@ -55,69 +55,79 @@ class ClosedLoop:
         }
 
     def results(self) -> dict[str, Any]:
-        """What results.json records: settings, summary, and every attempt without its path and events."""
+        """What results.json records: settings, summary, and every rollout without its path and events."""
         left_out = ("path", "events", "truth", "runner")
-        attempts = [{name: value for name, value in row.items() if name not in left_out} for row in self.attempts]
-        settings = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self.settings).items()}
-        return {"settings": settings, "summary": self.summary(), "attempts": attempts}
+        rollouts = [{name: value for name, value in row.items() if name not in left_out} for row in self.rollouts]
+        settings = {
+            name: str(value) if isinstance(value, Path) else value for name, value in asdict(self.settings).items()
+        }
+        return {"settings": settings, "summary": self.summary(), "rollouts": rollouts}
 
 
 def closed_loop(
-    variants: Mapping[str, AttemptSettings], seeds: Sequence[int], workers: int = 0, show: bool = True
+    variants: Mapping[str, RolloutSettings], seeds: Sequence[int], workers: int = 0, show: bool = True
 ) -> dict[str, ClosedLoop]:
     """Try every variant on every seed, in `workers` processes (0: one a CPU core). Results do not depend on their number.
 
-    Variants of equal settings share their attempts. Raises UserError where a checkpoint, its VLM or EGL is missing, or where an attempt's process dies.
+    Variants of equal settings share their rollouts. Raises UserError where a checkpoint, its VLM or EGL is missing, or where a rollout's process dies.
     """
     seeds = [int(seed) for seed in seeds]
     if not seeds or len(set(seeds)) < len(seeds):
         raise UserError("A closed-loop evaluation needs at least one seed, and each seed once.")
     names = {settings: name for name, settings in reversed(variants.items())}  # one name for equal settings, the first
     jobs = [(settings, seed) for seed in seeds for settings in dict.fromkeys(variants.values())]
-    found: dict[AttemptSettings, dict[int, dict[str, Any]]] = {settings: {} for settings in names}
+    found: dict[RolloutSettings, dict[int, dict[str, Any]]] = {settings: {} for settings in names}
     workers = min(len(jobs), workers or _cores())
-    with Progress(len(jobs), "closed loop", "attempts", show=show) as progress, _processes(workers) as pool:
-        futures: dict[Future[dict[str, Any]], tuple[AttemptSettings, int]] = {}
+    with Progress(len(jobs), "closed loop", "rollouts", show=show) as progress, _processes(workers) as pool:
+        futures: dict[Future[dict[str, Any]], tuple[RolloutSettings, int]] = {}
         try:
             for settings, seed in jobs:
-                futures[pool.submit(attempt, settings, seed)] = settings, seed
+                futures[pool.submit(rollout, settings, seed)] = settings, seed
             for future in as_completed(futures):
                 settings, seed = futures[future]
                 found[settings][seed] = future.result()
                 wins, tried = sum(row["success"] for row in found[settings].values()), len(found[settings])
                 progress.update(1, note=f"{names[settings]}: {wins} of {tried}")
         except BrokenProcessPool:
-            done = Counter(names[settings] for future, (settings, _) in futures.items() if future.done() and not future.exception())
-            told = ", ".join(f"{names[settings]}: {done[names[settings]]}" for settings in dict.fromkeys(variants.values()))
+            done = Counter(
+                names[settings] for future, (settings, _) in futures.items() if future.done() and not future.exception()
+            )
+            told = ", ".join(
+                f"{names[settings]}: {done[names[settings]]}" for settings in dict.fromkeys(variants.values())
+            )
             raise UserError(
-                f"A process of the closed-loop evaluation died (out of memory?) when {done.total()} of {len(jobs)} attempts were done "
+                f"A process of the closed-loop evaluation died (out of memory?) when {done.total()} of {len(jobs)} rollouts were done "
                 f"({told}); they are not kept; run it again with fewer workers than {workers}, or fewer seeds."
             ) from None
         finally:
             for future in futures:
                 future.cancel()
-    return {name: ClosedLoop(settings, [found[settings][seed] for seed in seeds]) for name, settings in variants.items()}
+    return {
+        name: ClosedLoop(settings, [found[settings][seed] for seed in seeds]) for name, settings in variants.items()
+    }
 
 
-def masked(settings: AttemptSettings) -> dict[str, AttemptSettings]:
+def masked(settings: RolloutSettings) -> dict[str, RolloutSettings]:
     """The variants of a checkpoint without VL and without the sensor (masked as missing inputs are)."""
     return {"VL masked": replace(settings, without="vl"), "sensor masked": replace(settings, without="sensor")}
 
 
-def latency_sweep(settings: AttemptSettings, delays_ms: Sequence[float] = (0.0, 300.0, 600.0)) -> dict[str, AttemptSettings]:
+def latency_sweep(
+    settings: RolloutSettings, delays_ms: Sequence[float] = (0.0, 300.0, 600.0)
+) -> dict[str, RolloutSettings]:
     """The variants of a checkpoint with VL features that come later and later."""
     return {f"VLM delay {delay:g} ms": replace(settings, vlm_latency_ms=float(delay)) for delay in delays_ms}
 
 
-def films(settings: AttemptSettings, seeds: Sequence[int], frames: int = 12, workers: int = 0) -> list[dict[str, Any]]:
-    """Film of the attempts of `seeds` (see `evaluation.attempt.film`), made by running them again. UserError where a process dies."""
+def films(settings: RolloutSettings, seeds: Sequence[int], frames: int = 12, workers: int = 0) -> list[dict[str, Any]]:
+    """Film of the rollouts of `seeds` (see `evaluation.rollout.film`), made by running them again. UserError where a process dies."""
     workers = min(len(seeds), workers or _cores()) or 1
     try:
         with _processes(workers) as pool:
             return list(pool.map(film, [settings] * len(seeds), seeds, [frames] * len(seeds)))
     except BrokenProcessPool:
         raise UserError(
-            "A process that films attempts died (out of memory?); "
+            "A process that films rollouts died (out of memory?); "
             f"film fewer seeds than {len(seeds)}, or with fewer workers than {workers}."
         ) from None
 
@@ -141,21 +151,27 @@ def compare(one: ClosedLoop, other: ClosedLoop) -> dict[str, Any]:
 
     Raises UserError where the seeds differ.
     """
-    if [row["seed"] for row in one.attempts] != [row["seed"] for row in other.attempts]:
+    if [row["seed"] for row in one.rollouts] != [row["seed"] for row in other.rollouts]:
         raise UserError("Only runs on the same seeds can be compared; evaluate both on the same ones.")
     from scipy.stats import binomtest
 
-    pairs = Counter((bool(a["success"]), bool(b["success"])) for a, b in zip(one.attempts, other.attempts, strict=True))
+    pairs = Counter((bool(a["success"]), bool(b["success"])) for a, b in zip(one.rollouts, other.rollouts, strict=True))
     only_one, only_other = pairs[True, False], pairs[False, True]
     p = float(binomtest(only_one, only_one + only_other).pvalue) if only_one + only_other else 1.0
-    return {"both": pairs[True, True], "only_one": only_one, "only_other": only_other, "neither": pairs[False, False], "p_value": p}
+    return {
+        "both": pairs[True, True],
+        "only_one": only_one,
+        "only_other": only_other,
+        "neither": pairs[False, False],
+        "p_value": p,
+    }
 
 
-def wilson(successes: int, attempts: int) -> tuple[float, float]:
+def wilson(successes: int, rollouts: int) -> tuple[float, float]:
     """95 % interval of a success rate (Wilson 1927)."""
     from scipy.stats import binomtest
 
-    interval = binomtest(successes, attempts).proportion_ci(0.95, method="wilson")
+    interval = binomtest(successes, rollouts).proportion_ci(0.95, method="wilson")
     return float(interval.low), float(interval.high)
 
 
@@ -164,7 +180,7 @@ def _cores() -> int:
 
 
 def _processes(workers: int) -> ProcessPoolExecutor:
-    from vla_lib.sim.render import check_gl
+    from needle_rig.render import check_gl
 
     check_gl()  # once, with a sentence, before many processes fail
     context = multiprocessing.get_context("spawn")  # neither a GL context nor torch's threads survive a fork
@@ -174,7 +190,7 @@ def _processes(workers: int) -> ProcessPoolExecutor:
 def _begin() -> None:
     """A worker follows its parent, and computes on one thread: seeds run beside each other."""
     follow_parent()
-    from vla_lib.sim.render import prepare_gl
+    from needle_rig.render import prepare_gl
 
     prepare_gl()  # imports triton first: after Mesa's first picture its import would crash the process
     import torch

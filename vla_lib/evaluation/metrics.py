@@ -35,7 +35,9 @@ def open_loop_metrics(predicted: np.ndarray, target: np.ndarray, mask: np.ndarra
         "rotation_mae_deg": float(angle_deg[mask].mean()),
         "rotation_rmse_deg": float(np.sqrt((angle_deg[mask] ** 2).mean())),
         "path_error_mm": float(path.mean()) if full.any() else None,
-        "dimensions": {name: _dimension(predicted[..., k][mask], target[..., k][mask]) for k, name in enumerate(DIMENSIONS)},
+        "dimensions": {
+            name: _dimension(predicted[..., k][mask], target[..., k][mask]) for k, name in enumerate(DIMENSIONS)
+        },
         "by_step": {
             "translation_mae_mm": [_mean(distance_mm[:, h][mask[:, h]]) for h in range(mask.shape[1])],
             "rotation_mae_deg": [_mean(angle_deg[:, h][mask[:, h]]) for h in range(mask.shape[1])],

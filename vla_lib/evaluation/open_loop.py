@@ -45,7 +45,10 @@ class OpenLoop:
     def metrics(self, keep: np.ndarray | None = None) -> dict[str, dict[str, Any]]:
         """Metrics of the policy and of each baseline over the samples in `keep` (M,) bool (default: all)."""
         keep = np.ones(len(self.step), bool) if keep is None else keep
-        return {name: open_loop_metrics(chunk[keep], self.target[keep], self.mask[keep]) for name, chunk in self.chunks.items()}
+        return {
+            name: open_loop_metrics(chunk[keep], self.target[keep], self.mask[keep])
+            for name, chunk in self.chunks.items()
+        }
 
     def by_dataset(self) -> dict[str, dict[str, dict[str, Any]]]:
         """`metrics` of each dataset apart."""
@@ -77,7 +80,9 @@ def evaluate_open_loop(
     policy, info = load_policy(checkpoint)
     keys = info["split"][episodes]
     if not keys:
-        raise UserError(f"{checkpoint} was trained with no {episodes} episodes; train again with --val-fraction above 0.")
+        raise UserError(
+            f"{checkpoint} was trained with no {episodes} episodes; train again with --val-fraction above 0."
+        )
     prepared = [_episode(dataset_root, key) for key in keys]
     samples = sample_set(prepared, dataset_root, info)
     mean_action = _mean_action([_episode(dataset_root, key) for key in info["split"]["train"]])
@@ -119,7 +124,9 @@ def sampled_chunks(checkpoint: Path, dataset_root: Path, episode: str, count: in
     batch = samples.batch(np.arange(len(samples)))
     observation = {key: batch[key] for key in OBSERVATION if key in batch}
     with torch.inference_mode():
-        noise = [policy.head.noise(len(samples), torch.Generator().manual_seed(number))[:, :1] for number in range(count)]
+        noise = [
+            policy.head.noise(len(samples), torch.Generator().manual_seed(number))[:, :1] for number in range(count)
+        ]
         drawn = [policy.predict(observation, noise=one) for one in noise]
     return torch.stack(drawn).float().numpy()
 
@@ -142,7 +149,9 @@ def sample_set(episodes: Sequence[Any], dataset_root: Path, info: dict[str, Any]
         from vla_lib.features.computed import ComputedFeatures
         from vla_lib.features.extractor import FeatureExtractor
 
-        features = ComputedFeatures(FeatureExtractor.from_binding(binding, adapter=info["adapter"]), binding["tick_stride"])
+        features = ComputedFeatures(
+            FeatureExtractor.from_binding(binding, adapter=info["adapter"]), binding["tick_stride"]
+        )
     settings = info["settings"]
     names = ("horizon", "sensor_enabled", "sensor_window_size", "vlm_reuse_count", "vlm_latency_ms")
     return SampleSet(episodes, features, **{name: settings[name] for name in names})
@@ -154,17 +163,22 @@ def beaten(metrics: dict[str, dict[str, Any]]) -> dict[str, bool]:
     RMS, because the mean baseline is the best constant in that sense; mean absolute errors stand beside it in every table.
     """
     ours = metrics["policy"]
-    return {name: all(ours[key] < metrics[name][key] for key in ("translation_rmse_mm", "rotation_rmse_deg")) for name in BASELINES}
+    return {
+        name: all(ours[key] < metrics[name][key] for key in ("translation_rmse_mm", "rotation_rmse_deg"))
+        for name in BASELINES
+    }
 
 
 def _episode(dataset_root: Path, key: str) -> Any:
     path = Path(dataset_root) / key
     if not path.is_dir():
         raise UserError(
-            f"The checkpoint's split names the episode {key}, which is not below {dataset_root}; give the data set it was trained on."
+            f"The checkpoint's split names the episode {key}, which is not below {dataset_root}; give the dataset it was trained on."
         )
     return load_prepared(path)
 
 
 def _mean_action(episodes: Sequence[Any]) -> np.ndarray:
-    return np.concatenate([np.asarray(episode.action)[episode.valid] for episode in episodes]).mean(axis=0, dtype=np.float64)
+    return np.concatenate([np.asarray(episode.action)[episode.valid] for episode in episodes]).mean(
+        axis=0, dtype=np.float64
+    )

@@ -1,20 +1,20 @@
-"""A checkpoint in; the data set that it was trained on, and how the simulated rig must be set up for it (or why it cannot be), out."""
+"""A checkpoint in; the dataset that it was trained on, and how the simulated rig must be set up for it (or why it cannot be), out."""
 
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from needle_rig.recorder import MANIFEST
+from needle_rig.world import DEFAULT_TASK, VIEWS, instruction_of
 from vla_lib.core.errors import UserError
 from vla_lib.core.files import read_json
-from vla_lib.evaluation.attempt import AttemptSettings
+from vla_lib.evaluation.rollout import RolloutSettings
 from vla_lib.features.vlm import open_checkpoint
-from vla_lib.sim.recorder import MANIFEST
-from vla_lib.sim.world import DEFAULT_TASK, VIEWS, instruction_of
 from vla_lib.training.checkpoint import read_checkpoint
 
 
-def rig_settings(checkpoint: Path, dataset_root: Path | None = None, judge: bool = True) -> AttemptSettings:
-    """AttemptSettings of a checkpoint: pictures, task and instruction as its data set's recording on the rig has them (of several tasks the
+def rig_settings(checkpoint: Path, dataset_root: Path | None = None, judge: bool = True) -> RolloutSettings:
+    """RolloutSettings of a checkpoint: pictures, task and instruction as its dataset's recording on the rig has them (of several tasks the
     one with the most episodes), VL features as late as in training.
 
     Without `judge`, a policy of other recordings is taken too: its pictures are then as large as its VLM asks for, so that a rehearsal's timing is
@@ -33,7 +33,7 @@ def rig_settings(checkpoint: Path, dataset_root: Path | None = None, judge: bool
         how["instruction"] = instruction_of(how["task"], manifest.parent)
     else:
         how = {f"picture_{side}": int(content["binding"][f"image_resize_{side}"]) for side in ("width", "height")}
-    return AttemptSettings(checkpoint, vlm_latency_ms=latency_ms, **how)
+    return RolloutSettings(checkpoint, vlm_latency_ms=latency_ms, **how)
 
 
 def rig_refusal(checkpoint: Path, dataset_root: Path | None = None, judge: bool = True) -> str:
@@ -44,7 +44,7 @@ def rig_refusal(checkpoint: Path, dataset_root: Path | None = None, judge: bool 
     if judge and not (dataset_of(checkpoint, dataset_root) / MANIFEST).is_file():
         return (
             f"{dataset_of(checkpoint, dataset_root)} was not recorded on the simulated rig (it has no {MANIFEST}): the rig's phantoms say nothing "
-            f"about {checkpoint}; evaluate it without closed-loop seeds, or train on a recording of `python -m vla_lib.simulate`."
+            f"about {checkpoint}; evaluate it without closed-loop seeds, or train on a recording of `python -m needle_rig`."
         )
     try:
         open_checkpoint(binding["source"])
@@ -57,7 +57,9 @@ def dataset_of(checkpoint: Path, dataset_root: Path | None = None) -> Path:
     """`dataset_root`, or the folder that the checkpoint says it was trained on. Raises UserError where that is gone."""
     root = _root(read_checkpoint(checkpoint), dataset_root)
     if not root.is_dir():
-        raise UserError(f"{checkpoint} was trained on {root}, which is not there; give the folder of its data set with --dataset-root.")
+        raise UserError(
+            f"{checkpoint} was trained on {root}, which is not there; give the folder of its dataset with --dataset-root."
+        )
     return root
 
 

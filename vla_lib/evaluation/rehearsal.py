@@ -1,10 +1,10 @@
-"""A rehearsal: a checkpoint and a seed in; one attempt on the simulated rig in real time, with the VLM in a process of its own, out.
+"""A rehearsal: a checkpoint and a seed in; one rollout on the simulated rig in real time, with the VLM in a process of its own, out.
 
-    found = rehearse(AttemptSettings(checkpoint), seed=1, watch=lambda tick, observation: ...)
+    found = rehearse(RolloutSettings(checkpoint), seed=1, watch=lambda tick, observation: ...)
 
 A real arm is driven by the same `Pilot`; only the robot (anything that implements `RobotIO`) and its limits are others:
 
-    with Pilot(AttemptSettings(checkpoint)) as pilot:
+    with Pilot(RolloutSettings(checkpoint)) as pilot:
         pilot.warm_up(arm.read_observation())
         log = pilot.run(arm, SafetyLimits(workspace_mm=...), max_s=30)
 
@@ -19,8 +19,9 @@ from typing import Any
 
 import numpy as np
 
+from needle_rig.rig import SimRig
 from vla_lib.core.errors import UserError
-from vla_lib.evaluation.attempt import AttemptSettings, judged, rig_of
+from vla_lib.evaluation.rollout import RolloutSettings, judged, rig_of
 from vla_lib.evaluation.sim_robot import SimRobot, sim_limits
 from vla_lib.runtime.clock import RealClock
 from vla_lib.runtime.execution import ExecutionSettings
@@ -29,7 +30,6 @@ from vla_lib.runtime.run_log import RunLog
 from vla_lib.runtime.runner import Runner, RunnerSettings, Watch
 from vla_lib.runtime.safety import SafetyLimits
 from vla_lib.runtime.vlm_worker import Compute, ExtractorProcess, Features, ThreadedVlm
-from vla_lib.sim.rig import SimRig
 
 Started = Callable[[Runner], None]
 
@@ -40,7 +40,7 @@ class Pilot:
     Raises UserError where the checkpoint or its VLM is missing. `close` (or `with`) ends the VLM's process.
     """
 
-    def __init__(self, settings: AttemptSettings):
+    def __init__(self, settings: RolloutSettings):
         from vla_lib.runtime.expert import PolicyExpert
         from vla_lib.training.checkpoint import load_policy
 
@@ -104,16 +104,16 @@ class Pilot:
 
 
 def rehearse(
-    settings: AttemptSettings,
+    settings: RolloutSettings,
     seed: int,
     watch: Watch | None = None,
     started: Started | None = None,
     dry_run: Path | None = None,
     go_on: bool = False,
 ) -> dict[str, Any]:
-    """One attempt in real time; returns the record of `evaluation.attempt.judged`, plus `log` (RunLog) and `path` at 650 Hz.
+    """One rollout in real time; returns the record of `evaluation.rollout.judged`, plus `log` (RunLog) and `path` at 650 Hz.
 
-    `dry_run`: a JSON-lines file that gets the actions instead of the robot. `go_on`: run for `max_time_s` even after the attempt is decided.
+    `dry_run`: a JSON-lines file that gets the actions instead of the robot. `go_on`: run for `max_time_s` even after the rollout is decided.
     Raises UserError where the checkpoint, its VLM or EGL is missing.
     """
     with Pilot(settings) as pilot:

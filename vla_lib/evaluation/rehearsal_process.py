@@ -15,8 +15,8 @@ import numpy as np
 
 from vla_lib.core.errors import UserError
 from vla_lib.core.processes import follow_parent
-from vla_lib.evaluation.attempt import AttemptSettings
 from vla_lib.evaluation.rehearsal import rehearse
+from vla_lib.evaluation.rollout import RolloutSettings
 from vla_lib.runtime.robot_io import Observation
 from vla_lib.runtime.run_log import Tick
 from vla_lib.runtime.runner import Runner
@@ -40,7 +40,7 @@ class Moment:
 class RehearsalProcess:
     """Starts at once. `poll` returns the moments since the last call; when `running` is False, `result` gives the record of `rehearse`."""
 
-    def __init__(self, settings: AttemptSettings, seed: int, dry_run: Path | None = None, go_on: bool = False):
+    def __init__(self, settings: RolloutSettings, seed: int, dry_run: Path | None = None, go_on: bool = False):
         context = multiprocessing.get_context("spawn")  # neither a GL context nor torch's threads survive a fork
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, settings, seed, dry_run, go_on), name="rehearsal")
@@ -94,9 +94,9 @@ class RehearsalProcess:
         self._pipe.close()
 
 
-def _serve(pipe: Any, settings: AttemptSettings, seed: int, dry_run: Path | None, go_on: bool) -> None:
+def _serve(pipe: Any, settings: RolloutSettings, seed: int, dry_run: Path | None, go_on: bool) -> None:
     follow_parent()
-    from vla_lib.sim.render import prepare_gl
+    from needle_rig.render import prepare_gl
 
     prepare_gl()
     outbox: queue.SimpleQueue[Any] = queue.SimpleQueue()  # the loop only puts; a thread sends

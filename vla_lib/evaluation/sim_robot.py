@@ -4,15 +4,15 @@ from typing import Any
 
 import numpy as np
 
+from needle_rig.rig import SimRig
+from needle_rig.world import FORCE_LIMIT_MN, WORKSPACE_MM
 from vla_lib.runtime.clock import Clock
 from vla_lib.runtime.robot_io import Observation
-from vla_lib.sim.rig import SimRig
-from vla_lib.sim.world import FORCE_LIMIT_MN, WORKSPACE_MM
 
 
 class SimRobot:
     """A reset rig that follows `clock`: each reading runs it up to now, one action period after the other, with the action sent before
-    or standing still. A period belongs to the action that was sent in it. Its time ends where the attempt is decided, unless it is to `go_on`."""
+    or standing still. A period belongs to the action that was sent in it. Its time ends where the rollout is decided, unless it is to `go_on`."""
 
     def __init__(self, rig: SimRig, clock: Clock, seed: int, go_on: bool = False):
         self.rig, self.clock, self.go_on = rig, clock, go_on
@@ -60,7 +60,7 @@ class SimRobot:
         self.stopped = self.stopped or reason
 
     def over(self) -> str:
-        """Why the attempt is over, "" while it goes on."""
+        """Why the rollout is over, "" while it goes on."""
         if not self.done:
             return ""
         return "success" if self.info["success"] else self.info["reason"]

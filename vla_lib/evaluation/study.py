@@ -1,4 +1,4 @@
-"""Some checkpoints in; their errors on held-out episodes and, on the simulated rig, their attempts on the same unseen seeds out.
+"""Some checkpoints in; their errors on held-out episodes and, on the simulated rig, their rollouts on the same unseen seeds out.
 
     found = evaluate(Settings(checkpoints=("async=runs/A/checkpoints/qwen_vla_async_best.pt", "no VL=runs/B/..."), closed_loop_seeds=100))
     found.results()
@@ -16,17 +16,25 @@ import tyro
 from vla_lib.core.errors import UserError
 from vla_lib.runtime.execution import Execution, ExecutionSettings
 
-ON_THE_RIG = ("execution", "chunk_steps", "vlm_jitter_ms", "expert_latency_ms", "expert_jitter_ms", "ddim_steps", "max_time_s")
+ON_THE_RIG = (
+    "execution",
+    "chunk_steps",
+    "vlm_jitter_ms",
+    "expert_latency_ms",
+    "expert_jitter_ms",
+    "ddim_steps",
+    "max_time_s",
+)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Evaluate checkpoints: held-out errors beside three baselines, and attempts on the simulated rig."""
+    """Evaluate checkpoints: held-out errors beside three baselines, and rollouts on the simulated rig."""
 
     checkpoints: Annotated[tuple[str, ...], tyro.conf.arg(aliases=("--checkpoint",))] = ()
     """Checkpoint files, each PATH or NAME=PATH; the first is the one in question, the others are compared with it."""
     dataset_root: Annotated[Path | None, tyro.conf.arg(aliases=("--dataset-dir",))] = None
-    """Folder of the data set; default: the one that each checkpoint was trained on."""
+    """Folder of the dataset; default: the one that each checkpoint was trained on."""
     episodes: Literal["val", "train"] = "val"
     """Which episodes of a checkpoint's recorded split."""
     batch_size: int = 64
@@ -52,11 +60,11 @@ class Settings:
     ddim_steps: int = 0
     """Denoising steps of a diffusion policy, on episodes and on the rig; 0: its own."""
     max_time_s: float = 30.0
-    """Longest attempt."""
+    """Longest rollout."""
     workers: int = 0
     """Processes that try phantoms side by side; 0: one a CPU core."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: a GPU where there is one. Attempts on the rig always run on the CPU, so that they are repeatable."""
+    """auto: a GPU where there is one. Rollouts on the rig always run on the CPU, so that they are repeatable."""
     run_dir: Path | None = None
     """Folder that gets results.json; default: none, the results are printed only."""
 
@@ -70,10 +78,19 @@ class Settings:
             if not path.is_file():
                 raise UserError(f"There is no checkpoint {path}; train one first, or give the path of its .pt file.")
         if self.dataset_root is not None and not Path(self.dataset_root).is_dir():
-            raise UserError(f"There is no dataset root {self.dataset_root}; give the folder that holds the datasets with --dataset-root.")
+            raise UserError(
+                f"There is no dataset root {self.dataset_root}; give the folder that holds the datasets with --dataset-root."
+            )
         if self.batch_size < 1:
             raise UserError(f"--batch-size is {self.batch_size}; give 1 or more.")
-        for name in ("closed_loop_seeds", "workers", "vlm_jitter_ms", "expert_latency_ms", "expert_jitter_ms", "ddim_steps"):
+        for name in (
+            "closed_loop_seeds",
+            "workers",
+            "vlm_jitter_ms",
+            "expert_latency_ms",
+            "expert_jitter_ms",
+            "ddim_steps",
+        ):
             if not getattr(self, name) >= 0:
                 raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name):g}; give 0 or more.")
         if not self.max_time_s > 0:
@@ -87,7 +104,9 @@ class Settings:
             name, equals, path = text.partition("=")
             pairs.append((name, Path(path)) if equals and not Path(text).exists() else (Path(text).stem, Path(text)))
         if twice := {name for name, _ in pairs if [other for other, _ in pairs].count(name) > 1}:
-            raise UserError(f"Two checkpoints are called {min(twice)}; name them apart: --checkpoints one=PATH other=PATH.")
+            raise UserError(
+                f"Two checkpoints are called {min(twice)}; name them apart: --checkpoints one=PATH other=PATH."
+            )
         return {name: path.expanduser() for name, path in pairs}
 
 
@@ -109,13 +128,21 @@ class Study:
         from vla_lib.evaluation.closed_loop import compare
         from vla_lib.evaluation.summary import results
 
-        each = {name: {"checkpoint": str(self.checkpoints[name])} | results(found) for name, found in self.open_loop.items()}
-        record = {"name": self.first} | each[self.first] | {"compared_with": {name: each[name] for name in each if name != self.first}}
+        each = {
+            name: {"checkpoint": str(self.checkpoints[name])} | results(found) for name, found in self.open_loop.items()
+        }
+        record = (
+            {"name": self.first}
+            | each[self.first]
+            | {"compared_with": {name: each[name] for name in each if name != self.first}}
+        )
         if self.closed_loop:
             main = self.closed_loop[self.first]
-            record |= {name: main.summary()[name] for name in ("attempts", "successes", "success_rate", "interval_95")}
+            record |= {name: main.summary()[name] for name in ("rollouts", "successes", "success_rate", "interval_95")}
             record["closed_loop"] = {name: found.results() for name, found in self.closed_loop.items()}
-            record["pairs"] = {name: compare(main, found) for name, found in self.closed_loop.items() if name != self.first}
+            record["pairs"] = {
+                name: compare(main, found) for name, found in self.closed_loop.items() if name != self.first
+            }
         return record
 
 
@@ -142,14 +169,16 @@ def evaluate(settings: Settings, done: Callable[[Study], Any] = lambda study: No
         study.open_loop[name] = evaluate_open_loop(path, roots[name], *how)
     done(study)
     if settings.closed_loop_seeds:
-        seeds = unseen_seeds(settings.closed_loop_seeds, list(roots.values()), TUNING_SEED if settings.tuning else FIRST_SEED)
+        seeds = unseen_seeds(
+            settings.closed_loop_seeds, list(roots.values()), TUNING_SEED if settings.tuning else FIRST_SEED
+        )
         study.closed_loop = closed_loop(tried, seeds, settings.workers)
         done(study)
     return study
 
 
 def variants(settings: Settings) -> dict[str, Any]:
-    """Name -> AttemptSettings of everything that is tried on the rig. Raises UserError where a checkpoint cannot be (`rig_refusal`)."""
+    """Name -> RolloutSettings of everything that is tried on the rig. Raises UserError where a checkpoint cannot be (`rig_refusal`)."""
     from dataclasses import replace
 
     from vla_lib.evaluation.closed_loop import latency_sweep, masked
@@ -160,7 +189,9 @@ def variants(settings: Settings) -> dict[str, Any]:
 
     found: dict[str, Any] = {}
     for name, path in settings.named().items():
-        found[name] = replace(rig_settings(path, settings.dataset_root), **{name: getattr(settings, name) for name in ON_THE_RIG})
+        found[name] = replace(
+            rig_settings(path, settings.dataset_root), **{name: getattr(settings, name) for name in ON_THE_RIG}
+        )
     first, whole = next(iter(found.items()))
     more: dict[str, Any] = {}
     if settings.masked:

@@ -1,4 +1,4 @@
-"""Open-loop predictions and closed-loop attempts in; the tables and the results record that people read out."""
+"""Open-loop predictions and closed-loop rollouts in; the tables and the results record that people read out."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -88,7 +88,7 @@ def side_by_side(found: Mapping[str, OpenLoop]) -> pd.DataFrame:
 
 
 def closed_loop_table(found: Mapping[str, ClosedLoop]) -> pd.DataFrame:
-    """One row a variant: successes with their 95 % interval; median / 90th percentile of lateral and depth error (punctured attempts), peak force
+    """One row a variant: successes with their 95 % interval; median / 90th percentile of lateral and depth error (punctured rollouts), peak force
     (all) and time to target (successes); the reasons of failure."""
     rows = []
     for name, loop in found.items():
@@ -97,7 +97,7 @@ def closed_loop_table(found: Mapping[str, ClosedLoop]) -> pd.DataFrame:
         rows.append(
             {
                 "variant": name,
-                "success": f"{summary['successes']} of {summary['attempts']}",
+                "success": f"{summary['successes']} of {summary['rollouts']}",
                 "95 % interval": f"{low:.0f} to {high:.0f} %",
                 "punctured": summary["punctured"],
                 "lateral (mm)": _spread(summary["lateral_mm"], 2),

@@ -26,7 +26,9 @@ def add_adapter(vlm: Vlm, rank: int, alpha: int) -> dict[str, nn.Parameter]:
     language = vlm.model.language_model
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(PROJECTIONS)), language)
     vlm.model.eval()
-    weights = {name.replace(".default", ""): weight for name, weight in language.named_parameters() if weight.requires_grad}
+    weights = {
+        name.replace(".default", ""): weight for name, weight in language.named_parameters() if weight.requires_grad
+    }
     for weight in weights.values():
         weight.data = weight.data.float()
     return weights
@@ -48,7 +50,9 @@ def load_adapter(vlm: Vlm, record: Mapping[str, Any]) -> dict[str, nn.Parameter]
 def fill_adapter(weights: Mapping[str, nn.Parameter], record: Mapping[str, Any]) -> None:
     """Copy the weights of a record into those of a model. Raises UserError where one is missing, left over or of another shape."""
     given = record["weights"]
-    odd = sorted(given.keys() ^ weights.keys()) or [name for name in weights if given[name].shape != weights[name].shape]
+    odd = sorted(given.keys() ^ weights.keys()) or [
+        name for name in weights if given[name].shape != weights[name].shape
+    ]
     if odd:
         raise UserError(
             f"The LoRA weights of the checkpoint do not fit its VLM: {odd[0]} ({len(odd)} differ); take a checkpoint of this VLM."

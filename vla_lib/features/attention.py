@@ -18,7 +18,9 @@ def register() -> str:
     return NAME
 
 
-def windowed_attention(module, query, key, value, attention_mask, scaling=None, cu_seq_lens_q=None, max_length_q=None, **_):
+def windowed_attention(
+    module, query, key, value, attention_mask, scaling=None, cu_seq_lens_q=None, max_length_q=None, **_
+):
     """query, key, value: (1, heads, L, d); cu_seq_lens_q: (windows + 1,) boundaries. Returns ((1, L, heads, d), None)."""
     if _varlen_usable(query):
         from torch.nn.attention.varlen import varlen_attn

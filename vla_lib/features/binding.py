@@ -75,9 +75,13 @@ def check_own(binding: Any, where: str) -> None:
     if not isinstance(binding, dict) or "id" not in binding or any(name not in binding for name in FIELDS):
         raise UserError(f"{where} is no binding of this workbench; point to another cache folder, or remove this one.")
     if binding["schema"] != SCHEMA:
-        raise UserError(f"{where} has schema {binding['schema']}, this workbench reads schema {SCHEMA}; build the cache anew.")
+        raise UserError(
+            f"{where} has schema {binding['schema']}, this workbench reads schema {SCHEMA}; build the cache anew."
+        )
     if (expected := binding_id(binding)) != binding["id"]:
-        raise UserError(f'{where} was altered: its fields belong to "{expected}", its id says "{binding["id"]}"; build the cache anew.')
+        raise UserError(
+            f'{where} was altered: its fields belong to "{expected}", its id says "{binding["id"]}"; build the cache anew.'
+        )
 
 
 def _short(value: Any) -> str:

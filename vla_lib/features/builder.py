@@ -54,11 +54,21 @@ def build(settings: BuildSettings) -> dict[str, Any]:
         share = preflights.share_out(todo, ranks.world)[ranks.rank]
         checkpoint = open_checkpoint(settings.vl_model)
         processor = load_processor(checkpoint)
-        form = FeatureForm(processor, binding["views"], binding["pooling"], binding["image_resize_height"], binding["image_resize_width"])
-        bindings.check(
-            binding, form.binding(checkpoint, binding["layer"], binding["tick_stride"], binding["dtype"]), "The first rank's plan"
+        form = FeatureForm(
+            processor,
+            binding["views"],
+            binding["pooling"],
+            binding["image_resize_height"],
+            binding["image_resize_width"],
         )
-        extractor = FeatureExtractor(load_vlm(checkpoint, processor, binding["layer"], device, binding["dtype"], settings.compile), form)
+        bindings.check(
+            binding,
+            form.binding(checkpoint, binding["layer"], binding["tick_stride"], binding["dtype"]),
+            "The first rank's plan",
+        )
+        extractor = FeatureExtractor(
+            load_vlm(checkpoint, processor, binding["layer"], device, binding["dtype"], settings.compile), form
+        )
         if ranks.first:
             print(
                 f"model {checkpoint.name}, {binding['layer']} of {checkpoint.depth} layers, {binding['dtype']} on {device}, {ranks.world} rank(s)",
@@ -166,7 +176,9 @@ class BackingOff:
         renumber = {-1: -1, **{number: place for place, number in enumerate(used)}}
         pictures = batch.pictures(self.extractor.device)
         chosen = [pictures[number] for number in used]
-        return self.extractor.forward(chosen, [tuple(renumber[number] for number in tick) for tick in ticks], instruction)
+        return self.extractor.forward(
+            chosen, [tuple(renumber[number] for number in tick) for tick in ticks], instruction
+        )
 
 
 class Writer:
@@ -279,7 +291,9 @@ def _prepare_folder(root: Path, binding: dict[str, Any]) -> None:
             if time.time() - partial.stat().st_mtime > STALE_PARTIAL_S:
                 partial.unlink(missing_ok=True)
     except OSError as error:
-        raise UserError(f"The cache folder {folder} cannot be written ({error.strerror or error}); check its permissions.") from None
+        raise UserError(
+            f"The cache folder {folder} cannot be written ({error.strerror or error}); check its permissions."
+        ) from None
 
 
 def _finish(
@@ -322,7 +336,12 @@ def _statistics() -> dict[str, Any]:
 
 def _empty(ticks: int, extractor: FeatureExtractor) -> dict[str, Any]:
     tokens = torch.empty(ticks, extractor.layout.tokens, extractor.hidden_size, dtype=extractor.dtype)
-    return {"tokens": tokens, "mask": torch.empty(ticks, extractor.layout.tokens, dtype=torch.bool), "left": ticks, "findings": []}
+    return {
+        "tokens": tokens,
+        "mask": torch.empty(ticks, extractor.layout.tokens, dtype=torch.bool),
+        "left": ticks,
+        "findings": [],
+    }
 
 
 def _device(settings: BuildSettings) -> str:

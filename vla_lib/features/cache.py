@@ -82,7 +82,9 @@ class FeatureCache:
         self._open: dict[str, EpisodeFeatures] = {}
 
     @classmethod
-    def open(cls, dataset_root: str | Path, binding_id: str | None = None, expect: Mapping[str, Any] | None = None) -> "FeatureCache":
+    def open(
+        cls, dataset_root: str | Path, binding_id: str | None = None, expect: Mapping[str, Any] | None = None
+    ) -> "FeatureCache":
         """Open the binding `binding_id` (None: the only one there).
 
         expect: binding fields that the reader relies on, such as {"tick_stride": 3}. Raises UserError where there is no such cache, where
@@ -112,7 +114,9 @@ class FeatureCache:
         features = self._open.get(str(episode.path))
         if features is None:
             key = episode_key(self.root, episode.path)
-            features = self._open[str(episode.path)] = read_features(feature_file(self.folder, key), self.binding, key, self.root)
+            features = self._open[str(episode.path)] = read_features(
+                feature_file(self.folder, key), self.binding, key, self.root
+            )
         if reason := stale_reason(features.header, episode):
             raise UserError(
                 f'The features of {features.key} in cache "{self.binding["id"]}" are stale: {reason}. {BUILD_HINT.format(root=self.root)}'
@@ -146,7 +150,9 @@ def read_binding(folder: Path) -> dict[str, Any]:
     return binding
 
 
-def write_features(path: Path, binding: Mapping[str, Any], episode: Any, key: str, tokens, mask, tick_step, findings: list[str]) -> int:
+def write_features(
+    path: Path, binding: Mapping[str, Any], episode: Any, key: str, tokens, mask, tick_step, findings: list[str]
+) -> int:
     """Write one episode's features atomically; returns the bytes. The content holds no time and no host, so equal features are equal files."""
     value = {
         "schema": bindings.SCHEMA,
@@ -172,7 +178,8 @@ def read_features(path: Path, binding: Mapping[str, Any], key: str, root: Path) 
     try:
         value = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
         header = {
-            name: value[name] for name in ("schema", "binding", "episode", "fingerprint", "instruction", "steps", "findings", "sha256")
+            name: value[name]
+            for name in ("schema", "binding", "episode", "fingerprint", "instruction", "steps", "findings", "sha256")
         }
         features = EpisodeFeatures(
             value["tokens"], value["mask"], value["tick_step"], TokenLayout.from_dict(binding["layout"]), key, header
@@ -180,7 +187,9 @@ def read_features(path: Path, binding: Mapping[str, Any], key: str, root: Path) 
     except FileNotFoundError:
         raise UserError(f'The episode {key} has no features in cache "{binding["id"]}". {hint}') from None
     except (RuntimeError, OSError, KeyError, TypeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        raise UserError(f"{path} is damaged ({str(error).splitlines()[0][:120] if str(error) else type(error).__name__}). {hint}") from None
+        raise UserError(
+            f"{path} is damaged ({str(error).splitlines()[0][:120] if str(error) else type(error).__name__}). {hint}"
+        ) from None
     if (header["binding"], header["episode"]) != (binding["id"], key):
         found = f'"{header["episode"]}" of cache "{header["binding"]}"'
         raise UserError(f'{path} holds the features of {found}, asked for was "{key}" of "{binding["id"]}". {hint}')
@@ -219,7 +228,11 @@ def list_bindings(root: str | Path, runs: str | Path | None = None) -> list[dict
     rows = []
     for folder in sorted(path for path in cache_folder(root).glob("*") if path.is_dir()):
         files = sorted(folder.glob("*.pt"))
-        row: dict[str, Any] = {"id": folder.name, "files": len(files), "bytes": sum(file.stat().st_size for file in folder.rglob("*.pt"))}
+        row: dict[str, Any] = {
+            "id": folder.name,
+            "files": len(files),
+            "bytes": sum(file.stat().st_size for file in folder.rglob("*.pt")),
+        }
         row["age_s"] = time.time() - max((file.stat().st_mtime for file in files), default=folder.stat().st_mtime)
         try:
             binding = read_binding(folder)
@@ -229,7 +242,16 @@ def list_bindings(root: str | Path, runs: str | Path | None = None) -> list[dict
         counts = {"covered": 0, "stale": 0, "missing": 0}
         for episode in episodes:
             counts[coverage_state(folder, binding, root, episode)] += 1
-        names = ("model", "layer", "pooling", "views", "tick_stride", "image_resize_height", "image_resize_width", "dtype")
+        names = (
+            "model",
+            "layer",
+            "pooling",
+            "views",
+            "tick_stride",
+            "image_resize_height",
+            "image_resize_width",
+            "dtype",
+        )
         rows.append(
             {
                 **row,
@@ -269,7 +291,9 @@ def verify(root: str | Path, binding_id: str) -> dict[str, Any]:
             if feature_file(cache.folder, key) != path:
                 bad.append(f"{path.name} holds the features of {key}")
             elif checksum(features.tokens, features.mask, features.tick_step) != features.header["sha256"]:
-                bad.append(f"{path.name} does not have the checksum that it was written with; remove it and build again")
+                bad.append(
+                    f"{path.name} does not have the checksum that it was written with; remove it and build again"
+                )
         except UserError as error:
             bad.append(str(error))
         except Exception as error:  # a damaged zip or pickle fails in many ways; each is a finding
@@ -284,9 +308,13 @@ def remove(root: str | Path, binding_id: str) -> int:
         raise UserError(f'There is no cache "{binding_id}" under {cache_folder(root)}; `vla cache ls` lists them.')
     read_binding(folder)
     ours = ("binding.json", VISION)
-    foreign = [path.name for path in folder.iterdir() if path.suffix not in (".pt", ".partial") and path.name not in ours]
+    foreign = [
+        path.name for path in folder.iterdir() if path.suffix not in (".pt", ".partial") and path.name not in ours
+    ]
     if foreign:
-        raise UserError(f"{folder} holds files that are not ours ({', '.join(sorted(foreign)[:3])}); move them away first.")
+        raise UserError(
+            f"{folder} holds files that are not ours ({', '.join(sorted(foreign)[:3])}); move them away first."
+        )
     freed = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     shutil.rmtree(folder)
     return freed

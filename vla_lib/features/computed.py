@@ -30,7 +30,9 @@ class ComputedFeatures:
         for number in range(len(reader)):
             batch = reader[number]
             if batch.failures:
-                raise UserError(f"A picture of {episode.path} cannot be read: {batch.failures[0]}; restore it, or leave the episode out.")
+                raise UserError(
+                    f"A picture of {episode.path} cannot be read: {batch.failures[0]}; restore it, or leave the episode out."
+                )
             parts.append(self._forward(batch, episode.instruction))
         tokens, mask = (torch.cat([part[k] for part in parts]) for k in range(2))
         return EpisodeFeatures(tokens, mask, torch.tensor(list(steps)), self.layout, str(episode.path), {})

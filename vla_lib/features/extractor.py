@@ -38,7 +38,9 @@ class FeatureExtractor:
         self.dtype = next(vlm.model.parameters()).dtype
         self._sequence = lru_cache(maxsize=256)(self._make_sequence)
         self._kept: torch.Tensor | None = None
-        if vlm.layer < vlm.depth:  # what transformers calls hidden_states[layer]: before the final norm, which only the last layer has
+        if (
+            vlm.layer < vlm.depth
+        ):  # what transformers calls hidden_states[layer]: before the final norm, which only the last layer has
             vlm.model.language_model.layers[-1].register_forward_hook(self._keep)
             vlm.model.language_model.norm = torch.nn.Identity()
 
@@ -53,7 +55,13 @@ class FeatureExtractor:
         bindings.check_own(dict(binding), "the binding of the cache")
         checkpoint = open_checkpoint(binding["source"])
         processor = load_processor(checkpoint)
-        form = FeatureForm(processor, binding["views"], binding["pooling"], binding["image_resize_height"], binding["image_resize_width"])
+        form = FeatureForm(
+            processor,
+            binding["views"],
+            binding["pooling"],
+            binding["image_resize_height"],
+            binding["image_resize_width"],
+        )
         here = form.binding(checkpoint, binding["layer"], binding["tick_stride"], binding["dtype"])
         bindings.check(binding, {**here, "model": binding["model"]}, f'The cache "{binding["id"]}"')
         vlm = load_vlm(checkpoint, processor, binding["layer"], device or default_device(), binding["dtype"])
@@ -89,7 +97,9 @@ class FeatureExtractor:
         tokens, mask = self.read(self.look(pictures), ticks, [instruction] * len(ticks))
         return tokens.cpu(), mask
 
-    def read(self, seen: Sequence[Seen], ticks: Sequence[Sequence[int]], instructions: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    def read(
+        self, seen: Sequence[Seen], ticks: Sequence[Sequence[int]], instructions: Sequence[str]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Features of ticks whose pictures have been looked at; gradients flow to what is trained in the language model.
 
         ticks: per tick, per view, the number of its picture in `seen` or -1; instructions: one a tick. Returns (tokens (ticks, T, D) in
@@ -140,9 +150,15 @@ class FeatureExtractor:
         if deep := rows[0][0].deep:
             levels = range(len(deep))
             extra["visual_pos_masks"] = image.expand(len(rows), -1)
-            extra["deepstack_visual_embeds"] = [torch.cat([part.deep[level] for row in rows for part in row]) for level in levels]
+            extra["deepstack_visual_embeds"] = [
+                torch.cat([part.deep[level] for row in rows for part in row]) for level in levels
+            ]
         output = model.language_model(
-            inputs_embeds=embeds, position_ids=positions.expand(-1, len(rows), -1), attention_mask=None, use_cache=False, **extra
+            inputs_embeds=embeds,
+            position_ids=positions.expand(-1, len(rows), -1),
+            attention_mask=None,
+            use_cache=False,
+            **extra,
         )
         hidden, self._kept = (output.last_hidden_state if self._kept is None else self._kept), None
         return hidden, spans, after
@@ -185,7 +201,11 @@ def default_device() -> str:
     """This process's own GPU (torchrun's LOCAL_RANK), or the CPU."""
     import os
 
-    return f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
+    return (
+        f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
+        if torch.cuda.is_available()
+        else "cpu"
+    )
 
 
 def default_dtype(device: str) -> str:

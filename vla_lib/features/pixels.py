@@ -50,7 +50,9 @@ class PixelRecipe:
                 resample=int(processor.resample),
             )
         except (AttributeError, KeyError, TypeError) as error:
-            raise UserError(f"The checkpoint's image processor {type(processor).__name__} is not one of Qwen-VL ({error}).") from None
+            raise UserError(
+                f"The checkpoint's image processor {type(processor).__name__} is not one of Qwen-VL ({error})."
+            ) from None
 
     @property
     def factor(self) -> int:
@@ -77,7 +79,11 @@ class PixelRecipe:
         """The picture as RGB, shrunk to fit (bicubic, antialiased), never enlarged."""
         picture = picture.convert("RGB")
         high, wide = self.fitted_size(picture.height, picture.width)
-        return picture if (high, wide) == (picture.height, picture.width) else picture.resize((wide, high), Image.Resampling.BICUBIC)
+        return (
+            picture
+            if (high, wide) == (picture.height, picture.width)
+            else picture.resize((wide, high), Image.Resampling.BICUBIC)
+        )
 
     def prepare(self, picture: Image.Image | np.ndarray | str | Path) -> np.ndarray:
         """(3, H, W) uint8, H and W whole tokens, of a file, a PIL picture or an (H, W, 3) uint8 array.
@@ -107,8 +113,12 @@ class PixelRecipe:
         gh, gw, m, p = height // self.patch, width // self.patch, self.merge, self.patch
         frames = self.temporal if frames is None else frames
         gain = torch.tensor([self.scale / std for std in self.std], device=pictures.device).view(1, 3, 1, 1)
-        offset = torch.tensor([-mean / std for mean, std in zip(self.mean, self.std, strict=True)], device=pictures.device).view(1, 3, 1, 1)
+        offset = torch.tensor(
+            [-mean / std for mean, std in zip(self.mean, self.std, strict=True)], device=pictures.device
+        ).view(1, 3, 1, 1)
         values = pictures.float().mul_(gain).add_(offset)
-        values = values.reshape(n, channels, gh // m, m, p, gw // m, m, p).permute(0, 2, 5, 3, 6, 1, 4, 7)  # (n, gh/m, gw/m, m, m, C, p, p)
+        values = values.reshape(n, channels, gh // m, m, p, gw // m, m, p).permute(
+            0, 2, 5, 3, 6, 1, 4, 7
+        )  # (n, gh/m, gw/m, m, m, C, p, p)
         values = values.unsqueeze(6).expand(*values.shape[:6], frames, p, p)
         return values.reshape(n * gh * gw, channels * frames * p * p), (gh, gw)

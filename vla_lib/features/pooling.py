@@ -9,7 +9,7 @@ import numpy as np
 from vla_lib.core.errors import UserError
 
 DEFAULT_POOLING = "grid:4x6"
-# Chosen by `python -m vla_lib.benchmarks.pooling --scenes 600` (simulated rig, tiny model, layer 2, 320x180; median error of a ridge
+# Chosen by `python -m benchmarks.pooling --scenes 600` (simulated rig, tiny model, layer 2, 320x180; median error of a ridge
 # regression on 120 held-out scenes, offset needle to target in mm):
 #             mean   2x3   3x4   4x6   6x11 (all tokens)
 #   5 views   5.42  2.41  1.98  1.77  1.80
@@ -32,7 +32,9 @@ class Pooling:
             return cls(text)
         match = re.fullmatch(r"grid:([1-9]\d*)x([1-9]\d*)", text)
         if not match:
-            raise UserError(f'--vl-pooling "{text}" is not known; take grid:ROWSxCOLS (such as {DEFAULT_POOLING}), mean or tokens.')
+            raise UserError(
+                f'--vl-pooling "{text}" is not known; take grid:ROWSxCOLS (such as {DEFAULT_POOLING}), mean or tokens.'
+            )
         return cls("grid", int(match[1]), int(match[2]))
 
     def __str__(self) -> str:

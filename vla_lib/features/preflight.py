@@ -71,9 +71,14 @@ class Preflight:
         todo = self.todo(overwrite)
         lines = [f"cache {self.binding['id']}"]
         for row in self.table():
-            lines.append("  " + ", ".join(f"{name} {value:.1f}" if name == "MB" else f"{name} {value}" for name, value in row.items()))
+            lines.append(
+                "  "
+                + ", ".join(f"{name} {value:.1f}" if name == "MB" else f"{name} {value}" for name, value in row.items())
+            )
         ticks, size = sum(episode.ticks for episode in todo), sum(episode.bytes for episode in todo)
-        lines.append(f"  to do: {len(todo)} episodes, {ticks} ticks, {size / 1e6:.1f} MB; free: {self.free_bytes / 1e9:.1f} GB")
+        lines.append(
+            f"  to do: {len(todo)} episodes, {ticks} ticks, {size / 1e6:.1f} MB; free: {self.free_bytes / 1e9:.1f} GB"
+        )
         if self.others:
             lines.append(f"  other caches here: {', '.join(self.others)}")
         return "\n".join(lines)
@@ -110,7 +115,9 @@ def load_episodes(root: Path) -> list[Any]:
         raise UserError(f"There is no dataset root {root}; check --dataset-root.")
     episodes = [load_prepared(folder) for folder in find_prepared(root)]
     if not episodes:
-        raise UserError(f"There are no prepared episodes (data.pkl) under {root}; run `python -m vla_lib.preprocess` first.")
+        raise UserError(
+            f"There are no prepared episodes (data.pkl) under {root}; run `python -m vla_lib.preprocess` first."
+        )
     return episodes
 
 

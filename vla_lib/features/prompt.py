@@ -24,7 +24,9 @@ class Prompt:
         for view in views:
             content += [{"type": "text", "text": f"{view}: "}, {"type": "image"}, {"type": "text", "text": "\n"}]
         content.append({"type": "text", "text": REQUEST + SLOT})
-        text = self.processor.apply_chat_template([{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True)
+        text = self.processor.apply_chat_template(
+            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+        )
         if text.count(SLOT) != 1 or text.count(self.image_token) != len(views):
             raise UserError(
                 "The checkpoint's chat template does not keep the pictures and the text of a message; take a Qwen-VL checkpoint."
@@ -45,4 +47,6 @@ class Prompt:
     def expand(self, views: Sequence[str], instruction: str, image_tokens: Sequence[int]) -> str:
         """`render` with each picture's image token repeated `image_tokens[i]` times (what the model reads)."""
         parts = self.render(views, instruction).split(self.image_token)
-        return parts[0] + "".join(self.image_token * count + part for count, part in zip(image_tokens, parts[1:], strict=True))
+        return parts[0] + "".join(
+            self.image_token * count + part for count, part in zip(image_tokens, parts[1:], strict=True)
+        )

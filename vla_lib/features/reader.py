@@ -46,7 +46,9 @@ class Batch:
         return self
 
 
-def plan_batches(number: int, episode: Any, steps: Sequence[int], views: Sequence[str], batch_size: int) -> list[BatchPlan]:
+def plan_batches(
+    number: int, episode: Any, steps: Sequence[int], views: Sequence[str], batch_size: int
+) -> list[BatchPlan]:
     """Cut an episode's ticks into batches of nearly equal size, at most `batch_size`; a batch never spans two episodes.
 
     So what a tick is computed with depends on its episode alone, whichever rank or run computes it.
@@ -80,12 +82,28 @@ class BatchReader(Dataset):
             try:
                 arrays.append(self.recipe.prepare(file))
                 places[number] = len(arrays) - 1
-            except (OSError, ValueError, SyntaxError) as error:  # PIL's ways to say that a file is cut off or no picture
+            except (
+                OSError,
+                ValueError,
+                SyntaxError,
+            ) as error:  # PIL's ways to say that a file is cut off or no picture
                 places[number] = -1
                 failures.append(f"{_relative(file, self.root)}: {_reason(error)}")
-        pixels = torch.cat([torch.from_numpy(array).flatten() for array in arrays]) if arrays else torch.empty(0, dtype=torch.uint8)
+        pixels = (
+            torch.cat([torch.from_numpy(array).flatten() for array in arrays])
+            if arrays
+            else torch.empty(0, dtype=torch.uint8)
+        )
         ticks = [tuple(places[number] for number in tick) for tick in plan.ticks]
-        return Batch(plan.episode, plan.first, pixels, [array.shape for array in arrays], ticks, time.perf_counter() - start, failures)
+        return Batch(
+            plan.episode,
+            plan.first,
+            pixels,
+            [array.shape for array in arrays],
+            ticks,
+            time.perf_counter() - start,
+            failures,
+        )
 
 
 def read_ahead(plans: Sequence[BatchPlan], recipe: PixelRecipe, root: Path, workers: int, pin: bool) -> Iterator[Batch]:

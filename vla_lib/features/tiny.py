@@ -65,7 +65,10 @@ def tiny_checkpoint(family: str = "qwen2_5_vl", seed: int = 0) -> Path:
     `VLA_CACHE_DIR` names another place than `$XDG_CACHE_HOME/vla-workbench`. Several processes may ask at once: the folder appears
     whole or not at all. Raises UserError where it cannot be written.
     """
-    base = os.environ.get("VLA_CACHE_DIR") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vla-workbench"
+    base = (
+        os.environ.get("VLA_CACHE_DIR")
+        or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vla-workbench"
+    )
     folder = Path(base) / f"tiny-{family}-seed{seed}-form{FORM}"
     if (folder / "model.safetensors").is_file():
         return folder
@@ -107,7 +110,9 @@ def write_tiny_checkpoint(folder: str | Path, family: str = "qwen2_5_vl", seed: 
         tokenizer = _tokenizer()
         tokenizer.save_pretrained(folder)
         _image_processor(family).save_pretrained(folder)
-        config = _config(family, len(tokenizer), {name: tokenizer.convert_tokens_to_ids(name) for name in SPECIAL_TOKENS})
+        config = _config(
+            family, len(tokenizer), {name: tokenizer.convert_tokens_to_ids(name) for name in SPECIAL_TOKENS}
+        )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
@@ -124,9 +129,13 @@ def _tokenizer():
 
     trained = Tokenizer(models.BPE())
     split = pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), behavior="isolated", invert=False)
-    trained.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    trained.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trained.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=480, initial_alphabet=alphabet, show_progress=False))
+    trained.train_from_iterator(
+        CORPUS, trainers.BpeTrainer(vocab_size=480, initial_alphabet=alphabet, show_progress=False)
+    )
     import json
 
     model = json.loads(trained.to_str())["model"]
@@ -143,7 +152,10 @@ def _image_processor(family: str):
 
     if family == "qwen3_vl":
         return Qwen2VLImageProcessorPil(
-            patch_size=16, image_mean=[0.5] * 3, image_std=[0.5] * 3, size={"shortest_edge": 65536, "longest_edge": 16777216}
+            patch_size=16,
+            image_mean=[0.5] * 3,
+            image_std=[0.5] * 3,
+            size={"shortest_edge": 65536, "longest_edge": 16777216},
         )
     return Qwen2VLImageProcessorPil(size={"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 16384})
 
@@ -163,7 +175,14 @@ def _config(family: str, vocabulary: int, ids: dict[str, int]):
         "bos_token_id": ids["<|endoftext|>"],
         "eos_token_id": ids["<|im_end|>"],
     }
-    vision = {"depth": 2, "hidden_size": 64, "num_heads": 2, "intermediate_size": 128, "out_hidden_size": HIDDEN, "spatial_merge_size": 2}
+    vision = {
+        "depth": 2,
+        "hidden_size": 64,
+        "num_heads": 2,
+        "intermediate_size": 128,
+        "out_hidden_size": HIDDEN,
+        "spatial_merge_size": 2,
+    }
     if family == "qwen3_vl":
         text |= {"head_dim": 32, "rope_parameters": text["rope_parameters"] | {"mrope_interleaved": True}}
         vision |= {"patch_size": 16, "num_position_embeddings": 256, "deepstack_visual_indexes": [0]}

@@ -62,7 +62,7 @@ class VisionCache:
         needed, free = ticks * len(views) * picture, shutil.disk_usage(self.cache.folder).free
         if needed > free:
             raise UserError(
-                f"The vision tokens of {len(episodes)} episodes need up to {needed / 1e9:.1f} GB and the data set's disk has {free / 1e9:.1f} GB "
+                f"The vision tokens of {len(episodes)} episodes need up to {needed / 1e9:.1f} GB and the dataset's disk has {free / 1e9:.1f} GB "
                 "free; make room, or take a cache of smaller pictures, of fewer views or of a larger --vlm-reuse-count."
             )
 
@@ -88,13 +88,17 @@ class VisionCache:
                 else empty[None][:0],
                 "start": torch.tensor([0, *rows]).cumsum(0),
                 "grid": torch.tensor([one.grid for one in seen], dtype=torch.int64).reshape(-1, 2),
-                "ticks": torch.tensor([[places.get(number, -1) for number in tick] for tick in plan.ticks], dtype=torch.int64),
+                "ticks": torch.tensor(
+                    [[places.get(number, -1) for number in tick] for tick in plan.ticks], dtype=torch.int64
+                ),
             }
             try:
                 with atomic_path(self._file(episode)) as temporary, open(temporary, "wb") as file:
                     torch.save(value, file)
             except (OSError, RuntimeError) as error:
-                raise UserError(f"The vision tokens cannot be written below {self.folder} ({error}); make room and start again.") from error
+                raise UserError(
+                    f"The vision tokens cannot be written below {self.folder} ({error}); make room and start again."
+                ) from error
             done(len(seen))
 
     def episode(self, episode: Any) -> VisionTokens:
@@ -103,21 +107,29 @@ class VisionCache:
         if key not in self._open:
             found = self._read(episode)
             if found is None:
-                raise UserError(f"The vision tokens of {episode.path} are missing or stale; start the training again, which computes them.")
+                raise UserError(
+                    f"The vision tokens of {episode.path} are missing or stale; start the training again, which computes them."
+                )
             self._open[key] = found
         return self._open[key]
 
     def _look_at(self, files: Sequence[Path]) -> tuple[list[Seen], dict[int, int]]:
         """What the vision tower makes of the files that can be read, on the CPU, and each such file's place there; pixels of a few at a time."""
         chunks = range(0, len(files), PICTURES)
-        plans = [BatchPlan(0, start, part := files[start : start + PICTURES], tuple((k,) for k in range(len(part)))) for start in chunks]
+        plans = [
+            BatchPlan(0, start, part := files[start : start + PICTURES], tuple((k,) for k in range(len(part))))
+            for start in chunks
+        ]
         reader, seen, places = BatchReader(plans, self.extractor.recipe, self.cache.root), [], {}
         for number, plan in enumerate(plans):
             batch = reader[number]
             places |= {plan.first + k: len(seen) + place for k, (place,) in enumerate(batch.ticks) if place >= 0}
             with torch.no_grad():
                 found = self.extractor.look(batch.pictures(torch.device("cpu")))
-            seen += [Seen(one.grid, one.tokens.to(self.extractor.dtype).cpu(), [level.cpu() for level in one.deep]) for one in found]
+            seen += [
+                Seen(one.grid, one.tokens.to(self.extractor.dtype).cpu(), [level.cpu() for level in one.deep])
+                for one in found
+            ]
         return seen, places
 
     def _file(self, episode: Any) -> Path:
@@ -128,6 +140,17 @@ class VisionCache:
             value = torch.load(self._file(episode), weights_only=True, mmap=True, map_location="cpu")
             if (value["binding"], value["fingerprint"]) != (self.cache.binding["id"], episode.fingerprint):
                 return None
-            return VisionTokens(value["tokens"], value["deep"], *(value[name].tolist() for name in ("start", "grid", "ticks")))
-        except (OSError, RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError, pickle.UnpicklingError):
+            return VisionTokens(
+                value["tokens"], value["deep"], *(value[name].tolist() for name in ("start", "grid", "ticks"))
+            )
+        except (
+            OSError,
+            RuntimeError,
+            EOFError,
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            pickle.UnpicklingError,
+        ):
             return None

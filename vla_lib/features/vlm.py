@@ -55,7 +55,9 @@ def resolve_folder(name: str) -> Path:
     if folder.is_dir():
         return folder.resolve()
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise UserError(f'--vl-model "{name}" is neither a folder nor a hub name such as Qwen/Qwen2.5-VL-3B-Instruct nor tiny.')
+        raise UserError(
+            f'--vl-model "{name}" is neither a folder nor a hub name such as Qwen/Qwen2.5-VL-3B-Instruct nor tiny.'
+        )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import RepositoryNotFoundError
 
@@ -82,7 +84,9 @@ def open_checkpoint(name: str) -> Checkpoint:
     family = config.get("model_type", "unknown")
     if family not in FAMILIES:
         kind = "a text-only model" if "vision_config" not in config else "a model of another family"
-        raise UserError(f'{folder} is {kind} (model_type "{family}"); features need a checkpoint of {" or ".join(FAMILIES)}.')
+        raise UserError(
+            f'{folder} is {kind} (model_type "{family}"); features need a checkpoint of {" or ".join(FAMILIES)}.'
+        )
     if not _weight_files(folder):
         raise UserError(f"{folder} holds no *.safetensors weights; download the checkpoint anew.")
     from transformers import AutoConfig
@@ -117,12 +121,19 @@ def load_processor(checkpoint: Checkpoint) -> Any:
                 f"The checkpoint {checkpoint.folder} has no usable tokenizer or image processor: {_first_line(error)}"
             ) from error
     if processor.tokenizer.convert_tokens_to_ids(processor.image_token) != image_token_id:
-        raise UserError(f"The checkpoint {checkpoint.folder} has no usable tokenizer or image processor: its picture token is unknown.")
+        raise UserError(
+            f"The checkpoint {checkpoint.folder} has no usable tokenizer or image processor: its picture token is unknown."
+        )
     return processor
 
 
 def load_vlm(
-    checkpoint: Checkpoint, processor: Any, layer: int, device: str = "cpu", dtype: str = "float32", compiled: bool = False
+    checkpoint: Checkpoint,
+    processor: Any,
+    layer: int,
+    device: str = "cpu",
+    dtype: str = "float32",
+    compiled: bool = False,
 ) -> Vlm:
     """Load the vision tower and the first `layer` decoder layers; the weights above are never read.
 
@@ -148,10 +159,17 @@ def load_vlm(
             )
         except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
             raise UserError(f"The checkpoint {checkpoint.folder} cannot be loaded: {_first_line(error)}") from error
-    absent = [*info["missing_keys"], *(str(key[0] if isinstance(key, tuple) else key) for key in info["mismatched_keys"])]
+    absent = [
+        *info["missing_keys"],
+        *(str(key[0] if isinstance(key, tuple) else key) for key in info["mismatched_keys"]),
+    ]
     if absent:
-        raise UserError(f"The checkpoint {checkpoint.folder} lacks {len(absent)} weights (such as {sorted(absent)[0]}); download it anew.")
-    return Vlm(speed_up(model, device, compiled), processor, checkpoint.family, checkpoint.depth, layer, checkpoint.hidden_size)
+        raise UserError(
+            f"The checkpoint {checkpoint.folder} lacks {len(absent)} weights (such as {sorted(absent)[0]}); download it anew."
+        )
+    return Vlm(
+        speed_up(model, device, compiled), processor, checkpoint.family, checkpoint.depth, layer, checkpoint.hidden_size
+    )
 
 
 def speed_up(model: Any, device: str, compiled: bool = False) -> Any:
@@ -172,7 +190,10 @@ def speed_up(model: Any, device: str, compiled: bool = False) -> Any:
         for name, child in list(module.named_children()):
             if type(child).__name__.endswith("RMSNorm") and hasattr(child, "variance_epsilon"):
                 norm = torch.nn.RMSNorm(
-                    child.weight.shape[0], eps=child.variance_epsilon, device=child.weight.device, dtype=child.weight.dtype
+                    child.weight.shape[0],
+                    eps=child.variance_epsilon,
+                    device=child.weight.device,
+                    dtype=child.weight.dtype,
                 )
                 norm.weight = child.weight
                 setattr(module, name, norm)
@@ -187,14 +208,20 @@ def speed_up(model: Any, device: str, compiled: bool = False) -> Any:
 def resolve_layer(layer: int, depth: int) -> int:
     """The number of decoder layers kept: `layer`, or half of `depth` for 0. Raises UserError where there are not so many."""
     if not 0 <= layer <= depth:
-        raise UserError(f"--vl-layer {layer} does not exist: the model has layers 1 to {depth} (0 means half the depth).")
+        raise UserError(
+            f"--vl-layer {layer} does not exist: the model has layers 1 to {depth} (0 means half the depth)."
+        )
     return layer or max(1, depth // 2)
 
 
 def _attention(device: str, dtype: str) -> str:
     from transformers.utils import is_flash_attn_2_available
 
-    return "flash_attention_2" if device.startswith("cuda") and dtype != "float32" and is_flash_attn_2_available() else "sdpa"
+    return (
+        "flash_attention_2"
+        if device.startswith("cuda") and dtype != "float32" and is_flash_attn_2_available()
+        else "sdpa"
+    )
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -204,7 +231,14 @@ def _weight_files(folder: Path) -> list[Path]:
 def _identity(folder: Path) -> str:
     """SHA-256 over the files that decide the features, in order of their names (about a second per 2 GB of weights)."""
     digest = hashlib.sha256()
-    small = ("config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt")
+    small = (
+        "config.json",
+        "preprocessor_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "vocab.json",
+        "merges.txt",
+    )
     small += ("chat_template.json", "chat_template.jinja")
     for path in [*(folder / name for name in small if (folder / name).is_file()), *_weight_files(folder)]:
         with open(path, "rb") as file:

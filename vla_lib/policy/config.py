@@ -50,7 +50,9 @@ class PolicyConfig:
         if self.fusion not in FUSIONS:
             raise UserError(f"--fusion cannot be '{self.fusion}'; give one of {', '.join(FUSIONS)}.")
         if not len(self.token_view) == len(self.token_row) == len(self.token_col) > 0:
-            raise UserError("The VL token layout is empty or its view, row and column lists differ in length; rebuild the VL cache.")
+            raise UserError(
+                "The VL token layout is empty or its view, row and column lists differ in length; rebuild the VL cache."
+            )
         if self.width % self.heads:
             raise UserError(
                 f"--width {self.width} is no multiple of --heads {self.heads}; give --width {max(1, self.width // self.heads) * self.heads}."

@@ -39,7 +39,9 @@ class DiffusionHead(nn.Module):
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
         half = width // 2
-        self.register_buffer("frequencies", torch.exp(-math.log(10_000.0) * torch.arange(half) / half), persistent=False)
+        self.register_buffer(
+            "frequencies", torch.exp(-math.log(10_000.0) * torch.arange(half) / half), persistent=False
+        )
 
     def _velocity(self, policy, context: list, noisy: Tensor, timestep: Tensor) -> Tensor:
         phase = timestep.float()[:, None] * self.frequencies  # (B, W/2)
@@ -66,7 +68,11 @@ class DiffusionHead(nn.Module):
         """
         batch, count = draws["timestep"].shape
         target = self._compressed(policy.normaliser, target)
-        target, noise, timestep = target.repeat_interleave(count, 0), draws["noise"].flatten(0, 1), draws["timestep"].flatten()
+        target, noise, timestep = (
+            target.repeat_interleave(count, 0),
+            draws["noise"].flatten(0, 1),
+            draws["timestep"].flatten(),
+        )
         noisy = self.scheduler.add_noise(target, noise, timestep)
         wanted = self.scheduler.get_velocity(target, noise, timestep)
         error = F.mse_loss(self._velocity(policy, context, noisy, timestep), wanted, reduction="none")

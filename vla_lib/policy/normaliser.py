@@ -19,7 +19,9 @@ class Normaliser(nn.Module):
         super().__init__()
         self.register_buffer("action_mean", torch.zeros(ACTION_DIM))
         self.register_buffer("action_std", torch.ones(ACTION_DIM))
-        self.register_buffer("action_varies", torch.ones(ACTION_DIM))  # 1 where the dimension is learnt, 0 where it is constant
+        self.register_buffer(
+            "action_varies", torch.ones(ACTION_DIM)
+        )  # 1 where the dimension is learnt, 0 where it is constant
         self.register_buffer("action_range", torch.ones(()))  # largest normalised action: what x0 is clamped to
         self.register_buffer("state_mean", torch.zeros(STATE_DIM))
         self.register_buffer("state_std", torch.ones(STATE_DIM))

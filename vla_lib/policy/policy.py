@@ -60,11 +60,16 @@ class Policy(nn.Module):
             seen = torch.zeros_like(seen)  # the learned stand-in of the memory is all that is left
         memory, memory_mask = self.memory(tokens, seen)  # (B, 1 + T, W)
         age = observation["vl_age_s"].float()[:, None] / AGE_SCALE_S
-        prefix = [self.state_in(self.normaliser.state(observation["state"]))[:, None], self.age_in(torch.cat([age, age**2], -1))[:, None]]
+        prefix = [
+            self.state_in(self.normaliser.state(observation["state"]))[:, None],
+            self.age_in(torch.cat([age, age**2], -1))[:, None],
+        ]
         prefix.append(self.scene(tokens, seen))
         sensor = None
         if self.sensor_encoder is not None:
-            sensor = self.sensor_encoder(observation["sensor"], observation["sensor_mask"], self.normaliser)  # (B, N, W)
+            sensor = self.sensor_encoder(
+                observation["sensor"], observation["sensor_mask"], self.normaliser
+            )  # (B, N, W)
             if self.config.fusion == "concat":
                 prefix.append(sensor)
         x = self._gated(torch.cat(prefix, 1), sensor)  # (B, P, W)
@@ -109,7 +114,9 @@ class Policy(nn.Module):
         `hide_view` (count, views) bool."""
         draws = self.head.draw(count, generator)
         if self.config.view_dropout:
-            draws["hide_view"] = torch.rand(count, len(self.config.views), generator=generator) < self.config.view_dropout
+            draws["hide_view"] = (
+                torch.rand(count, len(self.config.views), generator=generator) < self.config.view_dropout
+            )
         return draws
 
     def _of_hidden_views(self, hide_view: Tensor) -> Tensor:

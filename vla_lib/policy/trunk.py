@@ -46,7 +46,9 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
         self.drop = nn.Dropout(dropout)
 
-    def keys(self, prefix: Tensor, memory: Tensor, memory_mask: Tensor, sensor: Tensor | None) -> dict[str, Tensor | None]:
+    def keys(
+        self, prefix: Tensor, memory: Tensor, memory_mask: Tensor, sensor: Tensor | None
+    ) -> dict[str, Tensor | None]:
         """What this block's sequences look at, as keys and values: prefix (B, P, W), which stands before them, memory (B, M, W), sensor (B, N, W)."""
         return {
             "prefix": self.self_attention.keys(self.norm_self(prefix)),
@@ -58,7 +60,9 @@ class Block(nn.Module):
     def forward(self, x: Tensor, keys: dict[str, Tensor | None], is_prefix: bool = False) -> Tensor:
         """x (B * n, L, W) -> the same, informed by the `keys`' prefix, by itself (unless it is that prefix), by memory and sensor."""
         y = self.norm_self(x)
-        x = x + self.drop(self.self_attention(y, keys["prefix"], own=None if is_prefix else self.self_attention.keys(y)))
+        x = x + self.drop(
+            self.self_attention(y, keys["prefix"], own=None if is_prefix else self.self_attention.keys(y))
+        )
         x = x + self.drop(self.memory_attention(self.norm_memory(x), keys["memory"], keys["mask"]))
         if self.sensor_attention is not None:
             x = x + self.drop(self.sensor_attention(self.norm_sensor(x), keys["sensor"]))
@@ -71,7 +75,14 @@ class VLMemory(nn.Module):
     The first memory entry is learned and always visible, so a sample whose every view is missing still has something to look at.
     """
 
-    def __init__(self, token_dim: int, width: int, token_view: tuple[int, ...], token_row: tuple[int, ...], token_col: tuple[int, ...]):
+    def __init__(
+        self,
+        token_dim: int,
+        width: int,
+        token_view: tuple[int, ...],
+        token_row: tuple[int, ...],
+        token_col: tuple[int, ...],
+    ):
         super().__init__()
         for name, ids in (("view", token_view), ("row", token_row), ("col", token_col)):
             index = torch.tensor(ids, dtype=torch.long) + 1  # 0: a text token
@@ -85,7 +96,11 @@ class VLMemory(nn.Module):
 
     def forward(self, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """(B, T, D), (B, T) bool -> (B, 1 + T, width), (B, 1 + T) bool."""
-        place = self.view_embedding[self.view_index] + self.row_embedding[self.row_index] + self.col_embedding[self.col_index]
+        place = (
+            self.view_embedding[self.view_index]
+            + self.row_embedding[self.row_index]
+            + self.col_embedding[self.col_index]
+        )
         x = self.project(tokens.masked_fill(~mask[..., None], 0.0)) + place
         x = self.norm(x + self.mlp(self.norm_mlp(x)))
         batch = x.shape[0]
@@ -105,7 +120,11 @@ class SceneReader(nn.Module):
         self.count = count
         self.reduce = nn.Linear(token_dim, rank, bias=False)
         self.read = nn.Sequential(
-            nn.Dropout(dropout), nn.Linear(tokens * rank, 2 * width), nn.GELU(), nn.Dropout(dropout), nn.Linear(2 * width, count * width)
+            nn.Dropout(dropout),
+            nn.Linear(tokens * rank, 2 * width),
+            nn.GELU(),
+            nn.Dropout(dropout),
+            nn.Linear(2 * width, count * width),
         )
         self.norm = nn.LayerNorm(width)
 

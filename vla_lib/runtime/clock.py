@@ -19,7 +19,9 @@ class Latency:
 
     def __post_init__(self) -> None:
         if not (self.base_ms >= 0 and self.jitter_ms >= 0):
-            raise UserError(f"A latency of {self.base_ms:g} ms with {self.jitter_ms:g} ms jitter cannot be; both must be 0 or more.")
+            raise UserError(
+                f"A latency of {self.base_ms:g} ms with {self.jitter_ms:g} ms jitter cannot be; both must be 0 or more."
+            )
 
     def draw_s(self, rng: np.random.Generator) -> float:
         """One duration in seconds."""

@@ -23,9 +23,13 @@ class ExecutionSettings:
 
     def __post_init__(self) -> None:
         if self.execution not in ("first action", "temporal ensemble", "chunk of n"):
-            raise UserError(f"Chunks are executed by first action, temporal ensemble or chunk of n, not by {self.execution!r}.")
+            raise UserError(
+                f"Chunks are executed by first action, temporal ensemble or chunk of n, not by {self.execution!r}."
+            )
         if self.steps < 1 or not self.decay >= 0:
-            raise UserError(f"A chunk is followed for 1 step or more and decays by 0 or more, not {self.steps} and {self.decay:g}.")
+            raise UserError(
+                f"A chunk is followed for 1 step or more and decays by 0 or more, not {self.steps} and {self.decay:g}."
+            )
 
 
 class ChunkPlan:

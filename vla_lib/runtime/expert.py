@@ -39,7 +39,11 @@ class PolicyExpert:
     """
 
     def __init__(
-        self, policy: Policy, without: Literal["nothing", "vl", "sensor"] = "nothing", ddim_steps: int | None = None, seed: int = 0
+        self,
+        policy: Policy,
+        without: Literal["nothing", "vl", "sensor"] = "nothing",
+        ddim_steps: int | None = None,
+        seed: int = 0,
     ):
         if without not in HIDDEN:
             raise UserError(f"A policy can be run without nothing, vl or sensor, not without {without!r}.")
@@ -47,7 +51,9 @@ class PolicyExpert:
         self.generator = torch.Generator().manual_seed(seed)
         self.sensor_window = policy.config.sensor_window_size if policy.config.uses_sensor else 0
 
-    def observation(self, features: Features, age_s: float, state: Array, window: Array | None) -> dict[str, torch.Tensor]:
+    def observation(
+        self, features: Features, age_s: float, state: Array, window: Array | None
+    ) -> dict[str, torch.Tensor]:
         """The batch of one; `window` (S, 1026) or None where it is not full."""
         batch = {
             "vl_tokens": torch.as_tensor(features.tokens)[None],

@@ -59,7 +59,9 @@ class RunLog:
 
     def event(self, t_s: float, kind: str, reason: str) -> None:
         """Note that something began: hold, resume, retreat, stop, warning, end; or that the robot did not take a stop ("stop failed")."""
-        self.events.append({"t_s": round(t_s, 4), "step": self.ticks[-1].step if self.ticks else 0, "kind": kind, "reason": reason})
+        self.events.append(
+            {"t_s": round(t_s, 4), "step": self.ticks[-1].step if self.ticks else 0, "kind": kind, "reason": reason}
+        )
 
     def column(self, name: str) -> Array:
         """A field of every tick as an array; None becomes NaN."""

@@ -82,7 +82,9 @@ class Runner:
         self._retreat_left = 0
         self._force_tail = np.empty(0, np.float32)
         self._begin_s = self._first_timestamp = 0.0
-        for warning in safety.slow_limits(limits, settings.period_s, *expert.usual_step()) if hasattr(expert, "usual_step") else ():
+        for warning in (
+            safety.slow_limits(limits, settings.period_s, *expert.usual_step()) if hasattr(expert, "usual_step") else ()
+        ):
             self.log.event(0.0, "warning", warning)
 
     def request_stop(self, reason: str = safety.OPERATOR) -> bool:
@@ -153,7 +155,9 @@ class Runner:
             self._stop(tick, f"{safety.ROBOT_FAILED}: {type(error).__name__}: {error}")
             return None
         if not self.log.ticks:
-            self._first_timestamp = observation.timestamp - (self.clock.now() - self._begin_s)  # a slow first reading ages nothing
+            self._first_timestamp = observation.timestamp - (
+                self.clock.now() - self._begin_s
+            )  # a slow first reading ages nothing
         force = new[:, 0]
         tick.force_mN = safety.greatest_force(self._force_tail, force) if len(force) else None
         self._force_tail = np.concatenate([self._force_tail, force])[-64:]
@@ -198,7 +202,9 @@ class Runner:
             self._features = newest
             self.log.vlm_ms.append(1000.0 * newest.took_s)
         if self._features is not None:
-            tick.vl_age_s = (tick.step - self._features.step) * self.settings.period_s  # in whole periods, as in training
+            tick.vl_age_s = (
+                tick.step - self._features.step
+            ) * self.settings.period_s  # in whole periods, as in training
 
     def _views(self, observation: Observation) -> tuple[str, ...]:
         return self.settings.views or tuple(observation.pictures)
@@ -232,8 +238,14 @@ class Runner:
         unseen = self._unseen(tick, observation)
         checks = (
             (tick.force_mN is not None and not np.isfinite(tick.force_mN), safety.NON_FINITE_SENSOR),
-            (limits.sensor_required and (tick.sensor_age_s is None or tick.sensor_age_s > limits.sensor_age_s), safety.STALE_SENSOR),
-            (limits.sensor_required and self.expert.sensor_window and self._window(tick, observation) is None, safety.BROKEN_WINDOW),
+            (
+                limits.sensor_required and (tick.sensor_age_s is None or tick.sensor_age_s > limits.sensor_age_s),
+                safety.STALE_SENSOR,
+            ),
+            (
+                limits.sensor_required and self.expert.sensor_window and self._window(tick, observation) is None,
+                safety.BROKEN_WINDOW,
+            ),
             (not np.isfinite(observation.state).all(), safety.NON_FINITE_STATE),
             (now - observation.state_timestamp > limits.state_age_s, safety.STALE_STATE),
             (self._off_mm(tick) > limits.follow_mm, safety.NOT_FOLLOWING),

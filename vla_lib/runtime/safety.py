@@ -12,7 +12,12 @@ from vla_lib.episodes.poses import pose_to_matrix
 Array = np.ndarray[Any, Any]
 
 # Reasons, as they stand in the log.
-STALE_VL, STALE_SENSOR, STALE_STATE, STALE_PICTURES = "stale VL features", "stale sensor", "stale state", "stale pictures"
+STALE_VL, STALE_SENSOR, STALE_STATE, STALE_PICTURES = (
+    "stale VL features",
+    "stale sensor",
+    "stale state",
+    "stale pictures",
+)
 MISSING_VIEW, NOT_FOLLOWING = "missing view", "robot does not follow"
 MISSED_DEADLINE, NON_FINITE_ACTION, NON_FINITE_SENSOR = "missed deadline", "non-finite action", "non-finite sensor"
 BROKEN_WINDOW, NON_FINITE_STATE, OUTSIDE, FORCE_LIMIT, VLM_DIED = (
@@ -22,7 +27,13 @@ BROKEN_WINDOW, NON_FINITE_STATE, OUTSIDE, FORCE_LIMIT, VLM_DIED = (
     "force limit",
     "VLM worker died",
 )
-NOT_READY, WATCHDOG, OPERATOR, ROBOT_FAILED, EXPERT_FAILED = "not ready", "watchdog", "operator", "robot failed", "policy failed"
+NOT_READY, WATCHDOG, OPERATOR, ROBOT_FAILED, EXPERT_FAILED = (
+    "not ready",
+    "watchdog",
+    "operator",
+    "robot failed",
+    "policy failed",
+)
 
 
 @dataclass(frozen=True)
@@ -62,7 +73,9 @@ class SafetyLimits:
 
     def __post_init__(self) -> None:
         if len(self.workspace_mm) != 3 or any(not low < high for low, high in self.workspace_mm):
-            raise UserError(f"The workspace box {self.workspace_mm} needs (low, high) in mm for x, y and z, low below high.")
+            raise UserError(
+                f"The workspace box {self.workspace_mm} needs (low, high) in mm for x, y and z, low below high."
+            )
         for name, value in vars(self).items():
             if isinstance(value, int | float) and not isinstance(value, bool) and not value > 0:
                 raise UserError(f"The safety limit {name} is {value}; it must be above 0.")
@@ -70,7 +83,10 @@ class SafetyLimits:
 
 def slow_limits(limits: SafetyLimits, period_s: float, usual_mm: float, usual_deg: float) -> list[str]:
     """Sentences about limits below the demonstrated step of `usual_mm` and `usual_deg`: they make a policy do what nobody showed it."""
-    pairs = (("speed", "mm", usual_mm, limits.speed_mm_s * period_s), ("rotation", "deg", usual_deg, limits.turn_deg_s * period_s))
+    pairs = (
+        ("speed", "mm", usual_mm, limits.speed_mm_s * period_s),
+        ("rotation", "deg", usual_deg, limits.turn_deg_s * period_s),
+    )
     return [
         f"the {name} limit of {most:.2f} {unit} a step is below the demonstrated {shown:.2f} {unit} a step"
         for name, unit, shown, most in pairs
@@ -94,7 +110,9 @@ def limit_action(action: Array, limits: SafetyLimits, period_s: float, commanded
     limited[:3] = limit_norm(limited[:3], limits.speed_mm_s * period_s)
     limited[3:6] = limit_norm(limited[3:6], limits.turn_deg_s * period_s)
     touched = [
-        name for name, part in (("speed", slice(0, 3)), ("rotation", slice(3, 6))) if not np.array_equal(limited[part], action[part])
+        name
+        for name, part in (("speed", slice(0, 3)), ("rotation", slice(3, 6)))
+        if not np.array_equal(limited[part], action[part])
     ]
     part = 1.0
     for place, step, (low, high) in zip(commanded_mm, limited[:3], limits.workspace_mm, strict=True):

@@ -17,7 +17,9 @@ class SensorBuffer:
 
     def __init__(self, capacity: int, sensor_hz: float = 650.0):
         if capacity < 1 or sensor_hz <= 0:
-            raise UserError(f"A sensor buffer of {capacity} samples at {sensor_hz:g} Hz cannot be; both must be above 0.")
+            raise UserError(
+                f"A sensor buffer of {capacity} samples at {sensor_hz:g} Hz cannot be; both must be above 0."
+            )
         self.capacity, self.sensor_hz = capacity, sensor_hz
         self._samples = np.zeros((2 * capacity, SENSOR_CHANNELS), np.float32)
         self._t_s = np.zeros(2 * capacity)
@@ -61,7 +63,9 @@ class SensorBuffer:
             return None
         end = self._next + self.capacity
         t_s = self._t_s[end - length : end]
-        full = window_full(np.array([length]), t_s, np.array([now_s]), length, self.sensor_hz, find_gaps(t_s, SENSOR_LATE_S))
+        full = window_full(
+            np.array([length]), t_s, np.array([now_s]), length, self.sensor_hz, find_gaps(t_s, SENSOR_LATE_S)
+        )
         if not full[0]:
             return None
         window = self._samples[end - length : end].copy()

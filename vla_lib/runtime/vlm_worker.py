@@ -187,7 +187,9 @@ def _serve_process(make: Callable[[], Compute], pipe: Any) -> None:
         while True:
             pictures, instruction = pipe.recv()
             tokens, mask = compute(pictures, instruction)
-            tokens = tokens.float() if tokens.dtype == torch.bfloat16 else tokens  # numpy has no bfloat16; float32 holds it exactly
+            tokens = (
+                tokens.float() if tokens.dtype == torch.bfloat16 else tokens
+            )  # numpy has no bfloat16; float32 holds it exactly
             pipe.send((tokens.numpy(), mask.numpy()))
     except EOFError:
         return  # the control loop is gone

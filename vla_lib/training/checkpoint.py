@@ -37,12 +37,18 @@ def read_checkpoint(path: str | Path, map_location: str = "cpu") -> dict[str, An
     try:
         content = torch.load(path, map_location=map_location, weights_only=True)
     except FileNotFoundError:
-        raise UserError(f"There is no checkpoint {path}; a run keeps its own below checkpoints/ (`vla runs` lists the runs).") from None
+        raise UserError(
+            f"There is no checkpoint {path}; a run keeps its own below checkpoints/ (`vla runs` lists the runs)."
+        ) from None
     except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path} cannot be read as a checkpoint ({first}); take another one of the same run.") from error
+        raise UserError(
+            f"{path} cannot be read as a checkpoint ({first}); take another one of the same run."
+        ) from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise UserError(f"{path} is not a checkpoint of this workbench (format {FORMAT}); give one that its trainings wrote.")
+        raise UserError(
+            f"{path} is not a checkpoint of this workbench (format {FORMAT}); give one that its trainings wrote."
+        )
     missing = [k for k in KEYS if k not in content]
     if missing:
         raise UserError(
@@ -51,7 +57,9 @@ def read_checkpoint(path: str | Path, map_location: str = "cpu") -> dict[str, An
     return content
 
 
-def load_policy(path: str | Path, device: str = "cpu", binding: dict[str, Any] | None = None) -> tuple[Policy, dict[str, Any]]:
+def load_policy(
+    path: str | Path, device: str = "cpu", binding: dict[str, Any] | None = None
+) -> tuple[Policy, dict[str, Any]]:
     """The policy of a checkpoint in eval mode on `device`, and what is known of it.
 
     info: settings, binding, split {"train": [...], "val": [...]} of episode keys, step, epoch, metrics, front_door, adapter (None but in stage 2:
@@ -68,7 +76,9 @@ def load_policy(path: str | Path, device: str = "cpu", binding: dict[str, Any] |
         check_binding(content["binding"], binding, str(path))
     policy = Policy(PolicyConfig.from_dict(content["policy_config"]))
     load_weights(policy, content["policy"], str(path))
-    return policy.to(device).eval(), {k: content.get(k) for k in (*KEYS, "adapter") if k not in ("policy", "policy_config")}
+    return policy.to(device).eval(), {
+        k: content.get(k) for k in (*KEYS, "adapter") if k not in ("policy", "policy_config")
+    }
 
 
 def load_weights(policy: torch.nn.Module, state: dict[str, torch.Tensor], where: str) -> None:

@@ -68,8 +68,8 @@ class TrainingData:
         )
 
     def weights_table(self) -> list[dict[str, Any]]:
-        """One row a data set, or a task of it where tasks have other weights: episodes, training steps, weight, and the share of all draws."""
-        weights = {}  # of each data set
+        """One row a dataset, or a task of it where tasks have other weights: episodes, training steps, weight, and the share of all draws."""
+        weights = {}  # of each dataset
         for episode, weight in zip(self.train.episodes, self.episode_weights.values(), strict=True):
             weights.setdefault(episode.dataset, set()).add(weight)
 
@@ -97,10 +97,12 @@ def prepare_data(settings: TrainingSettings, split: dict[str, list[str]] | None 
 
     root = settings.dataset_root
     if not root.is_dir():
-        raise UserError(f"--dataset-root {root} is not a folder; give the folder that the data sets lie in.")
+        raise UserError(f"--dataset-root {root} is not a folder; give the folder that the datasets lie in.")
     folders = find_prepared(root)
     if not folders:
-        raise UserError(f"No data.pkl below {root}; run `python -m vla_lib.preprocess --dataset-root {shlex.quote(str(root))}` first.")
+        raise UserError(
+            f"No data.pkl below {root}; run `python -m vla_lib.preprocess --dataset-root {shlex.quote(str(root))}` first."
+        )
     episodes = {episode_key(root, folder): load_prepared(folder) for folder in folders}
     try:
         cache = FeatureCache.open(root, settings.cache_id or None)
@@ -132,7 +134,9 @@ def prepare_data(settings: TrainingSettings, split: dict[str, list[str]] | None 
         val = SampleSet([episodes[k] for k in split["val"]], cache, **options) if split["val"] else None
     except UserError as error:
         if "cache" in str(error):
-            raise UserError(f"{error} Missing features are added by: {cache_command(settings, cache.binding)}") from error
+            raise UserError(
+                f"{error} Missing features are added by: {cache_command(settings, cache.binding)}"
+            ) from error
         raise
     table = DatasetTable.load(root)
     weights = {key: table.weight(episodes[key].dataset, episodes[key].task) for key in split["train"]}

@@ -8,7 +8,9 @@ import torch
 from vla_lib.core.errors import UserError
 from vla_lib.training.settings import TrainingSettings
 
-PATIENCE = timedelta(hours=2)  # of a process for the others: one may validate, make vision tokens or write to a slow disk alone
+PATIENCE = timedelta(
+    hours=2
+)  # of a process for the others: one may validate, make vision tokens or write to a slow disk alone
 
 
 def uses_gpu(settings: TrainingSettings) -> bool:
@@ -32,4 +34,8 @@ def open_accelerator(settings: TrainingSettings) -> Any:
 
     AcceleratorState._reset_state(reset_partial_state=True)
     precision = "bf16" if uses_bf16(settings) else "no"
-    return Accelerator(cpu=not uses_gpu(settings), mixed_precision=precision, kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)])
+    return Accelerator(
+        cpu=not uses_gpu(settings),
+        mixed_precision=precision,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+    )

@@ -56,14 +56,18 @@ class LiveVlm:
                     seen.append(vision.picture(picture, self.extractor.device))
             ticks.append([known.get((episode, picture), -1) for picture in row])
         instructions = [samples.episodes[episode].instruction for episode, _ in place]
-        with torch.autocast(self.extractor.device.type, enabled=False):  # as the cache was computed: in the VLM's own type
+        with torch.autocast(
+            self.extractor.device.type, enabled=False
+        ):  # as the cache was computed: in the VLM's own type
             tokens, mask = self.extractor.read(seen, ticks, instructions)
         order = [place[pair] for pair in pairs]
         return tokens[order], mask[order].to(tokens.device)
 
     def record(self, values: Sequence[Tensor] | None = None) -> dict[str, Any]:
         """What a checkpoint holds; `values` in the place of the weights where given (their average)."""
-        return adapter_record(self.weights if values is None else dict(zip(self.weights, values, strict=True)), self.rank, self.alpha)
+        return adapter_record(
+            self.weights if values is None else dict(zip(self.weights, values, strict=True)), self.rank, self.alpha
+        )
 
     def load(self, record: Mapping[str, Any]) -> None:
         """Take the weights of a checkpoint. Raises UserError where they do not fit."""
@@ -95,7 +99,9 @@ class LivePolicy(nn.Module):
     def forward(self, batch: Batch, draws: dict[str, Tensor] | None = None) -> Tensor:
         """Losses (B, H) as `Policy.forward` gives them; gradients reach the policy and the LoRA weights."""
         tokens, mask = self._live.features(self._samples, batch["sample"].cpu().numpy())
-        unused = sum(weight.sum() for weight in self.adapter) * 0.0  # a batch without a picture: every process still has every gradient
+        unused = (
+            sum(weight.sum() for weight in self.adapter) * 0.0
+        )  # a batch without a picture: every process still has every gradient
         return self.policy(batch | {"vl_tokens": tokens, "vl_mask": mask}, draws) + unused
 
 

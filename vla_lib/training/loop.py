@@ -138,7 +138,9 @@ class Trainer:
         self.policy = self.trained = policy.to(device)
         if settings.live_vlm:
             self.trained = self._bring_vlm(before)
-        if self.world > 1:  # one process made the statistics; parameters are sent along, so that all start from the same bits
+        if (
+            self.world > 1
+        ):  # one process made the statistics; parameters are sent along, so that all start from the same bits
             for tensor in self.trained.state_dict().values():
                 torch.distributed.broadcast(tensor, 0)
         self.averaged = AveragedPolicy(policy, settings.ema_decay, self.lora)
@@ -241,7 +243,9 @@ class Trainer:
         """One optimiser step. Returns the seconds waited for data and the diffusion timesteps of all processes (None for regression)."""
         settings, data, accelerator, device = self.settings, self.data, self.accelerator, self.accelerator.device
         shared = np.concatenate([m.shared for m in micros])
-        valid = int(data.train.valid_actions[shared].sum())  # action steps that count, over all processes and micro-batches
+        valid = int(
+            data.train.valid_actions[shared].sum()
+        )  # action steps that count, over all processes and micro-batches
         lr = learning_rate(self.settings, self.step, self._done())
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -255,7 +259,9 @@ class Trainer:
             before = time.monotonic()
             batch = next(loader)
             waited += time.monotonic() - before
-            drawn = self.policy.draw(micro.size, generator)  # of all processes: the noise belongs to the place in the draws
+            drawn = self.policy.draw(
+                micro.size, generator
+            )  # of all processes: the noise belongs to the place in the draws
             if "timestep" in drawn:
                 timesteps.append(drawn["timestep"][: len(micro.shared)].flatten().numpy())
             own = slice(micro.offset, micro.offset + settings.batch_size)
@@ -288,7 +294,9 @@ class Trainer:
     def _done(self) -> float:
         """The share of the run that is done, whatever the number of processes."""
         s = self.settings
-        return self.step / s.max_steps if s.max_steps else (self.epoch + self.position / len(self.data.train)) / s.epochs
+        return (
+            self.step / s.max_steps if s.max_steps else (self.epoch + self.position / len(self.data.train)) / s.epochs
+        )
 
     def _row(self, shared: np.ndarray, loss: float, lr: float, norm: float, timesteps: list, waited_s: float) -> None:
         self.row = reporting.step_row(self, shared, loss, lr, norm, timesteps, waited_s)
@@ -323,7 +331,12 @@ class Trainer:
         if found:
             self.metrics = found
             if found["val/action_loss"] < self.best.get("action_loss", math.inf):
-                self.best = {"action_loss": found["val/action_loss"], "step": self.step, "epoch": epochs, "metrics": found}
+                self.best = {
+                    "action_loss": found["val/action_loss"],
+                    "step": self.step,
+                    "epoch": epochs,
+                    "metrics": found,
+                }
                 self.saver.best()
         if self.main:
             print("\n".join(reporting.epoch_lines(row, s.num_workers)), flush=True)
@@ -334,7 +347,10 @@ class Trainer:
         results = reporting.results(self)
         if self.main:
             if self.stopped:
-                print(f"stopped by {self.stopped} at step {self.step}; {self.latest} is saved, go on with --resume", flush=True)
+                print(
+                    f"stopped by {self.stopped} at step {self.step}; {self.latest} is saved, go on with --resume",
+                    flush=True,
+                )
             else:
                 self.saver.final()
             path = self.run_dir / "results.json"

@@ -58,13 +58,17 @@ class MetricsLog:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.touch()
         os.environ.setdefault("WANDB_SILENT", "true")
-        os.environ.pop("WANDB_SERVICE", None)  # of the program that started this one: it keeps the id of a killed run in use
+        os.environ.pop(
+            "WANDB_SERVICE", None
+        )  # of the program that started this one: it keeps the id of a killed run in use
         self._wandb = self._start(project, wandb_mode(mode), config, wandb_id, run_dir)
         if self._wandb is not None:
             for row in read_jsonl(self.path):
                 if row["step"] >= self._wandb.starting_step:  # 0 in a new or an offline run
                     self._tell(row)
-            for folder in (run_dir / "wandb").glob(f"*run-*-{wandb_id}"):  # of starts before this one, which has all that they had
+            for folder in (run_dir / "wandb").glob(
+                f"*run-*-{wandb_id}"
+            ):  # of starts before this one, which has all that they had
                 if folder != self._folder:
                     shutil.rmtree(folder, ignore_errors=True)
 
@@ -76,13 +80,18 @@ class MetricsLog:
             import wandb
 
             options = {"project": project, "id": wandb_id, "name": run_dir.name, "config": config, "dir": str(run_dir)}
-            patience = {"init_timeout": REACH_S, "finish_timeout": UPLOAD_S, "finish_timeout_raises": True, "console": "off"}
+            patience = {
+                "init_timeout": REACH_S,
+                "finish_timeout": UPLOAD_S,
+                "finish_timeout_raises": True,
+                "console": "off",
+            }
             if mode == "online":
                 try:
                     return wandb.init(mode="online", resume="allow", settings=wandb.Settings(**patience), **options)
                 except Exception as error:
                     print(f"W&B cannot be reached ({' '.join(str(error).split())}).", flush=True)
-                    _end_service()  # what is left of the attempt holds the run's id
+                    _end_service()  # what is left of the rollout holds the run's id
             run = wandb.init(mode="offline", settings=wandb.Settings(**patience), **options)
             print(f"W&B keeps this run offline; `wandb sync {Path(run.dir).parent}` uploads it.", flush=True)
             return run
@@ -106,7 +115,9 @@ class MetricsLog:
             return
         values = {k: v for k, v in row.items() if isinstance(v, int | float) and k not in ("step", "time")}
         try:
-            step = max(row["step"], self._wandb.starting_step)  # a validation that an interrupted run still owed its last step
+            step = max(
+                row["step"], self._wandb.starting_step
+            )  # a validation that an interrupted run still owed its last step
             self._wandb.log({**values, "_timestamp": row["time"]}, step=step)
         except Exception as error:
             print(f"W&B stopped taking figures ({error}); metrics.jsonl has every one.", flush=True)

@@ -27,7 +27,9 @@ def recorded(trainer: "Trainer") -> Iterator[None]:
         raise
     if run is not None:
         with needing_room(run.path / "run.json"):
-            run.finish("cancelled" if trainer.stopped else "done", f"stopped by {trainer.stopped}" if trainer.stopped else None)
+            run.finish(
+                "cancelled" if trainer.stopped else "done", f"stopped by {trainer.stopped}" if trainer.stopped else None
+            )
 
 
 def _open(trainer: "Trainer") -> RunFolder | None:

@@ -41,13 +41,17 @@ def memory_remedies(settings: TrainingSettings) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:  # torch has a class of its own for the GPU's memory only
-        if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError) and CPU_FULL not in str(error):
+        if (
+            isinstance(error, RuntimeError)
+            and not isinstance(error, torch.OutOfMemoryError)
+            and CPU_FULL not in str(error)
+        ):
             raise
         raise UserError(out_of_memory(settings)) from error
 
 
 def data_lines(data: TrainingData) -> list[str]:
-    """One line a data set: episodes, steps, weight, share of the draws."""
+    """One line a dataset: episodes, steps, weight, share of the draws."""
     return [
         f"{row['dataset']}: {row['train_episodes']} training and {row['val_episodes']} held-out episodes, {row['train_steps']} steps, "
         f"weight {row['weight']:g}, {100 * row['share']:.1f} % of the draws"
@@ -64,14 +68,18 @@ def epoch_lines(row: dict[str, Any], num_workers: int) -> list[str]:
         text += f", held-out error {row['val/action_loss']:.3f} ({baselines}), {row['val/mae_mm']:.3f} mm, {row['val/mae_deg']:.3f} deg"
     if waited <= STARVED:
         return [text]
-    complaint = (
-        f"The loader starves the training: {100 * waited:.0f} % of the time was waited for data. Raise --num-workers (now {num_workers}), "
-    )
-    return [text, complaint + "or put the data set on a faster disk."]
+    complaint = f"The loader starves the training: {100 * waited:.0f} % of the time was waited for data. Raise --num-workers (now {num_workers}), "
+    return [text, complaint + "or put the dataset on a faster disk."]
 
 
 def step_row(
-    trainer: "Trainer", shared: np.ndarray, loss: float, lr: float, norm: float, timesteps: list[np.ndarray], waited_s: float
+    trainer: "Trainer",
+    shared: np.ndarray,
+    loss: float,
+    lr: float,
+    norm: float,
+    timesteps: list[np.ndarray],
+    waited_s: float,
 ) -> dict[str, Any]:
     """The row of one optimiser step; `shared`: the samples of all processes, `timesteps`: what the diffusion head drew for them."""
     s, samples = trainer.settings, trainer.data.train
@@ -95,7 +103,9 @@ def step_row(
 
 def step_note(row: dict[str, Any], loss_key: str, epoch: int, wait_share: float) -> str:
     """What stands behind the bar: epoch, loss, learning rate, the share of the epoch's time waited for data, GPU memory where there is one."""
-    note = f"epoch {epoch + 1}, loss {row[loss_key]:.4f}, lr {row['train/lr']:.2e}, loader wait {100 * wait_share:.0f} %"
+    note = (
+        f"epoch {epoch + 1}, loss {row[loss_key]:.4f}, lr {row['train/lr']:.2e}, loader wait {100 * wait_share:.0f} %"
+    )
     return note + (f", GPU memory {row[GPU]:.1f} GiB" if GPU in row else "")
 
 
@@ -114,7 +124,9 @@ def results(trainer: "Trainer") -> dict[str, Any]:
         "val_action_loss": best.get("val/action_loss"),
         "val_mae_mm": best.get("val/mae_mm"),
         "val_mae_deg": best.get("val/mae_deg"),
-        "baselines": {b: {k: best.get(f"val/baseline_{b}_{k}") for k in ("action_loss", "mae_mm", "mae_deg")} for b in BASELINES}
+        "baselines": {
+            b: {k: best.get(f"val/baseline_{b}_{k}") for k in ("action_loss", "mae_mm", "mae_deg")} for b in BASELINES
+        }
         if best
         else {},
         "parameters": sum(weight.numel() for weight in trainer.trained.parameters()),

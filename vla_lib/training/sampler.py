@@ -68,7 +68,7 @@ class EpochPlan:
 
 
 def shares(weights: np.ndarray, groups: Sequence[str]) -> dict[str, float]:
-    """The share of all draws that each group (data set) gets: `{data set: 0..1}`; `groups` has one name a sample."""
+    """The share of all draws that each group (dataset) gets: `{dataset: 0..1}`; `groups` has one name a sample."""
     total = float(np.sum(weights))
     names = np.asarray(groups)
     return {str(name): float(np.sum(weights[names == name]) / total) for name in np.unique(names)}

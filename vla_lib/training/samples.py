@@ -42,7 +42,9 @@ class SampleSet:
         self.episodes = list(episodes)
         self.horizon, self.sensor_enabled, self.window = horizon, sensor_enabled, sensor_window_size
         if not self.episodes:
-            raise UserError("A sample set needs at least one episode; prepare some with `python -m vla_lib.preprocess`.")
+            raise UserError(
+                "A sample set needs at least one episode; prepare some with `python -m vla_lib.preprocess`."
+            )
         self.features = [cache.episode(e) for e in self.episodes]
         self.action_hz = float(self.episodes[0].action_hz)
         odd = [e.name for e in self.episodes if float(e.action_hz) != self.action_hz]
@@ -69,7 +71,10 @@ class SampleSet:
             raise UserError("No step of these episodes is valid; look at their quality findings in notebook 01.")
 
         tick, age = zip(
-            *(_ticks(e, f, n, vlm_reuse_count, vlm_latency_ms) for e, f, n in zip(self.episodes, self.features, lengths, strict=True)),
+            *(
+                _ticks(e, f, n, vlm_reuse_count, vlm_latency_ms)
+                for e, f, n in zip(self.episodes, self.features, lengths, strict=True)
+            ),
             strict=True,
         )
         self.episode, self.step = episode[keep], (row - starts[:-1][episode])[keep]
@@ -82,7 +87,9 @@ class SampleSet:
         self._first = torch.from_numpy(keep & (row == starts[:-1][episode]))[torch.from_numpy(keep)]
         self._sensor_end = np.concatenate([np.asarray(e.sensor_index, np.int64) for e in self.episodes])[keep]
         none = [np.zeros(n, bool) for n in lengths]
-        full = [e.sensor_full(sensor_window_size) if sensor_enabled else f for e, f in zip(self.episodes, none, strict=True)]
+        full = [
+            e.sensor_full(sensor_window_size) if sensor_enabled else f for e, f in zip(self.episodes, none, strict=True)
+        ]
         self.sensor_full = np.concatenate(full)[keep]
         self._sensor: list[Any] = [None] * len(self.episodes)  # opened in the process that reads
         first = self.features[0]
@@ -97,7 +104,7 @@ class SampleSet:
 
     @property
     def datasets(self) -> list[str]:
-        """Data set of each sample."""
+        """Dataset of each sample."""
         return [self.episodes[e].dataset for e in self.episode]
 
     def batch(self, indices: Sequence[int] | np.ndarray | Tensor) -> Batch:
@@ -128,10 +135,14 @@ class SampleSet:
 
     def _windows(self, episode: list[int], end: np.ndarray, full: np.ndarray) -> Batch:
         out = np.empty((len(end), self.window, SENSOR_CHANNELS), np.float32)
-        for b, (e, stop) in enumerate(zip(episode, end.tolist(), strict=True)):  # one copy of a contiguous block a window
+        for b, (e, stop) in enumerate(
+            zip(episode, end.tolist(), strict=True)
+        ):  # one copy of a contiguous block a window
             if full[b]:
                 if self._sensor[e] is None:
-                    self._sensor[e] = np.asarray(self.episodes[e].sensor)  # still the mapped file, without memmap's slow indexing
+                    self._sensor[e] = np.asarray(
+                        self.episodes[e].sensor
+                    )  # still the mapped file, without memmap's slow indexing
                 out[b] = self._sensor[e][stop - self.window : stop]
             else:
                 out[b] = 0.0

@@ -15,7 +15,11 @@ if TYPE_CHECKING:
     from vla_lib.training.loop import Trainer
 
 EPOCH_SAVE_S = 2.0  # epochs and validations shorter than this do not each write a checkpoint
-LEFT_BEHIND = ("checkpoints/.*.partial", ".metrics.jsonl.*.partial", ".results.json.*.partial")  # by a save that was killed
+LEFT_BEHIND = (
+    "checkpoints/.*.partial",
+    ".metrics.jsonl.*.partial",
+    ".results.json.*.partial",
+)  # by a save that was killed
 
 
 @contextlib.contextmanager
@@ -32,7 +36,10 @@ class Saver:
 
     def __init__(self, trainer: "Trainer"):
         self.trainer = trainer
-        self._tried_at, self._tried_step = time.monotonic(), -1  # a try that failed counts: a full disk is not filled anew in every step
+        self._tried_at, self._tried_step = (
+            time.monotonic(),
+            -1,
+        )  # a try that failed counts: a full disk is not filled anew in every step
         if trainer.main:
             for pattern in LEFT_BEHIND:
                 for path in trainer.run_dir.glob(pattern):

@@ -31,7 +31,7 @@ class TrainingSettings:
     """What both trainings share."""
 
     dataset_root: Annotated[Path, Alias(aliases=("--dataset-dir",))] = Path("dataset")
-    """Folder of the data set: prepared episodes (data.pkl) and cache/qwen_vl_features below it."""
+    """Folder of the dataset: prepared episodes (data.pkl) and cache/qwen_vl_features below it."""
     cache_id: str = ""
     """Binding id of the VL cache; empty: the only one there is."""
     run_dir: Path | None = None
@@ -69,7 +69,7 @@ class TrainingSettings:
     seed: int = 0
     """Seed of the split, the initial weights, the draws and the noise."""
     val_fraction: float = 0.1
-    """Share of the episodes of each data set that is held out (at least one where there are two); 0: no validation."""
+    """Share of the episodes of each dataset that is held out (at least one where there are two); 0: no validation."""
 
     vl_enabled: bool = True
     """Use the VL features; --no-vl-enabled hides every view and the text for good: what a policy can do without seeing."""
@@ -164,14 +164,18 @@ class TrainingSettings:
 
     def _check_stage(self) -> None:
         if self.training_stage == "stage1" and self.stage1_checkpoint is not None:
-            raise UserError("--stage1-checkpoint is what stage 2 starts from; pass --training-stage stage2 with it, or leave it out.")
+            raise UserError(
+                "--stage1-checkpoint is what stage 2 starts from; pass --training-stage stage2 with it, or leave it out."
+            )
         if self.training_stage == "stage2":
             if self.stage1_checkpoint is None and not self.resume:
                 raise UserError(
                     "--training-stage stage2 goes on from a stage-1 checkpoint; train stage 1 and name it with --stage1-checkpoint."
                 )
             if not self.vl_enabled:
-                raise UserError("--training-stage stage2 trains the VL model, which --no-vl-enabled hides; drop one of the two.")
+                raise UserError(
+                    "--training-stage stage2 trains the VL model, which --no-vl-enabled hides; drop one of the two."
+                )
 
     @property
     def live_vlm(self) -> bool:
@@ -248,4 +252,8 @@ def resume_conflicts(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
         name: value for name, value in DiffusionSettings().to_dict().items() if name in now
     } | before  # it may be older than a setting
     keys = (set(before) | set(now)) - RESUMABLE
-    return [f"{flag(k)}: checkpoint {before.get(k)!r}, now {now.get(k)!r}" for k in sorted(keys) if before.get(k) != now.get(k)]
+    return [
+        f"{flag(k)}: checkpoint {before.get(k)!r}, now {now.get(k)!r}"
+        for k in sorted(keys)
+        if before.get(k) != now.get(k)
+    ]

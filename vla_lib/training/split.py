@@ -1,4 +1,4 @@
-"""Episodes of several data sets in, two lists of episode keys out: training and held out, never a window of one episode on both sides."""
+"""Episodes of several datasets in, two lists of episode keys out: training and held out, never a window of one episode on both sides."""
 
 import hashlib
 from collections import defaultdict
@@ -8,9 +8,9 @@ from vla_lib.core.errors import UserError
 
 
 def split_episodes(datasets: Mapping[str, str], val_fraction: float, seed: int = 0) -> dict[str, list[str]]:
-    """`{episode key: data set}` -> `{"train": [...], "val": [...]}`, both sorted.
+    """`{episode key: dataset}` -> `{"train": [...], "val": [...]}`, both sorted.
 
-    Stratified: of each data set with n >= 2 episodes round(n * val_fraction) are held out, at least one. Which ones follows from a
+    Stratified: of each dataset with n >= 2 episodes round(n * val_fraction) are held out, at least one. Which ones follows from a
     hash of seed and key, so that neither the order of the files nor a new episode elsewhere moves the others.
     Raises UserError where nothing would be left to train on or to validate with.
     """
@@ -27,9 +27,9 @@ def split_episodes(datasets: Mapping[str, str], val_fraction: float, seed: int =
         val += keys[:held]
         train += keys[held:]
     if not train:
-        raise UserError("There is no episode to train on; run `python -m vla_lib.preprocess` on the data set first.")
+        raise UserError("There is no episode to train on; run `python -m vla_lib.preprocess` on the dataset first.")
     if val_fraction > 0 and not val:
         raise UserError(
-            "No data set has two episodes, so none can be held out; record more, or pass --val-fraction 0 to train without validation."
+            "No dataset has two episodes, so none can be held out; record more, or pass --val-fraction 0 to train without validation."
         )
     return {"train": sorted(train), "val": sorted(val)}

@@ -18,13 +18,19 @@ def taken(latest: Path) -> str:
     found = sorted(path.name for path in latest.parent.glob("*.pt"))
     if latest.name in found:
         return f"{latest} exists already; pass --resume to go on with that run, or another --run-dir."
-    return f"{latest.parent} holds the checkpoints of another training ({', '.join(found)}); pass another --run-dir." if found else ""
+    return (
+        f"{latest.parent} holds the checkpoints of another training ({', '.join(found)}); pass another --run-dir."
+        if found
+        else ""
+    )
 
 
 def previous(settings: TrainingSettings, latest: Path) -> dict[str, Any]:
     """The newest checkpoint of the run that --resume goes on with. Raises UserError where there is none or it is another training's."""
     if not latest.exists():
-        raise UserError(f"There is no checkpoint {latest} to go on from; give the --run-dir of a run that has one, or leave --resume out.")
+        raise UserError(
+            f"There is no checkpoint {latest} to go on from; give the --run-dir of a run that has one, or leave --resume out."
+        )
     before = read_checkpoint(latest)
     if "training" not in before:
         raise UserError(
@@ -49,9 +55,13 @@ def check_previous(before: dict[str, Any], data: "TrainingData", latest: Path) -
     known, now = before["training"]["fingerprints"], data.fingerprints
     changed = [k for k in known if known[k] != now.get(k)]
     if changed:
-        raise UserError(f"{len(changed)} episodes have changed since the run began (first: {changed[0]}); restore them or start a new run.")
+        raise UserError(
+            f"{len(changed)} episodes have changed since the run began (first: {changed[0]}); restore them or start a new run."
+        )
     weights = before["training"].get("weights", data.episode_weights)  # it may be older than this
-    odd = [f"{k}: checkpoint {weights[k]:g}, now {now:g}" for k, now in data.episode_weights.items() if weights[k] != now]
+    odd = [
+        f"{k}: checkpoint {weights[k]:g}, now {now:g}" for k, now in data.episode_weights.items() if weights[k] != now
+    ]
     if odd:
         raise UserError(
             f"{len(odd)} episodes have another weight than the run began with ({'; '.join(odd[:3])}); restore datasets.yaml, or start a new run."
@@ -67,7 +77,9 @@ def stage1(settings: TrainingSettings) -> dict[str, Any]:
             f"--stage1-checkpoint {path} was written by {found['front_door']}, this is {settings.name}; give one of the same model."
         )
     if "adapter" in found:
-        raise UserError(f"--stage1-checkpoint {path} is of stage 2 already; go on with it by --resume, or give its stage-1 checkpoint.")
+        raise UserError(
+            f"--stage1-checkpoint {path} is of stage 2 already; go on with it by --resume, or give its stage-1 checkpoint."
+        )
     return found
 
 
@@ -76,6 +88,10 @@ def check_stage1(found: dict[str, Any], settings: TrainingSettings, data: "Train
     where = f"--stage1-checkpoint {settings.stage1_checkpoint}"
     check_binding(found["binding"], data.binding, where)
     before, now = found["policy_config"], data.policy_config(settings).to_dict()
-    odd = [f"{flag(k)}: there {before.get(k)!r}, here {now[k]!r}" for k in now if k not in FREE and before.get(k) != now[k]]
+    odd = [
+        f"{flag(k)}: there {before.get(k)!r}, here {now[k]!r}" for k in now if k not in FREE and before.get(k) != now[k]
+    ]
     if odd:
-        raise UserError(f"{where} holds another policy than these settings ask for: {'; '.join(odd)[:600]}. Give the settings of stage 1.")
+        raise UserError(
+            f"{where} holds another policy than these settings ask for: {'; '.join(odd)[:600]}. Give the settings of stage 1."
+        )

@@ -42,7 +42,9 @@ class CheckpointPicker:
         wide = {"layout": {"width": "900px"}, "style": {"description_width": "100px"}}
         self._first = ipywidgets.Dropdown(options=options, value=self._pairs[0], description="checkpoint", **wide)
         rest = tuple(self._pairs[1:])
-        self._others = ipywidgets.SelectMultiple(options=options, value=rest, rows=6, description="compare with", **wide)
+        self._others = ipywidgets.SelectMultiple(
+            options=options, value=rest, rows=6, description="compare with", **wide
+        )
         lists = [self._first] if self._one else [self._first, self._others]
         self.widget = ipywidgets.VBox([*lists, ipywidgets.HTML("Run the cells below again after choosing.")])
 

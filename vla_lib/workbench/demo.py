@@ -1,11 +1,11 @@
-"""The demo: from nothing to an evaluated policy. Records a data set on the simulated rig, then runs the guide's whole flow on it (`run_all`)."""
+"""The demo: from nothing to an evaluated policy. Records a dataset on the simulated rig, then runs the guide's whole flow on it (`run_all`)."""
 
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vla_lib import simulate
+from needle_rig import __main__ as simulate
 from vla_lib.core.errors import UserError
 from vla_lib.core.run_folder import runs_root
 from vla_lib.workbench import run_all
@@ -22,7 +22,11 @@ class Size:
     free_bytes: float
 
 
-REGULARISED = {"dropout": 0.2, "view_dropout": 0.2, "weight_decay": 0.1}  # a few hundred episodes at most: little to learn places from
+REGULARISED = {
+    "dropout": 0.2,
+    "view_dropout": 0.2,
+    "weight_decay": 0.1,
+}  # a few hundred episodes at most: little to learn places from
 SIZES = {
     "demo": Size(
         {"episodes_f1": 132, "episodes_f2": 12, "idle_tail_s": 2.0},
@@ -56,7 +60,7 @@ def run(vl_model: str, nproc_per_node: int, size_name: str) -> int:
 
 
 def _check_rig(root: Path, free_bytes: float) -> None:
-    from vla_lib.sim.render import check_gl
+    from needle_rig.render import check_gl
 
     check_gl()
     root.parent.mkdir(parents=True, exist_ok=True)

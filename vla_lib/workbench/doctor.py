@@ -65,7 +65,11 @@ def _packages() -> Finding:
     if not odd:
         return "ok", "packages", f"{pinned} as the lock pins them"
     more = f" and {len(odd) - 3} more" if len(odd) > 3 else ""
-    return "warn", "packages", f"{', '.join(odd[:3])}{more} differ from requirements.lock; `make clean`, then `make test`"
+    return (
+        "warn",
+        "packages",
+        f"{', '.join(odd[:3])}{more} differ from requirements.lock; `make clean`, then `make test`",
+    )
 
 
 def _torch() -> Iterator[Finding]:
@@ -90,17 +94,21 @@ def _torch() -> Iterator[Finding]:
 
 
 def _pictures() -> Finding:
-    from vla_lib.sim.render import check_gl
+    from needle_rig.render import check_gl
 
     try:
         check_gl()
     except UserError as error:
         return "fail", "EGL", str(error)
-    probe = "from vla_lib.sim.rig import SimRig; SimRig(picture_width=32, picture_height=24).reset(seed=1)"
+    probe = "from needle_rig.rig import SimRig; SimRig(picture_width=32, picture_height=24).reset(seed=1)"
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True)
     if done.returncode:
         said = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        return "fail", "EGL", f"the simulated cameras draw nothing ({said}); on Debian or Ubuntu: apt-get install libegl1 libgl1-mesa-dri"
+        return (
+            "fail",
+            "EGL",
+            f"the simulated cameras draw nothing ({said}); on Debian or Ubuntu: apt-get install libegl1 libgl1-mesa-dri",
+        )
     return "ok", "EGL", f"the simulated cameras draw (MUJOCO_GL={os.environ.get('MUJOCO_GL', 'egl')})"
 
 
@@ -127,7 +135,11 @@ def _wandb() -> Finding:
     if mode == "disabled":
         return "warn", "W&B", "WANDB_MODE is disabled: trainings are logged in their run folders only; unset it for W&B"
     cause = f"WANDB_MODE is {os.environ['WANDB_MODE']}" if os.environ.get("WANDB_MODE") else "no key"
-    return "warn", "W&B", f"{cause}: trainings are logged offline in their run folders; `wandb login` for online, `wandb sync` for later"
+    return (
+        "warn",
+        "W&B",
+        f"{cause}: trainings are logged offline in their run folders; `wandb login` for online, `wandb sync` for later",
+    )
 
 
 def _widgets() -> Iterator[Finding]:
@@ -135,7 +147,9 @@ def _widgets() -> Iterator[Finding]:
     if missing:
         yield "fail", "JupyterLab", f"{', '.join(missing)} not installed; `make clean`, then `make lab`"
         return
-    extension = Path(sys.prefix, "share", "jupyter", "labextensions", "@jupyter-widgets", "jupyterlab-manager", "package.json")
+    extension = Path(
+        sys.prefix, "share", "jupyter", "labextensions", "@jupyter-widgets", "jupyterlab-manager", "package.json"
+    )
     said = f"{importlib.metadata.version('jupyterlab')}, ipywidgets {importlib.metadata.version('ipywidgets')}"
     yield ("ok", "JupyterLab", said) if extension.exists() else (
         "fail", "JupyterLab", f"{said}, but its widget extension is not in {extension.parent}; pip install --force-reinstall jupyterlab-widgets"

@@ -71,7 +71,9 @@ class Flow:
 
     def table(self) -> pd.DataFrame:
         """One row a step; `why` where there is something to say."""
-        told = pd.DataFrame([(s.name, s.state, clock(s.seconds), s.why) for s in self.steps], columns=["step", "state", "time", "why"])
+        told = pd.DataFrame(
+            [(s.name, s.state, clock(s.seconds), s.why) for s in self.steps], columns=["step", "state", "time", "why"]
+        )
         return told if any(told["why"]) else told.drop(columns="why")
 
     def report(self, title: str, summary: pd.DataFrame, notes: list[str]) -> Path:
@@ -83,7 +85,10 @@ class Flow:
 
     def _add(self, step: Step) -> None:
         self.steps.append(step)
-        rows = [{"step": s.name, "state": s.state, "why": s.why, "seconds": s.seconds, "run": s.run and s.run.name} for s in self.steps]
+        rows = [
+            {"step": s.name, "state": s.state, "why": s.why, "seconds": s.seconds, "run": s.run and s.run.name}
+            for s in self.steps
+        ]
         write_json(self.folder.path / "results.json", {"steps": rows})
 
 

@@ -44,7 +44,9 @@ class LocalKernelManager(AsyncKernelManager):
     """
 
     def __init__(self, **keywords: Any):
-        super().__init__(transport="ipc", ip=str(Path(tempfile.gettempdir(), f"vla-kernel-{uuid.uuid4().hex[:12]}")), **keywords)
+        super().__init__(
+            transport="ipc", ip=str(Path(tempfile.gettempdir(), f"vla-kernel-{uuid.uuid4().hex[:12]}")), **keywords
+        )
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,9 @@ class RunResult:
     state: str
     error: str | None = None
     bad_input: bool = False  # a cell refused what it was given (UserError), as against breaking on the way
-    cell: int | None = None  # number of the cell that failed, as in In [6]; the page begins with a banner that leads there
+    cell: int | None = (
+        None  # number of the cell that failed, as in In [6]; the page begins with a banner that leads there
+    )
 
     @property
     def exit_status(self) -> int:
@@ -75,7 +79,12 @@ class RunResult:
 
 
 def run_notebook(
-    name: str | Path, given: dict[str, Any], text: bool = False, log: bool = True, run_dir: Path | None = None, **noted: Any
+    name: str | Path,
+    given: dict[str, Any],
+    text: bool = False,
+    log: bool = True,
+    run_dir: Path | None = None,
+    **noted: Any,
 ) -> RunResult:
     """Execute a notebook headless in a run folder of its own (`run_dir`: this one, which must hold no run yet).
 
@@ -86,7 +95,9 @@ def run_notebook(
     values = resolve(path, given, text)
     if run_dir is not None and (run_dir / "run.json").exists():
         raise UserError(f"{run_dir} holds a run already; give another folder.")
-    run = RunFolder.create(path.stem, values, path=run_dir, notebook=str(path), given=sorted(given), data=data_state(values), **noted)
+    run = RunFolder.create(
+        path.stem, values, path=run_dir, notebook=str(path), given=sorted(given), data=data_state(values), **noted
+    )
     executed = run.path / "notebook.ipynb"
     state, error, bad_input, cell = "failed", None, False, None
     with _kernel_environment(run.path), Interrupts() as interrupts, _plain_log(run.path / LOG_NAME, log):
@@ -142,7 +153,11 @@ def _write_page(executed: Path, page: Path) -> None:
         if executed.exists():
             export_html(executed, page)
     except Exception as failure:
-        print(f"warning: {shown(page)} could not be written: {type(failure).__name__}: {failure}", file=sys.stderr, flush=True)
+        print(
+            f"warning: {shown(page)} could not be written: {type(failure).__name__}: {failure}",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 class Interrupts:

@@ -24,7 +24,11 @@ class StaticWidgets(Preprocessor):
                 continue
             outputs = []
             for output in cell.outputs:
-                view = output.get("data", {}).get(WIDGET) if output.output_type in ("display_data", "execute_result") else None
+                view = (
+                    output.get("data", {}).get(WIDGET)
+                    if output.output_type in ("display_data", "execute_result")
+                    else None
+                )
                 outputs += [output] if view is None else static_outputs(view.get("model_id"), states)
             cell.outputs = outputs
         nb.metadata.pop("widgets", None)

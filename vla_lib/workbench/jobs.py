@@ -57,7 +57,9 @@ def flags(settings: dict[str, Any]) -> list[str]:
 class Job:
     """One supervised subprocess that works in a run folder: started here, or `attach`ed to where it was started elsewhere."""
 
-    def __init__(self, command: list[str], run_dir: Path, environment: dict[str, str] | None = None, log: str = "train.log"):
+    def __init__(
+        self, command: list[str], run_dir: Path, environment: dict[str, str] | None = None, log: str = "train.log"
+    ):
         self.command = command
         self.run_dir = Path(run_dir).absolute()
         self.log = self.run_dir / log
@@ -74,7 +76,9 @@ class Job:
         """
         path = Path(run_dir) / "job.json"
         if not path.exists():
-            raise UserError(f"No job was started in {run_dir}; give the folder of a run that trains or caches (`vla runs` lists them).")
+            raise UserError(
+                f"No job was started in {run_dir}; give the folder of a run that trains or caches (`vla runs` lists them)."
+            )
         status = read_json(path)
         job = cls(status["command"], run_dir, log=status["log"])
         job.attached = True
@@ -84,14 +88,24 @@ class Job:
         return job
 
     @classmethod
-    def torchrun(cls, module: str, settings: dict[str, Any], run_dir: Path, nproc_per_node: int = 1, log: str = "train.log") -> "Job":
+    def torchrun(
+        cls, module: str, settings: dict[str, Any], run_dir: Path, nproc_per_node: int = 1, log: str = "train.log"
+    ) -> "Job":
         """`torchrun --nproc_per_node=N -m MODULE FLAGS --run-dir RUN_DIR`, on a free port of this machine.
 
         Ranks on the CPU share its cores: each gets its part as OMP_NUM_THREADS unless the variable is set already.
         """
         if nproc_per_node < 1:
             raise UserError(f"nproc_per_node is {nproc_per_node}; give 1 or more processes.")
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc_per_node}", "-m", module]
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc_per_node={nproc_per_node}",
+            "-m",
+            module,
+        ]
         command += flags({**settings, "run_dir": str(run_dir)})
         threads = max(1, (os.cpu_count() or 1) // nproc_per_node)
         return cls(command, run_dir, {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}, log)
@@ -119,7 +133,15 @@ class Job:
         return self
 
     def _supervise(self, status: Path) -> subprocess.Popen:
-        supervisor = [sys.executable, "-m", "vla_lib.workbench.supervisor", str(os.getpid()), str(GRACE_S), str(status), str(self.log)]
+        supervisor = [
+            sys.executable,
+            "-m",
+            "vla_lib.workbench.supervisor",
+            str(os.getpid()),
+            str(GRACE_S),
+            str(status),
+            str(self.log),
+        ]
         own = {"TORCHELASTIC_ERROR_FILE": str(self.run_dir / "error.json"), "PYTHONUNBUFFERED": "1"}
         return subprocess.Popen(
             [*supervisor, *self.command],
@@ -139,7 +161,11 @@ class Job:
     def done(self) -> bool:
         """Whether this very command ended well in its folder."""
         status = self.status
-        return (status.get("command"), status.get("state"), status.get("returncode")) == (self.command, "ended", 0) and not status["reason"]
+        return (status.get("command"), status.get("state"), status.get("returncode")) == (
+            self.command,
+            "ended",
+            0,
+        ) and not status["reason"]
 
     def stop(self) -> None:
         """Ask the supervisor to stop the job; it saves its state first. `watch` then raises JobCancelled."""
@@ -166,11 +192,15 @@ class Job:
                     await asyncio.sleep(every_s)
         except (asyncio.CancelledError, KeyboardInterrupt):
             if self.attached:
-                raise JobCancelled(f"the cell was interrupted; the job goes on, its files are in {self.run_dir}") from None
+                raise JobCancelled(
+                    f"the cell was interrupted; the job goes on, its files are in {self.run_dir}"
+                ) from None
             self.stop()
             self._wait_stopped()
             on_tick(self._new_lines(final=True))
-            raise JobCancelled(f"the cell was interrupted; the job is stopped, its files are in {self.run_dir}") from None
+            raise JobCancelled(
+                f"the cell was interrupted; the job is stopped, its files are in {self.run_dir}"
+            ) from None
         return self._conclude()
 
     def _wait_stopped(self) -> None:
@@ -243,10 +273,14 @@ def killed_ranks(said: list[str]) -> list[str]:
     for line in said:
         if match := re.match(r"\s+rank\s+: (\d+) ", line):
             rank = match[1]
-        elif (match := re.match(r"\s+traceback : Signal \d+ \((SIG\w+)\) received", line)) and match[1] != "SIGTERM":  # torchrun's own
+        elif (match := re.match(r"\s+traceback : Signal \d+ \((SIG\w+)\) received", line)) and match[
+            1
+        ] != "SIGTERM":  # torchrun's own
             found[rank] = match[1]
     often = {"SIGKILL": " (often: out of memory)"}
-    told = [f"rank {rank} was killed by {name}{often.get(name, '')}; go on with --resume." for rank, name in found.items()]
+    told = [
+        f"rank {rank} was killed by {name}{often.get(name, '')}; go on with --resume." for rank, name in found.items()
+    ]
     return [*told, ""] if told else []
 
 

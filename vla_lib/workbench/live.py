@@ -51,7 +51,9 @@ class TrainingView:
         self.job = job
         self._lines: list[str] = []
         self._ticks = 0
-        self._stop = ipywidgets.Button(description="Stop", icon="stop", button_style="danger", tooltip="save a checkpoint and end the job")
+        self._stop = ipywidgets.Button(
+            description="Stop", icon="stop", button_style="danger", tooltip="save a checkpoint and end the job"
+        )
         self._stop.on_click(self._stop_clicked)
         self._state = ipywidgets.HTML(f"<b>{'running' if job.attached else 'starting'}</b>")
         self._bar = ipywidgets.FloatProgress(min=0.0, max=1.0, layout={"width": "300px", "visibility": "hidden"})

@@ -36,7 +36,9 @@ class Parameter:
         }.get(self.type, isinstance(value, list) and all(isinstance(item, str) for item in value))
         if not fits:
             remedy = "; write True or False" if self.type is bool else ""
-            raise UserError(f"parameter {self.name} wants {_name(self.type)}, got {value!r} ({type(value).__name__}){remedy}")
+            raise UserError(
+                f"parameter {self.name} wants {_name(self.type)}, got {value!r} ({type(value).__name__}){remedy}"
+            )
         if self.type is float and not math.isfinite(value):
             raise UserError(f"parameter {self.name} wants a finite number, got {value!r}")
         return float(value) if self.type is float else value
@@ -57,7 +59,11 @@ class Parameter:
 def notebook_path(name: str | Path) -> Path:
     """A notebook by path (from here, or from the project) or by bare name ("04_train_async"). Raises UserError where there is none."""
     path = Path(name)
-    bare = [PROJECT / "notebooks" / path.name, PROJECT / "notebooks" / f"{path.name}.ipynb"] if path.parent == Path() else []
+    bare = (
+        [PROJECT / "notebooks" / path.name, PROJECT / "notebooks" / f"{path.name}.ipynb"]
+        if path.parent == Path()
+        else []
+    )
     for candidate in (path, PROJECT / path, *bare):
         if candidate.suffix == ".ipynb" and candidate.is_file():
             return candidate.resolve()

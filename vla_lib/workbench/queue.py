@@ -62,7 +62,9 @@ def grid(notebook: str, axes: Sequence[str], fixed: dict[str, str]) -> list[Entr
     found = []
     for combination in itertools.product(*values.values()):
         chosen = dict(zip(values, combination, strict=True))
-        found.append(Entry(" ".join(f"{name}={value}" for name, value in chosen.items()), notebook, {**fixed, **chosen}))
+        found.append(
+            Entry(" ".join(f"{name}={value}" for name, value in chosen.items()), notebook, {**fixed, **chosen})
+        )
     return found
 
 
@@ -72,15 +74,23 @@ def read_list(path: Path) -> list[Entry]:
     Raises UserError naming the file and the entry for anything else.
     """
     try:
-        listed = yaml.load(Path(path).read_text(), Loader=yaml.BaseLoader)  # text as it stands: neither dates nor `no` for False
+        listed = yaml.load(
+            Path(path).read_text(), Loader=yaml.BaseLoader
+        )  # text as it stands: neither dates nor `no` for False
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}.") from None
     if not isinstance(listed, list) or not listed:
-        raise UserError(f"{path} must hold a list of runs: `- {{name: wide, notebook: 04_train_async, parameters: {{lr: 1e-4}}}}`.")
+        raise UserError(
+            f"{path} must hold a list of runs: `- {{name: wide, notebook: 04_train_async, parameters: {{lr: 1e-4}}}}`."
+        )
     found: list[Entry] = []
     for number, row in enumerate(listed, 1):
         where = f"{path}, entry {number}"
-        if not isinstance(row, dict) or set(row) - {"name", "notebook", "parameters"} or not isinstance(row.get("notebook"), str):
+        if (
+            not isinstance(row, dict)
+            or set(row) - {"name", "notebook", "parameters"}
+            or not isinstance(row.get("notebook"), str)
+        ):
             raise UserError(f"{where}: wants a notebook, and may have a name and parameters; it is {row!r}.")
         parameters = row.get("parameters") or {}
         if not isinstance(parameters, dict):
@@ -144,7 +154,9 @@ def run(kind: str, entries: list[Entry], parallel: int = 1) -> int:
                 )
         failed = [entry.name for entry in entries if found[entry.name]["state"] != "done"]
         state, error = (
-            ("failed", f"{len(failed)} of {len(entries)} runs did not end as done: {', '.join(failed)}") if failed else ("done", None)
+            ("failed", f"{len(failed)} of {len(entries)} runs did not end as done: {', '.join(failed)}")
+            if failed
+            else ("done", None)
         )
         return 1 if failed else 0
     except KeyboardInterrupt:
@@ -201,7 +213,16 @@ def _write(folder: RunFolder, entries: list[Entry], found: dict[str, dict[str, A
 
 def _start(entry: Entry, target: Path) -> subprocess.Popen:
     words = [word for name, value in entry.parameters.items() for word in ("-p", name, value)]
-    command = [sys.executable, "-m", "vla_lib.cli", "run", str(notebook_path(entry.notebook)), "--run-dir", str(target), *words]
+    command = [
+        sys.executable,
+        "-m",
+        "vla_lib.cli",
+        "run",
+        str(notebook_path(entry.notebook)),
+        "--run-dir",
+        str(target),
+        *words,
+    ]
     with open(target / LOG_NAME, "ab") as log:  # its lines it writes there itself; this is for what it dies of
         # a session of its own: Ctrl-C reaches it once, from here; where this process is killed it is told to stop
         how = {"start_new_session": True, "preexec_fn": partial(die_with_parent, signal.SIGTERM), "cwd": os.getcwd()}

@@ -14,24 +14,26 @@ from IPython.display import HTML
 from matplotlib.figure import Figure
 
 from vla_lib.core.errors import UserError
-from vla_lib.evaluation.attempt import AttemptSettings
 from vla_lib.evaluation.origin import rig_settings
 from vla_lib.evaluation.rehearsal_process import Moment, RehearsalProcess
+from vla_lib.evaluation.rollout import RolloutSettings
 from vla_lib.evaluation.sim_robot import sim_limits
 from vla_lib.runtime.safety import SafetyLimits
 from vla_lib.training.checkpoint import read_checkpoint
-from vla_lib.workbench.attempt_views import verdict
 from vla_lib.workbench.busy_kernel import answering
 from vla_lib.workbench.jobs import JobCancelled
 from vla_lib.workbench.notebook import interactive, shown
 from vla_lib.workbench.plots.rehearsal import moment
 from vla_lib.workbench.plots.sim import montage
+from vla_lib.workbench.rollout_views import verdict
 from vla_lib.workbench.tables import sentence
 from vla_lib.workbench.widgets import drawn, offline_slider
 
 ROBOTS = ("simulated rig", "dry run")
 FORCE_MN = sim_limits()["force_mN"]  # the limit at which the runner draws the needle back
-REDRAW_S = 0.7  # at the least; drawing takes a fifth of the time at most, the cores are the control loop's and the VLM's
+REDRAW_S = (
+    0.7  # at the least; drawing takes a fifth of the time at most, the cores are the control loop's and the VLM's
+)
 LINE_EVERY_S = 2.0
 
 
@@ -87,7 +89,9 @@ class RehearsalView:
 
         self.process = process
         self._due_s = 0.0
-        self._stop = ipywidgets.Button(description="Stop", icon="stop", button_style="danger", tooltip="stop the robot now")
+        self._stop = ipywidgets.Button(
+            description="Stop", icon="stop", button_style="danger", tooltip="stop the robot now"
+        )
         self._stop.on_click(self._stop_clicked)
         self._state = ipywidgets.HTML("<b>loading the policy and its VLM</b>")
         self._picture = ipywidgets.Image(format="jpeg", layout={"max_width": "1200px", "visibility": "hidden"})
@@ -133,11 +137,15 @@ def moments_slider(moments: Sequence[Moment], count: int = 4) -> HTML:
     if not moments:
         return sentence("There was no tick: the rehearsal ended before its first one.")
     ends = [int(k) for k in np.unique(np.linspace(1, len(moments), count + 1).round())[1:]]
-    return offline_slider((moment(moments[:k], FORCE_MN) for k in ends), [f"{moments[k - 1].tick.t_s:.1f} s" for k in ends])
+    return offline_slider(
+        (moment(moments[:k], FORCE_MN) for k in ends), [f"{moments[k - 1].tick.t_s:.1f} s" for k in ends]
+    )
 
 
-def prepare(checkpoint: Path, dataset_root: Path | None, robot: str, **how: Any) -> tuple[AttemptSettings, pd.DataFrame]:
-    """AttemptSettings of a rehearsal, and a table of what will run and which limits hold. Raises UserError for an unknown robot or checkpoint."""
+def prepare(
+    checkpoint: Path, dataset_root: Path | None, robot: str, **how: Any
+) -> tuple[RolloutSettings, pd.DataFrame]:
+    """RolloutSettings of a rehearsal, and a table of what will run and which limits hold. Raises UserError for an unknown robot or checkpoint."""
     if robot not in ROBOTS:
         raise UserError(f"There is no robot {robot!r}; choose {' or '.join(ROBOTS)}.")
     settings = replace(rig_settings(checkpoint, dataset_root, judge=False), **how)
@@ -166,14 +174,19 @@ def outcome(record: dict[str, Any]) -> pd.DataFrame:
     """How the rehearsal ended, and how the runner did: one row a figure."""
     runner = record["runner"]
     rows = {"verdict": verdict(record), "ended by": runner["ended"], "ticks": runner["ticks"]}
-    rows |= {name: runner[name] for name in ("failed_stops", "missed_deadlines", "skipped_ticks", "expert_calls", "expert_while_vlm_busy")}
+    rows |= {
+        name: runner[name]
+        for name in ("failed_stops", "missed_deadlines", "skipped_ticks", "expert_calls", "expert_while_vlm_busy")
+    }
     for name, unit in (("lateness_ms", "ms"), ("expert_ms", "ms"), ("vlm_ms", "ms"), ("vl_age_s", "s")):
         if found := runner[name]:
             label = f"{name.rsplit('_', 1)[0]} median / p99 / max ({unit})"
             rows[label] = f"{found['median']:.3g} / {found['p99']:.3g} / {found['max']:.3g}"
     for name in ("modes", "limited", "reasons"):
         rows[name] = ", ".join(f"{key} {count}" for key, count in runner[name].items()) or "none"
-    return pd.DataFrame([(name.replace("_", " "), str(value)) for name, value in rows.items()], columns=["what", "value"])
+    return pd.DataFrame(
+        [(name.replace("_", " "), str(value)) for name, value in rows.items()], columns=["what", "value"]
+    )
 
 
 def some_pictures(moments: Sequence[Moment]) -> Figure | HTML:

@@ -40,7 +40,9 @@ class Section:
     kept: str = ""
 
 
-def write_report(page: Path, title: str, tables: list[pd.DataFrame], sections: list[Section], notes: list[str] = ()) -> None:
+def write_report(
+    page: Path, title: str, tables: list[pd.DataFrame], sections: list[Section], notes: list[str] = ()
+) -> None:
     """Write `page`: the first table, the notes, the other tables, then each run with its state, times and the outputs of its `report` cells."""
     parts = [
         f"<!doctype html><html lang='en'><head><meta charset='utf-8'><title>{html.escape(title)}</title><style>{STYLE}</style></head><body>"

@@ -1,4 +1,4 @@
-"""The guide's whole flow on a data set: a root and parameters in; inspect, preprocess, cache, train, evaluate, a table and a report out.
+"""The guide's whole flow on a dataset: a root and parameters in; inspect, preprocess, cache, train, evaluate, a table and a report out.
 
     vla run-all --dataset-root ROOT --vl-model Qwen/Qwen2.5-VL-3B-Instruct --nproc-per-node 4 -p epochs 10 -p 06_evaluate.batch_size 32
 
@@ -71,7 +71,9 @@ def assign(words: Mapping[str, str], notebooks: tuple[str, ...]) -> dict[str, di
             raise UserError(f"{notebook} is no step of this flow; the steps are {', '.join(notebooks)}.")
         if not takers:
             has = sorted({name for one in notebooks if notebook in ("", one) for name in known[one]} - set(OF_THE_FLOW))
-            raise UserError(f"{notebook or 'No step'} has {'no' if dot else 'a'} parameter {name}; there are {', '.join(has)}.")
+            raise UserError(
+                f"{notebook or 'No step'} has {'no' if dot else 'a'} parameter {name}; there are {', '.join(has)}."
+            )
         if len({repr(known[one][name].default) for one in takers}) > 1:
             choices = ", ".join(f"{one}.{name}" for one in takers)
             raise UserError(f"{name} means different things in {len(takers)} steps; say which one: {choices}.")
@@ -104,11 +106,16 @@ def check_data(plan: Plan) -> None:
     if not plan.root.is_dir():
         raise UserError(f"There is no dataset root {plan.root}; give the folder that holds the datasets.")
     if not find_episodes(plan.root):
-        raise UserError(f"{plan.root} holds no recorded episode (a folder with a robot log, one or two levels below a dataset folder).")
+        raise UserError(
+            f"{plan.root} holds no recorded episode (a folder with a robot log, one or two levels below a dataset folder)."
+        )
     for inner in sorted(
-        {path.parent for path in plan.root.glob("*/cache")} | {path.parent for path in plan.root.glob("*/simulation.json")}
+        {path.parent for path in plan.root.glob("*/cache")}
+        | {path.parent for path in plan.root.glob("*/simulation.json")}
     ):
-        raise UserError(f"{inner} is a dataset root of its own, with its cache; give that folder, not the one above it.")
+        raise UserError(
+            f"{inner} is a dataset root of its own, with its cache; give that folder, not the one above it."
+        )
     for path in (*runs.find_runs("run-all"), *runs.find_runs("demo")):
         record = read_record(path)
         if record["state"] == "running" and record["parameters"].get("dataset_root") == str(plan.root):
@@ -144,7 +151,11 @@ def carry_out(name: str, title: str, plan: Plan, before: Callable[[], Any] | Non
     except UserError as refusal:
         error, exit_status = str(refusal), 2
     except KeyboardInterrupt:
-        state, error, exit_status = "cancelled", "interrupted; the same command begins again with the step that was stopped", 130
+        state, error, exit_status = (
+            "cancelled",
+            "interrupted; the same command begins again with the step that was stopped",
+            130,
+        )
     except Exception as failure:
         error = f"{type(failure).__name__}: {failure}"
         raise
@@ -168,8 +179,14 @@ def steps(flow: Flow, plan: Plan) -> None:
     flow.run(INSPECT, plan.parameters(INSPECT))
     flow.run(PREPARE, plan.parameters(PREPARE))
     cache = flow.run(CACHE, plan.parameters(CACHE))["binding_id"]  # an older cache may lie beside the new one
-    trained = [_checkpoint(notebook, plan, flow.run(notebook, plan.parameters(notebook, cache_id=cache))) for notebook in plan.trainings]
-    flow.run(EVALUATE, plan.parameters(EVALUATE, checkpoint=str(trained[0]), compare_with=[str(path) for path in trained[1:]]))
+    trained = [
+        _checkpoint(notebook, plan, flow.run(notebook, plan.parameters(notebook, cache_id=cache)))
+        for notebook in plan.trainings
+    ]
+    flow.run(
+        EVALUATE,
+        plan.parameters(EVALUATE, checkpoint=str(trained[0]), compare_with=[str(path) for path in trained[1:]]),
+    )
 
 
 def _checkpoint(notebook: str, plan: Plan, results: dict[str, Any]) -> Path:
@@ -189,15 +206,27 @@ def summarise(flow: Flow) -> tuple[pd.DataFrame, list[str]]:
     prepared, cached, evaluated = (results.get(name, {}) for name in (PREPARE, CACHE, EVALUATE))
     rows += [(f"rate of {name}", f"{value:.1f} Hz") for name, value in prepared.get("rates_hz", {}).items()]
     if prepared:
-        rows.append(("episodes prepared", f"{prepared['prepared']} of {prepared['episodes']}, {prepared['steps']} action steps"))
+        rows.append(
+            ("episodes prepared", f"{prepared['prepared']} of {prepared['episodes']}, {prepared['steps']} action steps")
+        )
     if cached:
         rows.append(("VL feature cache", f"{cached['ticks']} ticks, {cached['bytes'] / 1e6:.0f} MB"))
     for name, kind in ((ASYNC, "async"), (DIFFUSION, "diffusion")):
         if trained := results.get(name, {}):
-            rows.append((f"training ({kind})", f"{trained['step']} optimiser steps, {trained['parameters'] / 1e6:.2f} M parameters"))
+            rows.append(
+                (
+                    f"training ({kind})",
+                    f"{trained['step']} optimiser steps, {trained['parameters'] / 1e6:.2f} M parameters",
+                )
+            )
     notes = []
     for name, found in evaluated.get("metrics", {}).items():
-        rows.append((f"held-out RMS error, {name}", f"{found['translation_rmse_mm']:.3f} mm, {found['rotation_rmse_deg']:.3f} deg a step"))
+        rows.append(
+            (
+                f"held-out RMS error, {name}",
+                f"{found['translation_rmse_mm']:.3f} mm, {found['rotation_rmse_deg']:.3f} deg a step",
+            )
+        )
     for name, found in evaluated.get("compared_with", {}).items():
         errors = f"{found['translation_rmse_mm']:.3f} mm, {found['rotation_rmse_deg']:.3f} deg a step"
         rows.append((f"held-out RMS error, {name}", errors))
@@ -205,11 +234,18 @@ def summarise(flow: Flow) -> tuple[pd.DataFrame, list[str]]:
         lost_to = [name for name, won in evaluated["beats"].items() if not won]
         verdict = f"does NOT beat {', '.join(lost_to)}" if lost_to else "beats the zero, mean and persistence baselines"
         count = evaluated["held_out_episodes"]
-        notes.append(f"On {count} held-out episode{'s' * (count != 1)} the policy {verdict} (RMS errors of translation and of rotation).")
+        notes.append(
+            f"On {count} held-out episode{'s' * (count != 1)} the policy {verdict} (RMS errors of translation and of rotation)."
+        )
     if "successes" in evaluated:
         low, high = (100 * value for value in evaluated["interval_95"])
-        told = f"{evaluated['successes']} of {evaluated['attempts']} unseen phantoms"
-        rows.append(("closed-loop success", f"{told} ({100 * evaluated['success_rate']:.0f} %, 95 % interval {low:.0f} to {high:.0f} %)"))
+        told = f"{evaluated['successes']} of {evaluated['rollouts']} unseen phantoms"
+        rows.append(
+            (
+                "closed-loop success",
+                f"{told} ({100 * evaluated['success_rate']:.0f} %, 95 % interval {low:.0f} to {high:.0f} %)",
+            )
+        )
     rows.append(("time in all", clock(sum(step.seconds for step in flow.steps))))
     return pd.DataFrame(rows, columns=["what", "value"]), notes
 
@@ -218,5 +254,8 @@ def _printed(frame: pd.DataFrame) -> str:
     """A table whose text stands left."""
     widths = {name: max([len(name), *frame[name].map(len)]) for name in frame.columns}
     lines = [[name.ljust(width) for name, width in widths.items()]]
-    lines += [[text.ljust(width) for text, width in zip(row, widths.values(), strict=True)] for row in frame.itertuples(index=False)]
+    lines += [
+        [text.ljust(width) for text, width in zip(row, widths.values(), strict=True)]
+        for row in frame.itertuples(index=False)
+    ]
     return "\n".join("  ".join(line).rstrip() for line in lines)

@@ -23,7 +23,11 @@ def ls(name: str, state: str, sort: str) -> int:
         return 0
     frame["started"] = frame["started"].str.slice(0, 16).str.replace("T", " ")
     columns = ("run", "state", "started", "duration_s", "data", "cache", "git")
-    few = runs.short(frame, columns) if name else frame[list(columns)].join(runs.short(frame, ()).filter(list(runs.KEY_RESULTS)))
+    few = (
+        runs.short(frame, columns)
+        if name
+        else frame[list(columns)].join(runs.short(frame, ()).filter(list(runs.KEY_RESULTS)))
+    )
     if sort and sort not in few:
         raise UserError(f"There is no column {sort} to sort by; there are {', '.join(few.columns)}.")
     few = few.sort_values(sort) if sort else few
@@ -42,7 +46,10 @@ def show(name: str) -> int:
     for title in ("parameters", "git", "data", "versions"):
         _section(title, record.get(title) or {})
     _section("results", {key: value for key, value in results.items() if isinstance(value, int | float | str)})
-    _section("files", {file.name: f"{file.stat().st_size / 1e6:.2f} MB" for file in sorted(path.rglob("*")) if file.is_file()})
+    _section(
+        "files",
+        {file.name: f"{file.stat().st_size / 1e6:.2f} MB" for file in sorted(path.rglob("*")) if file.is_file()},
+    )
     return 0
 
 
@@ -55,7 +62,10 @@ def diff(one: str, other: str) -> int:
         values = [record.get(title) for record in records]
         sides = [value if isinstance(value, dict) else {title: value} for value in values]
         _differences(title, *sides)
-    _differences("results", *({k: v for k, v in runs.results_of(path).items() if isinstance(v, int | float | str)} for path in paths))
+    _differences(
+        "results",
+        *({k: v for k, v in runs.results_of(path).items() if isinstance(v, int | float | str)} for path in paths),
+    )
     return 0
 
 
@@ -106,13 +116,17 @@ def rerun(name: str) -> int:
         )
     notebook = Path(record["notebook"])
     if not notebook.is_file():
-        raise UserError(f"{path.name} ran {notebook}, which is not there any more; restore it, or run another notebook.")
+        raise UserError(
+            f"{path.name} ran {notebook}, which is not there any more; restore it, or run another notebook."
+        )
     for line in changes(record):
         print(f"changed since: {line}")
     known = read_parameters(notebook)
     given = {key: value for key, value in record["parameters"].items() if key in known and value != known[key].default}
     for gone in sorted(set(record["parameters"]) - set(known)):
-        print(f"changed since: {notebook.stem} has no parameter {gone} any more (it was {record['parameters'][gone]!r})")
+        print(
+            f"changed since: {notebook.stem} has no parameter {gone} any more (it was {record['parameters'][gone]!r})"
+        )
     for new in sorted(set(known) - set(record["parameters"])):
         print(f"changed since: {notebook.stem} has a new parameter {new} (it is {known[new].default!r})")
     result = run_notebook(notebook, given)
@@ -127,17 +141,25 @@ def changes(record: dict[str, Any]) -> list[str]:
     found = []
     then, now = record.get("git") or {}, git_state() or {}
     if then.get("commit") != now.get("commit"):
-        found.append(f"code: commit {(then.get('commit') or 'unknown')[:8]} then, {(now.get('commit') or 'unknown')[:8]} now")
+        found.append(
+            f"code: commit {(then.get('commit') or 'unknown')[:8]} then, {(now.get('commit') or 'unknown')[:8]} now"
+        )
     if then.get("changed") or now.get("changed"):
         found.append(f"code: {then.get('changed', 0)} changed files then, {now.get('changed', 0)} now")
     data, data_now = record.get("data") or {}, runs.data_state(record.get("parameters", {})) or {}
     if data.get("fingerprint") != data_now.get("fingerprint"):
-        found.append(f"data: {data.get('episodes', 'no')} prepared episodes then, {data_now.get('episodes', 'no')} now, or other ones")
+        found.append(
+            f"data: {data.get('episodes', 'no')} prepared episodes then, {data_now.get('episodes', 'no')} now, or other ones"
+        )
     if data.get("caches") != data_now.get("caches"):
-        found.append(f"caches: {', '.join(data.get('caches') or ['none'])} then, {', '.join(data_now.get('caches') or ['none'])} now")
+        found.append(
+            f"caches: {', '.join(data.get('caches') or ['none'])} then, {', '.join(data_now.get('caches') or ['none'])} now"
+        )
     packages, packages_now = record.get("versions") or {}, versions()
     return found + [
-        f"{name}: {packages[name]} then, {packages_now.get(name)} now" for name in packages if packages[name] != packages_now.get(name)
+        f"{name}: {packages[name]} then, {packages_now.get(name)} now"
+        for name in packages
+        if packages[name] != packages_now.get(name)
     ]
 
 
@@ -149,7 +171,11 @@ def _section(title: str, values: dict[str, Any]) -> None:
 
 
 def _differences(title: str, one: dict[str, Any], other: dict[str, Any]) -> None:
-    lines = [f"  {key}: {one.get(key)!r} | {other.get(key)!r}" for key in dict.fromkeys([*one, *other]) if one.get(key) != other.get(key)]
+    lines = [
+        f"  {key}: {one.get(key)!r} | {other.get(key)!r}"
+        for key in dict.fromkeys([*one, *other])
+        if one.get(key) != other.get(key)
+    ]
     if lines:
         print(f"\n{title}")
         print("\n".join(lines))

@@ -16,7 +16,7 @@ from vla_lib.core.run_folder import PROJECT, read_record, runs_root
 KEY_RESULTS = (
     "success_rate",
     "successes",
-    "attempts",
+    "rollouts",
     "val_mae_mm",
     "val_mae_deg",
     "val_action_loss",
@@ -46,7 +46,10 @@ def table(name: str = "", of: Iterable[Path] | None = None) -> pd.DataFrame:
     rows = []
     for path in find_runs(name) if of is None else of:
         record, results = read_record(path), results_of(path)
-        row = {"run": path.name, **{key: record.get(key) for key in ("name", "state", "started", "duration_s", "error")}}
+        row = {
+            "run": path.name,
+            **{key: record.get(key) for key in ("name", "state", "started", "duration_s", "error")},
+        }
         git = record.get("git") or {}
         row["data"] = (record.get("data") or {}).get("fingerprint")
         row["cache"] = results.get("cache") or results.get("binding_id")
@@ -60,7 +63,9 @@ def table(name: str = "", of: Iterable[Path] | None = None) -> pd.DataFrame:
 
 def short(frame: pd.DataFrame, columns: Iterable[str]) -> pd.DataFrame:
     """`columns` of a `table`, then the parameters in which its runs differ and the key results that they have."""
-    differ = [name for name in frame.columns if name.startswith("p.") and frame[name].astype(str).nunique(dropna=False) > 1]
+    differ = [
+        name for name in frame.columns if name.startswith("p.") and frame[name].astype(str).nunique(dropna=False) > 1
+    ]
     key = [f"r.{name}" for name in KEY_RESULTS if f"r.{name}" in frame.columns][:4]
     named = {name: name.partition(".")[2] for name in [*differ, *key]}
     return frame[[*columns, *differ, *key]].rename(columns=named)
@@ -92,7 +97,11 @@ def data_state(parameters: dict[str, Any]) -> dict[str, Any] | None:
     state = [(file.relative_to(root).as_posix(), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     state += [table.read_text() for table in (root / TABLE_NAME,) if table.is_file()]
     caches = sorted(path.parent.name for path in root.glob("cache/qwen_vl_features/*/binding.json"))
-    return {"episodes": len(files), "fingerprint": hashlib.sha256(repr(state).encode()).hexdigest()[:12], "caches": caches}
+    return {
+        "episodes": len(files),
+        "fingerprint": hashlib.sha256(repr(state).encode()).hexdigest()[:12],
+        "caches": caches,
+    }
 
 
 def results_of(run: Path) -> dict[str, Any]:
@@ -115,7 +124,11 @@ def name_of(checkpoint: Path) -> str:
     if checkpoint.parent.name != "checkpoints" or not (run / "run.json").exists():
         return checkpoint.stem
     parameters = read_record(run).get("parameters", {})
-    without = "".join(f" no {name}" for key, name in (("vl_enabled", "VL"), ("sensor_enabled", "sensor")) if parameters.get(key) is False)
+    without = "".join(
+        f" no {name}"
+        for key, name in (("vl_enabled", "VL"), ("sensor_enabled", "sensor"))
+        if parameters.get(key) is False
+    )
     kind = "diffusion" if checkpoint.name.startswith("diffusion") else "async"
     which = "" if "_best" in checkpoint.stem else " final" if "_final" in checkpoint.stem else " latest"
     stamp = re.match(r"\d{4}(\d{4}-\d{6}[.\d]*)", run.name)
@@ -128,4 +141,6 @@ def newest_checkpoint(pattern: str) -> Path:
         found = sorted((run / "checkpoints").glob(pattern))
         if found:
             return found[-1]
-    raise UserError(f"No run below {runs_root()} has a checkpoint {pattern}; train one first (notebook 04 or 05), or give its path.")
+    raise UserError(
+        f"No run below {runs_root()} has a checkpoint {pattern}; train one first (notebook 04 or 05), or give its path."
+    )

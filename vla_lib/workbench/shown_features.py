@@ -26,17 +26,24 @@ def seen_ticks(features: EpisodeFeatures, wanted: int) -> list[int]:
     return seen[spread(len(seen), wanted)].tolist() if len(seen) else [0]
 
 
-def pooling_sizes(binding: dict[str, Any], ticks: int, form: Any, episode: PreparedEpisode, features: EpisodeFeatures) -> Figure:
+def pooling_sizes(
+    binding: dict[str, Any], ticks: int, form: Any, episode: PreparedEpisode, features: EpisodeFeatures
+) -> Figure:
     """The size of this cache under each pooling option, from the pictures' own size."""
     first = next(
-        picture for pictures in frames(episode, features, seen_ticks(features, 1)).values() for picture in pictures if picture is not None
+        picture
+        for pictures in frames(episode, features, seen_ticks(features, 1)).values()
+        for picture in pictures
+        if picture is not None
     )
     width = 4 if binding["dtype"] == "float32" else 2
     views, grid = len(binding["views"]), form.recipe.token_grid(*first.shape[:2])
     return plots.pooling_sizes(ticks, views, binding["hidden_size"], width, grid, binding["pooling"])
 
 
-def frames(episode: PreparedEpisode, features: EpisodeFeatures, ticks: Sequence[int]) -> dict[str, list[np.ndarray | None]]:
+def frames(
+    episode: PreparedEpisode, features: EpisodeFeatures, ticks: Sequence[int]
+) -> dict[str, list[np.ndarray | None]]:
     """View -> the picture (H, W, 3) uint8 of each tick, None where there is none or it cannot be read."""
     steps = [int(features.tick_step[tick]) for tick in ticks]
     return {view: [_picture(episode, view, step) for step in steps] for view in features.layout.views}

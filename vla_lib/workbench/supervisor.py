@@ -28,7 +28,12 @@ NOT_STARTED = 127  # as a shell says it
 
 def main(arguments: list[str]) -> int:
     """`PARENT_PID GRACE_S STATUS_JSON LOG COMMAND...`: run COMMAND until it ends or must end; returns its exit status."""
-    parent_pid, grace_s, status_path, log_path = int(arguments[0]), float(arguments[1]), Path(arguments[2]), Path(arguments[3])
+    parent_pid, grace_s, status_path, log_path = (
+        int(arguments[0]),
+        float(arguments[1]),
+        Path(arguments[2]),
+        Path(arguments[3]),
+    )
     command = arguments[4:]
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
     stop_signals: list[int] = []
@@ -38,7 +43,9 @@ def main(arguments: list[str]) -> int:
     status = {
         "command": command,
         "log": log_path.name,
-        "log_from": log_path.stat().st_size if log_path.exists() else 0,  # what stands before is of earlier starts in the same folder
+        "log_from": log_path.stat().st_size
+        if log_path.exists()
+        else 0,  # what stands before is of earlier starts in the same folder
         "supervisor_pid": os.getpid(),
         "state": "running",
         "started": _now(),
@@ -49,9 +56,13 @@ def main(arguments: list[str]) -> int:
     child = reason = None
     try:
         with open(log_path, "ab") as log:
-            outlive_nobody = partial(die_with_parent, signal.SIGTERM)  # this process may be killed: torchrun then ends its ranks in order
+            outlive_nobody = partial(
+                die_with_parent, signal.SIGTERM
+            )  # this process may be killed: torchrun then ends its ranks in order
             try:
-                child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, preexec_fn=outlive_nobody)
+                child = subprocess.Popen(
+                    command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, preexec_fn=outlive_nobody
+                )
             except OSError as error:
                 log.write(f"{error}\n".encode())
                 return NOT_STARTED

@@ -34,7 +34,10 @@ def fit(frame: pd.DataFrame, precision: int = 3, height_px: int = 480) -> HTML:
         return f"<{tag} style='{CELL.format(align='right' if number else 'left', more=more)}'>{text}</{tag}>"
 
     head = "".join(cell(column, str(column), "th") for column in frame.columns)
-    rows = ["".join(cell(column, value) for column, value in zip(frame.columns, row, strict=True)) for row in frame.itertuples(index=False)]
+    rows = [
+        "".join(cell(column, value) for column, value in zip(frame.columns, row, strict=True))
+        for row in frame.itertuples(index=False)
+    ]
     body = "".join(f"<tr>{row}</tr>" for row in rows)
     style = "<style>@media print {.fit-table {max-height:none !important; overflow:visible !important}}</style>"
     return HTML(
@@ -51,8 +54,21 @@ def sentence(text: str) -> HTML:
 def verdicts(summaries: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
     """The verdicts of all episodes in the columns that fit a page, the ones to record again first."""
     frame = verdict_table(dict(summary) for summary in summaries)
-    shown = {"episode": "episode", "layout": "layout", "verdict": "verdict", "seconds": "s", "steps": "steps", "valid": "valid"}
-    shown |= {"robot_hz": "rows Hz", "pose_hz": "poses Hz", "sensor_hz": "sensor Hz", "camera_hz": "camera Hz", "reasons": "reasons"}
+    shown = {
+        "episode": "episode",
+        "layout": "layout",
+        "verdict": "verdict",
+        "seconds": "s",
+        "steps": "steps",
+        "valid": "valid",
+    }
+    shown |= {
+        "robot_hz": "rows Hz",
+        "pose_hz": "poses Hz",
+        "sensor_hz": "sensor Hz",
+        "camera_hz": "camera Hz",
+        "reasons": "reasons",
+    }
     return frame[[name for name in shown if name in frame]].rename(columns=shown)
 
 

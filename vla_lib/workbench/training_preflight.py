@@ -23,7 +23,11 @@ def table(name: str, settings: TrainingSettings, data: TrainingData, nproc_per_n
     per_step = settings.batch_size * settings.grad_accum_steps * nproc_per_node
     steps = settings.max_steps or math.ceil(len(data.train) / per_step) * settings.epochs
     policy = Policy(data.policy_config(settings))
-    lora = "" if not settings.live_vlm else f"; LoRA of rank {settings.lora_rank} in {data.binding['layer']} layers of the VLM besides"
+    lora = (
+        ""
+        if not settings.live_vlm
+        else f"; LoRA of rank {settings.lora_rank} in {data.binding['layer']} layers of the VLM besides"
+    )
     rows = [
         ("training samples", f"{len(data.train):,} of {len(data.split['train'])} episodes"),
         ("held out", f"{len(data.val or []):,} of {len(data.split['val'])} episodes"),
@@ -31,7 +35,9 @@ def table(name: str, settings: TrainingSettings, data: TrainingData, nproc_per_n
         ("views", ", ".join(policy.config.views)),
         (
             "parameters",
-            f"{policy.parameter_count():,}, of which " + ", ".join(f"{part} {count:,}" for part, count in _parts(policy)) + lora,
+            f"{policy.parameter_count():,}, of which "
+            + ", ".join(f"{part} {count:,}" for part, count in _parts(policy))
+            + lora,
         ),
         ("optimiser steps", f"{steps:,} of {per_step} samples"),
         (
@@ -53,7 +59,12 @@ def _estimate(name: str, settings: TrainingSettings, samples: int, processes: in
     for run in reversed(find_runs(name)):
         record, results = read_record(run), results_of(run)
         given = record.get("parameters", {})
-        if record["state"] != "done" or results.get("processes") != processes or not results.get("wall_s") or given.get("resume_run"):
+        if (
+            record["state"] != "done"
+            or results.get("processes") != processes
+            or not results.get("wall_s")
+            or given.get("resume_run")
+        ):
             continue
         if given.get("training_stage", "stage1") != settings.training_stage:
             continue

@@ -39,9 +39,17 @@ def standing(notebook: str, values: Values) -> Standing:
 def _inspected(notebook: str, values: Values) -> Standing:
     from vla_lib.episodes import find_episodes
 
-    logs = [log for files in find_episodes(dataset_path(values["dataset_root"])) if (log := files.robot_log) is not None]
+    logs = [
+        log for files in find_episodes(dataset_path(values["dataset_root"])) if (log := files.robot_log) is not None
+    ]
     inputs = _digest(sorted((str(log), log.stat().st_size, log.stat().st_mtime_ns) for log in logs))
-    return _newest(notebook, values, lambda _, record: _inputs(record, inputs), "the recordings are unchanged since", {"inputs": inputs})
+    return _newest(
+        notebook,
+        values,
+        lambda _, record: _inputs(record, inputs),
+        "the recordings are unchanged since",
+        {"inputs": inputs},
+    )
 
 
 def _prepared(notebook: str, values: Values) -> Standing:
@@ -75,11 +83,22 @@ def _cached(notebook: str, values: Values) -> Standing:
     name, todo = preflight.binding["id"], preflight.todo()
     facts = {"binding_id": name}
     if todo:
-        return Standing(False, f"{len(todo)} of {len(preflight.episodes)} episodes are missing or stale in cache {name}", facts=facts)
+        return Standing(
+            False,
+            f"{len(todo)} of {len(preflight.episodes)} episodes are missing or stale in cache {name}",
+            facts=facts,
+        )
     made = [
-        run for run in runs.find_runs(notebook) if runs.results_of(run).get("binding_id") == name and _same_root(read_record(run), values)
+        run
+        for run in runs.find_runs(notebook)
+        if runs.results_of(run).get("binding_id") == name and _same_root(read_record(run), values)
     ]
-    return Standing(True, f"cache {name} covers all {len(preflight.episodes)} episodes as they are", made[-1] if made else None, facts)
+    return Standing(
+        True,
+        f"cache {name} covers all {len(preflight.episodes)} episodes as they are",
+        made[-1] if made else None,
+        facts,
+    )
 
 
 def _trained(notebook: str, values: Values) -> Standing:
@@ -91,14 +110,19 @@ def _trained(notebook: str, values: Values) -> Standing:
             return "the prepared data have changed since"
         if results.get("cache") != values["cache_id"]:
             return f"it used cache {results.get('cache')}"
-        return "" if results.get("state") == "done" and Path(results["checkpoint"]).is_file() else "its checkpoint is gone"
+        return (
+            "" if results.get("state") == "done" and Path(results["checkpoint"]).is_file() else "its checkpoint is gone"
+        )
 
     return _newest(notebook, values, differs, "trained with these parameters, data and cache by", aside=("cache_id",))
 
 
 def _evaluated(notebook: str, values: Values) -> Standing:
     data = runs.data_state(values) or {}
-    files = [Path(text if Path(text).exists() else text.partition("=")[2]) for text in (values["checkpoint"], *values["compare_with"])]
+    files = [
+        Path(text if Path(text).exists() else text.partition("=")[2])
+        for text in (values["checkpoint"], *values["compare_with"])
+    ]
 
     def differs(_: Path, record: Values) -> str:
         if (record.get("data") or {}).get("fingerprint") != data.get("fingerprint"):
@@ -146,7 +170,9 @@ def training_settings(values: Values, settings_class: type) -> Values:
 
 def _known(values: Values, settings_class: type) -> Values:
     names = settings_class.__dataclass_fields__
-    return {name: value for name, value in values.items() if name in names} | {"dataset_root": dataset_path(values["dataset_root"])}
+    return {name: value for name, value in values.items() if name in names} | {
+        "dataset_root": dataset_path(values["dataset_root"])
+    }
 
 
 def _newest(
@@ -167,7 +193,7 @@ def _newest(
         if not why:
             return Standing(True, f"{current} {run.name}", run)
         reason = reason or f"{run.name}: {why}"
-    return Standing(False, reason or "no finished run on this data set", record=record or {})
+    return Standing(False, reason or "no finished run on this dataset", record=record or {})
 
 
 def _parameters(then: Values, now: Values, aside: tuple[str, ...]) -> str:

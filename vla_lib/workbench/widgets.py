@@ -60,7 +60,11 @@ def episode_table(root: Path) -> pd.DataFrame:
         if (files.path / "data.pkl").exists():
             try:
                 metadata = load_prepared(files.path).metadata
-                row |= {"verdict": metadata["verdict"], "steps": metadata["num_actions"], "seconds": round(metadata["duration_seconds"], 1)}
+                row |= {
+                    "verdict": metadata["verdict"],
+                    "steps": metadata["num_actions"],
+                    "seconds": round(metadata["duration_seconds"], 1),
+                }
             except UserError as error:
                 row["verdict"] = f"data.pkl refused: {error}"
         rows.append(row)
@@ -73,7 +77,9 @@ def choose_episode(root: Path, dataset: str = "", episode: str = "") -> EpisodeF
     fits = [files for files in found if dataset in ("", files.dataset) and episode in files.name]
     if not fits:
         names = ", ".join(sorted({files.dataset for files in found})) or "none at all"
-        raise UserError(f"No episode below {root} has dataset '{dataset}' and '{episode}' in its name; the datasets there are {names}.")
+        raise UserError(
+            f"No episode below {root} has dataset '{dataset}' and '{episode}' in its name; the datasets there are {names}."
+        )
     return fits[0]
 
 
@@ -81,7 +87,9 @@ def best_report(reports: Iterable[Mapping[str, Any]]) -> Mapping[str, Any]:
     """Preprocessing's report of the episode with the most valid steps. Raises UserError where every one is rejected."""
     kept = [report for report in reports if report["verdict"] != "rejected"]
     if not kept:
-        raise UserError("Every episode is rejected, so there is nothing to go on with; the table of verdicts gives the reasons.")
+        raise UserError(
+            "Every episode is rejected, so there is nothing to go on with; the table of verdicts gives the reasons."
+        )
     return max(kept, key=lambda report: report["summary"]["valid"])
 
 
@@ -113,11 +121,17 @@ class EpisodeBrowser:
         self._files: list[EpisodeFiles] = []
         self._label: dict[Path, str] = {}
         self._view: EpisodeView | None = None
-        self.root = ipywidgets.Text(value=str(root), description="root", continuous_update=False, layout={"width": "640px"})
+        self.root = ipywidgets.Text(
+            value=str(root), description="root", continuous_update=False, layout={"width": "640px"}
+        )
         self.dataset = ipywidgets.Dropdown(options=["all datasets"], description="dataset")
-        self.filter = ipywidgets.Text(placeholder="part of a name or verdict", description="filter", continuous_update=False)
+        self.filter = ipywidgets.Text(
+            placeholder="part of a name or verdict", description="filter", continuous_update=False
+        )
         self.chosen = ipywidgets.Dropdown(description="episode", layout={"width": "640px"})
-        self.time = ipywidgets.IntSlider(description="time (0.1 s)", readout=True, continuous_update=False, layout={"width": "560px"})
+        self.time = ipywidgets.IntSlider(
+            description="time (0.1 s)", readout=True, continuous_update=False, layout={"width": "560px"}
+        )
         self.play = ipywidgets.Play(interval=700, step=5)
         self.picture = ipywidgets.Image(format="png", layout={"max_width": "1250px"})
         self.message = ipywidgets.HTML()
@@ -129,7 +143,9 @@ class EpisodeBrowser:
         self.time.observe(self._draw, "value")
         self._read()
         top = ipywidgets.HBox([self.dataset, self.filter])
-        self.widget = ipywidgets.VBox([self.root, top, self.chosen, ipywidgets.HBox([self.play, self.time]), self.message, self.picture])
+        self.widget = ipywidgets.VBox(
+            [self.root, top, self.chosen, ipywidgets.HBox([self.play, self.time]), self.message, self.picture]
+        )
 
     def _ipython_display_(self) -> None:
         from IPython.display import display
@@ -153,7 +169,11 @@ class EpisodeBrowser:
         self.chosen.options = [(self._label[files.path], files) for files in fits]
         self.chosen.index = 0 if fits else None
         if not fits:
-            self.message.value = "No episode fits the filter." if self._files else f"There is no recorded episode below {self.root.value}."
+            self.message.value = (
+                "No episode fits the filter."
+                if self._files
+                else f"There is no recorded episode below {self.root.value}."
+            )
 
     def _open(self, _change: Any = None) -> None:
         if self.chosen.value is None:

@@ -76,7 +76,10 @@ def timeline(episode: Episode, rates: Rates | None = None) -> Figure:
         axis.set_yticks(range(len(rates.streams)), [row.stream for row in rates.streams])
         axis.invert_yaxis()
         axis.set_xlim(right=1.28 * max(episode.duration_s, *(row.end_s + episode.duration_s for row in rates.streams)))
-        axis.set(xlabel="time since first robot row (s)", title=f"{episode.name}: streams (robot's motion in grey, gaps in red)")
+        axis.set(
+            xlabel="time since first robot row (s)",
+            title=f"{episode.name}: streams (robot's motion in grey, gaps in red)",
+        )
     plt.close(figure)
     return figure
 
@@ -97,19 +100,29 @@ def offset_evidence(episode: Episode) -> Figure:
         if clock.start_difference_s is not None:
             starts["sensor, as recorded"] = clock.start_difference_s
             starts["sensor, corrected"] = clock.start_difference_s - clock.offset_s
-        starts |= {view: float(p.t_s[0]) - episode.start_s for view, p in episode.pictures.items() if not view.endswith("_right")}
+        starts |= {
+            view: float(p.t_s[0]) - episode.start_s
+            for view, p in episode.pictures.items()
+            if not view.endswith("_right")
+        }
         axes[0].axvspan(-STAGGER_S, STAGGER_S, color="#d9d9d9", lw=0, zorder=0)
         axes[0].plot(list(starts.values()), range(len(starts)), "o", color=LINE)
         axes[0].set_yticks(range(len(starts)), list(starts))
         axes[0].invert_yaxis()
-        axes[0].set(xlabel="first entry after the robot's (s); grey: normal staggering", title="where the streams begin")
+        axes[0].set(
+            xlabel="first entry after the robot's (s); grey: normal staggering", title="where the streams begin"
+        )
         if curve is None:
-            axes[1].text(0.5, 0.5, "the robot log holds no force,\nso forces cannot be compared", ha="center", va="center")
+            axes[1].text(
+                0.5, 0.5, "the robot log holds no force,\nso forces cannot be compared", ha="center", va="center"
+            )
             axes[1].axis("off")
         else:
             axes[1].plot(curve[0], curve[1], color=LINE)
             axes[1].axvline(clock.offset_s, color=GAP, lw=1)
-            axes[1].set(xlabel="assumed offset (s)", ylabel="correlation of both forces", title="force in robot log and sensor")
+            axes[1].set(
+                xlabel="assumed offset (s)", ylabel="correlation of both forces", title="force in robot log and sensor"
+            )
         figure.suptitle(f"{episode.name}: sensor clock {clock.sentence()}", fontsize=10)
     plt.close(figure)
     return figure
@@ -121,14 +134,20 @@ def verdicts(summaries: Sequence[Mapping[str, Any]]) -> Figure:
     with style():
         figure, axes = plt.subplots(1, 3, figsize=(13, 3.4), width_ratios=(1, 1.4, 1.6))
         counts = [int((frame["verdict"] == level).sum()) for level in LEVELS] if len(frame) else [0, 0, 0]
-        bars = axes[0].bar([level.replace(" with ", "\nwith ") for level in LEVELS], counts, color=list(LEVELS.values()))
+        bars = axes[0].bar(
+            [level.replace(" with ", "\nwith ") for level in LEVELS], counts, color=list(LEVELS.values())
+        )
         axes[0].bar_label(bars)
         axes[0].set(ylabel="episodes", title="verdicts")
         for level, color in LEVELS.items():
             part = frame[frame["verdict"] == level] if len(frame) else frame
             if len(part):
-                axes[1].scatter(part["seconds"], part["valid"] / part["steps"].clip(lower=1) * 100, s=14, color=color, label=level)
-        axes[1].set(xlabel="duration of the motion (s)", ylabel="valid steps (%)", title="length and validity", ylim=(-4, 104))
+                axes[1].scatter(
+                    part["seconds"], part["valid"] / part["steps"].clip(lower=1) * 100, s=14, color=color, label=level
+                )
+        axes[1].set(
+            xlabel="duration of the motion (s)", ylabel="valid steps (%)", title="length and validity", ylim=(-4, 104)
+        )
         if axes[1].collections:
             axes[1].legend(loc="lower right", fontsize=7)
         names = {"robot_hz": "robot rows", "pose_hz": "distinct poses", "sensor_hz": "sensor", "camera_hz": "cameras"}
@@ -164,7 +183,11 @@ def recheck(table: pd.DataFrame, episode: str = "") -> Figure:
         axes[2].semilogy(table["seconds"], table["rotation_deg"] + tiny, "s", color=SECOND, label="rotation (deg)")
         axes[2].axhline(0.02, color=GAP, lw=1, ls="--", label="allowed")
         agree = int((table["picture"] & table["sensor"] & table["sample"]).sum()) if len(table) else 0
-        axes[2].set(xlabel="time since first robot row (s)", ylabel="difference", title=f"indices agree at {agree} of {len(table)} steps")
+        axes[2].set(
+            xlabel="time since first robot row (s)",
+            ylabel="difference",
+            title=f"indices agree at {agree} of {len(table)} steps",
+        )
         axes[2].legend(fontsize=7)
         figure.suptitle(f"{episode}: data.pkl against the raw files", fontsize=11)
     plt.close(figure)

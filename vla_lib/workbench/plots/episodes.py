@@ -31,14 +31,27 @@ def overview(episode: Episode, steps: Steps, at_s: float, mmode: SensorImage | N
     mmode = mmode if mmode is not None else sensor_image(episode)
     shown = _left_views(episode, at_s)
     with style():
-        figure = plt.figure(figsize=(13, 8.2), layout="none")  # fixed places: fitting the layout would take longer than drawing
+        figure = plt.figure(
+            figsize=(13, 8.2), layout="none"
+        )  # fixed places: fitting the layout would take longer than drawing
         _draw_pictures(figure, shown, grid={"left": 0.01, "right": 0.99, "top": 0.925, "bottom": 0.70, "wspace": 0.03})
-        axes = figure.subplots(3, 2, sharex=True, gridspec_kw={"left": 0.065, "right": 0.985, "top": 0.68, "bottom": 0.06, "wspace": 0.16})
-        _draw_lines(axes[0, 0], episode.robot.t_s - episode.start_s, episode.robot.pose[:, :3] - episode.robot.pose[0, :3], "xyz")
+        axes = figure.subplots(
+            3, 2, sharex=True, gridspec_kw={"left": 0.065, "right": 0.985, "top": 0.68, "bottom": 0.06, "wspace": 0.16}
+        )
+        _draw_lines(
+            axes[0, 0],
+            episode.robot.t_s - episode.start_s,
+            episode.robot.pose[:, :3] - episode.robot.pose[0, :3],
+            "xyz",
+        )
         axes[0, 0].set_ylabel("position from\nstart (mm)")
-        _draw_lines(axes[1, 0], episode.robot.t_s - episode.start_s, episode.robot.pose[:, 3:], ("alpha", "beta", "gamma"))
+        _draw_lines(
+            axes[1, 0], episode.robot.t_s - episode.start_s, episode.robot.pose[:, 3:], ("alpha", "beta", "gamma")
+        )
         axes[1, 0].set_ylabel("angles (deg)")
-        _draw_lines(axes[2, 0], episode.robot.t_s - episode.start_s, episode.robot.joints, [f"joint {k}" for k in range(1, 7)])
+        _draw_lines(
+            axes[2, 0], episode.robot.t_s - episode.start_s, episode.robot.joints, [f"joint {k}" for k in range(1, 7)]
+        )
         axes[2, 0].set_ylabel("joints (deg)")
         _draw_force(axes[0, 1], episode)
         _draw_mmode(axes[1, 1], mmode, episode.start_s)
@@ -131,7 +144,9 @@ def _mark(axis: Axes, episode: Episode, steps: Steps, at_s: float | None) -> Non
     axis.set_xlim(_limits(episode))
 
 
-def _draw_pictures(figure: Figure, shown: list[PictureAt], columns: int | None = None, grid: dict[str, float] | None = None) -> None:
+def _draw_pictures(
+    figure: Figure, shown: list[PictureAt], columns: int | None = None, grid: dict[str, float] | None = None
+) -> None:
     columns = columns or max(1, len(shown))
     lines = max(1, -(-len(shown) // columns))
     axes = figure.subplots(lines, columns, squeeze=False, gridspec_kw=grid)
@@ -203,7 +218,15 @@ def _draw_mmode(axis: Axes, image: SensorImage | None, start_s: float) -> None:
     extent = (float(t_s[0]), float(at_s[-1] + usual), float(len(image.values)), 0.0)
     axis.imshow(drawn, extent=extent, aspect="auto", cmap="magma", vmin=low, vmax=high, interpolation="nearest")
     text = f"colours: intensity {low:.3g} to {high:.3g}"
-    axis.text(0.01, 0.03, text, transform=axis.transAxes, fontsize=7, color="white", bbox={"color": "black", "alpha": 0.4, "lw": 0})
+    axis.text(
+        0.01,
+        0.03,
+        text,
+        transform=axis.transAxes,
+        fontsize=7,
+        color="white",
+        bbox={"color": "black", "alpha": 0.4, "lw": 0},
+    )
 
 
 def _draw_actions(axis: Axes, episode: Episode, steps: Steps) -> None:

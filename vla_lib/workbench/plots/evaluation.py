@@ -25,12 +25,17 @@ def error_by_step(metrics: dict[str, dict[str, Any]], action_hz: float) -> Figur
     with style():
         figure, axes = plt.subplots(1, 2, figsize=(9, 3.2))
         for axis, key, label in zip(
-            axes, ("translation_mae_mm", "rotation_mae_deg"), ("translation error (mm)", "rotation error (deg)"), strict=True
+            axes,
+            ("translation_mae_mm", "rotation_mae_deg"),
+            ("translation error (mm)", "rotation error (deg)"),
+            strict=True,
         ):
             for name, found in metrics.items():
                 values = [np.nan if value is None else value for value in found["by_step"][key]]
                 ahead_s = np.arange(1, len(values) + 1) / action_hz
-                axis.plot(ahead_s, values, "o-", ms=3, lw=2.2 if name == "policy" else 1.2, color=COLOURS[name], label=name)
+                axis.plot(
+                    ahead_s, values, "o-", ms=3, lw=2.2 if name == "policy" else 1.2, color=COLOURS[name], label=name
+                )
             axis.set(xlabel="time ahead (s)", ylabel=f"mean {label}", ylim=(0, None))
         axes[0].legend()
         figure.suptitle("Error of each step of the predicted chunk, held-out episodes")
@@ -46,7 +51,13 @@ def error_by_dimension(metrics: dict[str, dict[str, Any]]) -> Figure:
             width = 0.8 / len(metrics)
             for k, (name, found) in enumerate(metrics.items()):
                 values = [found["dimensions"][dimension]["mae"] for dimension in names]
-                axis.bar(np.arange(3) + width * (k - (len(metrics) - 1) / 2), values, 0.95 * width, color=COLOURS[name], label=name)
+                axis.bar(
+                    np.arange(3) + width * (k - (len(metrics) - 1) / 2),
+                    values,
+                    0.95 * width,
+                    color=COLOURS[name],
+                    label=name,
+                )
             axis.set_xticks(range(3), names)
             axis.set_ylabel(f"mean absolute error ({UNITS[DIMENSIONS.index(names[0])]} a step)")
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(metrics))
@@ -95,7 +106,13 @@ def chunks_over_path(found: OpenLoop, episode: str, every: int = 8, samples: np.
                 start = found.step[rows[n]]
                 for chunk in drawn[:, n, :, k]:
                     path = path_mm[start, k] + np.concatenate([[0], np.cumsum(chunk)])
-                    axis.plot(start + np.arange(len(path)), path, color=COLOURS["policy"], lw=1.3 if samples is None else 0.8, label=label)
+                    axis.plot(
+                        start + np.arange(len(path)),
+                        path,
+                        color=COLOURS["policy"],
+                        lw=1.3 if samples is None else 0.8,
+                        label=label,
+                    )
                     label = None
             axis.set(ylabel=f"{'xyz'[k]} (mm)")
         axes[0].legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2)

@@ -27,7 +27,10 @@ def coverage(table: Sequence[Mapping[str, Any]]) -> Figure:
         for place, row in enumerate(table):
             axes.text(left[place], place, f"  {row['ticks']} ticks, {row['MB']:.1f} MB", va="center")
         axes.set(
-            yticks=range(len(table)), yticklabels=[row["dataset"] for row in table], xlabel="episodes", xlim=(0, 1.35 * max(left.max(), 1))
+            yticks=range(len(table)),
+            yticklabels=[row["dataset"] for row in table],
+            xlabel="episodes",
+            xlim=(0, 1.35 * max(left.max(), 1)),
         )
         axes.set_title("Episodes with features, by dataset")
         axes.invert_yaxis()
@@ -36,7 +39,9 @@ def coverage(table: Sequence[Mapping[str, Any]]) -> Figure:
     return figure
 
 
-def pooling_sizes(ticks: int, views: int, hidden_size: int, bytes_per_number: int, token_grid: tuple[int, int], chosen: str) -> Figure:
+def pooling_sizes(
+    ticks: int, views: int, hidden_size: int, bytes_per_number: int, token_grid: tuple[int, int], chosen: str
+) -> Figure:
     """Size of the cache under each pooling option. ticks: of the whole dataset; token_grid: (rows, columns) of image tokens a picture."""
     options = {"mean": 1, "grid:2x3": 6, "grid:4x6": 24, "grid:8x12": 96, "tokens": token_grid[0] * token_grid[1]}
     if chosen.startswith("grid:") and chosen not in options:
@@ -57,7 +62,9 @@ def pooling_sizes(ticks: int, views: int, hidden_size: int, bytes_per_number: in
     return figure
 
 
-def pca_maps(features: EpisodeFeatures, frames: Mapping[str, Sequence[np.ndarray | None]], ticks: Sequence[int]) -> Figure:
+def pca_maps(
+    features: EpisodeFeatures, frames: Mapping[str, Sequence[np.ndarray | None]], ticks: Sequence[int]
+) -> Figure:
     """Each view's grid of tokens as colours (first three principal components over the shown ticks) beneath its picture.
 
     frames: view -> one (H, W, 3) uint8 picture a shown tick, None where it is missing; ticks: the shown ticks' numbers.
@@ -114,7 +121,13 @@ def similarity(episodes: Sequence[EpisodeFeatures], views: Sequence[str] | None 
             left.axvline(edge - 0.5, color="black", lw=0.6)
         names = [episode.key.rsplit("/", 1)[-1][-15:] for episode in episodes]
         centres = (edges[1:] + edges[:-1] - 1) / 2
-        left.set(yticks=centres, yticklabels=names, xticks=centres, xticklabels=range(1, len(names) + 1), xlabel="episode (ticks in order)")
+        left.set(
+            yticks=centres,
+            yticklabels=names,
+            xticks=centres,
+            xticklabels=range(1, len(names) + 1),
+            xlabel="episode (ticks in order)",
+        )
         left.grid(visible=False)
         left.set_title("Similarity of all ticks")
         figure.colorbar(shown, ax=left, label="cosine of centred features", shrink=0.8)
@@ -122,10 +135,16 @@ def similarity(episodes: Sequence[EpisodeFeatures], views: Sequence[str] | None 
             steps = episode.tick_step.numpy()[whole[number]]
             inside = cosine[edges[number], edges[number] : edges[number + 1]]
             right.plot(steps, inside, marker=".", ms=3, label=f"{number + 1}: {names[number]}")
-            others = np.delete(cosine[edges[number] : edges[number + 1]], np.r_[edges[number] : edges[number + 1]], axis=1)
+            others = np.delete(
+                cosine[edges[number] : edges[number + 1]], np.r_[edges[number] : edges[number + 1]], axis=1
+            )
             if others.size:
                 right.plot(steps, others.mean(1), color=right.lines[-1].get_color(), ls=":", lw=1)
-        right.set(xlabel="action step", ylabel="cosine", title="Line: to the episode's own first tick\nDotted: to the other episodes, mean")
+        right.set(
+            xlabel="action step",
+            ylabel="cosine",
+            title="Line: to the episode's own first tick\nDotted: to the other episodes, mean",
+        )
         right.legend(loc="best", fontsize=7)
     return figure
 
@@ -146,7 +165,10 @@ class Probe:
 
 
 def fit_probe(
-    episodes: Sequence[EpisodeFeatures], positions_mm: Sequence[np.ndarray], held_out: Sequence[int] | None = None, strengths=None
+    episodes: Sequence[EpisodeFeatures],
+    positions_mm: Sequence[np.ndarray],
+    held_out: Sequence[int] | None = None,
+    strengths=None,
 ) -> Probe:
     """Fit features -> position on some episodes and predict the others.
 
@@ -162,12 +184,19 @@ def fit_probe(
     tokens = np.arange(episodes[0].layout.tokens)
     whole = [_whole(episode) for episode in episodes]
     x = np.concatenate([_flat(episode, tokens)[kept] for episode, kept in zip(episodes, whole, strict=True)])
-    y = np.concatenate([np.asarray(position, np.float64)[kept, :3] for position, kept in zip(positions_mm, whole, strict=True)])
+    y = np.concatenate(
+        [np.asarray(position, np.float64)[kept, :3] for position, kept in zip(positions_mm, whole, strict=True)]
+    )
     owner = np.repeat(np.arange(len(episodes)), [kept.sum() for kept in whole])
     strengths = np.logspace(-4, 4, 9) if strengths is None else strengths
-    outer_train, inner_train = np.isin(owner, train), np.isin(owner, [number for number in train if number not in inner])
+    outer_train, inner_train = (
+        np.isin(owner, train),
+        np.isin(owner, [number for number in train if number not in inner]),
+    )
     inner_test = np.isin(owner, list(inner))
-    scores = [np.median(np.linalg.norm(p - y[inner_test], axis=1)) for p in _ridge(x, y, inner_train, inner_test, strengths)]
+    scores = [
+        np.median(np.linalg.norm(p - y[inner_test], axis=1)) for p in _ridge(x, y, inner_train, inner_test, strengths)
+    ]
     strength = float(strengths[int(np.argmin(scores))])
     test = np.isin(owner, held)
     (predicted,) = _ridge(x, y, outer_train, test, [strength])
@@ -175,7 +204,14 @@ def fit_probe(
     baseline = np.median(np.linalg.norm(y[outer_train].mean(0) - y[test], axis=1))
     counts = (len(train), len(held))
     return Probe(
-        y[test], predicted, owner[test], float(np.median(errors)), float(np.quantile(errors, 0.9)), float(baseline), *counts, strength
+        y[test],
+        predicted,
+        owner[test],
+        float(np.median(errors)),
+        float(np.quantile(errors, 0.9)),
+        float(baseline),
+        *counts,
+        strength,
     )
 
 
@@ -194,7 +230,12 @@ def probe(result: Probe) -> Figure:
         errors = np.linalg.norm(result.predicted_mm - result.truth_mm, axis=1)
         panels[3].hist(errors, bins=30, color="#2f6db3")
         panels[3].axvline(result.median_error_mm, color="black", label=f"median {result.median_error_mm:.2f} mm")
-        panels[3].axvline(result.mean_predictor_mm, color="#b03a2e", ls="--", label=f"mean predictor {result.mean_predictor_mm:.2f} mm")
+        panels[3].axvline(
+            result.mean_predictor_mm,
+            color="#b03a2e",
+            ls="--",
+            label=f"mean predictor {result.mean_predictor_mm:.2f} mm",
+        )
         panels[3].set(xlabel="error (mm)", ylabel="ticks", title=f"Error, p90 {result.p90_error_mm:.2f} mm")
         panels[3].legend(fontsize=7)
         figure.suptitle(
@@ -239,4 +280,7 @@ def _pca_colours(features: EpisodeFeatures, ticks: list[int]) -> dict[str, np.nd
     parts = np.pad(parts, [(0, 0), (0, 0), (0, 3 - parts.shape[-1])])
     low, high = np.percentile(parts[known], [2, 98], axis=0)
     shade = np.where(known[..., None], np.clip((parts - low) / np.maximum(high - low, 1e-9), 0, 1), 1.0)
-    return {view: shade[:, layout.view_slice(view)].reshape(len(ticks), layout.rows, layout.cols, 3) for view in layout.views}
+    return {
+        view: shade[:, layout.view_slice(view)].reshape(len(ticks), layout.rows, layout.cols, 3)
+        for view in layout.views
+    }

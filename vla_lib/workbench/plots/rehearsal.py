@@ -7,9 +7,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
+from needle_rig.tissue import BIN_MM
 from vla_lib.evaluation.rehearsal_process import Moment
 from vla_lib.runtime.run_log import Tick
-from vla_lib.sim.tissue import BIN_MM
 from vla_lib.workbench.plots.closed_loop import MODES
 from vla_lib.workbench.plots.style import style
 
@@ -49,7 +49,9 @@ def _sensor(scan: Any, force: Any, recent: Sequence[Moment], limit_mN: float) ->
     scan.grid(False)
     if len(t_s):
         extent = (t_s[0], t_s[-1], (samples.shape[1] - 1) * BIN_MM, 0)
-        scan.imshow(samples[:, 1::4].T, aspect="auto", extent=extent, cmap="magma", vmin=10, vmax=100, interpolation="nearest")
+        scan.imshow(
+            samples[:, 1::4].T, aspect="auto", extent=extent, cmap="magma", vmin=10, vmax=100, interpolation="nearest"
+        )
         force.plot(t_s, samples[:, 0], color="#c58b00", lw=0.9)
     force.axhline(limit_mN, color="#b5122a", lw=1, ls="--", label="limit")
     force.set(xlabel="time (s)", ylabel="force (mN)")

@@ -1,6 +1,6 @@
-"""Attempts on the simulated rig in; figures of their paths, forces and A-scans, and montages of the views out.
+"""Rollouts on the simulated rig in; figures of their paths, forces and A-scans, and montages of the views out.
 
-An attempt's path is what `SimRig.path()` gives (t_s (n,), position_mm (n, 3), force_mN (n,)), its truth `info["truth"]`.
+A rollout's path is what `SimRig.path()` gives (t_s (n,), position_mm (n, 3), force_mN (n,)), its truth `info["truth"]`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,15 +11,15 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle
 
-from vla_lib.sim.tissue import BIN_MM
-from vla_lib.sim.world import DEPTH_TOLERANCE_MM, FORCE_LIMIT_MN, LATERAL_TOLERANCE_MM
+from needle_rig.tissue import BIN_MM
+from needle_rig.world import DEPTH_TOLERANCE_MM, FORCE_LIMIT_MN, LATERAL_TOLERANCE_MM
 from vla_lib.workbench.plots.style import style
 
 PATH, TARGET, MEMBRANE, GEL = "#0b6e99", "#b5122a", "#7a3fa0", "#c9c4b8"
 
 
-def attempt(path: Mapping[str, np.ndarray], truth: Mapping[str, Any], title: str = "") -> Figure:
-    """One attempt: in 3-D and from above with target and membrane, depth behind the membrane over time, force over time."""
+def rollout(path: Mapping[str, np.ndarray], truth: Mapping[str, Any], title: str = "") -> Figure:
+    """One rollout: in 3-D and from above with target and membrane, depth behind the membrane over time, force over time."""
     t, position, force = (np.asarray(path[key]) for key in ("t_s", "position_mm", "force_mN"))
     target, membrane_mm = np.asarray(truth["target_xy_mm"]), truth["membrane_z_mm"]
     with style():
@@ -34,7 +34,9 @@ def attempt(path: Mapping[str, np.ndarray], truth: Mapping[str, Any], title: str
         _draw_space(axes["space"], [position], truth)
         _draw_above(axes["above"], [position], target)
         asked = truth["asked_depth_mm"]
-        depth.axhspan(asked - DEPTH_TOLERANCE_MM, asked + DEPTH_TOLERANCE_MM, color="#2e7d32", alpha=0.25, lw=0, label="asked")
+        depth.axhspan(
+            asked - DEPTH_TOLERANCE_MM, asked + DEPTH_TOLERANCE_MM, color="#2e7d32", alpha=0.25, lw=0, label="asked"
+        )
         depth.axhline(0, color=MEMBRANE, lw=1, label="membrane")
         depth.plot(t, membrane_mm - position[:, 2], color=PATH)
         depth.set(ylabel="depth behind\nmembrane (mm)", ylim=(-8, 3.5))
@@ -51,8 +53,10 @@ def attempt(path: Mapping[str, np.ndarray], truth: Mapping[str, Any], title: str
     return figure
 
 
-def attempts_from_above(paths: Sequence[np.ndarray], truths: Sequence[Mapping[str, Any]], success: Sequence[bool]) -> Figure:
-    """Many attempts, each about its own target: paths (n, 3) mm from above, and depth against lateral distance."""
+def rollouts_from_above(
+    paths: Sequence[np.ndarray], truths: Sequence[Mapping[str, Any]], success: Sequence[bool]
+) -> Figure:
+    """Many rollouts, each about its own target: paths (n, 3) mm from above, and depth against lateral distance."""
     with style():
         figure, (above, side) = plt.subplots(1, 2, figsize=(10, 4.6))
         above.add_patch(Circle((0, 0), LATERAL_TOLERANCE_MM, color=TARGET, alpha=0.2, lw=0))
@@ -65,7 +69,10 @@ def attempts_from_above(paths: Sequence[np.ndarray], truths: Sequence[Mapping[st
             above.plot(*offset[-1], "o", ms=3, color=colour)
             side.plot(np.hypot(*offset.T), position[:, 2] - truth["membrane_z_mm"], color=colour, lw=0.8, alpha=0.6)
         above.set(
-            xlabel="x from target (mm)", ylabel="y from target (mm)", aspect="equal", title=f"{sum(success)} of {len(success)} succeeded"
+            xlabel="x from target (mm)",
+            ylabel="y from target (mm)",
+            aspect="equal",
+            title=f"{sum(success)} of {len(success)} succeeded",
         )
         side.set(xlabel="distance from target axis (mm)", ylabel="height over membrane (mm)")
         side.legend()
@@ -93,7 +100,9 @@ def montage(moments: Sequence[Mapping[str, np.ndarray]], labels: Sequence[str] =
     """Pictures {view: (H, W, 3)} of some moments, a row a moment and a column a view."""
     views = list(moments[0])
     with style():
-        figure, axes = plt.subplots(len(moments), len(views), figsize=(2.6 * len(views), 1.6 * len(moments) + 0.3), squeeze=False)
+        figure, axes = plt.subplots(
+            len(moments), len(views), figsize=(2.6 * len(views), 1.6 * len(moments) + 0.3), squeeze=False
+        )
         for row, pictures in enumerate(moments):
             for column, view in enumerate(views):
                 axis = axes[row, column]
@@ -116,7 +125,14 @@ def _draw_space(axis, paths: Sequence[np.ndarray], truth: Mapping[str, Any]) -> 
         (truth["membrane_z_mm"], 8.0, MEMBRANE, "membrane (hidden)"),
     ):
         axis.plot(x + radius * np.cos(angle), y + radius * np.sin(angle), height, color=colour, lw=1.5, label=name)
-    axis.plot([x, x], [y, y], [truth["membrane_z_mm"] - truth["asked_depth_mm"], truth["surface_z_mm"] + 12], color=GEL, lw=1, ls="--")
+    axis.plot(
+        [x, x],
+        [y, y],
+        [truth["membrane_z_mm"] - truth["asked_depth_mm"], truth["surface_z_mm"] + 12],
+        color=GEL,
+        lw=1,
+        ls="--",
+    )
     for position in paths:
         axis.plot(*position.T, color=PATH, lw=1.5)
         axis.scatter(*position[-1], color=PATH, s=15)

@@ -47,7 +47,9 @@ def training_curves(rows: Sequence[Mapping[str, Any]]) -> Figure:
             best = int(np.argmin(values))
             axes[1].plot(x[best], values[best], "o", ms=8, mfc="none", color=OURS, label=f"best (step {x[best]})")
             for name, colour in BASELINES.items():
-                axes[1].axhline(validations[-1][f"val/baseline_{name}_action_loss"], color=colour, lw=1.2, ls="--", label=name)
+                axes[1].axhline(
+                    validations[-1][f"val/baseline_{name}_action_loss"], color=colour, lw=1.2, ls="--", label=name
+                )
             axes[1].set_ylim(0, None)
             axes[1].legend(loc="upper left", bbox_to_anchor=(1, 1))
         else:
@@ -66,7 +68,11 @@ def newest_figures(rows: Sequence[Mapping[str, Any]]) -> str:
     if steps := [r for r in rows if any(k in r for k in LOSSES)]:
         row = steps[-1]
         parts += [f"loss {next(row[k] for k in LOSSES if k in row):.4f}", f"lr {row['train/lr']:.2e}"]
-        parts += [f"loader wait {100 * _wait_share(steps)[-1]:.0f} %"] if "train/loader_wait_s" in row and len(steps) > 1 else []
+        parts += (
+            [f"loader wait {100 * _wait_share(steps)[-1]:.0f} %"]
+            if "train/loader_wait_s" in row and len(steps) > 1
+            else []
+        )
         parts += [f"GPU memory {row[GPU]:.1f} GiB"] if GPU in row else []
     if validations := [r for r in rows if "val/action_loss" in r]:
         row = validations[-1]
@@ -79,18 +85,22 @@ def reuse_counts(rows: Sequence[Mapping[str, Any]], action_hz: float) -> Figure:
     """How often VL features of each age were used, over all epochs."""
     counts = _summed(rows, "train/vl_reuse_counts")
     ages = np.arange(len(counts))
-    return _histogram(ages * 1000 / action_hz, counts, 800 / action_hz, "age of the VL features (ms)", "Reuse of VL features")
+    return _histogram(
+        ages * 1000 / action_hz, counts, 800 / action_hz, "age of the VL features (ms)", "Reuse of VL features"
+    )
 
 
 def timestep_counts(rows: Sequence[Mapping[str, Any]], timesteps: int) -> Figure:
     """How often each range of diffusion timesteps was drawn, over all epochs."""
     counts = _summed(rows, "train/diffusion_t_counts")
     width = timesteps / max(1, len(counts))
-    return _histogram((np.arange(len(counts)) + 0.5) * width, counts, 0.9 * width, "diffusion timestep", "Diffusion timesteps drawn")
+    return _histogram(
+        (np.arange(len(counts)) + 0.5) * width, counts, 0.9 * width, "diffusion timestep", "Diffusion timesteps drawn"
+    )
 
 
 def weights_share(table: Sequence[Mapping[str, Any]]) -> Figure:
-    """Share of the draws beside the share of the steps, a data set a row; from `TrainingData.weights_table`."""
+    """Share of the draws beside the share of the steps, a dataset a row; from `TrainingData.weights_table`."""
     names = [f"{r['dataset']} (weight {r['weight']:g})" for r in table]
     share = np.array([r["share"] for r in table])
     steps = np.array([r["train_steps"] for r in table], float)
@@ -100,7 +110,7 @@ def weights_share(table: Sequence[Mapping[str, Any]]) -> Figure:
         axis.barh(place + 0.2, 100 * share, 0.38, color=OURS, label="of the draws")
         axis.barh(place - 0.2, 100 * steps / steps.sum(), 0.38, color=GREY, label="of the steps")
         axis.set_yticks(place, names)
-        axis.set(xlabel="share (%)", title="What each data set gets of the training")
+        axis.set(xlabel="share (%)", title="What each dataset gets of the training")
         axis.legend()
     plt.close(figure)
     return figure

@@ -1,0 +1,160 @@
+"""Benchmark rows of the feature cache on a GPU: a model of Qwen2.5-VL-3B's sizes with random weights, so nothing is downloaded; its MFU."""
+
+import json
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from benchmarks.features import INSTRUCTION, VIEWS, build_row, make_dataset, timed
+from benchmarks.rows import BenchRow
+from vla_lib.core.errors import UserError
+
+H200_PEAK_TFLOPS = 989.0  # dense bf16 of H100 and H200, NVIDIA's data sheet
+
+
+def rows(fast: bool = False, views: int = 5) -> list[BenchRow]:
+    """Forward throughput and MFU (eager and compiled), and the whole build against the plain way. Needs about 20 GB of a GPU's memory.
+
+    Raises UserError where there is no GPU.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        raise UserError("The benchmark `gpu` needs a CUDA GPU, and torch finds none here; `vla doctor` says more.")
+    checkpoint, processor, config = large_checkpoint()
+    used, batch_size = VIEWS[:views], 2 if fast else 8
+    result = []
+    pictures = [torch.randint(0, 255, (3, 360, 640), dtype=torch.uint8) for _ in range(views * batch_size)]
+    ticks = [tuple(range(tick * views, tick * views + views)) for tick in range(batch_size)]
+    peak = matmul_tflops()
+    for compiled in (False, True):
+        try:
+            extractor = large_extractor(checkpoint, processor, config, used, compiled)
+            shown = [
+                torch.from_numpy(extractor.recipe.prepare(picture.permute(1, 2, 0).numpy())) for picture in pictures
+            ]
+            seconds = timed(partial(extractor.forward, shown, ticks, INSTRUCTION), repeats=6, warm=3)
+        except Exception as error:  # torch.compile needs a compiler on the machine; the eager row stands without it
+            print(f"compiled={compiled} did not run: {type(error).__name__}: {str(error)[:300]}", flush=True)
+            continue
+        flop = flop_per_tick(config, extractor, used) * batch_size
+        rate = flop / seconds / 1e12
+        share = rate / H200_PEAK_TFLOPS
+        note = f"{batch_size} ticks of {views} views at 640x360 in {seconds * 1e3:.0f} ms, {flop / batch_size / 1e12:.1f} TFLOP a tick; "
+        note += f"of a large matmul here ({peak:.0f} TFLOP/s): {100 * rate / peak:.0f} %; memory {torch.cuda.max_memory_allocated() / 2**30:.0f} GiB"
+        name = f"features.mfu{'.compiled' if compiled else ''}"
+        result.append(BenchRow(name, rate, H200_PEAK_TFLOPS, "TFLOP/s", share, "0.5 of the data sheet's peak", note))
+        if compiled:
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            make_dataset(Path(folder), episodes=3, steps=150, size=(1280, 720), views=used)
+            result.append(
+                build_row(
+                    Path(folder),
+                    "3B sizes",
+                    plain_samples=8,
+                    extractor=extractor,
+                    plain=large_plain(checkpoint, config),
+                )[0]
+            )
+    return result
+
+
+def large_checkpoint() -> tuple[Any, Any, dict[str, Any]]:
+    """The tiny checkpoint's tokenizer and processor, and the sizes of Qwen2.5-VL-3B (its published config.json) around its token ids."""
+    from vla_lib.features.vlm import load_processor, open_checkpoint
+
+    checkpoint = open_checkpoint("tiny")
+    ids = json.loads((checkpoint.folder / "config.json").read_text())
+    rope = {"rope_type": "default", "rope_theta": 1000000.0, "mrope_section": [16, 24, 24]}
+    text = {
+        "vocab_size": 151936,
+        "hidden_size": 2048,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 16,
+    }
+    text |= {"num_key_value_heads": 2, "max_position_embeddings": 128000, "rope_parameters": rope}
+    vision = {
+        "depth": 32,
+        "hidden_size": 1280,
+        "num_heads": 16,
+        "intermediate_size": 3420,
+        "out_hidden_size": 2048,
+        "patch_size": 14,
+    }
+    vision |= {"spatial_merge_size": 2, "window_size": 112, "fullatt_block_indexes": [7, 15, 23, 31]}
+    names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    config = {
+        "text_config": text,
+        "vision_config": vision,
+        "tie_word_embeddings": True,
+        **{name: ids[name] for name in names},
+    }
+    return checkpoint, load_processor(checkpoint), config
+
+
+def large_extractor(
+    checkpoint: Any, processor: Any, config: dict[str, Any], views: tuple[str, ...], compiled: bool
+) -> Any:
+    """A 3B-sized extractor with random weights on the GPU: 18 of 36 layers, bfloat16, 4x6 tokens a view."""
+    import torch
+    from transformers import AutoConfig, AutoModel
+
+    from vla_lib.features.extractor import FeatureExtractor
+    from vla_lib.features.form import FeatureForm
+    from vla_lib.features.vlm import Vlm, speed_up
+
+    half = {**config, "text_config": {**config["text_config"], "num_hidden_layers": 18}}
+    with torch.device("cuda:0"):
+        model = AutoModel.from_config(
+            AutoConfig.for_model("qwen2_5_vl", **half), dtype=torch.bfloat16, attn_implementation="sdpa"
+        )
+    vlm = Vlm(
+        speed_up(model, "cuda:0", compiled), processor, "qwen2_5_vl", 36, 18, config["text_config"]["hidden_size"]
+    )
+    return FeatureExtractor(vlm, FeatureForm(processor, views, "grid:4x6", 360, 640))
+
+
+def large_plain(checkpoint: Any, config: dict[str, Any]) -> Any:
+    """The whole 3B-sized model with lm_head, as transformers runs it by default."""
+    import torch
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    with torch.device("cuda:0"):
+        model = AutoModelForImageTextToText.from_config(
+            AutoConfig.for_model("qwen2_5_vl", **config), dtype=torch.bfloat16
+        )
+    return model.eval()
+
+
+def flop_per_tick(config: dict[str, Any], extractor: Any, views: tuple[str, ...]) -> float:
+    """Floating-point operations of one tick of 640x360 pictures: two per weight and token, and the attention products."""
+    text, vision = config["text_config"], config["vision_config"]
+    rows_, cols = extractor.recipe.token_grid(360, 640)
+    patches, tokens = 4 * rows_ * cols, rows_ * cols
+    d, f = vision["hidden_size"], vision["intermediate_size"]
+    full = len(vision["fullatt_block_indexes"])
+    window = (vision["window_size"] // vision["patch_size"]) ** 2
+    tower = (
+        vision["depth"] * (4 * d * d + 3 * d * f)
+        + 3 * 2 * 14 * 14 * d
+        + (4 * d * 4 * d + 4 * d * vision["out_hidden_size"]) / 4
+    )
+    seen = 2 * patches * tower + 4 * patches * d * (full * patches + (vision["depth"] - full) * window)
+    ids, *_ = extractor._sequence(tuple(range(len(views))), ((rows_, cols),) * len(views), INSTRUCTION)
+    length = ids.shape[1]
+    h, g = text["hidden_size"], text["intermediate_size"]
+    keys = h * text["num_key_value_heads"] // text["num_attention_heads"]
+    layer = 2 * length * (2 * h * h + 2 * h * keys + 3 * h * g) + 2 * length * length * h  # causal: half of 4 L L h
+    assert length > tokens * len(views)
+    return len(views) * seen + extractor.vlm.layer * layer
+
+
+def matmul_tflops(size: int = 8192) -> float:
+    """TFLOP/s of one large bfloat16 matrix product on this GPU."""
+    import torch
+
+    a, b = (torch.randn(size, size, device="cuda:0", dtype=torch.bfloat16) for _ in range(2))
+    return 2 * size**3 / timed(lambda: a @ b, repeats=20, warm=5) / 1e12

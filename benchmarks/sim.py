@@ -1,0 +1,71 @@
+"""Benchmark rows of the simulated rig: pictures a second, and how much faster than real time it records and steps."""
+
+import tempfile
+import time
+from pathlib import Path
+
+from benchmarks.rows import BenchRow
+from needle_rig.demonstration import demonstrate
+from needle_rig.demonstrator import demonstrator_action
+from needle_rig.recorder import Plan, record
+from needle_rig.render import PictureMaker, check_gl
+from needle_rig.rig import SimRig
+from needle_rig.world import VIEWS, sample_world
+
+
+def rows(fast: bool = False) -> list[BenchRow]:
+    """Draw for some seconds, record some episodes in a temporary folder, step one rollout. Raises UserError where EGL is missing."""
+    check_gl()
+    return [pictures_row(0.5 if fast else 2.0), recording_row(2 if fast else 8, workers=2), rig_row()]
+
+
+def pictures_row(seconds: float) -> BenchRow:
+    """Pictures of 320x180 a second on one core, as drawn, against the five views at the cameras' 5 Hz."""
+    world = sample_world(0)
+    shown = demonstrate(world)
+    maker = PictureMaker()
+    maker.show(world)
+    maker.pictures(shown.position_mm[0], shown.rotvec_deg[0])
+    drawn, start = 0, time.perf_counter()
+    while time.perf_counter() - start < seconds:
+        k = 65 * drawn % len(shown.force_mN)
+        maker.picture(VIEWS[drawn % len(VIEWS)], shown.position_mm[k], shown.rotvec_deg[k])
+        drawn += 1
+    rate = drawn / (time.perf_counter() - start)
+    maker.close()
+    return BenchRow(
+        "sim.pictures",
+        rate,
+        25.0,
+        "pictures/s",
+        rate / 25.0,
+        "> 500 on one core",
+        "320x180, one process; baseline: five cameras at 5 Hz",
+    )
+
+
+def recording_row(episodes: int, workers: int) -> BenchRow:
+    """Seconds of episode written a second of wall clock, all files included."""
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.perf_counter()
+        manifest = record(Path(folder), Plan(episodes - episodes // 4, episodes // 4), workers, show=False)
+        took = time.perf_counter() - start
+    recorded = sum(entry["seconds"] + manifest["plan"]["idle_tail_s"] for entry in manifest["episodes"])
+    note = f"{episodes} episodes, {workers} processes, their start included; baseline: real time"
+    return BenchRow("sim.recording", recorded / took, 1.0, "s/s", recorded / took, "several times real time", note)
+
+
+def rig_row() -> BenchRow:
+    """Seconds of rig time a second of wall clock, stepping at 10 Hz with five cameras at 5 Hz."""
+    rig = SimRig(seed=0)
+    rig.reset()
+    start = time.perf_counter()
+    done = False
+    while not done:
+        *_, terminated, truncated, info = rig.step(demonstrator_action(rig))
+        done = terminated or truncated
+    factor = info["time_s"] / (time.perf_counter() - start)
+    rig.close()
+    return BenchRow(
+        "sim.step", factor, 1.0, "s/s", factor, "faster than real time", "one process, five views; baseline: real time"
+    )

@@ -1,0 +1,152 @@
+"""The scripted demonstrator: what a policy could measure in, a smooth velocity of the tip out, at human speeds (2 to 6 mm/s).
+
+It acts on the state, the target's place and yaw (from the cameras) and the OCT distance (from the sensor), and on nothing older, so a
+policy without memory can imitate it. Injected pushes lead it off its path and it recovers: states off the path are in the recordings.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.spatial.transform import Rotation
+
+from needle_rig.tissue import RANGE_MM
+from needle_rig.world import ASKED_DEPTH_MM, LAYER_THICKNESS_MM, World
+
+SPEED_MM_S = 5.0
+TURN_DEG_S = 12.0
+HOVER_MM = 4.0  # waits at this height over the surface until it is above the target
+HOVER_SLOPE = (
+    0.4  # and this much higher for every mm beside it: low enough that height does not tell whether the target is below
+)
+DONE_DEPTH_MM = 0.08
+HOLD_S = 1.6  # longer than the rest that the judgement asks for
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the demonstrator sees: tip (3,) mm, orientation as rotation vector (3,) deg, target, and the remaining way by OCT (or None)."""
+
+    position_mm: np.ndarray
+    rotvec_deg: np.ndarray
+    target_xy_mm: tuple[float, float]
+    target_yaw_deg: float
+    surface_z_mm: float
+    remaining_mm: float | None
+
+
+def measure(world: World, position_mm: np.ndarray, rotvec_deg: np.ndarray, punctured: bool) -> Measured:
+    """What can be seen of a world. The remaining way comes from the membrane's echo, and after the puncture from the deeper layer's."""
+    distance = float(position_mm[2]) - world.membrane_z_mm
+    if punctured:
+        remaining = (distance + world.layer_mm) - (
+            LAYER_THICKNESS_MM - ASKED_DEPTH_MM
+        )  # the layer's nominal thickness is what it knows
+    else:
+        remaining = max(distance, 0.0) + ASKED_DEPTH_MM if distance < RANGE_MM else None
+    return Measured(position_mm, rotvec_deg, world.target_xy_mm, world.target_yaw_deg, world.surface_z_mm, remaining)
+
+
+def velocity(seen: Measured) -> np.ndarray:
+    """(6,) wished velocity: mm/s, then deg/s as a rotation vector, base frame."""
+    offset = np.asarray(seen.position_mm[:2]) - seen.target_xy_mm
+    lateral = float(np.hypot(*offset))
+    height = float(seen.position_mm[2]) - seen.surface_z_mm
+    speed = np.zeros(6)
+    speed[:2] = -SPEED_MM_S * offset / np.hypot(lateral, SPEED_MM_S / 1.5)
+    if height < 0:
+        speed[:2] *= 0.3  # the gel holds the needle
+    hover = -1.2 * (height - HOVER_MM - HOVER_SLOPE * max(0.0, lateral - 0.8))
+    hover = SPEED_MM_S * np.tanh(hover / SPEED_MM_S)
+    insert = -4.0 if seen.remaining_mm is None else -4.0 * np.tanh(1.8 * seen.remaining_mm / 4.0)
+    above = _smooth((1.4 - lateral) / 0.7)  # 1 within 0.7 mm of the target's axis, 0 beyond 1.4 mm
+    inside = _smooth((0.5 - height) / 0.5)
+    weight = max(above, inside)
+    speed[2] = weight * insert + (1 - weight) * hover
+    goal = Rotation.from_euler("Z", seen.target_yaw_deg, degrees=True)
+    turn = (goal * Rotation.from_rotvec(seen.rotvec_deg, degrees=True).inv()).as_rotvec(degrees=True)
+    speed[3:] = TURN_DEG_S * turn / np.hypot(np.linalg.norm(turn), TURN_DEG_S / 1.2)
+    return speed
+
+
+def finished(seen: Measured, punctured: bool) -> bool:
+    """Whether the tip rests at the asked depth, so that the hold begins."""
+    return punctured and seen.remaining_mm is not None and abs(seen.remaining_mm) < DONE_DEPTH_MM
+
+
+def _smooth(x: float) -> float:
+    x = min(max(x, 0.0), 1.0)
+    return x * x * (3 - 2 * x)
+
+
+class Pushes:
+    """Disturbances of one demonstration: smooth velocity pulses at random moments, one to three just before the
+    insertion, one after the puncture. They are short: what they do cannot be learnt, how they are corrected can.
+
+    A pulse of `seconds` shifts the tip by (6,) `shift` (mm, deg) against the demonstrator, who corrects it while it lasts.
+    """
+
+    def __init__(self, rng: np.random.Generator, rate_hz: float = 0.15):
+        self._rng, self._rate_hz = rng, rate_hz
+        self._pulse: tuple[float, float, np.ndarray] | None = None
+        self._next_s = rng.exponential(1 / rate_hz) if rate_hz else np.inf
+        self._near = (
+            int(rng.integers(1, 4)) if rate_hz else 0
+        )  # pushes just before the insertion that are still to come
+        self._behind = rate_hz > 0 and rng.uniform() < 0.5
+        self._wander = np.zeros(3)
+
+    def velocity(self, t_s: float, dt_s: float, seen: Measured, resting: bool) -> np.ndarray:
+        """(6,) added velocity at time t; also a slow wander of 0.15 mm/s, as of a hand."""
+        height = seen.position_mm[2] - seen.surface_z_mm
+        lateral = np.hypot(*(seen.position_mm[:2] - np.asarray(seen.target_xy_mm)))
+        if self._pulse is None:
+            if height > 1.0 and self._near and height < HOVER_MM + 1 and lateral < 1.5:
+                self._near -= 1
+                self._start(
+                    t_s, 0.35, lateral_mm=self._rng.uniform(1.0, 5.0), up_mm=self._rng.uniform(-0.5, 1.0), turn_deg=4.0
+                )
+            elif height > 2.0 and t_s >= self._next_s:
+                self._next_s = t_s + 1.0 + self._rng.exponential(1 / self._rate_hz)
+                self._start(
+                    t_s, 0.4, lateral_mm=self._rng.uniform(2.0, 6.0), up_mm=self._rng.uniform(-1.0, 2.0), turn_deg=6.0
+                )
+            elif resting and self._behind:
+                self._behind = False
+                self._start(
+                    t_s,
+                    0.4,
+                    lateral_mm=0.1,
+                    up_mm=self._rng.choice([-1, 1]) * self._rng.uniform(0.25, 0.55),
+                    turn_deg=1.0,
+                )
+        self._wander += dt_s / 0.5 * -self._wander
+        if self._rate_hz:
+            self._wander += 0.15 * np.sqrt(2 * dt_s / 0.5) * self._rng.standard_normal(3)
+        added = np.concatenate([self._wander, np.zeros(3)])
+        if height < 0.5 or resting:
+            added *= 0.3
+        if self._pulse is not None:
+            start, seconds, shift = self._pulse
+            phase = (t_s - start) / seconds
+            if phase >= 1:
+                self._pulse = None
+            else:
+                added += shift / seconds * (1 - np.cos(2 * np.pi * phase))  # integrates to the shift
+        return added
+
+    @property
+    def active(self) -> bool:
+        """Whether a pulse is running."""
+        return self._pulse is not None
+
+    def _start(self, t_s: float, seconds: float, lateral_mm: float, up_mm: float, turn_deg: float) -> None:
+        angle = self._rng.uniform(0, 2 * np.pi)
+        shift = np.array([lateral_mm * np.cos(angle), lateral_mm * np.sin(angle), up_mm, 0, 0, 0])
+        shift[3:] = self._rng.uniform(-1, 1, 3) * turn_deg * np.array([0.3, 0.3, 1.0])
+        self._pulse = (t_s, seconds, shift)
+
+
+def demonstrator_action(rig) -> np.ndarray:
+    """(7,) action of the demonstrator, without pushes, for a `SimRig` in its present state: a reference that reads the rig's truth."""
+    seen = measure(rig.world, rig.arm.pose[:3], rig.arm.pose[3:], rig.tissue.punctured)
+    return np.concatenate([velocity(seen) / rig.action_hz, [1.0]])

@@ -1,0 +1,187 @@
+"""The drawn scene: a `World` and tool poses in, a MuJoCo model with its five cameras out. Lengths are mm; nothing here has dynamics.
+
+A silicone block stands on a bench; a round white sticker with a coloured ring and a blue yaw bar marks the target. The needle hangs from a
+green hub. Views 1 to 4 look from four sides at 40 degrees of elevation, View5 rides on the tool. The membrane is not drawn at all.
+"""
+
+import colorsys
+
+import mujoco
+import numpy as np
+from scipy.spatial.transform import Rotation
+
+from needle_rig.world import CENTRE_XY_MM, SURFACE_Z_MM, VIEWS, World
+
+CAMERA_DISTANCE_MM = 120.0
+CAMERA_ELEVATION_DEG = 40.0
+CAMERA_AZIMUTHS_DEG = (40.0, 140.0, 220.0, 320.0)
+LOOK_AT_HEIGHT_MM = 6.0  # over the surface
+_FOVY_DEG = 22.0
+_HAND_FOVY_DEG = 46.0
+_HAND_PLACE_MM = (-38.0, 0.0, 42.0)  # in the tool frame, which begins at the tip
+_HAND_LOOKS_AT_MM = (4.0, 0.0, -6.0)
+
+# Marks on the silicone (x, y, radius in mm, on the phantom), so that its surface is not a blank: they do not move with the target.
+_SPECKS = (
+    (-22, -20, 1.1),
+    (-23, 6, 0.8),
+    (-13, 23, 1.0),
+    (3, -23, 0.9),
+    (16, -22, 1.2),
+    (23, -5, 0.8),
+    (22, 17, 1.1),
+    (4, 23, 0.8),
+)
+
+_XML = """
+<mujoco model="needle insertion rig">
+  <visual>
+    <global offwidth="2048" offheight="1536"/>
+    <quality shadowsize="0" offsamples="0" numslices="24" numstacks="4"/>
+    <map znear="0.05" zfar="20"/>
+    <headlight ambient="0.35 0.35 0.35" diffuse="0.15 0.15 0.15" specular="0 0 0"/>
+  </visual>
+  <statistic extent="100" center="{cx} {cy} {sz}"/>
+  <asset>
+    <material name="bench" rgba="0.40 0.41 0.44 1" specular="0.1" shininess="0.1"/>
+    <material name="tile" rgba="0.31 0.33 0.37 1" specular="0.1" shininess="0.1"/>
+    <material name="silicone" specular="0.25" shininess="0.4"/>
+    <material name="speck" rgba="0.62 0.60 0.55 1" specular="0.1" shininess="0.1"/>
+    <material name="paper" rgba="0.97 0.97 0.95 1" specular="0.05" shininess="0"/>
+    <material name="ring" rgba="0.9 0.1 0.1 1" specular="0.05" shininess="0"/>
+    <material name="bar" rgba="0.1 0.2 0.8 1" specular="0.05" shininess="0"/>
+    <material name="steel" rgba="0.30 0.31 0.34 1" specular="0.8" shininess="0.7"/>
+    <material name="hub" rgba="0.10 0.85 0.35 1" specular="0.3" shininess="0.5"/>
+    <material name="holder" rgba="0.16 0.16 0.18 1" specular="0.3" shininess="0.4"/>
+    <material name="clamp" rgba="0.20 0.21 0.24 1" specular="0.3" shininess="0.3"/>
+  </asset>
+  <worldbody>
+    <!-- near things first: what lies behind them is then rejected by depth before it is shaded -->
+    <light name="lamp" pos="{cx} {cy} 300" dir="0 0 -1" directional="true" diffuse="0.7 0.7 0.7" specular="0.2 0.2 0.2" castshadow="false"/>
+    <body name="target" mocap="true" pos="{cx} {cy} {sz}">
+      <geom type="cylinder" size="7.6 0.05" pos="0 0 0.05" material="paper"/>
+      <geom type="box" size="7.5 2.2 0.05" pos="12.5 0 0.10" material="bar"/>
+      <geom type="cylinder" size="6.0 0.05" pos="0 0 0.20" material="ring"/>
+      <geom type="cylinder" size="3.0 0.05" pos="0 0 0.30" material="paper"/>
+      <geom type="cylinder" size="1.0 0.05" pos="0 0 0.40" material="ring"/>
+    </body>
+    <body name="tool" mocap="true" pos="{cx} {cy} {start}">
+      <geom type="ellipsoid" size="0.55 0.55 1.6" pos="0 0 1.6" material="steel"/>
+      <geom type="cylinder" size="0.55 7" pos="0 0 8.6" material="steel"/>
+      <geom type="cylinder" size="2.2 4" pos="0 0 18" material="hub"/>
+      <geom type="box" size="1.2 0.5 4" pos="2.6 0 18" material="paper"/>
+      <geom type="cylinder" size="5 12" pos="0 0 34" material="holder"/>
+      <camera name="View5" pos="{hx} {hy} {hz}" fovy="{hand_fovy}"/>
+    </body>
+    <body name="phantom" mocap="true" pos="{cx} {cy} {sz}">
+      <geom type="box" size="26 26 10" pos="0 0 -10" material="silicone"/>
+      <geom type="box" size="4 9 12" pos="30 0 -14" material="clamp"/>
+      <geom type="box" size="4 9 12" pos="-30 0 -14" material="clamp"/>
+      {specks}
+    </body>
+    <body name="ground" pos="{cx} {cy} {bench}">
+      {tiles}
+      <geom type="box" size="250 250 5" material="bench"/>
+    </body>
+    {cameras}
+  </worldbody>
+</mujoco>
+"""
+
+
+def _look(place: np.ndarray, at: np.ndarray) -> Rotation:
+    """A MuJoCo camera's rotation (x right, y up, looks along -z) at `place` that looks at `at` with the world's up upwards."""
+    back = (place - at) / np.linalg.norm(place - at)
+    right = np.cross([0.0, 0.0, 1.0], back)
+    right /= np.linalg.norm(right)
+    return Rotation.from_matrix(np.stack([right, np.cross(back, right), back], axis=1))
+
+
+def _wxyz(turn: Rotation) -> np.ndarray:
+    return np.roll(turn.as_quat(), 1)
+
+
+def camera_poses() -> list[tuple[np.ndarray, Rotation]]:
+    """Nominal place (mm; View5 in the tool frame) and rotation of each of the five cameras."""
+    at = np.array([*CENTRE_XY_MM, SURFACE_Z_MM + LOOK_AT_HEIGHT_MM])
+    poses = []
+    for azimuth in np.radians(CAMERA_AZIMUTHS_DEG):
+        e = np.radians(CAMERA_ELEVATION_DEG)
+        place = at + CAMERA_DISTANCE_MM * np.array(
+            [np.cos(azimuth) * np.cos(e), np.sin(azimuth) * np.cos(e), np.sin(e)]
+        )
+        poses.append((place, _look(place, at)))
+    hand = np.asarray(_HAND_PLACE_MM)
+    poses.append((hand, _look(hand, np.asarray(_HAND_LOOKS_AT_MM))))
+    return poses
+
+
+class Scene:
+    """The MuJoCo model and data. `show` dresses it as a world, `place_tool` moves the needle."""
+
+    def __init__(self):
+        cx, cy = CENTRE_XY_MM
+        tiles = "\n".join(
+            f'<geom type="box" size="20 20 0.2" pos="{40 * i} {40 * j} 5" material="tile"/>'
+            for i in range(-2, 3)
+            for j in range(-2, 3)
+            if (i + j) % 2 == 0 and (i, j) != (0, 0)
+        )
+        specks = "\n".join(
+            f'<geom type="cylinder" size="{r} 0.05" pos="{x} {y} 0" material="speck"/>' for x, y, r in _SPECKS
+        )
+        cameras = "\n".join(f'<camera name="{view}" fovy="{_FOVY_DEG}"/>' for view in VIEWS[:4])
+        self.model = mujoco.MjModel.from_xml_string(
+            _XML.format(
+                cx=cx, cy=cy, sz=SURFACE_Z_MM, bench=SURFACE_Z_MM - 31, start=SURFACE_Z_MM + 20, cameras=cameras, tiles=tiles, specks=specks,
+                hx=_HAND_PLACE_MM[0], hy=_HAND_PLACE_MM[1], hz=_HAND_PLACE_MM[2], hand_fovy=_HAND_FOVY_DEG,
+            )
+        )  # fmt: skip
+        self.data = mujoco.MjData(self.model)
+        self._bench_rgb = {name: self.model.material(name).rgba[:3].copy() for name in ("bench", "tile")}
+        self._mocap = {name: self.model.body(name).mocapid[0] for name in ("phantom", "target", "tool")}
+        self._camera = {view: self.model.camera(view).id for view in VIEWS}
+
+    def show(self, world: World) -> None:
+        """Colours, light, cameras, phantom and target of `world`."""
+        looks, model = world.looks, self.model
+        model.material("silicone").rgba[:3] = looks["silicone_rgb"]
+        model.material("ring").rgba[:3] = colorsys.hsv_to_rgb(looks["ring_hue"], 0.9, 0.85)
+        for name, rgb in self._bench_rgb.items():
+            model.material(name).rgba[:3] = np.clip(rgb * looks["table_level"], 0, 1)
+        lamp = model.light("lamp")
+        direction = -np.asarray(looks["light_mm"])
+        lamp.dir[:] = direction / np.linalg.norm(direction)
+        lamp.diffuse[:] = 0.7 * looks["light_level"] * np.asarray(looks["light_rgb"])
+        model.vis.headlight.ambient[:] = looks["ambient_level"]
+        for i, (view, (place, turn)) in enumerate(zip(VIEWS, camera_poses(), strict=True)):
+            camera = self._camera[view]
+            model.cam_pos[camera] = place + looks["camera_place_mm"][i]
+            model.cam_quat[camera] = _wxyz(turn * Rotation.from_rotvec(looks["camera_turn_deg"][i], degrees=True))
+        x, y = np.asarray(CENTRE_XY_MM) + looks["phantom_xy_mm"]
+        self._put(
+            "phantom", (x, y, world.surface_z_mm), Rotation.from_euler("Z", looks["phantom_yaw_deg"], degrees=True)
+        )
+        self._put(
+            "target",
+            (*world.target_xy_mm, world.surface_z_mm),
+            Rotation.from_euler("Z", world.target_yaw_deg, degrees=True),
+        )
+        self.place_tool(np.asarray(world.start_mm), np.asarray(world.start_rotvec_deg))
+
+    def place_tool(self, position_mm: np.ndarray, rotvec_deg: np.ndarray) -> None:
+        """Put the needle's tip at (3,) mm with a (3,) rotation vector in degrees."""
+        self._put("tool", position_mm, Rotation.from_rotvec(rotvec_deg, degrees=True))
+        mujoco.mj_kinematics(self.model, self.data)
+        mujoco.mj_camlight(self.model, self.data)
+
+    def project(self, view: str, point_mm: np.ndarray, width: int, height: int) -> tuple[float, float, float]:
+        """Pixel (column, row) and distance in mm along the view's axis of a point of the base frame, for plots and tests."""
+        camera = self._camera[view]
+        x, y, z = self.data.cam_xmat[camera].reshape(3, 3).T @ (np.asarray(point_mm) - self.data.cam_xpos[camera])
+        focal = 0.5 * height / np.tan(np.radians(self.model.cam_fovy[camera]) / 2)
+        return width / 2 - focal * x / z, height / 2 + focal * y / z, -z
+
+    def _put(self, name: str, place, turn: Rotation) -> None:
+        self.data.mocap_pos[self._mocap[name]] = place
+        self.data.mocap_quat[self._mocap[name]] = _wxyz(turn)

@@ -1,0 +1,173 @@
+"""One episode's hidden truth: a seed and a task in, a `World` (places, depths, tissue, looks) out.
+
+The cameras show the target, the needle and the phantom's surface; the membrane lies under an opaque gel layer whose thickness is drawn
+independently of everything that is visible. The A-scan shows the membrane's distance and nothing of the lateral place.
+"""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from vla_lib.core.errors import UserError
+
+# Workspace of the rig in the arm's base frame, mm. The phantom's nominal surface is the plane z = SURFACE_Z_MM.
+CENTRE_XY_MM = (175.0, 0.0)
+SURFACE_Z_MM = 135.0
+WORKSPACE_MM = ((150.0, 200.0), (-25.0, 25.0), (126.0, 170.0))  # (low, high) of x, y, z for the tip
+
+TARGET_RANGE_MM = 10.0  # target centre within +- this of the workspace centre, in x and in y
+TARGET_YAW_RANGE_DEG = 25.0
+START_HEIGHT_MM = (6.0, 25.0)  # tip above the nominal surface
+START_RADIUS_MM = 12.0  # tip's lateral start around the workspace centre
+START_TILT_DEG = 3.0  # alpha, beta at the start; the demonstrator brings both to zero
+START_YAW_DEG = 12.0
+SURFACE_JITTER_MM = 0.5  # visible height of the surface
+GEL_THICKNESS_MM = (1.5, 5.5)  # surface to membrane: hidden
+LAYER_THICKNESS_MM = 3.0  # membrane to the deeper layer: the same in every phantom (+- LAYER_JITTER_MM)
+LAYER_JITTER_MM = 0.05
+
+# The task, and how it is judged (see rig.py).
+ASKED_DEPTH_MM = 1.0
+LATERAL_TOLERANCE_MM = 1.5
+DEPTH_TOLERANCE_MM = 0.3
+FORCE_LIMIT_MN = 150.0
+
+# The views, by the keys that prepared episodes use: four ZED cameras around the phantom, one OAK at the hand.
+VIEWS = ("View1_left", "View2_left", "View3_left", "View4_left", "View5")
+
+# Ranges of what is randomised in the pictures, about the values in scene.py.
+CAMERA_PLACE_JITTER_MM = 0.3
+CAMERA_TURN_JITTER_DEG = 0.15
+LIGHT_PLACE_MM = ((-80.0, 80.0), (-80.0, 80.0), (180.0, 260.0))  # (low, high) of x, y, z about the workspace centre
+LIGHT_LEVEL = (0.85, 1.1)
+LIGHT_RGB = (0.92, 1.0)
+AMBIENT_LEVEL = (0.32, 0.42)
+TABLE_LEVEL = (0.8, 1.1)
+SILICONE_LEVEL = (0.95, 1.03)
+PHANTOM_JITTER_MM = 2.0
+PHANTOM_YAW_DEG = 6.0
+
+# Each task: dataset folders below the root, and its phantom's look (rgb of silicone, hue range of the ring).
+TASKS = {
+    "White_silicone_white_circle": {
+        "folders": ("White_silicone_white_circle",),
+        "silicone_rgb": (0.86, 0.85, 0.82),
+        "ring_hue": (-0.03, 0.02),
+    },
+    "Silicone_block": {
+        "folders": ("New_dataset", "Silicone_block"),
+        "silicone_rgb": (0.76, 0.82, 0.86),
+        "ring_hue": (-0.05, 0.03),
+    },
+}
+DEFAULT_TASK = "White_silicone_white_circle"
+
+
+def task_of(name: str) -> dict:
+    """The table row of a task; any other looks like Silicone_block."""
+    if name in TASKS:
+        return TASKS[name]
+    if not all(part.isalnum() for part in name.split("_")):
+        raise UserError(
+            f"The task name {name!r} cannot name a folder; use words joined by underscores, such as Silicone_block."
+        )
+    return TASKS["Silicone_block"] | {"folders": ("New_dataset", name)}
+
+
+def instruction_of(name: str, root: Path | None = None) -> str:
+    """The instruction that prepared episodes of the task below `root` carry: live and recorded prompts must agree; default: the built-in.
+
+    Raises UserError where the root's datasets.yaml cannot be understood.
+    """
+    from vla_lib.episodes.datasets import DatasetTable
+
+    table = DatasetTable() if root is None else DatasetTable.load(root)
+    return table.instruction(*task_of(name)["folders"])
+
+
+@dataclass(frozen=True)
+class World:
+    """What one seed fixes. Never part of an observation nor of a recording."""
+
+    seed: int
+    task: str
+    target_xy_mm: tuple[float, float]
+    target_yaw_deg: float
+    surface_z_mm: float
+    gel_mm: float
+    layer_mm: float
+    start_mm: tuple[float, float, float]
+    start_rotvec_deg: tuple[float, float, float]
+    puncture_indent_mm: float
+    stiffness_mN_per_mm: float
+    friction_mN: float
+    friction_mN_per_mm: float
+    force_bias_mN: float
+    looks: dict  # colours, light and camera offsets, read by scene.py alone
+
+    @property
+    def membrane_z_mm(self) -> float:
+        """Height of the resting membrane, base frame."""
+        return self.surface_z_mm - self.gel_mm
+
+    @property
+    def goal_mm(self) -> tuple[float, float, float]:
+        """Where the tip should stop."""
+        return (*self.target_xy_mm, self.membrane_z_mm - ASKED_DEPTH_MM)
+
+    def to_dict(self) -> dict:
+        """Plain dict of the truth without the looks."""
+        truth = asdict(self)
+        truth.pop("looks")
+        return truth | {"membrane_z_mm": self.membrane_z_mm, "asked_depth_mm": ASKED_DEPTH_MM}
+
+
+def stream(seed: int, purpose: str) -> np.random.Generator:
+    """An independent random stream of an episode seed for one purpose ("world", "sensor", ...): deterministic by both."""
+    return np.random.Generator(np.random.SFC64(np.random.SeedSequence([seed & 0xFFFFFFFFFFFFFFFF, *purpose.encode()])))
+
+
+def sample_world(seed: int, task: str = DEFAULT_TASK) -> World:
+    """Draw a world; the same seed and task give the same world. Raises UserError for a task name that cannot be a folder."""
+    row = task_of(task)
+    rng = stream(seed, "world")
+    angle, radius = rng.uniform(0, 2 * np.pi), START_RADIUS_MM * np.sqrt(rng.uniform())
+    world = World(
+        seed=seed,
+        task=task,
+        target_xy_mm=tuple(float(c + rng.uniform(-TARGET_RANGE_MM, TARGET_RANGE_MM)) for c in CENTRE_XY_MM),
+        target_yaw_deg=float(rng.uniform(-TARGET_YAW_RANGE_DEG, TARGET_YAW_RANGE_DEG)),
+        surface_z_mm=float(SURFACE_Z_MM + rng.uniform(-SURFACE_JITTER_MM, SURFACE_JITTER_MM)),
+        gel_mm=float(rng.uniform(*GEL_THICKNESS_MM)),
+        layer_mm=float(LAYER_THICKNESS_MM + rng.uniform(-LAYER_JITTER_MM, LAYER_JITTER_MM)),
+        start_mm=(
+            float(CENTRE_XY_MM[0] + radius * np.cos(angle)),
+            float(CENTRE_XY_MM[1] + radius * np.sin(angle)),
+            float(SURFACE_Z_MM + rng.uniform(*START_HEIGHT_MM)),
+        ),
+        start_rotvec_deg=tuple(float(rng.uniform(-a, a)) for a in (START_TILT_DEG, START_TILT_DEG, START_YAW_DEG)),
+        puncture_indent_mm=float(rng.uniform(0.30, 0.45)),
+        stiffness_mN_per_mm=float(rng.uniform(120, 180)),
+        friction_mN=float(rng.uniform(5, 8)),
+        friction_mN_per_mm=float(rng.uniform(2.5, 3.5)),
+        force_bias_mN=float(rng.uniform(-1.5, 1.5)),
+        looks=_sample_looks(stream(seed, "looks"), row),
+    )
+    return world
+
+
+def _sample_looks(rng: np.random.Generator, row: dict) -> dict:
+    return {
+        "silicone_rgb": tuple(np.clip(np.asarray(row["silicone_rgb"]) * rng.uniform(*SILICONE_LEVEL, 3), 0, 1)),
+        "ring_hue": float(rng.uniform(*row["ring_hue"]) % 1.0),
+        "table_level": float(rng.uniform(*TABLE_LEVEL)),
+        "light_mm": tuple(rng.uniform(*zip(*LIGHT_PLACE_MM, strict=True))),
+        "light_level": float(rng.uniform(*LIGHT_LEVEL)),
+        "light_rgb": tuple(rng.uniform(*LIGHT_RGB, 3)),
+        "ambient_level": float(rng.uniform(*AMBIENT_LEVEL)),
+        "phantom_xy_mm": tuple(rng.uniform(-PHANTOM_JITTER_MM, PHANTOM_JITTER_MM, 2)),
+        "phantom_yaw_deg": float(rng.uniform(-PHANTOM_YAW_DEG, PHANTOM_YAW_DEG)),
+        "camera_place_mm": rng.uniform(-CAMERA_PLACE_JITTER_MM, CAMERA_PLACE_JITTER_MM, (5, 3)),
+        "camera_turn_deg": rng.uniform(-CAMERA_TURN_JITTER_DEG, CAMERA_TURN_JITTER_DEG, (5, 3)),
+    }

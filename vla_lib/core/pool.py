@@ -1,0 +1,48 @@
+"""Jobs in; their results as they finish out, computed by a pool of worker processes.
+
+Workers are fresh interpreters (spawn): neither a GL context nor another thread's lock survives a fork. They end with their parent, however
+it ends, and leave Ctrl-C to it.
+"""
+
+import multiprocessing
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import as_completed
+from typing import Any, TypeVar
+
+from pebble import ProcessExpired, ProcessPool
+
+from vla_lib.core.processes import follow_parent
+
+J = TypeVar("J")
+
+
+class WorkerDied(Exception):
+    """The process that worked on a job ended in the middle of it; the message says how."""
+
+
+def run_jobs(
+    work: Callable[[J], Any], jobs: Iterable[J], workers: int, begin: Callable[[], None] | None = None
+) -> Iterator[tuple[J, Any]]:
+    """Yield (job, result) as results come; a result is an exception object where `work` raised it or its worker died.
+
+    `work` and `begin`, which each worker calls first, must be functions of a module; jobs and results must pickle. Leaving the loop early
+    ends all workers.
+    """
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPool(max_workers=workers, initializer=_begin, initargs=(begin,), context=context)
+    try:
+        futures = {pool.schedule(work, (job,)): job for job in jobs}
+        for future in as_completed(futures):
+            error = future.exception()
+            if isinstance(error, ProcessExpired):
+                error = WorkerDied(f"its worker process ended with status {error.exitcode} (out of memory?)")
+            yield futures[future], future.result() if error is None else error
+    finally:
+        pool.stop()
+        pool.join()
+
+
+def _begin(begin: Callable[[], None] | None) -> None:
+    follow_parent()
+    if begin is not None:
+        begin()
