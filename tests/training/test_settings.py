@@ -68,7 +68,7 @@ def test_the_guides_lines_run_verbatim(line, settings_class, processes, mixed, t
         "run_dir": "run",
         "dataset_root": found["settings"]["dataset_root"],
     }
-    assert found["settings"] == settings_class().to_dict() | shortened  # the guide's values are the defaults
+    assert found["settings"] == settings_class().record() | shortened  # the guide's values are the defaults
     assert found["training"]["world"] == processes and found["step"] == 2
     assert all(r[settings_class.loss_key] > 0 for r in read_jsonl(tmp_path / "run" / "metrics.jsonl")[:2])
 
@@ -135,10 +135,10 @@ def test_settings_need_no_torch():
 
 def test_only_what_does_not_change_the_learning_may_differ_on_resume():
     before, now = AsyncSettings(epochs=2), AsyncSettings(epochs=5, num_workers=0, resume=True)
-    assert resume_conflicts(before.to_dict(), now.to_dict()) == []
-    assert resume_conflicts(before.to_dict(), AsyncSettings(seed=1).to_dict()) == ["--seed: checkpoint 0, now 1"]
+    assert resume_conflicts(before.record(), now) == []
+    assert resume_conflicts(before.record(), AsyncSettings(seed=1)) == ["--seed: checkpoint 0, now 1"]
     older = {
-        name: value for name, value in before.to_dict().items() if name != "lora_rank"
+        name: value for name, value in before.record().items() if name != "lora_rank"
     }  # written before the setting existed
-    assert resume_conflicts(older, now.to_dict()) == []
-    assert resume_conflicts(older, AsyncSettings(lora_rank=3).to_dict()) == ["--lora-rank: checkpoint 16, now 3"]
+    assert resume_conflicts(older, now) == []
+    assert resume_conflicts(older, AsyncSettings(lora_rank=3)) == ["--lora-rank: checkpoint 16, now 3"]

@@ -1,21 +1,23 @@
 """The settings of a stage: flags, notebook parameters and run.json's record at once, checked where they are made.
 
     @settings
-    class Learning(Settings):
-        lr: Annotated[float, Gt(0)] = 1e-4
-        \"\"\"Learning rate.\"\"\"
+    class LearningSettings(Settings):
+        lr: Annotated[float, Gt(0)] = 1e-4  # peak learning rate
 
-A stage's record inherits from its groups (data, policy, learning, running), so that each flag is told in one line.
+A stage's record inherits from its groups (data, policy, learning, running), so that each flag is one line: its name, its
+type with the range, its default, and what `--help` says of it.
 """
 
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import Any, Self, TypeVar, dataclass_transform
+from pathlib import Path
+from typing import Any, Self, TypeVar, cast, dataclass_transform, get_args, get_type_hints
 
-from pydantic import ConfigDict, ValidationError, model_validator
+from pydantic import ConfigDict, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 
 from vla_lib.core.errors import UserError
+from vla_lib.core.run_folder import PROJECT
 
 C = TypeVar("C")
 
@@ -23,7 +25,8 @@ C = TypeVar("C")
 @dataclass_transform(frozen_default=True, kw_only_default=False)
 def settings(cls: type[C]) -> type[C]:
     """Make a class of annotated fields a frozen dataclass whose values are checked (types and ranges) when it is made."""
-    return dataclass(cls, frozen=True, config=ConfigDict(extra="forbid", arbitrary_types_allowed=True))
+    made = dataclass(cls, frozen=True, config=ConfigDict(extra="forbid", arbitrary_types_allowed=True))
+    return cast(type[C], made)
 
 
 @settings
@@ -39,13 +42,21 @@ class Settings:
             raise UserError("; ".join(_sentence(one) for one in error.errors()) + ".") from None
 
     @classmethod
-    def of(cls, values: Mapping[str, Any]) -> Self:
-        """Settings from a notebook's parameters or a record: names that the settings do not know raise UserError."""
-        return cls(**values)
+    def of(cls, parameters: Mapping[str, Any], **more: Any) -> Self:
+        """Settings from a notebook's parameters and `more`; parameters that are the notebook's own (`nproc_per_node`) are left out.
+
+        A notebook writes a path that is not given as "", and means a relative one from the project's folder, wherever it runs.
+        """
+        kinds = get_type_hints(cls)
+        given = {field.name: parameters[field.name] for field in fields(cls) if field.name in parameters} | more
+        for name, value in given.items():
+            if isinstance(value, str | Path) and Path in (kinds.get(name), *get_args(kinds.get(name))):
+                given[name] = PROJECT / Path(value).expanduser() if str(value) else None
+        return cls(**given)
 
     def record(self) -> dict[str, Any]:
-        """Every value by its name, as JSON takes it."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        """Every value by its name, as JSON takes it: paths as text, tuples as lists."""
+        return TypeAdapter(type(self)).dump_python(self, mode="json")
 
 
 def flag(name: str) -> str:
@@ -55,4 +66,8 @@ def flag(name: str) -> str:
 
 def _sentence(error: Any) -> str:
     name = flag(str(error["loc"][0])) if error["loc"] else "The settings"
-    return f"{name} {error['msg'][0].lower()}{error['msg'][1:]}, got {error['input']!r}"
+    if error["type"] == "missing":
+        return f"{name} is missing; give it"
+    if error["type"] == "unexpected_keyword_argument":
+        return f"{name} is no setting; leave it out"
+    return f"{name} is {error['input']!r}; {error['msg'][0].lower()}{error['msg'][1:]}".replace("; input", "; it")

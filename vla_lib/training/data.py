@@ -56,7 +56,6 @@ class TrainingData:
             vl_enabled=settings.vl_enabled,
             sensor_enabled=settings.sensor_enabled,
             sensor_window_size=settings.sensor_window_size,
-            fusion=settings.fusion,
             horizon=settings.horizon,
             action_hz=self.train.action_hz,
             width=settings.width,
@@ -120,11 +119,11 @@ def prepare_data(settings: TrainingSettings, split: dict[str, list[str]] | None 
             f"{len(gone)} episodes of the checkpoint's split are gone from {root} (first: {gone[0]}); restore them or start a new run."
         )
     used = [episodes[k] for k in (*split["train"], *split["val"])]
-    if settings.uses_sensor and not any(e.has_sensor for e in used):
+    if settings.sensor_enabled and not any(e.has_sensor for e in used):
         raise UserError(f"No episode below {root} has sensor data; pass --no-sensor-enabled to train without it.")
     options = {
         "horizon": settings.horizon,
-        "sensor_enabled": settings.uses_sensor,
+        "sensor_enabled": settings.sensor_enabled,
         "sensor_window_size": settings.sensor_window_size,
         "vlm_reuse_count": settings.vlm_reuse_count,
         "vlm_latency_ms": settings.vlm_latency_ms,

@@ -81,7 +81,7 @@ class Trainer:
         log = None
         if self.main:
             truncate(self.run_dir / "metrics.jsonl", self.step, self.validated)
-            log = MetricsLog(self.run_dir, settings.project, settings.wandb_mode, settings.to_dict(), self.wandb_id)
+            log = MetricsLog(self.run_dir, settings.project, settings.wandb_mode, settings.record(), self.wandb_id)
         self.log = log
         self.started = time.monotonic()
         self.saver = Saver(self)
@@ -161,8 +161,6 @@ class Trainer:
             self.validated = state.get("validated", self.step)  # it may be older than this and the next
             if "tally" in state:
                 self.tally.load(state["tally"])
-        if settings.compile:
-            policy.compile()
         self.model = self.accelerator.prepare_model(self.trained)
         if self.main:
             precision = self.accelerator.mixed_precision.replace("no", "float32")
@@ -272,7 +270,7 @@ class Trainer:
                 loss = self.model(batch, draws)  # (B, H), through the wrapped module: it averages the gradients
                 counted = loss.float() * batch["action_mask"] * batch["count"][:, None]
                 sums[0] += counted.detach().double().sum()
-                if settings.uses_sensor:
+                if settings.sensor_enabled:
                     counted = counted * torch.where(batch["sensor_mask"], settings.sensor_loss_weight, 1.0)[:, None]
                 accelerator.backward(counted.sum() * (self.world / valid))
         norm = accelerator.clip_grad_norm_(self.model.parameters(), settings.clip_norm)

@@ -37,7 +37,7 @@ def _open(trainer: "Trainer") -> RunFolder | None:
     settings, path = trainer.settings, trainer.run_dir / "run.json"
     with needing_room(path):
         if not path.exists():
-            return RunFolder.create(settings.name, settings.to_dict(), path=trainer.run_dir)
+            return RunFolder.create(settings.name, settings.record(), path=trainer.run_dir)
         if read_json(path).get("name") == settings.name:
-            return RunFolder.resume(trainer.run_dir, settings.to_dict())
+            return RunFolder.resume(trainer.run_dir, settings.record())
     return None

@@ -92,7 +92,7 @@ def step_row(
         "train/loader_wait_s": round(waited_s, 4),
     }
     row["train/vl_reuse_counter"] = float(samples.age_steps[shared].mean())
-    if s.uses_sensor:
+    if s.sensor_enabled:
         row["train/sensor_samples"] = int(samples.sensor_full[shared].sum())
     if timesteps:
         row["train/diffusion_t"] = float(np.concatenate(timesteps).mean())

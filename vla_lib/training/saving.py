@@ -88,7 +88,7 @@ class Saver:
             "front_door": t.settings.name,
             "policy_config": t.policy.config.to_dict(),
             "policy": t.averaged.policy.state_dict(),
-            "settings": t.settings.to_dict(),
+            "settings": t.settings.record(),
             "binding": t.data.binding,
             "split": t.data.split,
             "step": t.step,

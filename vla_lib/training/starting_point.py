@@ -4,8 +4,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vla_lib.core.errors import UserError
+from vla_lib.core.settings import flag
 from vla_lib.training.checkpoint import check_binding, read_checkpoint
-from vla_lib.training.settings import TrainingSettings, flag, resume_conflicts
+from vla_lib.training.settings import TrainingSettings, resume_conflicts
 
 if TYPE_CHECKING:
     from vla_lib.training.data import TrainingData
@@ -41,7 +42,7 @@ def previous(settings: TrainingSettings, latest: Path) -> dict[str, Any]:
             f"{latest} was written by {before['front_door']}, this is {settings.name}; go on with vla_lib.{before['front_door']}, "
             "or give another --run-dir."
         )
-    conflicts = resume_conflicts(before["settings"], settings.to_dict())
+    conflicts = resume_conflicts(before["settings"], settings)
     if conflicts:
         raise UserError(
             f"--resume with other settings than the run began with: {'; '.join(conflicts)}. Give the same ones, or start a new run."
