@@ -10,7 +10,8 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from needle_rig import Settings, main, recorder
+from needle_rig import recorder
+from needle_rig.__main__ import Settings, main
 from needle_rig.arm import euler_poses
 from needle_rig.demonstration import demonstrate
 from needle_rig.recorder import MANIFEST, Plan, jobs_of, record
