@@ -29,11 +29,10 @@ from vla_lib.episodes.verdict import REJECTED, Verdict, judge, rejected, summary
 Array = np.ndarray[Any, Any]
 
 LOCK_NAME = ".data.pkl.lock"
+# ends of the findings that only reading every sample can make
 BYTES_FINDINGS = (
-    "differ between the windows that share them; the first window's stand",
-    "hold values that are no numbers",
-)
-"""Ends of the findings that only reading every sample can make."""
+    "differ between the windows that share them; the first window's stand", "hold values that are no numbers",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -52,10 +51,8 @@ class PrepareSettings:
 class Report:
     """What happened to one episode; plain values, so that it crosses processes and goes into JSON."""
 
-    key: str
-    """Episode path below the root."""
-    status: str
-    """`written`, `unchanged`, `reported`, `rejected` or `failed`."""
+    key: str  # episode path below the root
+    status: str  # written, unchanged, reported, rejected or failed
     verdict: str
     reasons: list[str]
     left_out: list[str]
