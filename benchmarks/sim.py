@@ -5,11 +5,11 @@ import time
 from pathlib import Path
 
 from benchmarks.rows import BenchRow
+from needle_rig import NeedleInsertion
 from needle_rig.demonstration import demonstrate
 from needle_rig.demonstrator import demonstrator_action
 from needle_rig.recorder import Plan, record
 from needle_rig.render import PictureMaker, check_gl
-from needle_rig.rig import SimRig
 from needle_rig.world import VIEWS, sample_world
 
 
@@ -57,8 +57,8 @@ def recording_row(episodes: int, workers: int) -> BenchRow:
 
 def rig_row() -> BenchRow:
     """Seconds of rig time a second of wall clock, stepping at 10 Hz with five cameras at 5 Hz."""
-    rig = SimRig(seed=0)
-    rig.reset()
+    rig = NeedleInsertion()
+    rig.reset(seed=0)
     start = time.perf_counter()
     done = False
     while not done:

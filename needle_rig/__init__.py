@@ -1,11 +1,20 @@
-"""The simulated rig: phantom, needle, five cameras, arm, tissue, OCT sensor, a demonstrator, and a recorder of raw episodes.
+"""The simulated rig: phantom, needle, five cameras, arm, tissue, OCT sensor; a gymnasium environment and a recorder.
 
-    rig = SimRig(seed=0); observation, info = rig.reset(seed=1); observation, reward, terminated, truncated, info = rig.step(action)
+    import gymnasium, needle_rig
 
-Lengths are mm, forces mN, angles degrees (radians only where a name says so), times seconds.
+    rig = gymnasium.make("needle_rig/NeedleInsertion-v0"); observation, info = rig.reset(seed=1)
+    observation, reward, terminated, truncated, info = rig.step(action)
+
+`python -m needle_rig --dataset-root OUT` records demonstrations as raw episodes. Lengths are mm, forces mN, angles degrees
+(radians only where a name says so), times seconds. Nothing here imports vla_lib: what writes the truth of a test shares
+neither code nor assumptions with what reads it.
 """
 
-from needle_rig.rig import SimRig
-from needle_rig.world import VIEWS, World, sample_world
+import gymnasium
 
-__all__ = ["VIEWS", "SimRig", "World", "sample_world"]
+from needle_rig.environment import NeedleInsertion
+from needle_rig.world import VIEWS, RigError, World, sample_world
+
+__all__ = ["VIEWS", "NeedleInsertion", "RigError", "World", "sample_world"]
+
+gymnasium.register("needle_rig/NeedleInsertion-v0", entry_point="needle_rig.environment:NeedleInsertion")

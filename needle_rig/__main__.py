@@ -10,8 +10,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from needle_rig.world import RigError
 from vla_lib.core import frontdoor
-from vla_lib.core.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -45,25 +45,25 @@ class Settings:
 
     def __post_init__(self):
         if self.episodes_f1 < 0 or self.episodes_f2 < 0 or self.episodes_f1 + self.episodes_f2 == 0:
-            raise UserError(
+            raise RigError(
                 f"Nothing to record: --episodes-f1 {self.episodes_f1} and --episodes-f2 {self.episodes_f2}; ask for one episode or more."
             )
         if self.workers < 1:
-            raise UserError(f"--workers {self.workers} is not a number of processes; give 1 or more.")
+            raise RigError(f"--workers {self.workers} is not a number of processes; give 1 or more.")
         if not (16 <= self.picture_width <= 2048 and 16 <= self.picture_height <= 1536):
-            raise UserError(
+            raise RigError(
                 f"Pictures of {self.picture_width}x{self.picture_height} cannot be drawn; stay within 16x16 and 2048x1536."
             )
         if not 0.5 <= self.camera_hz <= 60:
-            raise UserError(f"--camera-hz {self.camera_hz:g} is not a camera's rate; give 0.5 to 60.")
+            raise RigError(f"--camera-hz {self.camera_hz:g} is not a camera's rate; give 0.5 to 60.")
         if not 0 <= self.idle_tail_s <= 120:
-            raise UserError(f"--idle-tail-s {self.idle_tail_s:g} is out of range; give 0 to 120 seconds.")
+            raise RigError(f"--idle-tail-s {self.idle_tail_s:g} is out of range; give 0 to 120 seconds.")
         if self.seed < 0:
-            raise UserError(f"--seed {self.seed} is negative; give 0 or more.")
+            raise RigError(f"--seed {self.seed} is negative; give 0 or more.")
 
 
 def main(settings: Settings) -> dict:
-    """Record; returns counts, sizes and times. Raises UserError where EGL is missing or the root holds something else."""
+    """Record; returns counts, sizes and times. Raises RigError where EGL is missing or the root holds something else."""
     from needle_rig.recorder import MANIFEST, Plan, record
     from needle_rig.render import check_gl
     from needle_rig.world import task_of
@@ -107,4 +107,10 @@ def main(settings: Settings) -> dict:
 
 
 if __name__ == "__main__":
-    frontdoor.start(Settings, main)
+    import sys
+
+    try:
+        main(frontdoor.parse(Settings))
+    except RigError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from None

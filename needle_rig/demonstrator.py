@@ -147,6 +147,6 @@ class Pushes:
 
 
 def demonstrator_action(rig) -> np.ndarray:
-    """(7,) action of the demonstrator, without pushes, for a `SimRig` in its present state: a reference that reads the rig's truth."""
+    """(7,) action of the demonstrator, without pushes, for a `NeedleInsertion` in its present state: a reference that reads the rig's truth."""
     seen = measure(rig.world, rig.arm.pose[:3], rig.arm.pose[3:], rig.tissue.punctured)
     return np.concatenate([velocity(seen) / rig.action_hz, [1.0]])

@@ -17,8 +17,7 @@ from pathlib import Path
 from needle_rig.demonstration import demonstrate
 from needle_rig.layouts import Recording, episode_folder, write_episode
 from needle_rig.render import PictureMaker, check_gl, prepare_gl
-from needle_rig.world import DEFAULT_TASK, sample_world, stream
-from vla_lib.core.errors import UserError
+from needle_rig.world import DEFAULT_TASK, RigError, sample_world, stream
 from vla_lib.core.files import read_json, write_json
 from vla_lib.core.processes import follow_parent
 from vla_lib.core.progress import Progress
@@ -86,7 +85,7 @@ def jobs_of(plan: Plan) -> list[Job]:
 
 
 def record(root: Path, plan: Plan, workers: int = 2, show: bool = True) -> dict:
-    """Record `plan` below `root`; returns the manifest. Raises UserError where the root holds something else, or the disk is too small."""
+    """Record `plan` below `root`; returns the manifest. Raises RigError where the root holds something else, or the disk is too small."""
     root = Path(root)
     manifest = _open_manifest(root, plan)
     jobs = jobs_of(plan)
@@ -99,7 +98,7 @@ def record(root: Path, plan: Plan, workers: int = 2, show: bool = True) -> dict:
     for job in todo:  # a folder of ours that is not intact would be altered raw data: say so rather than write over it
         if (root / job.relative).exists():
             if job.relative in {entry["folder"] for entry in manifest["episodes"]}:
-                raise UserError(
+                raise RigError(
                     f"{root / job.relative} is not as it was recorded (files are missing or altered); remove that folder and run again."
                 )
             shutil.rmtree(
@@ -226,11 +225,11 @@ def _open_manifest(root: Path, plan: Plan) -> dict:
         "episodes": [],
     }
     if root.exists() and not root.is_dir():
-        raise UserError(f"The dataset root {root} is a file; name a folder.")
+        raise RigError(f"The dataset root {root} is a file; name a folder.")
     if not root.is_dir() or not any(root.iterdir()):
         return wanted
     if not (root / MANIFEST).is_file():
-        raise UserError(
+        raise RigError(
             f"The dataset root {root} holds files that the simulated rig did not record; name an empty or a new folder."
         )
     found = read_json(root / MANIFEST)
@@ -242,7 +241,7 @@ def _open_manifest(root: Path, plan: Plan) -> dict:
             if other.get(key) != value
         ]
         differing = differing or ["it was made by another version of the rig"]
-        raise UserError(
+        raise RigError(
             f"The dataset root {root} holds another recording ({'; '.join(differing)}); name a new folder, or remove this one."
         )
     return found
@@ -255,7 +254,7 @@ def _check_disk(root: Path, plan: Plan, episodes: int) -> None:
         place = place.parent
     free = shutil.disk_usage(place).free
     if free < needed * 1.1:
-        raise UserError(
+        raise RigError(
             f"Recording {episodes} episodes needs about {needed / 1e9:.1f} GB below {root}, and {free / 1e9:.1f} GB are free; "
             "free some space, record fewer episodes, or name a folder on another disk."
         )

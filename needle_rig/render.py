@@ -10,8 +10,7 @@ import threading
 import numpy as np
 from PIL import Image
 
-from needle_rig.world import VIEWS, World
-from vla_lib.core.errors import UserError
+from needle_rig.world import VIEWS, RigError, World
 
 JPEG_QUALITY = 90
 _REMEDY = (
@@ -32,7 +31,7 @@ def prepare_gl() -> None:
 
 
 def check_gl() -> None:
-    """Try to make a drawing context in a child process (a broken driver may abort it). Raises UserError with the remedy."""
+    """Try to make a drawing context in a child process (a broken driver may abort it). Raises RigError with the remedy."""
     prepare_gl()
     backend = os.environ["MUJOCO_GL"]
     if backend in _checked:
@@ -40,10 +39,10 @@ def check_gl() -> None:
     try:
         child = subprocess.run([sys.executable, "-c", _PROBE], capture_output=True, text=True, timeout=120)
     except subprocess.TimeoutExpired:
-        raise UserError(f"MuJoCo made no drawing context within 120 s (MUJOCO_GL={backend}); {_REMEDY}.") from None
+        raise RigError(f"MuJoCo made no drawing context within 120 s (MUJOCO_GL={backend}); {_REMEDY}.") from None
     if child.returncode != 0:
         last = (child.stderr.strip().splitlines() or [f"exit status {child.returncode}"])[-1]
-        raise UserError(
+        raise RigError(
             f"The simulated rig cannot draw its pictures here (MUJOCO_GL={backend}: {last[:200]}); {_REMEDY}."
         )
     _checked.add(backend)
@@ -55,7 +54,7 @@ class PictureMaker:
     def __init__(self, width: int = 320, height: int = 180, views: tuple[str, ...] = VIEWS):
         unknown = [view for view in views if view not in VIEWS]
         if unknown:
-            raise UserError(f"The rig has no view {unknown[0]!r}; its views are {', '.join(VIEWS)}.")
+            raise RigError(f"The rig has no view {unknown[0]!r}; its views are {', '.join(VIEWS)}.")
         self.width, self.height, self.views = width, height, tuple(views)
         self._world: World | None = None
         self._local = threading.local()

@@ -5,11 +5,13 @@ independently of everything that is visible. The A-scan shows the membrane's dis
 """
 
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import numpy as np
 
-from vla_lib.core.errors import UserError
+
+class RigError(RuntimeError):
+    """Bad input, or something missing on this machine: one sentence with its remedy."""
+
 
 # Workspace of the rig in the arm's base frame, mm. The phantom's nominal surface is the plane z = SURFACE_Z_MM.
 CENTRE_XY_MM = (175.0, 0.0)
@@ -69,21 +71,10 @@ def task_of(name: str) -> dict:
     if name in TASKS:
         return TASKS[name]
     if not all(part.isalnum() for part in name.split("_")):
-        raise UserError(
+        raise RigError(
             f"The task name {name!r} cannot name a folder; use words joined by underscores, such as Silicone_block."
         )
     return TASKS["Silicone_block"] | {"folders": ("New_dataset", name)}
-
-
-def instruction_of(name: str, root: Path | None = None) -> str:
-    """The instruction that prepared episodes of the task below `root` carry: live and recorded prompts must agree; default: the built-in.
-
-    Raises UserError where the root's datasets.yaml cannot be understood.
-    """
-    from vla_lib.episodes.datasets import DatasetTable
-
-    table = DatasetTable() if root is None else DatasetTable.load(root)
-    return table.instruction(*task_of(name)["folders"])
 
 
 @dataclass(frozen=True)
@@ -129,7 +120,7 @@ def stream(seed: int, purpose: str) -> np.random.Generator:
 
 
 def sample_world(seed: int, task: str = DEFAULT_TASK) -> World:
-    """Draw a world; the same seed and task give the same world. Raises UserError for a task name that cannot be a folder."""
+    """Draw a world; the same seed and task give the same world. Raises RigError for a task name that cannot be a folder."""
     row = task_of(task)
     rng = stream(seed, "world")
     angle, radius = rng.uniform(0, 2 * np.pi), START_RADIUS_MM * np.sqrt(rng.uniform())

@@ -8,8 +8,8 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
+from needle_rig import NeedleInsertion
 from needle_rig.demonstrator import demonstrator_action
-from needle_rig.rig import SimRig
 from vla_lib.core.errors import UserError
 from vla_lib.core.files import write_json
 from vla_lib.evaluation import closed_loop as closed
@@ -46,7 +46,7 @@ def no_vlm(pictures, instruction):
 
 
 def scripted(seed, bias=0.0, latencies=None, chunks=None, rig=None):
-    rig = rig or SimRig(pictures=False)
+    rig = rig or NeedleInsertion(views=())
     expert = Scripted(rig, bias)
     settings = RunnerSettings(chunks=chunks or ExecutionSettings())
     return fly(rig, expert, no_vlm, seed, settings, SafetyLimits(**sim_limits()), latencies), expert
@@ -72,7 +72,7 @@ def test_the_demonstrator_succeeds_through_the_runner(execution):
 
 
 def test_a_one_second_window_is_full_from_the_first_step():
-    rig = SimRig(pictures=False)
+    rig = NeedleInsertion(views=())
     expert = Scripted(rig)
     expert.sensor_window = 650
     record = fly(rig, expert, no_vlm, 41, RunnerSettings(), SafetyLimits(**sim_limits()))
@@ -81,7 +81,7 @@ def test_a_one_second_window_is_full_from_the_first_step():
 
 def test_rollouts_are_deterministic_by_the_seed():
     latencies = {"vlm": Latency(50, 80)}
-    rig = SimRig(pictures=False)
+    rig = NeedleInsertion(views=())
     first, again = (scripted(7, latencies=latencies, rig=rig)[0] for _ in range(2))
     other, _ = scripted(8, latencies=latencies, rig=rig)
     assert first == again
@@ -103,7 +103,7 @@ def test_trap_36_a_small_open_loop_error_can_miss_the_goal():
 
 
 def test_pressing_on_is_stopped_by_the_runner_or_judged():
-    rig = SimRig(pictures=False)
+    rig = NeedleInsertion(views=())
 
     class Presser(Scripted):
         def __call__(self, features, age_s, state, window):
@@ -118,7 +118,7 @@ def test_pressing_on_is_stopped_by_the_runner_or_judged():
 
 
 def test_the_rigs_lag_at_full_speed_is_far_from_not_following():
-    rig, ticks = SimRig(pictures=False, max_time_s=6.0), []
+    rig, ticks = NeedleInsertion(views=(), max_time_s=6.0), []
 
     class Swinger(Scripted):
         def __call__(self, features, age_s, state, window):
@@ -137,7 +137,7 @@ def test_the_rigs_lag_at_full_speed_is_far_from_not_following():
 
 def test_the_rig_follows_the_clock_and_stands_after_a_stop():
     clock = SimulatedClock()
-    robot = SimRobot(SimRig(pictures=False), clock, seed=5)
+    robot = SimRobot(NeedleInsertion(views=()), clock, seed=5)
     first = robot.read_observation()
     assert len(first.sensor) == 650 and robot.rig.steps == 0
     robot.send_action(np.array([0.5, 0, 0, 0, 0, 0, 1]))
@@ -156,7 +156,7 @@ def test_the_rig_follows_the_clock_and_stands_after_a_stop():
 def test_the_rig_goes_on_after_the_rollout_where_it_is_told_to():
     for go_on, seconds in ((False, 0.5), (True, 1.0)):
         clock = SimulatedClock()
-        robot = SimRobot(SimRig(pictures=False, max_time_s=0.5), clock, seed=5, go_on=go_on)
+        robot = SimRobot(NeedleInsertion(views=(), max_time_s=0.5), clock, seed=5, go_on=go_on)
         clock.sleep_until(1.0)
         robot.read_observation()
         assert robot.rig.steps == round(10 * seconds) and robot.over() == "no puncture"
@@ -368,7 +368,7 @@ def test_an_rollout_runs_as_the_checkpoint_was_trained(checkpoint, monkeypatch):
         "expert_jitter_ms": 5.0,
         "ddim_steps": 7,
     }
-    rig, expert, _, seed, run, limits, latencies, _ = rollouts.rollout(RolloutSettings(checkpoint, **late), 3)
+    rig, expert, _, seed, run, limits, latencies, *_ = rollouts.rollout(RolloutSettings(checkpoint, **late), 3)
     assert (run.views, run.vlm_reuse_count, seed) == (("View1_left", "View5"), 3, 3) and rig[1:] == (10.0, run.views)
     assert latencies == {"vlm": Latency(300, 100), "expert": Latency(10, 5)} and expert.ddim_steps == 7
     assert limits.vl_age_s == pytest.approx(1.8)  # a jitter of three times its mean is no fault yet

@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from needle_rig.rig import SimRig
-from needle_rig.world import DEFAULT_TASK, instruction_of
 from vla_lib.core.errors import UserError
 from vla_lib.core.files import read_json, write_json
 from vla_lib.evaluation.contact import phases
 from vla_lib.evaluation.origin import rig_refusal, rig_settings
 from vla_lib.evaluation.rollout import rig_of
+from vla_lib.evaluation.sim_robot import DEFAULT_TASK, SimRobot, instruction_of, make_rig
 from vla_lib.evaluation.study import Settings, variants
 from vla_lib.policy.config import PolicyConfig
+from vla_lib.runtime.clock import SimulatedClock
 from vla_lib.runtime.expert import hidden
 from vla_lib.training.checkpoint import save_checkpoint
 
@@ -100,8 +100,9 @@ def test_trap_16_the_rig_speaks_and_shows_the_task_that_was_recorded(write, tmp_
     (root / "datasets.yaml").write_text('New_dataset*: {instruction: "Push into the {task}"}\n')
     found = variants(Settings((str(write("a.pt")),), closed_loop_seeds=1))["a"]
     assert (found.task, found.instruction) == ("Silicone_block", "Push into the Silicone block")
-    rig = SimRig(**rig_of(found, 10.0, ("View5",)), pictures=False)
-    assert rig.reset()[0]["instruction"] == found.instruction and rig.world.task == "Silicone_block"
+    rig = make_rig(**rig_of(found, 10.0, ()))
+    robot = SimRobot(rig, SimulatedClock(), seed=0, instruction=found.instruction)
+    assert robot.read_observation().instruction == found.instruction and rig.world.task == "Silicone_block"
 
 
 def test_what_cannot_be_evaluated_is_refused(write, tmp_path):

@@ -8,9 +8,9 @@ import pytest
 
 from benchmarks import __main__ as bench_front_door
 from benchmarks import sim as bench
+from needle_rig import NeedleInsertion
 from needle_rig.demonstrator import demonstrator_action
 from needle_rig.render import PictureMaker
-from needle_rig.rig import SimRig
 from needle_rig.world import VIEWS
 from vla_lib.core.files import read_json
 from vla_lib.workbench.plots import sim as plots
@@ -18,13 +18,13 @@ from vla_lib.workbench.plots import sim as plots
 
 @pytest.fixture(scope="module")
 def rollout():
-    rig = SimRig(pictures=False, seed=5)
-    observation, info = rig.reset()
+    rig = NeedleInsertion(views=())
+    observation, info = rig.reset(seed=5)
     samples, times, done = [observation["sensor"]], [observation["sensor_timestamps"]], False
     while not done:
         observation, _, terminated, truncated, info = rig.step(demonstrator_action(rig))
-        samples.append(observation["sensor"])
-        times.append(observation["sensor_timestamps"])
+        samples.append(observation["sensor"][-65:])
+        times.append(observation["sensor_timestamps"][-65:])
         done = terminated or truncated
     return rig.path(), info["truth"], np.concatenate(samples), np.concatenate(times)
 
@@ -84,8 +84,8 @@ def test_a_recording_is_timed_with_its_tails(ticking, monkeypatch):
 
 
 def test_the_rigs_own_time_is_compared_with_the_clocks(ticking):
-    rig, done = SimRig(pictures=False, seed=0), False
-    rig.reset()
+    rig, done = NeedleInsertion(views=()), False
+    rig.reset(seed=0)
     while not done:
         *_, terminated, truncated, info = rig.step(demonstrator_action(rig))
         done = terminated or truncated

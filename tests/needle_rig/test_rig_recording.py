@@ -10,13 +10,12 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from needle_rig import recorder
+from needle_rig import RigError, recorder
 from needle_rig.__main__ import Settings, main
 from needle_rig.arm import euler_poses
 from needle_rig.demonstration import demonstrate
 from needle_rig.recorder import MANIFEST, Plan, jobs_of, record
 from needle_rig.world import sample_world
-from vla_lib.core.errors import UserError
 
 PLAN = Plan(episodes_f1=1, episodes_f2=1, seed=3, picture_width=64, picture_height=36, camera_hz=2.0, idle_tail_s=2.0)
 COLUMNS = [
@@ -174,26 +173,26 @@ def test_a_missing_episode_is_recorded_again_and_an_altered_one_is_refused(copy,
     record(copy, PLAN, workers=1, show=False)
     assert digests(copy) == digests(recorded) and not (copy / ".recording-0").exists()
     next(folder.rglob("*.jpg")).unlink()
-    with pytest.raises(UserError, match="not as it was recorded"):
+    with pytest.raises(RigError, match="not as it was recorded"):
         record(copy, PLAN, show=False)
 
 
 def test_anything_else_in_the_root_is_refused(copy, tmp_path):
-    with pytest.raises(UserError, match="another recording.*seed 3 there, 4 asked"):
+    with pytest.raises(RigError, match="another recording.*seed 3 there, 4 asked"):
         record(copy, Plan(**{**PLAN.__dict__, "seed": 4}), show=False)
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     (foreign / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match="did not record"):
+    with pytest.raises(RigError, match="did not record"):
         record(foreign, PLAN, show=False)
-    with pytest.raises(UserError, match="is a file"):
+    with pytest.raises(RigError, match="is a file"):
         record(foreign / "notes.txt", PLAN, show=False)
     assert [p.name for p in foreign.iterdir()] == ["notes.txt"]
 
 
 def test_a_full_disk_is_told_before_anything_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(recorder.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 10))
-    with pytest.raises(UserError, match="GB are free"):
+    with pytest.raises(RigError, match="GB are free"):
         record(tmp_path / "root", PLAN, show=False)
     assert not (tmp_path / "root").exists()
 
@@ -219,13 +218,13 @@ def test_the_front_door_counts_what_it_wrote(copy):
         {"picture_width": 5000},
         {"seed": -1},
     ):
-        with pytest.raises(UserError):
+        with pytest.raises(RigError):
             Settings(**bad)
 
 
 def test_prepared_episodes_hold_what_the_rig_did(copy):
-    from needle_rig.world import instruction_of
     from vla_lib.episodes import load_prepared, make_jobs, run_jobs
+    from vla_lib.evaluation.sim_robot import instruction_of
 
     run_jobs(make_jobs(copy), workers=1)
     for layout in ("F1", "F2"):

@@ -1,18 +1,20 @@
 """The demonstrator, its judgement and the rig's reset and step (no pictures)."""
 
+import warnings
 from dataclasses import replace
 
+import gymnasium
 import numpy as np
 import pytest
+from gymnasium.utils.env_checker import check_env
 
+from needle_rig import NeedleInsertion, RigError
 from needle_rig.demonstration import demonstrate
 from needle_rig.demonstrator import demonstrator_action, measure, velocity
-from needle_rig.rig import SimRig
 from needle_rig.world import ASKED_DEPTH_MM, FORCE_LIMIT_MN, sample_world
-from vla_lib.core.errors import UserError
 
 
-def run(rig: SimRig, seed: int, act) -> tuple[dict, list[np.ndarray]]:
+def run(rig: NeedleInsertion, seed: int, act) -> tuple[dict, list[np.ndarray]]:
     """Run a rollout to its end; the last info and all states."""
     observation, info = rig.reset(seed=seed)
     seen, done = [observation["state"]], False
@@ -68,28 +70,31 @@ def test_the_demonstrator_acts_on_what_is_measured_now_and_slows_before_the_goal
 
 
 def test_the_rig_is_solved_at_10_hz_and_is_deterministic():
-    rig = SimRig(pictures=False)
+    rig = NeedleInsertion(views=())
     infos = [run(rig, seed, demonstrator_action)[0] for seed in range(1000, 1010)]
     assert all(info["success"] for info in infos), [info["reason"] for info in infos]
-    first, again = run(rig, 5, demonstrator_action), run(SimRig(pictures=False), 5, demonstrator_action)
+    first, again = run(rig, 5, demonstrator_action), run(NeedleInsertion(views=()), 5, demonstrator_action)
     assert first[0] == again[0]
     assert np.array_equal(first[1], again[1])
 
 
 def test_observations_hold_measurements_only_with_their_times():
-    rig = SimRig(seed=4, pictures=False)
-    observation, info = rig.reset()
+    rig = NeedleInsertion(views=())
+    observation, info = rig.reset(seed=4)
     assert observation["sensor"].shape == (650, 1026) and observation["sensor"].dtype == np.float32
+    samples = observation["sensor"]
     for _ in range(3):
         before = observation["timestamp"]
         observation, reward, terminated, truncated, info = rig.step(np.array([0.2, 0, -0.3, 0, 0, 0.5, 1.0]))
-        assert observation["sensor"].shape == (65, 1026)
+        assert observation["sensor"].shape == (650, 1026)
+        assert np.array_equal(observation["sensor"][:-65], samples[65:])  # 65 are new, the older ones move up
+        samples = observation["sensor"]
         assert observation["timestamp"] - before == pytest.approx(0.1, abs=1e-6)
-        times = observation["sensor_timestamps"]
+        times = observation["sensor_timestamps"][-65:]
         assert before < times[0] and times[-1] <= observation["timestamp"] + 1e-9
         assert 0 <= observation["timestamp"] - observation["state_timestamp"] < 1 / 60 + 2 / 650
     assert set(observation) == {
-        "pictures", "picture_timestamps", "state", "state_timestamp", "sensor", "sensor_timestamps", "timestamp", "instruction",
+        "pictures", "picture_timestamps", "state", "state_timestamp", "sensor", "sensor_timestamps", "timestamp",
     }  # fmt: skip
     assert observation["state"].shape == (12,) and observation["state"].dtype == np.float32
     assert (reward, terminated, truncated) == (0.0, False, False) and info["truth"]["membrane_z_mm"] < info["truth"][
@@ -97,10 +102,29 @@ def test_observations_hold_measurements_only_with_their_times():
     ]
 
 
-def test_reset_without_a_seed_counts_up():
-    rig = SimRig(seed=11, pictures=False)
-    seeds = [rig.reset()[1]["seed"] for _ in range(3)]
-    assert seeds == [11, 12, 13] and rig.reset(seed=11)[1]["truth"] == sample_world(11).to_dict() | {}
+def test_reset_without_a_seed_draws_new_phantoms_in_an_order_that_the_last_seed_fixes():
+    rig = NeedleInsertion(views=())
+    orders = [[rig.reset(seed=seed)[1]["seed"], *(rig.reset()[1]["seed"] for _ in range(3))] for seed in (11, 11, 12)]
+    assert orders[0] == orders[1] and orders[0][0] == 11 and len({*orders[0], *orders[2]}) == 8
+    assert rig.reset(seed=11)[1]["truth"] == sample_world(11).to_dict()
+    given = replace(sample_world(11), gel_mm=4.0)
+    assert rig.reset(seed=11, options={"world": given})[1]["truth"] == given.to_dict()
+
+
+def test_gymnasium_finds_the_rig_and_has_nothing_to_say_but_that_actions_are_millimetres():
+    rig = gymnasium.make("needle_rig/NeedleInsertion-v0", picture_width=32, picture_height=24, render_mode="rgb_array")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        check_env(rig.unwrapped)
+    assert len(said) == 1 and "normalized space" in str(said[0].message), [str(one.message) for one in said]
+    observation, _ = rig.reset(seed=1)
+    assert np.array_equal(rig.render()[:, -32:], observation["pictures"]["View5"]) and rig.render().shape == (
+        24,
+        160,
+        3,
+    )
+    assert rig.observation_space.contains(observation)
+    rig.close()
 
 
 @pytest.mark.parametrize(
@@ -112,7 +136,7 @@ def test_reset_without_a_seed_counts_up():
     ],
 )
 def test_failures_are_named(name, act, reason):
-    info, _ = run(SimRig(pictures=False, max_time_s=6.0), 3, act)
+    info, _ = run(NeedleInsertion(views=(), max_time_s=6.0), 3, act)
     assert (info["success"], info["reason"]) == (False, reason)
 
 
@@ -138,26 +162,26 @@ def offset_demonstrator(offset_xy=(0.0, 0.0), depth=0.0):
     ],
 )
 def test_success_needs_place_and_depth(offset, depth, success, reason):
-    info, _ = run(SimRig(pictures=False, max_time_s=20.0), 6, offset_demonstrator(offset, depth))
+    info, _ = run(NeedleInsertion(views=(), max_time_s=20.0), 6, offset_demonstrator(offset, depth))
     assert (info["success"], info["reason"]) == (success, reason)
 
 
 def test_actions_that_are_not_finite_never_move_the_rig():
-    rig = SimRig(pictures=False)
-    with pytest.raises(UserError, match="reset"):
+    rig = NeedleInsertion(views=())
+    with pytest.raises(RigError, match="reset"):
         rig.step(np.zeros(7))
     rig.reset()
     before = rig.arm.pose.copy()
     for action in (np.full(7, np.nan), np.array([0, 0, np.inf, 0, 0, 0, 1]), np.zeros(3)):
-        with pytest.raises(UserError, match="cannot move"):
+        with pytest.raises(RigError, match="cannot move"):
             rig.step(action)
     assert np.array_equal(rig.arm.pose, before)
-    with pytest.raises(UserError, match="divides 650"):
-        SimRig(pictures=False, action_hz=12)
+    with pytest.raises(RigError, match="divides 650"):
+        NeedleInsertion(views=(), action_hz=12)
 
 
 def test_creeping_through_the_right_depth_is_no_success():
-    rig = SimRig(pictures=False, max_time_s=60.0)
+    rig = NeedleInsertion(views=(), max_time_s=60.0)
 
     def creep(rig):
         if rig.tissue.punctured:
@@ -174,5 +198,5 @@ def test_a_needle_that_stays_in_place_but_trembles_succeeds_at_the_time_limit():
         action[2] += 0.25 * (-1) ** (rig.steps // 2) if rig.tissue.punctured else 0
         return action
 
-    info, _ = run(SimRig(pictures=False, max_time_s=15.0), 6, tremble)
+    info, _ = run(NeedleInsertion(views=(), max_time_s=15.0), 6, tremble)
     assert (info["success"], info["time_s"]) == (True, 15.0)

@@ -8,8 +8,15 @@ from scipy.spatial.transform import Rotation
 
 from needle_rig import arm as arms
 from needle_rig.arm import LAG_S, SPEED_LIMIT_MM_S, TICK_HZ, TURN_LIMIT_DEG_S, Arm, euler_poses, joints, states
-from needle_rig.world import CENTRE_XY_MM, GEL_THICKNESS_MM, SURFACE_Z_MM, TARGET_RANGE_MM, WORKSPACE_MM, sample_world
-from vla_lib.core.errors import UserError
+from needle_rig.world import (
+    CENTRE_XY_MM,
+    GEL_THICKNESS_MM,
+    SURFACE_Z_MM,
+    TARGET_RANGE_MM,
+    WORKSPACE_MM,
+    RigError,
+    sample_world,
+)
 
 
 def test_a_world_is_fixed_by_its_seed_and_lies_within_the_stated_ranges():
@@ -36,7 +43,7 @@ def test_nothing_visible_tells_the_membranes_depth():
 
 def test_a_task_that_cannot_be_a_folder_is_refused():
     assert sample_world(0, "Eye_trocar").task == "Eye_trocar"
-    with pytest.raises(UserError, match="cannot name a folder"):
+    with pytest.raises(RigError, match="cannot name a folder"):
         sample_world(0, "../elsewhere")
 
 

@@ -16,12 +16,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from needle_rig.recorder import MANIFEST
 from vla_lib.core.errors import UserError
 from vla_lib.core.files import read_json
 from vla_lib.core.processes import follow_parent
 from vla_lib.core.progress import Progress
 from vla_lib.evaluation.rollout import RolloutSettings, film, rollout
+from vla_lib.evaluation.sim_robot import MANIFEST, check_drawing, prepare_gl
 from vla_lib.runtime.run_log import distribution
 
 FIRST_SEED = 7_000_000  # reported seeds begin here; recordings draw theirs from 62 bits
@@ -180,9 +180,7 @@ def _cores() -> int:
 
 
 def _processes(workers: int) -> ProcessPoolExecutor:
-    from needle_rig.render import check_gl
-
-    check_gl()  # once, with a sentence, before many processes fail
+    check_drawing()  # once, with a sentence, before many processes fail
     context = multiprocessing.get_context("spawn")  # neither a GL context nor torch's threads survive a fork
     return ProcessPoolExecutor(workers, context, initializer=_begin)
 
@@ -190,8 +188,6 @@ def _processes(workers: int) -> ProcessPoolExecutor:
 def _begin() -> None:
     """A worker follows its parent, and computes on one thread: seeds run beside each other."""
     follow_parent()
-    from needle_rig.render import prepare_gl
-
     prepare_gl()  # imports triton first: after Mesa's first picture its import would crash the process
     import torch
 

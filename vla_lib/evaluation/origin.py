@@ -4,11 +4,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from needle_rig.recorder import MANIFEST
-from needle_rig.world import DEFAULT_TASK, VIEWS, instruction_of
 from vla_lib.core.errors import UserError
 from vla_lib.core.files import read_json
 from vla_lib.evaluation.rollout import RolloutSettings
+from vla_lib.evaluation.sim_robot import DEFAULT_TASK, MANIFEST, VIEWS, instruction_of
 from vla_lib.features.vlm import open_checkpoint
 from vla_lib.training.checkpoint import read_checkpoint
 

@@ -19,10 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from needle_rig.rig import SimRig
 from vla_lib.core.errors import UserError
 from vla_lib.evaluation.rollout import RolloutSettings, judged, rig_of
-from vla_lib.evaluation.sim_robot import SimRobot, sim_limits
+from vla_lib.evaluation.sim_robot import SimRobot, make_rig, sim_limits
 from vla_lib.runtime.clock import RealClock
 from vla_lib.runtime.execution import ExecutionSettings
 from vla_lib.runtime.robot_io import DryRunIO, Observation, RobotIO
@@ -117,13 +116,13 @@ def rehearse(
     Raises UserError where the checkpoint, its VLM or EGL is missing.
     """
     with Pilot(settings) as pilot:
-        rig = SimRig(**rig_of(settings, pilot.action_hz, pilot.views))
+        rig = make_rig(**rig_of(settings, pilot.action_hz, pilot.views))
         try:
             clock = RealClock()
-            first = SimRobot(rig, clock, seed)
+            first = SimRobot(rig, clock, seed, instruction=settings.instruction)
             pilot.warm_up(first.read_observation())
             rig.step(np.zeros(6))  # draws, for the first time
-            robot = SimRobot(rig, clock, seed, go_on)
+            robot = SimRobot(rig, clock, seed, go_on, settings.instruction)
             io: RobotIO = DryRunIO(robot, dry_run) if dry_run else robot
             until = None if go_on else robot.over
 

@@ -17,6 +17,7 @@ from vla_lib.core.errors import UserError
 from vla_lib.core.processes import follow_parent
 from vla_lib.evaluation.rehearsal import rehearse
 from vla_lib.evaluation.rollout import RolloutSettings
+from vla_lib.evaluation.sim_robot import prepare_gl
 from vla_lib.runtime.robot_io import Observation
 from vla_lib.runtime.run_log import Tick
 from vla_lib.runtime.runner import Runner
@@ -96,8 +97,6 @@ class RehearsalProcess:
 
 def _serve(pipe: Any, settings: RolloutSettings, seed: int, dry_run: Path | None, go_on: bool) -> None:
     follow_parent()
-    from needle_rig.render import prepare_gl
-
     prepare_gl()
     outbox: queue.SimpleQueue[Any] = queue.SimpleQueue()  # the loop only puts; a thread sends
     sender = threading.Thread(target=_send, args=(pipe, outbox), daemon=True)

@@ -11,10 +11,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from needle_rig.rig import SimRig
-from needle_rig.world import DEFAULT_TASK
 from vla_lib.core.errors import UserError
-from vla_lib.evaluation.sim_robot import SimRobot, sim_limits
+from vla_lib.evaluation.sim_robot import DEFAULT_TASK, NeedleInsertion, SimRobot, make_rig, sim_limits
 from vla_lib.runtime.clock import Latency, SimulatedClock
 from vla_lib.runtime.execution import Execution, ExecutionSettings
 from vla_lib.runtime.robot_io import Observation
@@ -91,17 +89,18 @@ def rollout(settings: RolloutSettings, seed: int, watch: Watch | None = None) ->
     longest_s = max(
         1.0, 3 * (vlm_ms + 3 * settings.vlm_jitter_ms) / 1000.0
     )  # two delays, the jitter seldom above three times its mean
-    return fly(rig, expert, compute, seed, run, SafetyLimits(**sim_limits(), vl_age_s=longest_s), latencies, watch)
+    limits = SafetyLimits(**sim_limits(), vl_age_s=longest_s)
+    return fly(rig, expert, compute, seed, run, limits, latencies, watch, settings.instruction)
 
 
 def rig_of(settings: RolloutSettings, action_hz: float, views: tuple[str, ...]) -> dict[str, Any]:
-    """What SimRig is made with for these settings and a policy of this rate and these views."""
-    names = ("task", "instruction", "max_time_s", "picture_width", "picture_height", "camera_hz")
+    """What the rig is made with for these settings and a policy of this rate and these views."""
+    names = ("task", "max_time_s", "picture_width", "picture_height", "camera_hz")
     return {name: getattr(settings, name) for name in names} | {"action_hz": action_hz, "views": views}
 
 
 def fly(
-    rig: SimRig,
+    rig: NeedleInsertion,
     expert: Any,
     compute: Compute,
     seed: int,
@@ -109,10 +108,11 @@ def fly(
     limits: SafetyLimits,
     latencies: dict[str, Latency] | None = None,
     watch: Watch | None = None,
+    instruction: str = "",
 ) -> dict[str, Any]:
     """One rollout of any expert and any VLM on the rig, on the simulated clock. Returns the record of `judged`, with `path`."""
     clock = SimulatedClock(latencies, seed)
-    robot = SimRobot(rig, clock, seed)
+    robot = SimRobot(rig, clock, seed, instruction=instruction)
     runner = Runner(robot, expert, SimulatedVlm(compute, clock), clock, settings, limits, watch)
     log = runner.run(rig.max_time_s + 1.0, robot.over)
     path = rig.path()
@@ -188,15 +188,15 @@ def _extractor(binding: str, device: str, adapted_in: Path | None, written_ns: i
     return FeatureExtractor.from_binding(json.loads(binding), device, adapter)
 
 
-_kept_rig: tuple[Any, SimRig] | None = None
+_kept_rig: tuple[Any, NeedleInsertion] | None = None
 
 
-def _rig(settings: RolloutSettings, action_hz: float, views: tuple[str, ...]) -> SimRig:
+def _rig(settings: RolloutSettings, action_hz: float, views: tuple[str, ...]) -> NeedleInsertion:
     """The rig of these settings; a drawing context is dear, so one rig is kept for the next rollout."""
     global _kept_rig
     how = rig_of(settings, action_hz, views)
     if _kept_rig is None or _kept_rig[0] != how:
         if _kept_rig is not None:
             _kept_rig[1].close()
-        _kept_rig = how, SimRig(**how)
+        _kept_rig = how, make_rig(**how)
     return _kept_rig[1]

@@ -1,25 +1,98 @@
-"""The simulated rig as a robot: what the runner asks of `RobotIO`, answered by SimRig at the runner's clock."""
+"""The simulated rig as a robot: what the runner asks of `RobotIO`, answered by needle_rig at the runner's clock.
 
+Everything that vla_lib takes from needle_rig comes through here (the demo's recording apart): the environment, the figures
+by which it judges, and its errors as UserError.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from needle_rig.rig import SimRig
-from needle_rig.world import FORCE_LIMIT_MN, WORKSPACE_MM
+from needle_rig import NeedleInsertion, RigError
+from needle_rig.recorder import MANIFEST
+from needle_rig.render import check_gl, prepare_gl
+from needle_rig.tissue import BIN_MM
+from needle_rig.world import (
+    DEFAULT_TASK,
+    DEPTH_TOLERANCE_MM,
+    FORCE_LIMIT_MN,
+    LATERAL_TOLERANCE_MM,
+    VIEWS,
+    WORKSPACE_MM,
+    task_of,
+)
+from vla_lib.core.errors import UserError
+from vla_lib.episodes.datasets import DatasetTable
 from vla_lib.runtime.clock import Clock
 from vla_lib.runtime.robot_io import Observation
 
+__all__ = [
+    "BIN_MM",
+    "DEFAULT_TASK",
+    "DEPTH_TOLERANCE_MM",
+    "FORCE_LIMIT_MN",
+    "LATERAL_TOLERANCE_MM",
+    "MANIFEST",
+    "NeedleInsertion",
+    "SimRobot",
+    "VIEWS",
+    "check_drawing",
+    "instruction_of",
+    "make_rig",
+    "prepare_gl",
+    "rig_errors",
+    "sim_limits",
+]
+
+
+@contextlib.contextmanager
+def rig_errors() -> Iterator[None]:
+    """What the rig refuses is the user's to mend: its sentence becomes a UserError."""
+    try:
+        yield
+    except RigError as error:
+        raise UserError(str(error)) from None
+
+
+def make_rig(**how: Any) -> NeedleInsertion:
+    """The environment with these settings. Raises UserError where it cannot be, or EGL is missing."""
+    with rig_errors():
+        return NeedleInsertion(**how)
+
+
+def check_drawing() -> None:
+    """Raises UserError with the remedy where the rig's cameras cannot draw on this machine."""
+    with rig_errors():
+        check_gl()
+
+
+def instruction_of(task: str, root: Path | None = None) -> str:
+    """The instruction that prepared episodes of the task below `root` carry: live and recorded prompts must agree.
+
+    Default root: the built-in table. Raises UserError where the root's datasets.yaml cannot be understood.
+    """
+    table = DatasetTable() if root is None else DatasetTable.load(root)
+    with rig_errors():
+        return table.instruction(*task_of(task)["folders"])
+
 
 class SimRobot:
-    """A reset rig that follows `clock`: each reading runs it up to now, one action period after the other, with the action sent before
-    or standing still. A period belongs to the action that was sent in it. Its time ends where the rollout is decided, unless it is to `go_on`."""
+    """A reset rig that follows `clock`: each reading runs it up to now, one action period after the other.
 
-    def __init__(self, rig: SimRig, clock: Clock, seed: int, go_on: bool = False):
+    A period belongs to the action that was sent in it; without one the rig rests. Its time ends where the rollout is
+    decided, unless it is to `go_on`. `instruction`: default, the built-in one of the rig's task.
+    """
+
+    def __init__(self, rig: NeedleInsertion, clock: Clock, seed: int, go_on: bool = False, instruction: str = ""):
         self.rig, self.clock, self.go_on = rig, clock, go_on
+        self.instruction = instruction or instruction_of(rig.task)
         self.stopped = ""
         self._pending: np.ndarray | None = None
-        self._observation, self.info = rig.reset(seed=seed)
-        self._unread = [self._observation]  # what the sensor saw before the start
+        self._newest, self.info = rig.reset(seed=seed)
+        self._unread = [(self._newest["sensor"], self._newest["sensor_timestamps"])]  # of the rest before the start
         self.done = False
         self.begin()
 
@@ -34,21 +107,22 @@ class SimRobot:
         while self.rig.steps < due and (self.go_on or not self.done):
             action = np.zeros(6) if self._pending is None or self.stopped else self._pending
             self._pending = None
-            self._observation, _, terminated, truncated, self.info = self.rig.step(action)
+            self._newest, _, terminated, truncated, self.info = self.rig.step(action)
             self.done = self.done or terminated or truncated
-            parts.append(self._observation)
-        newest: dict[str, Any] = self._observation
-        sensor = [part["sensor"] for part in parts] or [newest["sensor"][:0]]
-        times = [part["sensor_timestamps"] for part in parts] or [newest["sensor_timestamps"][:0]]
+            new = slice(-self.rig.ticks, None)
+            parts.append((self._newest["sensor"][new], self._newest["sensor_timestamps"][new]))
+        newest = self._newest
+        parts = parts or [(newest["sensor"][:0], newest["sensor_timestamps"][:0])]
+        sensor, sensor_timestamps = (np.concatenate(part) for part in zip(*parts, strict=True))
         return Observation(
-            timestamp=newest["timestamp"],
+            timestamp=float(newest["timestamp"]),
             state=newest["state"],
-            state_timestamp=newest["state_timestamp"],
+            state_timestamp=float(newest["state_timestamp"]),
             pictures=newest["pictures"],
-            picture_timestamps=newest["picture_timestamps"],
-            sensor=np.concatenate(sensor),
-            sensor_timestamps=np.concatenate(times),
-            instruction=newest["instruction"],
+            picture_timestamps={view: float(stamp) for view, stamp in newest["picture_timestamps"].items()},
+            sensor=sensor,
+            sensor_timestamps=sensor_timestamps,
+            instruction=self.instruction,
         )
 
     def send_action(self, action: np.ndarray) -> None:
@@ -67,5 +141,6 @@ class SimRobot:
 
 
 def sim_limits() -> dict[str, Any]:
-    """Workspace (mm) and force (mN) of the rig, for SafetyLimits. The force is judged on the true one; the margin is the sensor's bias and noise."""
+    """Workspace (mm) and force (mN) of the rig, for SafetyLimits."""
+    # the rig judges by the true force; the runner sees it with the sensor's bias and noise
     return {"workspace_mm": WORKSPACE_MM, "force_mN": FORCE_LIMIT_MN - 5.0}

@@ -8,6 +8,7 @@ from typing import Any
 from needle_rig import __main__ as simulate
 from vla_lib.core.errors import UserError
 from vla_lib.core.run_folder import runs_root
+from vla_lib.evaluation.sim_robot import check_drawing, rig_errors
 from vla_lib.workbench import run_all
 from vla_lib.workbench.run_all import ASYNC, CACHE, EVALUATE, Plan
 
@@ -54,15 +55,14 @@ def run(vl_model: str, nproc_per_node: int, size_name: str) -> int:
 
     def record() -> None:
         print("=== recording on the simulated rig", flush=True)
-        simulate.main(simulate.Settings(dataset_root=plan.root, **size.simulate))
+        with rig_errors():
+            simulate.main(simulate.Settings(dataset_root=plan.root, **size.simulate))
 
     return run_all.carry_out("demo", "VLA workbench demo", plan, record)
 
 
 def _check_rig(root: Path, free_bytes: float) -> None:
-    from needle_rig.render import check_gl
-
-    check_gl()
+    check_drawing()
     root.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(root.parent).free
     if not root.exists() and free < free_bytes:

@@ -94,13 +94,13 @@ def _torch() -> Iterator[Finding]:
 
 
 def _pictures() -> Finding:
-    from needle_rig.render import check_gl
+    from vla_lib.evaluation.sim_robot import check_drawing
 
     try:
-        check_gl()
+        check_drawing()
     except UserError as error:
         return "fail", "EGL", str(error)
-    probe = "from needle_rig.rig import SimRig; SimRig(picture_width=32, picture_height=24).reset(seed=1)"
+    probe = "from needle_rig import NeedleInsertion; NeedleInsertion(picture_width=32, picture_height=24).reset(seed=1)"
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True)
     if done.returncode:
         said = (done.stderr.strip().splitlines() or ["no message"])[-1]

@@ -8,9 +8,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from needle_rig.tissue import BIN_MM
-from needle_rig.world import DEPTH_TOLERANCE_MM, FORCE_LIMIT_MN, LATERAL_TOLERANCE_MM
 from vla_lib.evaluation.closed_loop import ClosedLoop
+from vla_lib.evaluation.sim_robot import BIN_MM, DEPTH_TOLERANCE_MM, FORCE_LIMIT_MN, LATERAL_TOLERANCE_MM
 from vla_lib.runtime.run_log import RunLog
 from vla_lib.workbench.plots.style import style
 

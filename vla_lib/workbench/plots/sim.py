@@ -1,6 +1,6 @@
 """Rollouts on the simulated rig in; figures of their paths, forces and A-scans, and montages of the views out.
 
-A rollout's path is what `SimRig.path()` gives (t_s (n,), position_mm (n, 3), force_mN (n,)), its truth `info["truth"]`.
+A rollout's path is what `NeedleInsertion.path()` gives (t_s (n,), position_mm (n, 3), force_mN (n,)), its truth `info["truth"]`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,8 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle
 
-from needle_rig.tissue import BIN_MM
-from needle_rig.world import DEPTH_TOLERANCE_MM, FORCE_LIMIT_MN, LATERAL_TOLERANCE_MM
+from vla_lib.evaluation.sim_robot import BIN_MM, DEPTH_TOLERANCE_MM, FORCE_LIMIT_MN, LATERAL_TOLERANCE_MM
 from vla_lib.workbench.plots.style import style
 
 PATH, TARGET, MEMBRANE, GEL = "#0b6e99", "#b5122a", "#7a3fa0", "#c9c4b8"

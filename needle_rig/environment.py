@@ -1,0 +1,200 @@
+"""The rig as a policy meets it: a gymnasium environment that acts at 10 Hz and is judged by what no observation contains.
+
+    rig = gymnasium.make("needle_rig/NeedleInsertion-v0", max_time_s=20)
+    observation, info = rig.reset(seed=7)
+    observation, reward, terminated, truncated, info = rig.step(action)
+
+Action (7,): dx dy dz in mm, a rotation vector in degrees, both in the base frame, and the gripper (ignored): the motion
+over one action period, as in data.pkl. It shifts the arm's commanded pose, which the arm follows with its lag and speed
+limits; the box's bounds are the largest shift that these limits leave of one axis.
+
+Observation:
+    pictures            {view: (H, W, 3) uint8}, the newest of each view at or before now, JPEG-coded as recorded ones
+    picture_timestamps  {view: () float64}
+    state               (12,) float32: joints 1..6 (deg), then pose x y z (mm) a b r (deg, intrinsic XYZ), as the
+                        controller last refreshed it
+    state_timestamp     () float64
+    sensor              (650, 1026) float32: the samples of the last second, the newest last; force (mN), then the
+                        A-scan (counts, 1025 bins of 7.5 um). The last `ticks` of them are new since the step before
+    sensor_timestamps   (650,) float64
+    timestamp           () float64, now
+All times are seconds on one clock that starts at `START_S` (UNIX-like), so they look as recorded ones do.
+
+Reward: 1 at success, else 0. Terminated: judged (see judge.py); truncated: judged at the time limit. Info: the judgement,
+`time_s`, `seed`, and the hidden `truth`; for evaluation, never for a policy.
+"""
+
+from typing import Any
+
+import gymnasium
+import numpy as np
+from gymnasium.spaces import Box, Dict
+
+from needle_rig.arm import SPEED_LIMIT_MM_S, TICK_HZ, TURN_LIMIT_DEG_S, Arm, Motion, states
+from needle_rig.judge import Judge
+from needle_rig.render import PictureMaker, check_gl, through_jpeg
+from needle_rig.tissue import CHANNELS, Tissue
+from needle_rig.world import DEFAULT_TASK, VIEWS, RigError, World, sample_world, stream, task_of
+
+START_S = 1_700_000_000.0
+POSE_REFRESH_HZ = 60.0
+WINDOW = 650  # sensor samples of an observation; at a reset the arm rests for as long, so that it is full
+
+
+class NeedleInsertion(gymnasium.Env[dict[str, Any], np.ndarray]):
+    """One arm, one phantom. Deterministic by seed and actions; `reset` draws a new phantom.
+
+    `task` names the family of phantoms. `max_time_s` counts from the reset's end. `views=()` leaves the cameras out (no
+    EGL needed). Raises RigError where a value is bad or EGL is missing.
+    """
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 10}
+
+    def __init__(
+        self,
+        task: str = DEFAULT_TASK,
+        action_hz: float = 10.0,
+        picture_width: int = 320,
+        picture_height: int = 180,
+        views: tuple[str, ...] = VIEWS,
+        camera_hz: float = 5.0,
+        max_time_s: float = 30.0,
+        render_mode: str | None = None,
+    ):
+        self.task, self.action_hz, self.camera_hz, self.max_time_s = task, action_hz, camera_hz, max_time_s
+        self.views, self.render_mode = tuple(views), render_mode
+        self.ticks = round(TICK_HZ / action_hz)
+        if abs(self.ticks * action_hz - TICK_HZ) > 1e-6 or not 1 <= self.ticks <= WINDOW:
+            raise RigError(
+                f"The rig samples at 650 Hz and cannot act at {action_hz:g} Hz; choose a rate that divides 650, such as 10."
+            )
+        if camera_hz <= 0 or max_time_s <= 0:
+            raise RigError(
+                f"The rig cannot run with camera_hz {camera_hz:g}, max_time_s {max_time_s:g}; both must be above 0."
+            )
+        task_of(task)
+        if self.views:
+            check_gl()
+        self._maker = PictureMaker(picture_width, picture_height, self.views)
+        self.action_space, self.observation_space = self._spaces()
+        self.world: World | None = None
+
+    def _spaces(self) -> tuple[Box, Dict]:
+        reach = np.repeat([SPEED_LIMIT_MM_S, TURN_LIMIT_DEG_S, 0.0], (3, 3, 1)) / self.action_hz
+        action = Box((-reach).astype(np.float32), (reach + np.eye(7)[6]).astype(np.float32))
+        picture = Box(0, 255, (self._maker.height, self._maker.width, 3), np.uint8)
+        pose = np.repeat([180.0, 1000.0, 180.0], (6, 3, 3)).astype(np.float32)
+        # bounds of the times and the sensor are no physics: wide enough for any rollout, and finite as gymnasium asks
+        time = Box(0.0, 1e10, (), np.float64)
+        parts = {
+            "pictures": Dict({view: picture for view in self.views}),
+            "picture_timestamps": Dict({view: time for view in self.views}),
+            "state": Box(-pose, pose),
+            "state_timestamp": time,
+            "sensor": Box(-1e6, 1e6, (WINDOW, CHANNELS), np.float32),
+            "sensor_timestamps": Box(0.0, 1e10, (WINDOW,), np.float64),
+            "timestamp": time,
+        }
+        return action, Dict(parts)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[dict, dict]:
+        """Put the needle over the phantom of `seed`; returns (observation, info).
+
+        Without a seed the phantom is drawn from the generator that the last seed began: the same sequence after the same
+        seed. `options={"world": World}` puts another world in the place of the seed's.
+        """
+        super().reset(seed=seed)
+        self.seed = int(self.np_random.integers(1 << 31)) if seed is None else seed
+        self.world = (options or {}).get("world") or sample_world(self.seed, self.task)
+        self.arm = Arm(self.world.start_mm, self.world.start_rotvec_deg)
+        self.tissue, self.judge = Tissue(self.world), Judge(self.world)
+        self.steps = 0
+        rng = stream(self.seed, "rig")
+        self._camera_phase_s = {view: rng.uniform(0, 1 / self.camera_hz) for view in self.views}
+        self._refresh_phase_s = rng.uniform(0, 1 / POSE_REFRESH_HZ)
+        self._pictures: dict[str, np.ndarray] = {}
+        self._picture_t_s: dict[str, float] = {}
+        self._motions: list[Motion] = []
+        self._forces: list[np.ndarray] = []
+        self._sensor = np.empty((0, CHANNELS), np.float32)
+        self._maker.show(self.world)
+        observation = self._observe(self.arm.move_to(self.arm.command, WINDOW))
+        return observation, self._info()
+
+    def step(self, action: np.ndarray) -> tuple[dict, float, bool, bool, dict]:
+        """Run one action period. Returns observation, reward, terminated, truncated, info.
+
+        Raises RigError for an action that is not finite or too short: a rig must never move on one.
+        """
+        if self.world is None:
+            raise RigError("The rig has no phantom yet; call reset() before step().")
+        action = np.asarray(action, float)
+        if action.ndim != 1 or action.size < 6 or not np.isfinite(action[:6]).all():
+            raise RigError(
+                f"The rig cannot move on the action {action}; give 6 or 7 finite numbers (mm, degrees, gripper)."
+            )
+        self.steps += 1
+        observation = self._observe(self.arm.move_by(action, self.ticks))
+        time_out = self.steps / self.action_hz >= self.max_time_s - 1e-9
+        if time_out:
+            self.judge.time_out()
+        terminated = self.judge.success or (bool(self.judge.reason) and not time_out)
+        return observation, float(self.judge.success), terminated, time_out and not terminated, self._info()
+
+    def render(self) -> np.ndarray | None:
+        """The newest pictures of all views side by side, (H, views * W, 3) uint8; None without render_mode "rgb_array"."""
+        if self.render_mode is None or not self.views:
+            return None
+        return np.concatenate([self._pictures[view] for view in self.views], axis=1)
+
+    def close(self) -> None:
+        """Free the drawing context of this thread."""
+        self._maker.close()
+
+    def path(self) -> dict[str, np.ndarray]:
+        """What happened since the reset, at 650 Hz: t_s (n,), position_mm (n, 3), force_mN (n,) true."""
+        return {
+            "t_s": np.concatenate([motion.t_s for motion in self._motions]),
+            "position_mm": np.concatenate([motion.position_mm for motion in self._motions]),
+            "force_mN": np.concatenate(self._forces),
+        }
+
+    def _observe(self, motion: Motion) -> dict[str, Any]:
+        force, punctured = self.tissue.sense(motion)
+        self.judge.watch(motion, self.tissue)
+        self._motions.append(motion)
+        self._forces.append(force)
+        samples = self.tissue.measure(motion.position_mm[:, 2], force, punctured)
+        self._sensor = np.concatenate([self._sensor, samples])[-WINDOW:]
+        now = float(motion.t_s[-1])
+        refreshed = np.floor((now - self._refresh_phase_s) * POSE_REFRESH_HZ) / POSE_REFRESH_HZ + self._refresh_phase_s
+        k = int(np.clip(np.searchsorted(motion.t_s, refreshed), 0, len(motion.t_s) - 1))
+        self._take_pictures(motion, now)
+        return {
+            "pictures": {view: picture.copy() for view, picture in self._pictures.items()},  # not shared between steps
+            "picture_timestamps": {view: np.array(START_S + t) for view, t in self._picture_t_s.items()},
+            "state": states(motion.position_mm[k : k + 1], motion.rotvec_deg[k : k + 1])[0].astype(np.float32),
+            "state_timestamp": np.array(START_S + motion.t_s[k]),
+            "sensor": self._sensor,
+            "sensor_timestamps": START_S + (self.arm.tick + np.arange(1 - WINDOW, 1)) / TICK_HZ,
+            "timestamp": np.array(START_S + now),
+        }
+
+    def _take_pictures(self, motion: Motion, now: float) -> None:
+        for view in self.views:
+            phase = self._camera_phase_s[view]
+            newest = np.floor((now - phase) * self.camera_hz) / self.camera_hz + phase
+            taken = self._picture_t_s.get(view)
+            if taken is not None and newest <= taken + 1e-9:
+                continue
+            if newest < motion.t_s[0]:  # before the first frame: the needle is at rest
+                newest = max(newest, 0.0)
+            k = int(np.clip(np.searchsorted(motion.t_s, newest), 0, len(motion.t_s) - 1))
+            picture = self._maker.picture(view, motion.position_mm[k], motion.rotvec_deg[k])
+            self._pictures[view] = through_jpeg(picture)
+            self._picture_t_s[view] = float(newest)
+
+    def _info(self) -> dict[str, Any]:
+        assert self.world is not None
+        judgement = self.judge.to_dict() | {"time_s": self.steps / self.action_hz, "seed": self.seed}
+        return judgement | {"truth": self.world.to_dict()}
