@@ -78,7 +78,7 @@ def untrained(path: Path, settings: TrainingSettings) -> Path:
         settings.head, VIEWS, binding["hidden_size"], *layout, sensor_window_size=settings.sensor_window_size
     )
     content = {
-        "policy_config": config.to_dict(),
+        "policy_config": config.record(),
         "policy": Policy(config).state_dict(),
         "binding": binding,
         "settings": GIVEN,

@@ -58,7 +58,7 @@ def loading(root: Path, batches: int, head: str, batch_size: int = 32) -> list[B
     """Bytes of windows and features into tensors a second, from warm files; against reading sample by sample, and against the step."""
     import torch
 
-    from vla_lib.policy import Policy
+    from vla_lib.policy.policy import Policy
 
     settings, data = _prepared(root, head)
     samples = data.train
@@ -102,7 +102,7 @@ def loading(root: Path, batches: int, head: str, batch_size: int = 32) -> list[B
 
 def compiled(root: Path, count: int) -> list[BenchRow]:
     """Forward and backward with torch.compile against without; no row where there is no compiler."""
-    from vla_lib.policy import Policy
+    from vla_lib.policy.policy import Policy
 
     if shutil.which("g++") is None and shutil.which("clang++") is None:
         return []
@@ -154,7 +154,7 @@ def live_vlm(root: Path, count: int, batch_size: int = 16) -> list[BenchRow]:
     import torch
 
     from vla_lib.features.extractor import FeatureExtractor
-    from vla_lib.policy import Policy
+    from vla_lib.policy.policy import Policy
 
     found = []
     for name, head in (("async", "regression"), ("diffusion", "diffusion")):

@@ -27,7 +27,7 @@ def checkpoint(tmp_path_factory):
             weights.normal_(0.0, 0.1, generator=generator)
     content = {
         "front_door": "train_async",
-        "policy_config": config.to_dict(),
+        "policy_config": config.record(),
         "policy": policy.state_dict(),
         "binding": binding,
     }

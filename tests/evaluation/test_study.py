@@ -29,7 +29,7 @@ def write(tmp_path):
         config = PolicyConfig("regression", views, 8, (0,), (0,), (0,), **changes)
         content = {
             "front_door": "train_async",
-            "policy_config": config.to_dict(),
+            "policy_config": config.record(),
             "policy": {},
             "split": {},
             "step": 0,

@@ -1,4 +1,4 @@
-"""The policy: shapes, units, what each input does, dtypes, strictness; for both heads and every fusion."""
+"""The policy: shapes, units, what each input does, dtypes, strictness; for both heads."""
 
 import dataclasses
 
@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from vla_lib.core.errors import UserError
-from vla_lib.policy import FUSIONS, HEADS, Policy, PolicyConfig
+from vla_lib.policy.config import HEADS, PolicyConfig
+from vla_lib.policy.policy import Policy
 from vla_lib.policy.trunk import Attention
 
 VIEW = tuple([0] * 6 + [1] * 6 + [-1])
@@ -45,27 +46,24 @@ def observe(count=3, window=13, dtype=torch.float32, seed=1) -> dict:
     }
 
 
-@pytest.mark.parametrize("fusion", FUSIONS)
 @pytest.mark.parametrize("head", HEADS)
-def test_predict_gives_a_chunk_and_is_repeatable(head, fusion):
-    policy = make_policy(head=head, fusion=fusion)
+def test_predict_gives_a_chunk_and_is_repeatable(head):
+    policy = make_policy(head=head)
     chunk = policy.predict(observe())
     assert chunk.shape == (3, 8, 7) and chunk.dtype == torch.float32
     assert torch.isfinite(chunk).all()
     assert torch.equal(chunk, policy.predict(observe()))
 
 
-@pytest.mark.parametrize("fusion", FUSIONS)
-def test_of_several_sampled_chunks_the_median_is_predicted(fusion):
-    policy, noise = make_policy(head="diffusion", fusion=fusion), torch.randn(3, 5, 8, 7)
+def test_of_several_sampled_chunks_the_median_is_predicted():
+    policy, noise = make_policy(head="diffusion"), torch.randn(3, 5, 8, 7)
     each = torch.stack([policy.predict(observe(), noise=noise[:, k : k + 1]) for k in range(5)])
     assert each.std(0).mean() > 0.01
     assert torch.allclose(policy.predict(observe(), noise=noise), each.median(0).values, atol=1e-5)
 
 
-@pytest.mark.parametrize("fusion", FUSIONS)
-def test_draws_of_a_sample_share_its_context_and_nothing_else(fusion):
-    policy = make_policy(head="diffusion", fusion=fusion)
+def test_draws_of_a_sample_share_its_context_and_nothing_else():
+    policy = make_policy(head="diffusion")
     batch = observe() | {"action": torch.randn(3, 8, 7)}
     draws = policy.draw(3, torch.Generator().manual_seed(0))
     alone = [
@@ -88,12 +86,11 @@ def test_every_input_reaches_the_actions(head, name):
 
 
 def test_without_sensor_nothing_of_it_remains():
-    for changes in ({"sensor_enabled": False}, {"fusion": "none"}):
-        policy, observation = make_policy(**changes), observe()
-        assert not any("sensor" in name or "gate" in name for name in policy.state_dict())
-        before = policy.predict(observation)
-        del observation["sensor"], observation["sensor_mask"]
-        assert torch.equal(before, policy.predict(observation))
+    policy, observation = make_policy(sensor_enabled=False), observe()
+    assert not any("sensor" in name for name in policy.state_dict())
+    before = policy.predict(observation)
+    del observation["sensor"], observation["sensor_mask"]
+    assert torch.equal(before, policy.predict(observation))
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -173,17 +170,17 @@ def test_trap_21_actions_are_normalised_and_the_clamp_follows_their_range():
         **{"sensor_mean": torch.zeros(1026), "sensor_std": torch.ones(1026)},
     }
     policy.normaliser.load_statistics(statistics)
-    wanted = policy.head._compressed(
+    wanted = policy.head.compressed(
         policy.normaliser, torch.full((1, 8, 7), 3.5)
     )  # a model that always sees x0 = 3.5 standard deviations
     scheduler = policy.head.scheduler
 
-    def perfect(policy, context, noisy, timestep):
+    def perfect(read, noisy, timestep):
         alpha = scheduler.alphas_cumprod[timestep][:, None, None]
         noise = (noisy - alpha.sqrt() * wanted) / (1 - alpha).sqrt()
         return alpha.sqrt() * noise - (1 - alpha).sqrt() * wanted
 
-    policy.head._velocity = perfect
+    policy.head.velocity = perfect
     chunk = policy.predict(observe(2), ddim_steps=10)
     assert torch.allclose(chunk[..., 0], torch.tensor(0.3 + 3.5 * 0.1), atol=1e-3)
     assert (chunk[..., 6] == 1.0).all()  # a constant dimension comes back exactly
@@ -226,10 +223,9 @@ def test_loss_has_one_figure_a_step_and_ignores_constant_dimensions(head):
 
 
 @pytest.mark.parametrize("head", HEADS)
-@pytest.mark.parametrize("fusion", FUSIONS)
-def test_every_parameter_gets_a_gradient(head, fusion):
+def test_every_parameter_gets_a_gradient(head):
     """A parameter without one would stop distributed training, and be dead weight in any."""
-    policy = make_policy(head=head, fusion=fusion).train()
+    policy = make_policy(head=head).train()
     batch = observe() | {"action": torch.randn(3, 8, 7)}
     batch["sensor_mask"][0] = False
     policy(batch, policy.draw(3, torch.Generator().manual_seed(0))).mean().backward()
@@ -250,18 +246,20 @@ def test_predict_refuses_training_mode_and_other_layouts():
 
 def test_config_round_trip_and_refusals():
     config = make_config(head="diffusion")
-    assert PolicyConfig.from_dict(config.to_dict()) == config
+    assert PolicyConfig.from_dict(config.record()) == config
     for changes in (
         {"head": "x"},
-        {"fusion": "x"},
         {"width": 30, "heads": 4},
         {"token_row": (0,)},
         {"ddim_steps": 200},
     ):
         with pytest.raises(UserError):
             dataclasses.replace(config, **changes)
-    with pytest.raises(UserError, match="does not know: colour"):
-        PolicyConfig.from_dict(config.to_dict() | {"colour": 1})
+    with pytest.raises(UserError, match="cannot be built by this version .--colour is no setting"):
+        PolicyConfig.from_dict(config.record() | {"colour": 1})
+    assert PolicyConfig.from_dict(config.record() | {"fusion": "concat"}) == config  # as older checkpoints say
+    with pytest.raises(UserError, match="sensor fusion 'gated', which is gone; train anew"):
+        PolicyConfig.from_dict(config.record() | {"fusion": "gated"})
 
 
 def test_attention_has_no_bias_whose_gradient_is_rounding():

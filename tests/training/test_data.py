@@ -291,7 +291,7 @@ def test_trap_01_sensor_asked_for_but_absent_is_an_error(tmp_path):
         prepare_data(settings)
     data = prepare_data(dataclasses.replace(settings, sensor_enabled=False))
     assert "sensor" not in data.train.batch([0])
-    assert not data.policy_config(dataclasses.replace(settings, sensor_enabled=False)).uses_sensor
+    assert not data.policy_config(dataclasses.replace(settings, sensor_enabled=False)).sensor_enabled
 
 
 def test_loader_processes_read_what_is_read_here_and_end_with_the_epoch(mixed):

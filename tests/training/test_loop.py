@@ -10,7 +10,7 @@ from synthetic import write_dataset
 
 from vla_lib.core.errors import UserError
 from vla_lib.core.files import read_jsonl
-from vla_lib.policy.diffusion_head import DRAWS
+from vla_lib.policy.heads import DRAWS
 from vla_lib.train_async import main as train_async
 from vla_lib.train_diffusion import main as train_diffusion
 from vla_lib.training import device, loop
@@ -344,7 +344,7 @@ def test_a_starving_loader_is_reported(async_settings, monkeypatch, capsys):
 
 
 def test_a_loss_that_is_not_finite_stops_the_training(async_settings, monkeypatch):
-    from vla_lib.policy import Policy
+    from vla_lib.policy.policy import Policy
 
     forward = Policy.forward
     monkeypatch.setattr(Policy, "forward", lambda self, *a: forward(self, *a) * float("nan"))

@@ -133,7 +133,7 @@ def sampled_chunks(checkpoint: Path, dataset_root: Path, episode: str, count: in
 
 def inputs_of(config: PolicyConfig) -> dict[str, str]:
     """Name -> "vl" or "sensor" of each input that the policy uses and that can be masked."""
-    used = {VL_MASKED: ("vl", config.vl_enabled), SENSOR_MASKED: ("sensor", config.uses_sensor)}
+    used = {VL_MASKED: ("vl", config.vl_enabled), SENSOR_MASKED: ("sensor", config.sensor_enabled)}
     return {name: without for name, (without, uses) in used.items() if uses}
 
 

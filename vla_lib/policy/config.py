@@ -1,97 +1,89 @@
-"""What a policy is made of: plain numbers in, one validated record out that rebuilds the very same modules (no torch)."""
+"""What a policy is made of: plain numbers that rebuild the very same modules (no torch); a checkpoint holds them."""
 
-import dataclasses
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self, get_args
+
+from annotated_types import Ge, Lt
 
 from vla_lib.core.errors import UserError
+from vla_lib.core.settings import Settings, settings
 
-HEADS = ("regression", "diffusion")
-FUSIONS = ("concat", "cross_attention", "gated", "none")
+HeadName = Literal["regression", "diffusion"]
+HEADS: tuple[HeadName, ...] = get_args(HeadName)
 
 STATE_DIM = 12  # joints 1..6 (deg), pose (mm, deg)
 ACTION_DIM = 7  # dx dy dz (mm), rotation vector (deg), gripper
 SENSOR_CHANNELS = 1026  # force first, then 1025 depth bins of the A-scan
 
+Positive = Annotated[int, Ge(1)]
+Share = Annotated[float, Ge(0), Lt(1)]
 
-@dataclass(frozen=True)
-class PolicyConfig:
-    """Everything that fixes the shapes of a policy. Raises UserError for values that cannot be built.
 
-    The three `token_*` tuples have one entry a VL token (T entries): its view's number in `views`, its row and its column in that
-    view's grid; a text token has -1 in all three.
-    """
+@settings
+class PolicySettings(Settings):
+    """What the policy reads and how large it is: flags of both trainings."""
 
-    head: str
+    # use the VL features; --no-vl-enabled hides every view and the text for good: what a policy can do without seeing
+    vl_enabled: bool = True
+    sensor_enabled: bool = True  # use the force and OCT sensor; --no-sensor-enabled removes the encoder altogether
+    sensor_window_size: Positive = 65  # sensor samples that end at the step's time (650 Hz: 65 = 100 ms)
+    horizon: Positive = 8  # actions in a chunk
+    width: Positive = 128  # width of the trunk
+    layers: Positive = 3  # blocks of the trunk
+    heads: Positive = 4  # attention heads
+    dropout: Share = 0.0  # dropout in the trunk
+    # chance that a view is hidden from a training sample: against learning scenes by heart, and for a camera that fails
+    view_dropout: Share = 0.0
+
+
+@settings
+class PolicyInputs(Settings):
+    """What the data decide: the three `token_*` tuples have one entry a VL token (T entries), its view's number in `views`,
+    its row and its column in that view's grid; a text token has -1 in all three."""
+
+    head: HeadName
     views: tuple[str, ...]
-    token_dim: int
+    token_dim: Positive
     token_view: tuple[int, ...]
     token_row: tuple[int, ...]
     token_col: tuple[int, ...]
-    vl_enabled: bool = True
-    sensor_enabled: bool = True
-    sensor_window_size: int = 65
-    fusion: str = "concat"
-    horizon: int = 8
+
+
+@settings
+class PolicyConfig(PolicySettings, PolicyInputs):
+    """Everything that fixes the shapes of a policy. Raises UserError for values that cannot be built."""
+
     action_hz: float = 10.0
-    width: int = 128
-    layers: int = 3
-    heads: int = 4
-    dropout: float = 0.0
-    view_dropout: float = 0.0
-    diffusion_timesteps: int = 100
-    ddim_steps: int = 10
+    diffusion_timesteps: Positive = 100
+    ddim_steps: Positive = 10
 
     def __post_init__(self) -> None:
-        for field in ("views", "token_view", "token_row", "token_col"):
-            object.__setattr__(self, field, tuple(getattr(self, field)))
-        if self.head not in HEADS:
-            raise UserError(f"A policy's head cannot be '{self.head}'; give one of {', '.join(HEADS)}.")
-        if self.fusion not in FUSIONS:
-            raise UserError(f"--fusion cannot be '{self.fusion}'; give one of {', '.join(FUSIONS)}.")
         if not len(self.token_view) == len(self.token_row) == len(self.token_col) > 0:
-            raise UserError(
-                "The VL token layout is empty or its view, row and column lists differ in length; rebuild the VL cache."
-            )
+            raise UserError("The VL token layout is empty or its lists differ in length; rebuild the VL cache.")
         if self.width % self.heads:
+            fitting = max(1, self.width // self.heads) * self.heads
+            raise UserError(f"--width {self.width} is no multiple of --heads {self.heads}; give --width {fitting}.")
+        if self.ddim_steps > self.diffusion_timesteps:
             raise UserError(
-                f"--width {self.width} is no multiple of --heads {self.heads}; give --width {max(1, self.width // self.heads) * self.heads}."
+                f"--ddim-steps {self.ddim_steps} is above --diffusion-timesteps {self.diffusion_timesteps}; change one."
             )
-        for name in ("horizon", "layers", "sensor_window_size", "diffusion_timesteps"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}; give 1 or more.")
-        if not 1 <= self.ddim_steps <= self.diffusion_timesteps:
-            raise UserError(
-                f"--ddim-steps {self.ddim_steps} must lie between 1 and --diffusion-timesteps {self.diffusion_timesteps}; change one of them."
-            )
-
-    @property
-    def uses_sensor(self) -> bool:
-        """True where a sensor window reaches the actions."""
-        return self.sensor_enabled and self.fusion != "none"
 
     @property
     def tokens(self) -> int:
         """T, the number of VL tokens."""
         return len(self.token_view)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain Python, for a checkpoint."""
-        values = dataclasses.asdict(self)
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
-
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "PolicyConfig":
-        """The record that `to_dict` wrote. Raises UserError where keys are unknown or missing."""
-        known = {f.name for f in dataclasses.fields(cls)}
-        unknown = sorted(set(values) - known)
-        if unknown:
-            raise UserError(
-                f"The checkpoint's policy has settings that this version does not know: {', '.join(unknown)}; use the version that wrote it."
-            )
+    def from_dict(cls, record: Mapping[str, Any]) -> Self:
+        """The config of a checkpoint's record. Raises UserError where this version cannot build it."""
+        values = dict(record)
+        fusion = values.pop("fusion", "concat")  # older checkpoints name how the sensor joins; one way is left
+        if fusion != "concat" and values.get("sensor_enabled", True):
+            raise UserError(f"The checkpoint's policy has the sensor fusion '{fusion}', which is gone; train anew.")
         try:
             return cls(**values)
-        except TypeError as error:
+        except UserError as error:
             raise UserError(
-                f"The checkpoint's policy settings are incomplete ({error}); take another checkpoint of the same run."
+                f"The checkpoint's policy cannot be built by this version ({str(error).rstrip('.')}); "
+                "use the version that wrote it, or take another checkpoint."
             ) from error

@@ -1,27 +1,30 @@
-"""The policy: an observation batch in, `predict` gives (B, horizon, 7) actions in mm and degrees, `forward` the training losses.
+"""The policy: an observation batch becomes (B, horizon, 7) actions in mm and degrees (`predict`), or the training losses.
 
     observation: vl_tokens (B, T, D), vl_mask (B, T) bool, vl_age_s (B,), state (B, 12),
                  sensor (B, S, 1026) raw units and sensor_mask (B,) bool where the policy uses the sensor
-    action j of a chunk is the motion from step k+j to step k+j+1: translation (mm) and rotation vector (deg) in the base frame, gripper
+    action j of a chunk is the motion from step k+j to step k+j+1: translation (mm) and rotation vector (deg) in the base
+    frame, gripper
 
-The trunk is one transformer over [state, age, scene tokens, sensor tokens | action queries], which attends to itself and to the VL tokens. What stands
-before the bar does not see the queries, so it is computed once for all noise draws and denoising steps (as in pi0, Black et al. 2024).
-The regression head reads the action queries; the diffusion head first adds the noisy chunk and its timestep to them (DDPM, Ho et al.
-2020, with the cosine schedule of Nichol and Dhariwal 2021; DDIM sampling, Song et al. 2021; schedulers from `diffusers`).
+- One transformer over [state, age, scene tokens, sensor tokens | action queries], which attends to itself and the VL tokens.
+- What is before the bar does not see the queries, so it is computed once for all noise draws and denoising steps (as in
+  pi0, Black et al. 2024).
+- A head (heads.py) reads the action queries: regression for the async model, diffusion for the other.
+- The normaliser lives inside: raw units in, raw units out.
+- Nothing is read that a robot would not know at that moment.
 """
 
 import itertools
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from vla_lib.core.errors import UserError
 from vla_lib.policy.config import STATE_DIM, PolicyConfig
-from vla_lib.policy.diffusion_head import DiffusionHead
+from vla_lib.policy.heads import DiffusionHead, Draws, RegressionHead
 from vla_lib.policy.normaliser import Normaliser
-from vla_lib.policy.regression_head import RegressionHead
 from vla_lib.policy.sensor_encoder import SensorEncoder
-from vla_lib.policy.trunk import Block, SceneReader, VLMemory
+from vla_lib.policy.trunk import Block, Keys, SceneReader, VLMemory
 
 AGE_SCALE_S = 0.3  # three steps of 100 ms: ages of the default reuse count lie within 0..1
 
@@ -29,28 +32,23 @@ AGE_SCALE_S = 0.3  # three steps of 100 ms: ages of the default reuse count lie 
 class Policy(nn.Module):
     """See the module's docstring. Parameters and normalisation are float32; under autocast only the products are bf16."""
 
-    def __init__(self, config: PolicyConfig):
+    def __init__(self, config: PolicyConfig) -> None:
         super().__init__()
         self.config = config
         width = config.width
         self.normaliser = Normaliser(config)
-        self.memory = VLMemory(config.token_dim, width, config.token_view, config.token_row, config.token_col)
-        self.scene = SceneReader(config.tokens, config.token_dim, width, config.dropout)
+        self.memory = VLMemory(config)
+        self.scene = SceneReader(config)
         self.state_in = nn.Sequential(nn.Linear(STATE_DIM, width), nn.GELU(), nn.Linear(width, width))
         self.age_in = nn.Sequential(nn.Linear(2, width), nn.GELU(), nn.Linear(width, width))
         self.queries = nn.Parameter(torch.randn(config.horizon, width) * 0.02)
-        self.sensor_encoder = SensorEncoder(config) if config.uses_sensor else None
-        self.gate = nn.Linear(2 * width, width) if config.uses_sensor and config.fusion == "gated" else None
-        crossed = config.uses_sensor and config.fusion == "cross_attention"
-        self.blocks = nn.ModuleList(Block(width, config.heads, config.dropout, crossed) for _ in range(config.layers))
+        self.sensor_encoder = SensorEncoder(config) if config.sensor_enabled else None
+        self.blocks: list[Block] = nn.ModuleList(Block(config) for _ in range(config.layers))  # type: ignore[assignment]
         self.norm = nn.LayerNorm(width)
-        head_class = {"regression": RegressionHead, "diffusion": DiffusionHead}[config.head]
-        self.head = head_class(config)
+        self.head = RegressionHead(config) if config.head == "regression" else DiffusionHead(config)
 
-    # ---- the trunk
-
-    def context(self, observation: dict[str, Tensor]) -> list[dict[str, Tensor | None]]:
-        """What does not depend on the actions: for each block the keys and values that action queries look at (see Block.keys).
+    def context(self, observation: dict[str, Tensor]) -> list[Keys]:
+        """What does not depend on the actions: for each block the keys and values that action queries look at.
 
         Raises UserError where the observation does not fit the policy (token layout, sensor window, missing keys).
         """
@@ -63,66 +61,47 @@ class Policy(nn.Module):
         prefix = [
             self.state_in(self.normaliser.state(observation["state"]))[:, None],
             self.age_in(torch.cat([age, age**2], -1))[:, None],
+            self.scene(tokens, seen),
         ]
-        prefix.append(self.scene(tokens, seen))
-        sensor = None
         if self.sensor_encoder is not None:
-            sensor = self.sensor_encoder(
-                observation["sensor"], observation["sensor_mask"], self.normaliser
-            )  # (B, N, W)
-            if self.config.fusion == "concat":
-                prefix.append(sensor)
-        x = self._gated(torch.cat(prefix, 1), sensor)  # (B, P, W)
-        context = [self.blocks[0].keys(x, memory, memory_mask, sensor) | {"tokens": sensor}]
+            prefix.append(self.sensor_encoder(observation["sensor"], observation["sensor_mask"], self.normaliser))
+        x = torch.cat(prefix, 1)  # (B, P, W)
+        context = [self.blocks[0].keys(x, memory, memory_mask)]
         for before, block in itertools.pairwise(self.blocks):
             x = before(x, context[-1], is_prefix=True)
-            context.append(block.keys(x, memory, memory_mask, sensor))
+            context.append(block.keys(x, memory, memory_mask))
         return context
 
-    def trunk(self, context: list[dict[str, Tensor | None]], queries: Tensor) -> Tensor:
-        """Action queries (B * n, H, W), n for each observation in a row -> (B * n, H, W), informed by the context."""
-        x = self._gated(queries, context[0]["tokens"])
+    def trunk(self, context: list[Keys], *added: Tensor) -> Tensor:
+        """The action queries with `added` (B * n, H, W), n for each observation in a row -> (B * n, H, W), informed."""
+        x = sum(added, start=self.queries) if added else self.queries.expand(len(context[0].mask), -1, -1)
         for block, keys in zip(self.blocks, context, strict=True):
             x = block(x, keys)
         return self.norm(x)
 
-    def _gated(self, x: Tensor, sensor: Tensor | None) -> Tensor:
-        """With gated fusion, the mean of the sensor tokens is added to each token of the sequence as far as the token asks for it."""
-        if self.gate is None:
-            return x
-        summary = sensor.mean(1, keepdim=True).repeat_interleave(len(x) // len(sensor), 0).expand_as(x)
-        return x + torch.sigmoid(self.gate(torch.cat([x, summary], -1))) * summary
+    def forward(self, batch: dict[str, Tensor], draws: Draws | None = None) -> Tensor:
+        """Training: observation plus `action` (B, H, 7) -> loss of each step of each chunk, (B, H), in normalised units.
 
-    # ---- training and inference
-
-    def forward(self, batch: dict[str, Tensor], draws: dict[str, Tensor] | None = None) -> Tensor:
-        """Training: observation plus `action` (B, H, 7) -> loss of each step of each chunk, (B, H), unmasked, in normalised units.
-
-        `draws` are the random numbers of the diffusion head (`draw`), given from outside so that they belong to the sample and not
-        to the process. Padded steps (action_mask) are masked by the caller.
+        `draws` are the random numbers of `draw`, given from outside so that they belong to the sample and not to the
+        process. Padded steps (action_mask) are masked by the caller.
         """
         draws = draws or {}
         if self.training and "hide_view" in draws:
-            batch = batch | {"vl_mask": batch["vl_mask"] & ~self._of_hidden_views(draws["hide_view"])}
+            shown = draws["hide_view"].new_zeros(len(draws["hide_view"]), 1)  # text is never hidden: index 0
+            hidden = torch.cat([shown, draws["hide_view"]], 1)[:, self.memory.view_index]  # (B, T)
+            batch = batch | {"vl_mask": batch["vl_mask"] & ~hidden}
         target = self.normaliser.action(batch["action"])
-        error = self.head.loss(self, self.context(batch), target, draws)  # (B, H, 7)
+        error = self.head.loss(partial(self.trunk, self.context(batch)), self.normaliser, target, draws)  # (B, H, 7)
         varies = self.normaliser.action_varies
         return (error.float() * varies).sum(-1) / varies.sum().clamp_min(1.0)
 
-    def draw(self, count: int, generator: torch.Generator) -> dict[str, Tensor]:
-        """The random numbers that `count` samples need for one training forward, on the CPU: those of the head, and with view dropout
+    def draw(self, count: int, generator: torch.Generator) -> Draws:
+        """The random numbers of `count` samples for one training forward, on the CPU: the head's, and with view dropout
         `hide_view` (count, views) bool."""
         draws = self.head.draw(count, generator)
-        if self.config.view_dropout:
-            draws["hide_view"] = (
-                torch.rand(count, len(self.config.views), generator=generator) < self.config.view_dropout
-            )
+        if chance := self.config.view_dropout:
+            draws["hide_view"] = torch.rand(count, len(self.config.views), generator=generator) < chance
         return draws
-
-    def _of_hidden_views(self, hide_view: Tensor) -> Tensor:
-        """(B, views) bool -> (B, T) bool, True for the tokens of those views; text tokens are never hidden."""
-        shown = hide_view.new_zeros(hide_view.shape[0], 1)
-        return torch.cat([shown, hide_view], 1)[:, self.memory.view_index]  # index 0: text
 
     @torch.no_grad()
     def predict(
@@ -134,34 +113,33 @@ class Policy(nn.Module):
     ) -> Tensor:
         """Observation batch -> (B, horizon, 7) actions: mm, degrees (rotation vector), gripper; float32.
 
-        The diffusion head samples a chunk with DDIM in `ddim_steps` (default: the policy's own) from each of N `noise` (B, N, horizon, 7) and
-        returns their median, element by element. Default: what a CPU `generator` draws for its usual number of samples (default: seed 0, so
-        that the same observation gives the same chunk). The module must be in eval mode; raises RuntimeError otherwise.
+        The diffusion head samples a chunk with DDIM in `ddim_steps` (default: the policy's own) from each of N `noise`
+        (B, N, horizon, 7) and returns their median, element by element. Default: what a CPU `generator` draws for its usual
+        number of samples (default: seed 0, so that the same observation gives the same chunk). The module must be in eval
+        mode; raises RuntimeError otherwise.
         """
         if self.training:
             raise RuntimeError("predict() needs eval mode: call policy.eval() first")
         device = self.queries.device
         observation = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in observation.items()}
         if noise is None:
-            noise = self.head.noise(observation["state"].shape[0], generator or torch.Generator().manual_seed(0))
+            noise = self.head.noise(len(observation["state"]), generator or torch.Generator().manual_seed(0))
         noise = None if noise is None else noise.to(device)
-        return self.normaliser.raw_action(self.head.sample(self, self.context(observation), noise, ddim_steps))
+        read = partial(self.trunk, self.context(observation))
+        return self.normaliser.raw_action(self.head.sample(read, self.normaliser, noise, ddim_steps))
 
     def _check(self, observation: dict[str, Tensor]) -> None:
-        c = self.config
-        tokens = observation["vl_tokens"]
+        c, tokens = self.config, observation["vl_tokens"]
         if tuple(tokens.shape[1:]) != (c.tokens, c.token_dim):
             raise UserError(
-                f"The policy was trained on {c.tokens} VL tokens of width {c.token_dim} (views {', '.join(c.views)}), the observation has "
-                f"{tokens.shape[1]} of width {tokens.shape[2]}; use the views and the VL cache that it was trained with."
+                f"The policy was trained on {c.tokens} VL tokens of width {c.token_dim} (views {', '.join(c.views)}), the "
+                f"observation has {tokens.shape[1]} of width {tokens.shape[2]}; use the views and the VL cache of its training."
             )
-        if c.uses_sensor:
-            if "sensor" not in observation:
-                raise UserError("The policy was trained with the sensor, but the observation has none.")
-            if observation["sensor"].shape[1] != c.sensor_window_size:
-                raise UserError(
-                    f"The policy reads {c.sensor_window_size} sensor samples, the observation has {observation['sensor'].shape[1]}."
-                )
+        if c.sensor_enabled and "sensor" not in observation:
+            raise UserError("The policy was trained with the sensor, but the observation has none.")
+        if c.sensor_enabled and observation["sensor"].shape[1] != c.sensor_window_size:
+            have = observation["sensor"].shape[1]
+            raise UserError(f"The policy reads {c.sensor_window_size} sensor samples, the observation has {have}.")
 
     def parameter_count(self) -> int:
         """Number of trained parameters."""

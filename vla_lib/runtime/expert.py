@@ -49,7 +49,7 @@ class PolicyExpert:
             raise UserError(f"A policy can be run without nothing, vl or sensor, not without {without!r}.")
         self.policy, self.without, self.ddim_steps = policy, without, ddim_steps
         self.generator = torch.Generator().manual_seed(seed)
-        self.sensor_window = policy.config.sensor_window_size if policy.config.uses_sensor else 0
+        self.sensor_window = policy.config.sensor_window_size if policy.config.sensor_enabled else 0
 
     def observation(
         self, features: Features, age_s: float, state: Array, window: Array | None

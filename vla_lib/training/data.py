@@ -5,7 +5,7 @@ Notebooks call `prepare_data` for their preflight; the training loop calls it fo
 
 import shlex
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -45,25 +45,15 @@ class TrainingData:
         tokens, dim = self.train.token_shape
         layout = self.cache.layout
         assert tokens == len(layout.view_id)
-        extra = {k: getattr(settings, k) for k in ("diffusion_timesteps", "ddim_steps") if hasattr(settings, k)}
+        chosen = {f.name: getattr(settings, f.name) for f in fields(PolicyConfig) if hasattr(settings, f.name)}
         return PolicyConfig(
-            head=settings.head,
+            **chosen,
             views=tuple(layout.views),
             token_dim=dim,
             token_view=tuple(np.asarray(layout.view_id).tolist()),
             token_row=tuple(np.asarray(layout.row).tolist()),
             token_col=tuple(np.asarray(layout.col).tolist()),
-            vl_enabled=settings.vl_enabled,
-            sensor_enabled=settings.sensor_enabled,
-            sensor_window_size=settings.sensor_window_size,
-            horizon=settings.horizon,
             action_hz=self.train.action_hz,
-            width=settings.width,
-            layers=settings.layers,
-            heads=settings.heads,
-            dropout=settings.dropout,
-            view_dropout=settings.view_dropout,
-            **extra,
         )
 
     def weights_table(self) -> list[dict[str, Any]]:

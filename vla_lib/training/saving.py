@@ -86,7 +86,7 @@ class Saver:
         t = self.trainer
         return {
             "front_door": t.settings.name,
-            "policy_config": t.policy.config.to_dict(),
+            "policy_config": t.policy.config.record(),
             "policy": t.averaged.policy.state_dict(),
             "settings": t.settings.record(),
             "binding": t.data.binding,

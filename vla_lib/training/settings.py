@@ -3,17 +3,16 @@
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
-from annotated_types import Ge, Gt, Lt
+from annotated_types import Ge, Gt
 from tyro.conf import arg
 
 from vla_lib.core.errors import UserError
 from vla_lib.core.settings import Settings, flag, settings
+from vla_lib.policy.config import PolicySettings, Positive, Share
 
-Positive = Annotated[int, Ge(1)]
 Count = Annotated[int, Ge(0)]
 Amount = Annotated[float, Ge(0)]
 AmountAbove0 = Annotated[float, Gt(0)]
-Share = Annotated[float, Ge(0), Lt(1)]
 
 
 class Checkpoints(NamedTuple):
@@ -37,23 +36,6 @@ class DataSettings(Settings):
     vlm_latency_ms: Amount = 0.0  # delay until features of a moment can be used; shifts which features a step gets
     # share of the episodes of each dataset that is held out (at least one where there are two); 0: no validation
     val_fraction: Share = 0.1
-
-
-@settings
-class PolicySettings(Settings):
-    """What the policy reads and how large it is."""
-
-    # use the VL features; --no-vl-enabled hides every view and the text for good: what a policy can do without seeing
-    vl_enabled: bool = True
-    sensor_enabled: bool = True  # use the force and OCT sensor; --no-sensor-enabled removes the encoder altogether
-    sensor_window_size: Positive = 65  # sensor samples that end at the step's time (650 Hz: 65 = 100 ms)
-    horizon: Positive = 8  # actions in a chunk
-    width: Positive = 128  # width of the trunk
-    layers: Positive = 3  # blocks of the trunk
-    heads: Positive = 4  # attention heads
-    dropout: Share = 0.0  # dropout in the trunk
-    # chance that a view is hidden from a training sample: against learning scenes by heart, and for a camera that fails
-    view_dropout: Share = 0.0
 
 
 @settings

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from vla_lib.core.errors import UserError
 from vla_lib.core.settings import flag
+from vla_lib.policy.config import PolicyConfig
 from vla_lib.training.checkpoint import check_binding, read_checkpoint
 from vla_lib.training.settings import TrainingSettings, resume_conflicts
 
@@ -88,7 +89,7 @@ def check_stage1(found: dict[str, Any], settings: TrainingSettings, data: "Train
     """Raise UserError where the cache or the policy of the settings is not the stage-1 checkpoint's, both sides named."""
     where = f"--stage1-checkpoint {settings.stage1_checkpoint}"
     check_binding(found["binding"], data.binding, where)
-    before, now = found["policy_config"], data.policy_config(settings).to_dict()
+    before, now = PolicyConfig.from_dict(found["policy_config"]).record(), data.policy_config(settings).record()
     odd = [
         f"{flag(k)}: there {before.get(k)!r}, here {now[k]!r}" for k in now if k not in FREE and before.get(k) != now[k]
     ]

@@ -18,7 +18,7 @@ PASSES = 4  # forward and backward, where no former run tells the time
 def table(name: str, settings: TrainingSettings, data: TrainingData, nproc_per_node: int) -> pd.DataFrame:
     """Rows (what, value) for the notebook `name`; the time is estimated from the newest finished run of that
     notebook with as many processes, or from a few steps taken here."""
-    from vla_lib.policy import Policy
+    from vla_lib.policy.policy import Policy
 
     per_step = settings.batch_size * settings.grad_accum_steps * nproc_per_node
     steps = settings.max_steps or math.ceil(len(data.train) / per_step) * settings.epochs
