@@ -1,16 +1,13 @@
-"""The house keeps its own rules: style, notebook hygiene, one list of dependencies, arrows that point one way, a README that tells the truth."""
+"""The house keeps its own rules: style, size, arrows that point one way, notebook hygiene, short documents."""
 
 import ast
-import importlib.util
 import re
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 
 import nbformat
 import pytest
-import yaml
 
 from vla_lib.workbench.parameters import read_parameters
 
@@ -74,10 +71,17 @@ def imported(path: Path) -> list[str]:
 
 
 def test_reading_episodes_imports_nothing_heavy():
-    code = "import sys, vla_lib.episodes, vla_lib.preprocess; print([m for m in ('torch', 'transformers', 'matplotlib') if m in sys.modules])"
-    assert (
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
-    )
+    heavy = ("torch", "transformers", "matplotlib")
+    code = f"import sys, vla_lib.episodes, vla_lib.preprocess; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.xfail(strict=False, reason="the rooms are being cleared")
+def test_the_library_stays_thin():
+    modules = [path.read_text().splitlines() for path in (PROJECT / "vla_lib").rglob("*.py")]
+    assert len(modules) <= 100
+    assert sum(map(len, modules)) <= 12_500
 
 
 def test_modules_stay_one_noun_long():
@@ -87,23 +91,6 @@ def test_modules_stay_one_noun_long():
         if (n := len(path.read_text().splitlines())) > 400
     }
     assert long == {}
-
-
-def test_the_lock_pins_every_dependency():
-    wanted = {
-        re.match(r"[\w-]+", line)[0].lower()
-        for line in tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]["dependencies"]
-    }
-    pinned = {
-        line.split("==")[0].lower() for line in (PROJECT / "requirements.lock").read_text().splitlines() if "==" in line
-    }
-    assert wanted - pinned == set()
-
-
-def test_conda_installs_the_same_lock():
-    dependencies = yaml.safe_load((PROJECT / "environment.yml").read_text())["dependencies"]
-    assert dependencies[-1] == {"pip": ["--requirement requirements.lock", "--editable ."]}
-    assert {item if isinstance(item, str) else "pip:" for item in dependencies} == {"python=3.11", "pip", "pip:"}
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -137,9 +124,26 @@ def test_the_readmes_commands_are_the_makefiles():
     assert "make test" in ci
 
 
-def test_the_readmes_front_doors_exist():
-    text = (PROJECT / "README.md").read_text()
-    for module in set(re.findall(r"-m ([a-z_.]+)", text)):
-        assert importlib.util.find_spec(module), module
-    for notebook in set(re.findall(r"\b(\d\d_[a-z_]+)\b", text)):
-        assert (PROJECT / "notebooks" / f"{notebook}.ipynb").exists(), notebook
+@pytest.mark.parametrize(
+    "files",
+    (
+        pytest.param("*/**/*.py", marks=pytest.mark.xfail(strict=False, reason="the rooms are being cleared")),
+        "*.md",
+        "docs/*.md",
+    ),
+)
+def test_no_line_is_wider_than_120(files):
+    wide = [
+        f"{path.relative_to(PROJECT)}:{number}"
+        for path in PROJECT.glob(files)
+        if path.relative_to(PROJECT).parts[0][0] != "."
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if len(line) > 120 and not (line.startswith("    ") and "https://" in line)
+    ]
+    assert wide == []
+
+
+def test_the_readme_is_short():
+    for name in ("README.md", "README.ko.md"):
+        text = (PROJECT / name).read_text()
+        assert len(text.splitlines()) <= 130 and len(text.split()) <= 1300, name
