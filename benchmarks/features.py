@@ -33,7 +33,7 @@ def build_row(
     from vla_lib.features.builder import build_share
     from vla_lib.features.cache import cache_folder
     from vla_lib.features.form import FeatureForm
-    from vla_lib.features.settings import BuildSettings
+    from vla_lib.features.settings import CacheSettings
     from vla_lib.features.vlm import load_processor, load_vlm, open_checkpoint
 
     episodes = preflight.load_episodes(root)
@@ -48,7 +48,7 @@ def build_row(
     binding["hidden_size"] = extractor.hidden_size
     folder = cache_folder(root) / binding["id"]
     planned = preflight.plan_build(root, episodes, binding).episodes
-    settings = BuildSettings(dataset_root=root)
+    settings = CacheSettings(dataset_root=root)
     build_share(root, planned[:1], extractor, binding, folder, settings)  # warm: worker start-up, kernels, page cache
     start = time.perf_counter()
     statistics = build_share(root, planned, extractor, binding, folder, settings)

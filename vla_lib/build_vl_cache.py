@@ -3,7 +3,7 @@
 from typing import Any
 
 from vla_lib.core import frontdoor
-from vla_lib.features.settings import BuildSettings as Settings
+from vla_lib.features.settings import CacheSettings as Settings
 
 __all__ = ["Settings", "main"]
 

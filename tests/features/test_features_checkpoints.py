@@ -142,10 +142,10 @@ def test_layers(asked, kept):
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"batch_size": 0}, "--batch-size must be at least 1"),
-        ({"vl_stride": -1}, "--vl-stride"),
+        ({"batch_size": 0}, "--batch-size is 0"),
+        ({"vl_stride": -1}, "--vl-stride is -1"),
         ({"vl_pooling": "max"}, "--vl-pooling"),
-        ({"image_resize_height": 0}, "--image-resize-height"),
+        ({"image_resize_height": 0}, "--image-resize-height is 0"),
     ],
 )
 def test_bad_settings_are_refused_at_once(tmp_path, change, sentence):

@@ -18,7 +18,7 @@ from vla_lib.features import vision_cache
 from vla_lib.features.builder import build
 from vla_lib.features.cache import FeatureCache, cache_folder, episode_key, feature_file, remove
 from vla_lib.features.extractor import FeatureExtractor
-from vla_lib.features.settings import BuildSettings
+from vla_lib.features.settings import CacheSettings
 from vla_lib.features.vision_cache import VisionCache
 from vla_lib.train_async import main as train_async
 from vla_lib.train_diffusion import main as train_diffusion
@@ -60,7 +60,7 @@ def seen(request, tmp_path_factory):
                 picture.save(folder / view / f"{k:04d}.jpg")
     shutil.rmtree(cache_folder(root))
     build(
-        BuildSettings(
+        CacheSettings(
             dataset_root=root, vl_model=request.param, vl_layer=2, vl_pooling="grid:2x3", num_workers=0, device="cpu"
         )
     )

@@ -20,13 +20,13 @@ from vla_lib.features.extractor import FeatureExtractor, default_device, default
 from vla_lib.features.form import FeatureForm
 from vla_lib.features.ranks import Ranks
 from vla_lib.features.reader import Batch, plan_batches, read_ahead
-from vla_lib.features.settings import BuildSettings
+from vla_lib.features.settings import CacheSettings
 from vla_lib.features.vlm import load_processor, load_vlm, open_checkpoint, resolve_layer
 
 STALE_PARTIAL_S = 600.0
 
 
-def plan(settings: BuildSettings, device: str | None = None) -> tuple[preflights.Preflight, Any, FeatureForm, Any]:
+def plan(settings: CacheSettings, device: str | None = None) -> tuple[preflights.Preflight, Any, FeatureForm, Any]:
     """Look at data, checkpoint and cache without loading the model: (preflight, checkpoint, form, processor)."""
     root = Path(settings.dataset_root)
     episodes = preflights.load_episodes(root)
@@ -39,7 +39,7 @@ def plan(settings: BuildSettings, device: str | None = None) -> tuple[preflights
     return preflights.plan_build(root, episodes, binding), checkpoint, form, processor
 
 
-def build(settings: BuildSettings) -> dict[str, Any]:
+def build(settings: CacheSettings) -> dict[str, Any]:
     """Build (or finish) the cache that `settings` ask for; returns counts, seconds by stage, findings and the binding's id.
 
     Under torchrun every rank calls this; all return the same results. Raises UserError for bad input before a model is loaded.
@@ -66,9 +66,7 @@ def build(settings: BuildSettings) -> dict[str, Any]:
             form.binding(checkpoint, binding["layer"], binding["tick_stride"], binding["dtype"]),
             "The first rank's plan",
         )
-        extractor = FeatureExtractor(
-            load_vlm(checkpoint, processor, binding["layer"], device, binding["dtype"], settings.compile), form
-        )
+        extractor = FeatureExtractor(load_vlm(checkpoint, processor, binding["layer"], device, binding["dtype"]), form)
         if ranks.first:
             print(
                 f"model {checkpoint.name}, {binding['layer']} of {checkpoint.depth} layers, {binding['dtype']} on {device}, {ranks.world} rank(s)",
@@ -88,7 +86,7 @@ def build_share(
     extractor: FeatureExtractor,
     binding: dict[str, Any],
     folder: Path,
-    settings: BuildSettings,
+    settings: CacheSettings,
     local_world: int = 1,
     on_ticks: Callable[[int], None] = lambda count: None,
 ) -> dict[str, Any]:
@@ -259,7 +257,7 @@ class _Told:
         self.show(force=True)
 
 
-def _first_plans(ranks: Ranks, settings: BuildSettings, device: str) -> preflights.Preflight:
+def _first_plans(ranks: Ranks, settings: CacheSettings, device: str) -> preflights.Preflight:
     """The first rank's preflight on every rank (what is missing must be judged once, before anyone writes)."""
     found: Any = None
     if ranks.first:
@@ -297,7 +295,7 @@ def _prepare_folder(root: Path, binding: dict[str, Any]) -> None:
 
 
 def _finish(
-    ranks: Ranks, settings: BuildSettings, found: preflights.Preflight, statistics: list[dict[str, Any]], start: float
+    ranks: Ranks, settings: CacheSettings, found: preflights.Preflight, statistics: list[dict[str, Any]], start: float
 ) -> dict[str, Any]:
     summed = {
         name: sum(one[name] for one in statistics)
@@ -344,7 +342,7 @@ def _empty(ticks: int, extractor: FeatureExtractor) -> dict[str, Any]:
     }
 
 
-def _device(settings: BuildSettings) -> str:
+def _device(settings: CacheSettings) -> str:
     if settings.device == "auto":
         return default_device()
     if settings.device.startswith("cuda") and not torch.cuda.is_available():
@@ -352,7 +350,7 @@ def _device(settings: BuildSettings) -> str:
     return settings.device
 
 
-def _workers(settings: BuildSettings, local_world: int, device_type: str) -> int:
+def _workers(settings: CacheSettings, local_world: int, device_type: str) -> int:
     """Given, or: on a GPU up to 8 of this rank's cores, on a CPU half of them (the model needs the others)."""
     if settings.num_workers >= 0:
         return settings.num_workers

@@ -1,48 +1,48 @@
 """The settings of `vla_lib.build_vl_cache`: flags, notebook parameters and record at once. Imports nothing heavy."""
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from vla_lib.core.errors import UserError
+from annotated_types import Ge
+
+from vla_lib.core.settings import Settings, settings
+from vla_lib.features.pooling import DEFAULT_POOLING, Pooling
 
 
-@dataclass(frozen=True)
-class BuildSettings:
-    """Compute vision-language features of every prepared episode under a dataset root, once, and keep them bound to what made them.
+@settings
+class CacheSettings(Settings):
+    """Compute vision-language features of every prepared episode under a dataset root, once, bound to what made them.
 
-    Runs plain (`python -m vla_lib.build_vl_cache`) or on several GPUs (`torchrun --nproc_per_node=4 -m vla_lib.build_vl_cache`). An
-    interrupted build goes on where it stopped.
+    Runs plain (`python -m vla_lib.build_vl_cache`) or on several GPUs (`torchrun --nproc_per_node=4 -m
+    vla_lib.build_vl_cache`). An interrupted build goes on where it stopped.
     """
 
     dataset_root: Path
     """Dataset root: dataset folders with prepared episodes (data.pkl) below them."""
     vl_model: str = "tiny"
     """Qwen2.5-VL or Qwen3-VL checkpoint: hub name, folder, `tiny` or `tiny-qwen3-vl` (random weights, made on the spot)."""
-    vl_layer: int = 0
+    vl_layer: Annotated[int, Ge(0)] = 0
     """Decoder layer whose hidden state is kept, counted from 1; the layers above are not computed. 0: half the depth."""
-    vl_pooling: str = "grid:4x6"
+    vl_pooling: str = DEFAULT_POOLING
     """What is kept of a view: `grid:ROWSxCOLS` averaged tokens, `mean`, or all `tokens`. One text token is added."""
-    vlm_reuse_count: int = 3
+    vlm_reuse_count: Annotated[int, Ge(1)] = 3
     """Action steps that share one VLM tick (3 at 10 Hz: 3.33 Hz)."""
-    vl_stride: int = 0
+    vl_stride: Annotated[int, Ge(0)] = 0
     """Action steps between cached ticks; 0: as --vlm-reuse-count. 1 caches every step."""
-    image_resize_height: int = 360
+    image_resize_height: Annotated[int, Ge(1)] = 360
     """Pictures are shrunk to fit this height (pixels); never enlarged."""
-    image_resize_width: int = 640
+    image_resize_width: Annotated[int, Ge(1)] = 640
     """Pictures are shrunk to fit this width (pixels); never enlarged."""
     views: tuple[str, ...] = ()
     """Views in order. Empty: those of View1_left, View2_left, View3_left, View4_left and View5 that the episodes have."""
-    batch_size: int = 8
+    batch_size: Annotated[int, Ge(1)] = 8
     """Ticks in one forward pass; halved by itself when memory runs out."""
-    num_workers: int = -1
+    num_workers: Annotated[int, Ge(-1)] = -1
     """Processes that decode and resize pictures; 0: none, -1: by the number of CPU cores."""
     device: str = "auto"
     """`auto` (this rank's GPU, else the CPU), `cpu`, or `cuda:N`."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Number type of model and cache; `auto`: bfloat16 on a GPU, float32 on a CPU."""
-    compile: bool = False
-    """Fuse the model's blocks with torch.compile (GPU): about a minute at the start, faster batches afterwards."""
     overwrite: bool = False
     """Compute every episode again, also those whose features are up to date."""
     preflight_only: bool = False
@@ -51,13 +51,6 @@ class BuildSettings:
     """Folder for metrics.jsonl and results.json."""
 
     def __post_init__(self) -> None:
-        for name in ("vlm_reuse_count", "image_resize_height", "image_resize_width", "batch_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}.")
-        if self.vl_stride < 0 or self.vl_layer < 0 or self.num_workers < -1:
-            raise UserError("--vl-stride and --vl-layer must be 0 or more, --num-workers -1 or more.")
-        from vla_lib.features.pooling import Pooling
-
         Pooling.parse(self.vl_pooling)
 
     @property

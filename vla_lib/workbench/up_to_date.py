@@ -77,9 +77,9 @@ def _prepared(notebook: str, values: Values) -> Standing:
 
 def _cached(notebook: str, values: Values) -> Standing:
     from vla_lib.features.builder import plan
-    from vla_lib.features.settings import BuildSettings
+    from vla_lib.features.settings import CacheSettings
 
-    preflight, *_ = plan(BuildSettings(**cache_settings(values)))
+    preflight, *_ = plan(CacheSettings(**cache_settings(values)))
     name, todo = preflight.binding["id"], preflight.todo()
     facts = {"binding_id": name}
     if todo:
@@ -157,9 +157,9 @@ def preprocess_settings(values: Values) -> Values:
 
 def cache_settings(values: Values) -> Values:
     """The keywords of `build_vl_cache.Settings` that notebook 03's parameters stand for."""
-    from vla_lib.features.settings import BuildSettings
+    from vla_lib.features.settings import CacheSettings
 
-    return _known(values, BuildSettings) | {"views": tuple(values["views"])}
+    return _known(values, CacheSettings) | {"views": tuple(values["views"])}
 
 
 def training_settings(values: Values, settings_class: type) -> Values:
