@@ -13,7 +13,7 @@ import numpy as np
 from benchmarks.rows import BenchRow
 from needle_rig.world import VIEWS
 from vla_lib.evaluation.rehearsal import rehearse
-from vla_lib.evaluation.rollout import RolloutSettings
+from vla_lib.evaluation.settings import RolloutSettings
 from vla_lib.features.form import FeatureForm
 from vla_lib.features.vlm import load_processor, open_checkpoint
 from vla_lib.policy.config import PolicyConfig

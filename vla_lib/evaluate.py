@@ -1,31 +1,33 @@
 """Evaluates checkpoints: held-out errors beside three baselines, success on unseen phantoms of the simulated rig.
 
     python -m vla_lib.evaluate --checkpoint runs/RUN/checkpoints/qwen_vla_async_best.pt
-    python -m vla_lib.evaluate --checkpoints async=A.pt no_vl=B.pt no_sensor=C.pt diffusion=D.pt --closed-loop-seeds 100 --masked --latency-sweep
+    python -m vla_lib.evaluate --checkpoints async=A.pt no_vl=B.pt no_sensor=C.pt --closed-loop-seeds 100 --masked --latency-sweep
 
-Checkpoints in; tables, and results.json in `--run-dir`, out."""
+It prints tables, and writes results.json into `--run-dir`."""
 
 from typing import Any
 
 from vla_lib.core import frontdoor
-from vla_lib.core.files import write_json
-from vla_lib.evaluation.study import Settings, Study, evaluate
+from vla_lib.core.run_folder import write_results
+from vla_lib.evaluation.settings import EvaluateSettings
 
 
-def main(settings: Settings) -> dict[str, Any]:
+def main(settings: EvaluateSettings) -> dict[str, Any]:
     """Evaluate, print the tables, write results.json into the run folder as results come; returns the results."""
-    from vla_lib.evaluation.summary import closed_loop_table, error_table, pair_table, phase_table
+    # not above: they import torch, and `--help` needs none
+    from vla_lib.evaluation.closed_loop import closed_loop_table, pair_table
+    from vla_lib.evaluation.open_loop import error_table, phase_table
+    from vla_lib.evaluation.study import Study, evaluate
 
     def save(study: Study) -> None:
         if settings.run_dir is not None:
-            write_json(settings.run_dir / "results.json", study.results())
+            write_results(settings.run_dir, study.results())
 
     study = evaluate(settings, save)
     for name, found in study.open_loop.items():
-        print(
-            f"\n{name}, {settings.episodes} episodes\n{error_table(found.metrics()).to_string(index=False, float_format='{:.3f}'.format)}"
-        )
-        print(f"\n{name}, by phase\n{phase_table(found).to_string(index=False, float_format='{:.3f}'.format)}")
+        tables = {f"{settings.episodes} episodes": error_table(found.metrics()), "by phase": phase_table(found)}
+        for title, table in tables.items():
+            print(f"\n{name}, {title}\n{table.to_string(index=False, float_format='{:.3f}'.format)}")
     if study.closed_loop:
         print(f"\n{closed_loop_table(study.closed_loop).to_string(index=False, na_rep='')}")
     if len(study.closed_loop) > 1:
@@ -34,4 +36,4 @@ def main(settings: Settings) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    frontdoor.start(Settings, main)
+    frontdoor.start(EvaluateSettings, main)

@@ -10,7 +10,7 @@ from vla_lib.policy.policy import Policy
 from vla_lib.training.checkpoint import save_checkpoint
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory):
     """A policy with random weights on the tiny VLM's features of two views."""
     path = tmp_path_factory.mktemp("checkpoint") / "policy.pt"

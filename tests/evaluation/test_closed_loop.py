@@ -1,8 +1,5 @@
 """Closed loop on the simulated rig: judgement, figures, seeds, processes. The scripted demonstrator reads the rig's truth: a reference for tests."""
 
-from concurrent.futures import Future
-from concurrent.futures.process import BrokenProcessPool
-
 import numpy as np
 import pytest
 import torch
@@ -12,14 +9,15 @@ from needle_rig import NeedleInsertion
 from needle_rig.demonstrator import demonstrator_action
 from vla_lib.core.errors import UserError
 from vla_lib.core.files import write_json
+from vla_lib.core.pool import WorkerDied
 from vla_lib.evaluation import closed_loop as closed
 from vla_lib.evaluation import rollout as rollouts
+from vla_lib.evaluation.closed_loop import closed_loop_table, pair_table
 from vla_lib.evaluation.metrics import open_loop_metrics
-from vla_lib.evaluation.rollout import RolloutSettings, film, fly
+from vla_lib.evaluation.rollout import Moment, run_on_rig
+from vla_lib.evaluation.settings import RolloutSettings
 from vla_lib.evaluation.sim_robot import SimRobot, sim_limits
-from vla_lib.evaluation.summary import closed_loop_table, pair_table
 from vla_lib.runtime.clock import Latency, SimulatedClock
-from vla_lib.runtime.execution import ExecutionSettings
 from vla_lib.runtime.run_log import RunLog, Tick
 from vla_lib.runtime.runner import RunnerSettings
 from vla_lib.runtime.safety import SafetyLimits
@@ -45,20 +43,17 @@ def no_vlm(pictures, instruction):
     return torch.zeros(1, 2), torch.ones(1, dtype=torch.bool)
 
 
-def scripted(seed, bias=0.0, latencies=None, chunks=None, rig=None):
+def scripted(seed, bias=0.0, latencies=None, steps_per_chunk=1, rig=None):
     rig = rig or NeedleInsertion(views=())
     expert = Scripted(rig, bias)
-    settings = RunnerSettings(chunks=chunks or ExecutionSettings())
-    return fly(rig, expert, no_vlm, seed, settings, SafetyLimits(**sim_limits()), latencies), expert
+    settings = RunnerSettings(steps_per_chunk=steps_per_chunk)
+    return run_on_rig(rig, expert, no_vlm, seed, settings, SafetyLimits(**sim_limits()), latencies), expert
 
 
-@pytest.mark.parametrize("execution", ("first action", "temporal ensemble", "chunk of n"))
-def test_the_demonstrator_succeeds_through_the_runner(execution):
-    chunks = ExecutionSettings(execution, steps=2, decay=1.0)
-    records = [
-        scripted(seed, latencies={"vlm": Latency(90, 30), "expert": Latency(10, 5)}, chunks=chunks)[0]
-        for seed in range(40, 45)
-    ]
+@pytest.mark.parametrize("steps_per_chunk", (1, 2))
+def test_the_demonstrator_succeeds_through_the_runner(steps_per_chunk):
+    latencies, rig = {"vlm": Latency(90, 30), "expert": Latency(10, 5)}, NeedleInsertion(views=())
+    records = [scripted(seed, 0.0, latencies, steps_per_chunk, rig)[0] for seed in range(40, 45)]
     assert [record["success"] for record in records] == [True] * 5, [record["reason"] for record in records]
     for record in records:
         assert record["lateral_mm"] < 0.5 and abs(record["depth_error_mm"]) < 0.3 and 3 < record["time_s"] < 20
@@ -75,7 +70,7 @@ def test_a_one_second_window_is_full_from_the_first_step():
     rig = NeedleInsertion(views=())
     expert = Scripted(rig)
     expert.sensor_window = 650
-    record = fly(rig, expert, no_vlm, 41, RunnerSettings(), SafetyLimits(**sim_limits()))
+    record = run_on_rig(rig, expert, no_vlm, 41, RunnerSettings(), SafetyLimits(**sim_limits()))
     assert record["success"] and record["runner"]["modes"] == {"act": record["runner"]["ticks"]}
 
 
@@ -111,7 +106,9 @@ def test_pressing_on_is_stopped_by_the_runner_or_judged():
             action[2] = min(action[2], 0) - 0.3
             return np.tile(action, (8, 1))
 
-    record = fly(rig, Presser(rig), no_vlm, 3, RunnerSettings(), SafetyLimits(**sim_limits() | {"force_mN": 60.0}))
+    record = run_on_rig(
+        rig, Presser(rig), no_vlm, 3, RunnerSettings(), SafetyLimits(**sim_limits() | {"force_mN": 60.0})
+    )
     assert record["reason"] == "stopped: force limit" and not record["success"]
     assert record["runner"]["modes"]["retreat"] == 10
     assert record["peak_force_mN"] < 150
@@ -126,7 +123,9 @@ def test_the_rigs_lag_at_full_speed_is_far_from_not_following():
             return np.tile([self.asked[-1], 0, 0, 0, 0, 0, 1], (8, 1))
 
     limits = SafetyLimits(**sim_limits())
-    record = fly(rig, Swinger(rig), no_vlm, 3, RunnerSettings(), limits, watch=lambda tick, seen: ticks.append(tick))
+    record = run_on_rig(
+        rig, Swinger(rig), no_vlm, 3, RunnerSettings(), limits, watch=lambda tick, seen: ticks.append(tick)
+    )
     assert record["runner"]["modes"] == {"act": 60}
     off_mm = [
         np.linalg.norm(np.subtract(tick.pose[:3], before.commanded[:3]))
@@ -226,15 +225,9 @@ def test_the_plots_tell_units_and_counts(tmp_path):
     record, _ = scripted(3)
     log = RunLog([Tick(k, k / 10, 0.2, vl_age_s=0.1, expert_ms=5.0) for k in range(20)], vlm_ms=[30.0, 31.0])
     assert all("(" in axis.get_xlabel() for axis in plots.timing(log).axes)
-    frame = {
-        "t_s": 0.5,
-        "pictures": {"View5": np.zeros((9, 16, 3), np.uint8)},
-        "a_scan": np.ones(1025),
-        "force_mN": 7.0,
-    }
-    strip = plots.film_strip(
-        record | {"frames": [frame | {"action": np.zeros(7), "reason": "stale sensor"}] * 3}, views=("View5",)
-    )
+    tick, pictures = Tick(5, 0.5, 0.0, reason="stale sensor"), {"View5": np.zeros((9, 16, 3), np.uint8)}
+    frame = Moment(tick, 0.1, np.full((5, 1026), 7.0), 0.4 + np.arange(5) / 50, pictures)
+    strip = plots.film_strip(record | {"frames": [frame] * 3}, views=("View5",))
     assert len(strip.axes) == 6 and "7 mN\nstale sensor" in strip.axes[-1].get_xlabel()
 
 
@@ -312,55 +305,45 @@ def test_impossible_settings_are_refused(tmp_path):
             RolloutSettings(tmp_path / "a.pt", **changes)
     with pytest.raises(UserError, match="each seed once"):
         closed.closed_loop({"a": RolloutSettings(tmp_path / "a.pt")}, [1, 1])
-    assert [v.vlm_latency_ms for v in closed.latency_sweep(RolloutSettings(tmp_path / "a.pt")).values()] == [
-        0,
-        300,
-        600,
-    ]
-    assert [v.without for v in closed.masked(RolloutSettings(tmp_path / "a.pt")).values()] == ["vl", "sensor"]
 
 
-class DyingPool:
-    """Finishes one rollout; then its process is dead."""
-
-    def __enter__(self):
-        self.asked = 0
-        return self
-
-    def __exit__(self, *_):
-        pass
-
-    def submit(self, work, settings, seed):
-        self.asked += 1
-        future = Future()
-        if self.asked == 1:
-            future.set_result(row(seed, True))
-        else:
-            future.set_exception(BrokenProcessPool())
-        return future
-
-    def map(self, *_):
-        raise BrokenProcessPool
-
-
-def test_a_process_that_dies_is_told_with_what_was_done(tmp_path, monkeypatch):
+def test_a_worker_that_dies_leaves_the_other_rollouts(tmp_path, monkeypatch, capsys):
     (tmp_path / "a.pt").touch()
     settings = RolloutSettings(tmp_path / "a.pt")
-    monkeypatch.setattr(closed, "_processes", lambda workers: DyingPool())
-    with pytest.raises(UserError, match=r"when 1 of 4 rollouts were done \(all: 1, blind: 0\).* fewer workers than 2"):
-        closed.closed_loop(
-            {"all": settings, "blind": closed.masked(settings)["VL masked"]}, [1, 2], workers=2, show=False
-        )
-    with pytest.raises(UserError, match="film fewer seeds than 3, or with fewer workers than 1"):
-        closed.films(settings, [1, 2, 3], workers=1)
+    variants = {"all": settings, "blind": RolloutSettings(tmp_path / "a.pt", without="vl")}
+
+    def tried(dying):
+        def run_jobs(work, jobs, workers, begin):
+            for job in jobs:
+                settings, seed, _ = job
+                yield job, WorkerDied("status -9") if (settings.without, seed) in dying else row(seed, True)
+
+        monkeypatch.setattr(closed, "check_drawing", lambda: None)
+        monkeypatch.setattr(closed, "run_jobs", run_jobs)
+        return closed.closed_loop(variants, [1, 2, 3], workers=2, show=False)
+
+    found = tried({("vl", 2)})
+    assert [[row["seed"] for row in loop.rollouts] for loop in found.values()] == [[1, 3], [1, 3]]
+    assert found["all"].results()["lost_seeds"] == [2] and closed.compare(*found.values())["both"] == 2
+    assert (
+        "5 of 6 rollouts were done (all: 3, blind: 2). Run it again with fewer workers than 2 to have the seeds 2, "
+        in (capsys.readouterr().out)
+    )
+    assert "lost_seeds" not in tried(set())["all"].results()
+    with pytest.raises(
+        UserError, match=r"3 of 6 rollouts .*\(all: 3, blind: 0\).* fewer workers than 2, or fewer seeds"
+    ):
+        tried({("vl", 1), ("vl", 2), ("vl", 3)})
+    with pytest.raises(UserError, match="0 of 6 rollouts were done"):
+        tried({("nothing", 1)})  # the first one: the others are not waited for
 
 
 # ---------------------------------------------------------------- a checkpoint, whole
 
 
-def test_an_rollout_runs_as_the_checkpoint_was_trained(checkpoint, monkeypatch):
+def test_a_rollout_runs_as_the_checkpoint_was_trained(checkpoint, monkeypatch):
     monkeypatch.setattr(rollouts, "_rig", lambda *how: how)
-    monkeypatch.setattr(rollouts, "fly", lambda *given: given)
+    monkeypatch.setattr(rollouts, "run_on_rig", lambda *given: given)
     late = {
         "vlm_latency_ms": 300.0,
         "vlm_jitter_ms": 100.0,
@@ -369,29 +352,27 @@ def test_an_rollout_runs_as_the_checkpoint_was_trained(checkpoint, monkeypatch):
         "ddim_steps": 7,
     }
     rig, expert, _, seed, run, limits, latencies, *_ = rollouts.rollout(RolloutSettings(checkpoint, **late), 3)
-    assert (run.views, run.vlm_reuse_count, seed) == (("View1_left", "View5"), 3, 3) and rig[1:] == (10.0, run.views)
+    assert (run.views, run.vlm_reuse_count, seed) == (("View1_left", "View5"), 3, 3) and run.action_hz == 10.0
+    assert rig[1] is run
     assert latencies == {"vlm": Latency(300, 100), "expert": Latency(10, 5)} and expert.ddim_steps == 7
     assert limits.vl_age_s == pytest.approx(1.8)  # a jitter of three times its mean is no fault yet
     assert rollouts.rollout(RolloutSettings(checkpoint), 3)[5].vl_age_s == 1.0
 
 
-def test_a_checkpoint_is_tried_in_processes_and_filmed_again(checkpoint):
+def test_a_checkpoint_is_tried_in_processes_and_shown_again(checkpoint):
     settings = RolloutSettings(checkpoint, max_time_s=0.8)
-    found = closed.closed_loop(
-        {"whole": settings, "blind": closed.masked(settings)["VL masked"]}, [3], workers=1, show=False
-    )
+    variants = {"whole": settings, "blind": RolloutSettings(checkpoint, max_time_s=0.8, without="vl")}
+    found = closed.closed_loop(variants, [3], workers=1, show=False)
     (record,) = found["whole"].rollouts
-    assert (
-        record["reason"] == "no puncture"
-        and record["time_s"] == pytest.approx(0.8)
-        and record["runner"]["expert_calls"] == 8
-    )
-    assert record["runner"]["vl_age_s"]["max"] == pytest.approx(0.2)
+    assert record["reason"] == "no puncture" and record["time_s"] == pytest.approx(0.8)
+    assert record["runner"]["expert_calls"] == 8 and record["runner"]["vl_age_s"]["max"] == pytest.approx(0.2)
     assert found["blind"].rollouts[0]["path"] != record["path"]
-    shown = film(settings, 3, frames=4)
+    shown = rollouts.rollout(settings, 3, frames=4)
+    again = closed.ClosedLoop(settings, [dict(shown)])
     frames, sensor, t_s = (shown.pop(name) for name in ("frames", "sensor", "sensor_t_s"))
     assert sensor.shape == (len(t_s), 1026) and (np.diff(t_s) > 0).all() and t_s[0] < 0 < t_s[-1]
-    assert shown == record  # the film, made in another process, shows the very rollout that was judged
-    assert [len(frame["pictures"]) for frame in frames] == [2] * 4
-    assert frames[-1]["a_scan"].shape == (1025,) and np.isfinite(frames[-1]["force_mN"])
-    assert frames[0]["pictures"]["View5"].shape == (180, 320, 3)
+    assert shown == record  # the frames, made in another process, are of the very rollout that was judged
+    assert again.results()["rollouts"] == found["whole"].results()["rollouts"]
+    assert [len(frame.pictures) for frame in frames] == [2] * 4
+    assert frames[-1].newest_sample.shape == (1026,) and np.isfinite(frames[-1].newest_sample[0])
+    assert frames[0].pictures["View5"].shape == (180, 320, 3)

@@ -8,14 +8,15 @@ import torch
 
 from vla_lib.core.errors import UserError
 from vla_lib.core.files import read_json, write_json
-from vla_lib.evaluation.contact import phases
-from vla_lib.evaluation.origin import rig_refusal, rig_settings
-from vla_lib.evaluation.rollout import rig_of
+from vla_lib.evaluation.open_loop import phases
+from vla_lib.evaluation.rollout import rig_of, rig_refusal, rig_settings
+from vla_lib.evaluation.settings import EvaluateSettings
 from vla_lib.evaluation.sim_robot import DEFAULT_TASK, SimRobot, instruction_of, make_rig
-from vla_lib.evaluation.study import Settings, variants
+from vla_lib.evaluation.study import variants
 from vla_lib.policy.config import PolicyConfig
 from vla_lib.runtime.clock import SimulatedClock
 from vla_lib.runtime.expert import hidden
+from vla_lib.runtime.runner import RunnerSettings
 from vla_lib.training.checkpoint import save_checkpoint
 
 
@@ -48,7 +49,7 @@ def test_checkpoints_are_named_and_the_first_is_tried_in_all_ways(write, tmp_pat
     given = (f"all={write('a.pt')}", f"blind={write('b.pt', vl_enabled=False, latency_ms=200.0)}")
     how = {"vlm_jitter_ms": 20.0, "expert_latency_ms": 30.0, "expert_jitter_ms": 5.0, "ddim_steps": 10}
     how |= {"execution": "chunk of n", "chunk_steps": 2, "max_time_s": 9.0}
-    settings = Settings(given, closed_loop_seeds=2, masked=True, latency_sweep=True, **how)
+    settings = EvaluateSettings(given, closed_loop_seeds=2, masked=True, latency_sweep=True, **how)
     found = variants(settings)
     assert list(found) == [
         "all",
@@ -83,7 +84,7 @@ def test_a_checkpoint_that_the_rig_cannot_judge_is_told_in_a_sentence(write, tmp
     lab = write("lab.pt", root=tmp_path / "lab")
     assert "was not recorded on the simulated rig" in rig_refusal(lab)
     with pytest.raises(UserError, match="not recorded on the simulated rig"):
-        variants(Settings((str(lab),), closed_loop_seeds=1))
+        variants(EvaluateSettings((str(lab),), closed_loop_seeds=1))
     with pytest.raises(UserError, match="which is not there; give the folder of its dataset with --dataset-root"):
         rig_refusal(write("gone.pt", root=tmp_path / "gone"))
 
@@ -98,9 +99,9 @@ def test_trap_16_the_rig_speaks_and_shows_the_task_that_was_recorded(write, tmp_
     tasks = (DEFAULT_TASK, "Silicone_block", "Silicone_block")
     write_json(root / "simulation.json", {"plan": plan, "episodes": [{"task": task, "seed": 1} for task in tasks]})
     (root / "datasets.yaml").write_text('New_dataset*: {instruction: "Push into the {task}"}\n')
-    found = variants(Settings((str(write("a.pt")),), closed_loop_seeds=1))["a"]
+    found = variants(EvaluateSettings((str(write("a.pt")),), closed_loop_seeds=1))["a"]
     assert (found.task, found.instruction) == ("Silicone_block", "Push into the Silicone block")
-    rig = make_rig(**rig_of(found, 10.0, ()))
+    rig = make_rig(**rig_of(found, RunnerSettings()))
     robot = SimRobot(rig, SimulatedClock(), seed=0, instruction=found.instruction)
     assert robot.read_observation().instruction == found.instruction and rig.world.task == "Silicone_block"
 
@@ -113,11 +114,17 @@ def test_what_cannot_be_evaluated_is_refused(write, tmp_path):
         ({"checkpoints": (path, path)}, "Two checkpoints are called a; name them apart"),
         ({"checkpoints": (path,), "closed_loop_seeds": -1}, "--closed-loop-seeds is -1"),
         ({"checkpoints": (path,), "dataset_root": tmp_path / "none"}, "no dataset root"),
-        ({"checkpoints": (path,), "execution": "all"}, "not by 'all'"),
-        ({"checkpoints": (path,), "vlm_jitter_ms": float("nan")}, "--vlm-jitter-ms is nan; give 0 or more"),
+        (
+            {"checkpoints": (path,), "execution": "all"},
+            "--execution is 'all'; it should be 'first action' or 'chunk of n'",
+        ),
+        (
+            {"checkpoints": (path,), "vlm_jitter_ms": float("nan")},
+            "--vlm-jitter-ms is nan; it should be greater than or equal to 0",
+        ),
     ):
         with pytest.raises(UserError, match=told):
-            Settings(**given)
+            EvaluateSettings(**given)
 
 
 class Recorded:

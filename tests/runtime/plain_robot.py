@@ -86,7 +86,9 @@ class Setup:
                 return listed[min(calls[work], len(listed)) - 1]
 
             self.clock.draw_s = draw
-        settings = {name: changes.pop(name) for name in ("chunks", "vlm_reuse_count", "views") if name in changes}
+        settings = {
+            name: changes.pop(name) for name in ("steps_per_chunk", "vlm_reuse_count", "views") if name in changes
+        }
         self.limits = SafetyLimits(**{"workspace_mm": BOX, **changes})
         self.robot = PlainRobot(self.clock, pose, edit)
         self.expert = expert or PlainExpert()

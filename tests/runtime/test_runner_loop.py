@@ -9,7 +9,7 @@ from plain_robot import START, PlainExpert
 from vla_lib.core.errors import UserError
 from vla_lib.episodes.poses import apply_action, rotation_angle_deg
 from vla_lib.runtime.clock import Latency, SimulatedClock
-from vla_lib.runtime.execution import ChunkPlan, ExecutionSettings
+from vla_lib.runtime.expert import ChunkPlan
 from vla_lib.runtime.robot_io import DryRunIO
 from vla_lib.runtime.sensor_buffer import SensorBuffer
 
@@ -81,7 +81,7 @@ def chunk(value: float) -> np.ndarray:
 
 
 def test_first_action_takes_the_newest_chunks_own_step():
-    plan = ChunkPlan(ExecutionSettings("first action"))
+    plan = ChunkPlan(1)
     plan.add(0, chunk(0))
     plan.add(3, chunk(100))
     assert plan.wants_chunk(4) and plan.action(3)[0] == 100 and plan.action(5)[0] == 102
@@ -89,7 +89,7 @@ def test_first_action_takes_the_newest_chunks_own_step():
 
 
 def test_chunk_of_n_asks_every_n_steps():
-    plan = ChunkPlan(ExecutionSettings("chunk of n", 3))
+    plan = ChunkPlan(3)
     asked, taken = [], []
     for step in range(7):
         if plan.wants_chunk(step):
@@ -97,22 +97,6 @@ def test_chunk_of_n_asks_every_n_steps():
             plan.add(step, chunk(10 * step))
         taken.append(plan.action(step)[0])
     assert asked == [0, 3, 6] and taken == [0, 1, 2, 30, 31, 32, 60]
-
-
-def test_temporal_ensemble_averages_what_speaks_of_the_step():
-    plan = ChunkPlan(ExecutionSettings("temporal ensemble", decay=0.5))
-    plan.add(0, chunk(0))
-    plan.add(2, chunk(10))
-    weight = np.exp(-0.5 * np.array([3, 1]))
-    assert plan.action(3)[0] == pytest.approx((weight * [3, 11]).sum() / weight.sum())
-    assert plan.action(8)[0] == 16  # the first chunk ended at step 7
-    for name in ("first action", "chunk of n", "temporal ensemble"):  # chunks that agree are followed the same way
-        agreeing = ChunkPlan(ExecutionSettings(name))
-        for step in range(4):
-            agreeing.add(step, np.full((8, 7), 0.25))
-        assert agreeing.action(3) == pytest.approx(np.full(7, 0.25))
-    with pytest.raises(UserError, match="chunk of n"):
-        ExecutionSettings("all")
 
 
 def test_the_buffer_gives_whole_windows_that_end_now():

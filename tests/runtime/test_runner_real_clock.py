@@ -1,17 +1,18 @@
 """The real clock: the same loop with a thread, a process, a watchdog. Logic only: counts and reasons, never milliseconds."""
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import psutil
 import pytest
 from plain_robot import BOX, PlainExpert, PlainRobot
 from plain_vlm import make_broken, make_mortal, make_quick, make_slow, tokens_of
 
-from vla_lib.runtime.clock import RealClock
+from vla_lib.runtime.clock import RealClock, Watchdog
 from vla_lib.runtime.runner import Runner, RunnerSettings
 from vla_lib.runtime.safety import SafetyLimits
-from vla_lib.runtime.vlm_worker import ExtractorProcess, ThreadedVlm
-from vla_lib.runtime.watchdog import Watchdog
+from vla_lib.runtime.vlm_worker import LiveVlm, vlm_process
 
 PATIENT = {
     "sensor_age_s": 5.0,
@@ -23,16 +24,21 @@ PATIENT = {
 }
 
 
-def build(compute, expert=None, limits=None, watch=None, edit=None, action_hz=10.0):
+def thread(compute):
+    """A VLM in a thread of the test's own process."""
+    return LiveVlm(compute, ThreadPoolExecutor(1))
+
+
+def build(vlm, expert=None, limits=None, watch=None, edit=None, action_hz=10.0):
     clock = RealClock()
     robot = PlainRobot(clock, edit=edit)
-    vlm = ThreadedVlm(compute)
     limits = SafetyLimits(workspace_mm=BOX, **{**PATIENT, **(limits or {})})
-    return Runner(robot, expert or PlainExpert(), vlm, clock, RunnerSettings(action_hz), limits, watch), robot, vlm
+    return Runner(robot, expert or PlainExpert(), vlm, clock, RunnerSettings(action_hz), limits, watch), robot
 
 
 def test_the_loop_keeps_its_ticks_while_the_vlm_works_in_a_process():
-    runner, robot, vlm = build(ExtractorProcess(make_slow))
+    vlm = vlm_process(make_slow)
+    runner, robot = build(vlm)
     try:
         log = runner.run(2.0)
     finally:
@@ -43,21 +49,21 @@ def test_the_loop_keeps_its_ticks_while_the_vlm_works_in_a_process():
     assert len({tick.step for tick in log.ticks}) == len(log.ticks)
     assert len(log.vlm_ms) >= 2 and summary["expert_while_vlm_busy"] >= 1  # both at once
     assert all(features.tokens[0, 1] == len("insert") for features, *_ in runner.expert.asked)
-    assert not vlm._compute.process.is_alive()
+    assert not psutil.pid_exists(vlm.executor.pid)
     assert len(robot.stops) == 1
 
 
 @pytest.mark.parametrize("how", ("killed", "ends"))
 def test_a_vlm_process_that_dies_stops_the_run(how):
-    process = ExtractorProcess(make_quick if how == "killed" else make_mortal)
+    vlm = vlm_process(make_quick if how == "killed" else make_mortal)
     known = []  # after each tick: whether the worker's death was known by then
 
     def watch(tick, observation):
         known.append(bool(vlm.failure))
         if how == "killed" and tick.step == 3:
-            process.process.kill()
+            psutil.Process(vlm.executor.pid).kill()
 
-    runner, robot, vlm = build(process, watch=watch)
+    runner, robot = build(vlm, watch=watch)
     try:
         log = runner.run(10.0)
     finally:
@@ -70,7 +76,7 @@ def test_a_vlm_process_that_dies_stops_the_run(how):
 
 def test_a_vlm_that_cannot_be_made_says_why():
     with pytest.raises(RuntimeError, match="ValueError: no such weights"):
-        ExtractorProcess(make_broken)
+        vlm_process(make_broken)
 
 
 def test_a_slow_vlm_thread_makes_features_stale_and_stops():
@@ -83,7 +89,8 @@ def test_a_slow_vlm_thread_makes_features_stale_and_stops():
             release.wait(20)
         return tokens_of(pictures, instruction)
 
-    runner, robot, vlm = build(compute, limits={"vl_age_s": 0.5, "hold_s": 0.3})
+    vlm = thread(compute)
+    runner, robot = build(vlm, limits={"vl_age_s": 0.5, "hold_s": 0.3})
     log = runner.run(15.0)
     release.set()
     vlm.close()
@@ -105,7 +112,8 @@ def test_a_silent_sensor_stops_the_robot_in_real_time():
         if sum(tick.mode == "act" for tick in runner.log.ticks) >= 3:
             fields["sensor"], fields["sensor_timestamps"] = fields["sensor"][:0], fields["sensor_timestamps"][:0]
 
-    runner, robot, vlm = build(tokens_of, limits={"sensor_age_s": 0.3, "hold_s": 0.6}, edit=silent, action_hz=5.0)
+    vlm = thread(tokens_of)
+    runner, robot = build(vlm, limits={"sensor_age_s": 0.3, "hold_s": 0.6}, edit=silent, action_hz=5.0)
     log = runner.run(15.0)
     vlm.close()
     assert_stopped_within_one_tick_of_the_limit(log, "stale sensor", 3)
@@ -119,7 +127,8 @@ def test_a_silent_sensor_stops_the_robot_in_real_time():
 def test_nan_actions_stop_the_robot_in_real_time():
     good, bad = np.full((8, 7), 0.01), np.full((8, 7), np.nan)
     expert = PlainExpert(act=lambda call: good if call < 4 else bad)
-    runner, robot, vlm = build(tokens_of, expert, limits={"hold_s": 0.6}, action_hz=5.0)
+    vlm = thread(tokens_of)
+    runner, robot = build(vlm, expert, limits={"hold_s": 0.6}, action_hz=5.0)
     log = runner.run(15.0)
     vlm.close()
     assert_stopped_within_one_tick_of_the_limit(log, "non-finite action", 3)
@@ -133,7 +142,8 @@ def test_the_watchdog_stops_a_robot_whose_loop_hangs():
         if t_s > 0.25:
             assert bitten.wait(20)
 
-    runner, robot, vlm = build(tokens_of, limits={"watchdog_s": 0.3}, edit=hang)
+    vlm = thread(tokens_of)
+    runner, robot = build(vlm, limits={"watchdog_s": 0.3}, edit=hang)
     original, tries = robot.stop, []
 
     def stop(reason):  # the robot takes the second one
@@ -163,14 +173,15 @@ def test_the_watchdog_waits_for_slow_ticks_and_for_three_periods_at_the_least(mo
     for action_hz in (10.0, 2.0):
         clock = RealClock()
         limits = SafetyLimits(workspace_mm=BOX, **PATIENT | {"watchdog_s": 0.5})
-        vlm = ThreadedVlm(tokens_of)
+        vlm = thread(tokens_of)
         Runner(PlainRobot(clock), PlainExpert(), vlm, clock, RunnerSettings(action_hz), limits).run(0.0)
         vlm.close()
     assert made == [0.5, 1.5]
 
 
 def test_a_stop_from_another_thread_is_the_last_word():
-    runner, robot, vlm = build(tokens_of)
+    vlm = thread(tokens_of)
+    runner, robot = build(vlm)
     threading.Timer(0.35, runner.request_stop).start()
     log = runner.run(15.0)
     vlm.close()

@@ -6,7 +6,6 @@ from plain_robot import BOX, PlainExpert
 from plain_vlm import tokens_of
 
 from vla_lib.runtime import safety
-from vla_lib.runtime.execution import ExecutionSettings
 
 PERIOD = 0.1
 
@@ -213,7 +212,7 @@ def test_a_single_missed_deadline_is_survived_and_a_chunk_bridges_slow_experts(s
     log = setup(latencies_s={"expert": [0.02] * 10 + [0.13, 0.02]}).run(4)
     assert log.ended == "time limit" and log.summary()["missed_deadlines"] == 1
     slow = {"expert": [0.13]}
-    log = setup(latencies_s=slow, chunks=ExecutionSettings("chunk of n", 6)).run(4)
+    log = setup(latencies_s=slow, steps_per_chunk=6).run(4)
     assert log.ended == "time limit" and log.summary()["modes"]["act"] > 30
 
 
@@ -290,7 +289,7 @@ def test_the_wall_of_the_box_holds_then_stops(setup):
 def test_after_a_hold_at_the_wall_the_policy_is_asked_anew(setup):
     down, up = np.tile([0, 0, -1.0, 0, 0, 0, 1], (8, 1)), np.tile([0, 0, 0.1, 0, 0, 0, 1], (8, 1))
     expert = PlainExpert(act=lambda call: up if call else down)
-    log = setup(expert=expert, pose=(50, 50, 3.0, 0, 0, 0), chunks=ExecutionSettings("chunk of n", 6)).run(2)
+    log = setup(expert=expert, pose=(50, 50, 3.0, 0, 0, 0), steps_per_chunk=6).run(2)
     assert log.ended == "time limit" and log.summary()["modes"] == {"act": 19, "hold": 1}
     assert [tick.step for tick in log.ticks if tick.expert_ms is not None] == [0, 4, 10, 16]
 

@@ -127,7 +127,7 @@ def test_the_front_door_evaluates_as_the_documents_say(demo, tmp_path, capsys, m
         "--workers",
         "1",
     ]
-    evaluate.main(frontdoor.parse(evaluate.Settings, given))
+    evaluate.main(frontdoor.parse(evaluate.EvaluateSettings, given))
     results = read_json(tmp_path / "results.json")
     assert set(results["compared_with"]) == {"latest"} and asked == {4}
     delays = [f"best, VLM delay {delay} ms" for delay in (0, 300, 600)]

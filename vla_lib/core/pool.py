@@ -4,11 +4,14 @@ Workers are fresh interpreters (spawn): neither a GL context nor another thread'
 it ends, and leave Ctrl-C to it.
 """
 
+import contextlib
 import multiprocessing
+import os
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import as_completed
+from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor, as_completed
 from typing import Any, TypeVar
 
+import psutil
 from pebble import ProcessExpired, ProcessPool
 
 from vla_lib.core.processes import follow_parent
@@ -31,7 +34,7 @@ def run_jobs(
     context = multiprocessing.get_context("spawn")
     pool = ProcessPool(max_workers=workers, initializer=_begin, initargs=(begin,), context=context)
     try:
-        futures = {pool.schedule(work, (job,)): job for job in jobs}
+        futures: dict[Future[Any], J] = {pool.schedule(work, (job,)): job for job in jobs}
         for future in as_completed(futures):
             error = future.exception()
             if isinstance(error, ProcessExpired):
@@ -42,7 +45,26 @@ def run_jobs(
         pool.join()
 
 
-def _begin(begin: Callable[[], None] | None) -> None:
+def _begin(begin: Callable[..., None] | None, *given: Any) -> None:
     follow_parent()
     if begin is not None:
-        begin()
+        begin(*given)
+
+
+class OneProcess(ProcessPoolExecutor):
+    """A process of its own for jobs one after the other, started at once; `shutdown` ends it in the middle of a job."""
+
+    def __init__(self, begin: Callable[..., None] | None = None, *given: Any):
+        super().__init__(1, multiprocessing.get_context("spawn"), _begin, (begin, *given))
+        self._first = self.submit(os.getpid)
+
+    @property
+    def pid(self) -> int:
+        """Its process. Raises BrokenExecutor where it has died before it began."""
+        return self._first.result()
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = True) -> None:
+        """Kill the process, and wait until it is gone: it is not asked to finish anything."""
+        with contextlib.suppress(BrokenExecutor, psutil.NoSuchProcess):
+            psutil.Process(self.pid).kill()
+        super().shutdown(cancel_futures=cancel_futures)

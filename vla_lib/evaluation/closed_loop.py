@@ -1,26 +1,28 @@
-"""Checkpoints and unseen seeds in; success counts with intervals, errors, forces, times and reasons of failure on the simulated rig out.
+"""Closed loop: variants of checkpoints on the same unseen phantoms; success counts with intervals, errors, forces, times, reasons of failure.
 
     found = closed_loop({"async": RolloutSettings(checkpoint), "async, no VL": RolloutSettings(checkpoint, without="vl")}, unseen_seeds(100))
     found["async"].summary()
 
-All variants meet the same phantoms. Rollouts run in fresh processes: no GL context and no thread of the caller is shared with them.
+Rollouts run in fresh processes: no GL context and no thread of the caller is shared with them.
 """
 
-import multiprocessing
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+import torch
+from scipy.stats import binomtest
+
 from vla_lib.core.errors import UserError
 from vla_lib.core.files import read_json
-from vla_lib.core.processes import follow_parent
+from vla_lib.core.pool import WorkerDied, run_jobs
 from vla_lib.core.progress import Progress
-from vla_lib.evaluation.rollout import RolloutSettings, film, rollout
+from vla_lib.evaluation.rollout import rollout
+from vla_lib.evaluation.settings import RolloutSettings
 from vla_lib.evaluation.sim_robot import MANIFEST, check_drawing, prepare_gl
 from vla_lib.runtime.run_log import distribution
 
@@ -30,10 +32,14 @@ TUNING_SEED = 8_000_000  # for choosing between variants, so that the reported o
 
 @dataclass(frozen=True)
 class ClosedLoop:
-    """The rollouts of one variant, in the order of their seeds; each is a record of `evaluation.rollout.judged` with its `path`."""
+    """The rollouts of one variant, in the order of their seeds; each is a record of `evaluation.rollout.judged` with its `path`.
+
+    `lost_seeds`: seeds that are left out because a process died on them, with this variant or another one.
+    """
 
     settings: RolloutSettings
     rollouts: list[dict[str, Any]]
+    lost_seeds: tuple[int, ...] = ()
 
     def summary(self) -> dict[str, Any]:
         """Plain figures: `successes` of `rollouts`, `success_rate`, `interval_95` (Wilson), distributions (median, p90, max) of
@@ -56,80 +62,59 @@ class ClosedLoop:
 
     def results(self) -> dict[str, Any]:
         """What results.json records: settings, summary, and every rollout without its path and events."""
-        left_out = ("path", "events", "truth", "runner")
+        left_out = ("path", "events", "truth", "runner", "frames", "sensor", "sensor_t_s")
         rollouts = [{name: value for name, value in row.items() if name not in left_out} for row in self.rollouts]
-        settings = {
-            name: str(value) if isinstance(value, Path) else value for name, value in asdict(self.settings).items()
-        }
-        return {"settings": settings, "summary": self.summary(), "rollouts": rollouts}
+        settings = self.settings.record()
+        lost = {"lost_seeds": list(self.lost_seeds)} if self.lost_seeds else {}
+        return {"settings": settings, "summary": self.summary(), "rollouts": rollouts} | lost
 
 
 def closed_loop(
-    variants: Mapping[str, RolloutSettings], seeds: Sequence[int], workers: int = 0, show: bool = True
+    variants: Mapping[str, RolloutSettings], seeds: Sequence[int], workers: int = 0, frames: int = 0, show: bool = True
 ) -> dict[str, ClosedLoop]:
     """Try every variant on every seed, in `workers` processes (0: one a CPU core). Results do not depend on their number.
 
-    Variants of equal settings share their rollouts. Raises UserError where a checkpoint, its VLM or EGL is missing, or where a rollout's process dies.
+    `frames`: as many moments of each rollout, to be looked at (see `rollout`); the same settings and seed give the same rollout again.
+    Variants of equal settings share their rollouts. A seed on which a process dies is left out of every variant, and the others go on.
+    Raises UserError where a checkpoint, its VLM or EGL is missing, or where no seed is left.
     """
     seeds = [int(seed) for seed in seeds]
     if not seeds or len(set(seeds)) < len(seeds):
         raise UserError("A closed-loop evaluation needs at least one seed, and each seed once.")
-    names = {settings: name for name, settings in reversed(variants.items())}  # one name for equal settings, the first
-    jobs = [(settings, seed) for seed in seeds for settings in dict.fromkeys(variants.values())]
-    found: dict[RolloutSettings, dict[int, dict[str, Any]]] = {settings: {} for settings in names}
-    workers = min(len(jobs), workers or _cores())
-    with Progress(len(jobs), "closed loop", "rollouts", show=show) as progress, _processes(workers) as pool:
-        futures: dict[Future[dict[str, Any]], tuple[RolloutSettings, int]] = {}
-        try:
-            for settings, seed in jobs:
-                futures[pool.submit(rollout, settings, seed)] = settings, seed
-            for future in as_completed(futures):
-                settings, seed = futures[future]
-                found[settings][seed] = future.result()
-                wins, tried = sum(row["success"] for row in found[settings].values()), len(found[settings])
-                progress.update(1, note=f"{names[settings]}: {wins} of {tried}")
-        except BrokenProcessPool:
-            done = Counter(
-                names[settings] for future, (settings, _) in futures.items() if future.done() and not future.exception()
-            )
-            told = ", ".join(
-                f"{names[settings]}: {done[names[settings]]}" for settings in dict.fromkeys(variants.values())
-            )
-            raise UserError(
-                f"A process of the closed-loop evaluation died (out of memory?) when {done.total()} of {len(jobs)} rollouts were done "
-                f"({told}); they are not kept; run it again with fewer workers than {workers}, or fewer seeds."
-            ) from None
-        finally:
-            for future in futures:
-                future.cancel()
+    name_of: dict[RolloutSettings, str] = {}
+    for name, settings in variants.items():
+        name_of.setdefault(settings, name)
+    found: dict[RolloutSettings, dict[int, dict[str, Any]]] = {settings: {} for settings in name_of}
+    jobs = [(settings, seed, frames) for seed in seeds for settings in found]
+    workers = min(len(jobs), workers or len(os.sched_getaffinity(0)))
+    lost: set[int] = set()
+    check_drawing()  # once, with a sentence, before many processes fail
+    with Progress(len(jobs), "closed loop", "rollouts", show=show) as progress:
+        for (settings, seed, _), record in run_jobs(_rollout, jobs, workers, _begin):
+            rows = found[settings]
+            if isinstance(record, Exception) and not isinstance(record, WorkerDied):
+                raise record
+            if isinstance(record, WorkerDied):
+                lost.add(seed)
+                if not any(found.values()):
+                    break  # the very first one: nothing is lost with the others, which would die too
+            else:
+                rows[seed] = record
+            progress.update(1, f"{name_of[settings]}: {sum(row['success'] for row in rows.values())} of {len(rows)}")
+    if lost:
+        done = ", ".join(f"{name}: {len(found[settings])}" for settings, name in name_of.items())
+        died = (
+            f"A process of the closed-loop evaluation died (out of memory?); {sum(map(len, found.values()))} of {len(jobs)} "
+            f"rollouts were done ({done}). Run it again with fewer workers than {workers}"
+        )
+        if not any(found.values()) or lost.issuperset(seeds):
+            raise UserError(f"{died}, or fewer seeds.")
+        print(f"{died} to have the seeds {', '.join(map(str, sorted(lost)))}, which are left out.", flush=True)
+    kept = [seed for seed in seeds if seed not in lost]
     return {
-        name: ClosedLoop(settings, [found[settings][seed] for seed in seeds]) for name, settings in variants.items()
+        name: ClosedLoop(settings, [found[settings][seed] for seed in kept], tuple(sorted(lost)))
+        for name, settings in variants.items()
     }
-
-
-def masked(settings: RolloutSettings) -> dict[str, RolloutSettings]:
-    """The variants of a checkpoint without VL and without the sensor (masked as missing inputs are)."""
-    return {"VL masked": replace(settings, without="vl"), "sensor masked": replace(settings, without="sensor")}
-
-
-def latency_sweep(
-    settings: RolloutSettings, delays_ms: Sequence[float] = (0.0, 300.0, 600.0)
-) -> dict[str, RolloutSettings]:
-    """The variants of a checkpoint with VL features that come later and later."""
-    return {f"VLM delay {delay:g} ms": replace(settings, vlm_latency_ms=float(delay)) for delay in delays_ms}
-
-
-def films(settings: RolloutSettings, seeds: Sequence[int], frames: int = 12, workers: int = 0) -> list[dict[str, Any]]:
-    """Film of the rollouts of `seeds` (see `evaluation.rollout.film`), made by running them again. UserError where a process dies."""
-    workers = min(len(seeds), workers or _cores()) or 1
-    try:
-        with _processes(workers) as pool:
-            return list(pool.map(film, [settings] * len(seeds), seeds, [frames] * len(seeds)))
-    except BrokenProcessPool:
-        raise UserError(
-            "A process that films rollouts died (out of memory?); "
-            f"film fewer seeds than {len(seeds)}, or with fewer workers than {workers}."
-        ) from None
 
 
 def unseen_seeds(count: int, dataset_roots: Sequence[Path] = (), first: int = FIRST_SEED) -> list[int]:
@@ -138,12 +123,7 @@ def unseen_seeds(count: int, dataset_roots: Sequence[Path] = (), first: int = FI
         raise UserError(f"A closed-loop evaluation of {count} seeds cannot be; give 1 or more.")
     manifests = [Path(root) / MANIFEST for root in dataset_roots]
     used = {int(entry["seed"]) for path in manifests if path.is_file() for entry in read_json(path)["episodes"]}
-    seeds: list[int] = []
-    while len(seeds) < count:
-        if first not in used:
-            seeds.append(first)
-        first += 1
-    return seeds
+    return [seed for seed in range(first, first + count + len(used)) if seed not in used][:count]
 
 
 def compare(one: ClosedLoop, other: ClosedLoop) -> dict[str, Any]:
@@ -153,42 +133,64 @@ def compare(one: ClosedLoop, other: ClosedLoop) -> dict[str, Any]:
     """
     if [row["seed"] for row in one.rollouts] != [row["seed"] for row in other.rollouts]:
         raise UserError("Only runs on the same seeds can be compared; evaluate both on the same ones.")
-    from scipy.stats import binomtest
-
     pairs = Counter((bool(a["success"]), bool(b["success"])) for a, b in zip(one.rollouts, other.rollouts, strict=True))
-    only_one, only_other = pairs[True, False], pairs[False, True]
-    p = float(binomtest(only_one, only_one + only_other).pvalue) if only_one + only_other else 1.0
-    return {
+    counts = {
         "both": pairs[True, True],
-        "only_one": only_one,
-        "only_other": only_other,
+        "only_one": pairs[True, False],
+        "only_other": pairs[False, True],
         "neither": pairs[False, False],
-        "p_value": p,
     }
+    differing = counts["only_one"] + counts["only_other"]
+    return counts | {"p_value": float(binomtest(counts["only_one"], differing).pvalue) if differing else 1.0}
 
 
 def wilson(successes: int, rollouts: int) -> tuple[float, float]:
     """95 % interval of a success rate (Wilson 1927)."""
-    from scipy.stats import binomtest
-
     interval = binomtest(successes, rollouts).proportion_ci(0.95, method="wilson")
     return float(interval.low), float(interval.high)
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def closed_loop_table(found: Mapping[str, ClosedLoop]) -> pd.DataFrame:
+    """One row a variant: successes with their 95 % interval; median / 90th percentile of lateral and depth error (punctured rollouts),
+    peak force (all) and time to target (successes); the reasons of failure."""
+    rows = []
+    for name, loop in found.items():
+        summary = loop.summary()
+        low, high = (100 * value for value in summary["interval_95"])
+        rows.append(
+            {
+                "variant": name,
+                "success": f"{summary['successes']} of {summary['rollouts']}",
+                "95 % interval": f"{low:.0f} to {high:.0f} %",
+                "punctured": summary["punctured"],
+                "lateral (mm)": _spread(summary["lateral_mm"], 2),
+                "depth (mm)": _spread(summary["depth_error_mm"], 2),
+                "force (mN)": _spread(summary["peak_force_mN"], 0),
+                "time (s)": _spread(summary["time_to_target_s"], 1),
+                "reasons": ", ".join(f"{reason} {count}" for reason, count in summary["reasons"].items()) or "-",
+            }
+        )
+    return pd.DataFrame(rows)
 
 
-def _processes(workers: int) -> ProcessPoolExecutor:
-    check_drawing()  # once, with a sentence, before many processes fail
-    context = multiprocessing.get_context("spawn")  # neither a GL context nor torch's threads survive a fork
-    return ProcessPoolExecutor(workers, context, initializer=_begin)
+def pair_table(found: Mapping[str, ClosedLoop]) -> pd.DataFrame:
+    """The first variant against each other one on the same seeds: who succeeds where, and the p value of the sign test."""
+    (first, main), *others = found.items()
+    rows = [{"first": first, "other": name, **compare(main, loop)} for name, loop in others]
+    table = pd.DataFrame(rows).rename(columns=lambda name: name.replace("_", " "))
+    table["p value"] = table["p value"].map("{:.2g}".format)
+    return table.rename(columns={"only one": "only the first", "only other": "only the other"})
+
+
+def _spread(found: dict[str, float] | None, digits: int) -> str:
+    return f"{found['median']:.{digits}f} / {found['p90']:.{digits}f}" if found else ""
 
 
 def _begin() -> None:
-    """A worker follows its parent, and computes on one thread: seeds run beside each other."""
-    follow_parent()
+    """Rollouts run beside each other, so each process computes on one thread."""
     prepare_gl()  # imports triton first: after Mesa's first picture its import would crash the process
-    import torch
-
     torch.set_num_threads(1)
+
+
+def _rollout(job: tuple[RolloutSettings, int, int]) -> dict[str, Any]:
+    return rollout(*job)

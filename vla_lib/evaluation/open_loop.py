@@ -1,37 +1,41 @@
-"""Open-loop evaluation: a checkpoint and its held-out episodes in; the policy's errors beside the three baselines' out.
+"""Open loop: a checkpoint's errors on the held-out episodes of its own split, beside those of the three baselines.
 
 The policy gets observations alone; the targets are compared afterwards. Low open-loop error is no success on the robot: closed loop decides.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 
 from vla_lib.core.errors import UserError
 from vla_lib.core.progress import Progress
-from vla_lib.episodes import load_prepared
-from vla_lib.evaluation.baselines import baseline_chunks
-from vla_lib.evaluation.contact import phases
-from vla_lib.evaluation.metrics import open_loop_metrics
+from vla_lib.episodes import PreparedEpisode, load_prepared
+from vla_lib.evaluation.metrics import DIMENSIONS, UNITS, Metrics, baseline_chunks, open_loop_metrics
 from vla_lib.features.cache import FeatureCache
+from vla_lib.features.computed import ComputedFeatures
+from vla_lib.features.extractor import FeatureExtractor
 from vla_lib.policy.config import PolicyConfig
-from vla_lib.runtime.expert import hidden
+from vla_lib.runtime.expert import Input, hidden
 from vla_lib.training.checkpoint import load_policy
 from vla_lib.training.samples import SampleSet
 from vla_lib.training.validation import BASELINES
 
 OBSERVATION = ("vl_tokens", "vl_mask", "vl_age_s", "state", "sensor", "sensor_mask")
-VL_MASKED, SENSOR_MASKED = "VL masked", "sensor masked"
+
+CONTACT_MN = 5.0  # above the episode's own rest level; several times the sensor's noise
+REST_S = 1.0
+SAMPLES = 13  # 20 ms at 650 Hz, as the runner's force limit
 
 
 @dataclass(frozen=True)
 class OpenLoop:
-    """Predictions of one checkpoint on M samples: chunks (M, H, 7) of `policy`, of the policy with an input masked (where asked for) and of each
-    baseline, `target`, `mask` (M, H), and where they come from."""
+    """Predictions of one checkpoint on M samples: chunks (M, H, 7) of `policy`, of the policy with an input masked (where asked for) and
+    of each baseline, `target`, `mask` (M, H), and where they come from."""
 
     chunks: dict[str, np.ndarray]
     target: np.ndarray
@@ -42,24 +46,34 @@ class OpenLoop:
     phase: np.ndarray  # (M,) "contact", "free" or "unknown"
     action_hz: float
 
-    def metrics(self, keep: np.ndarray | None = None) -> dict[str, dict[str, Any]]:
+    def metrics(self, keep: np.ndarray | slice = slice(None)) -> dict[str, Metrics]:
         """Metrics of the policy and of each baseline over the samples in `keep` (M,) bool (default: all)."""
-        keep = np.ones(len(self.step), bool) if keep is None else keep
         return {
             name: open_loop_metrics(chunk[keep], self.target[keep], self.mask[keep])
             for name, chunk in self.chunks.items()
         }
 
-    def by_dataset(self) -> dict[str, dict[str, dict[str, Any]]]:
+    def by_dataset(self) -> dict[str, dict[str, Metrics]]:
         """`metrics` of each dataset apart."""
-        return self._by(self.dataset)
+        return {str(name): self.metrics(self.dataset == name) for name in np.unique(self.dataset)}
 
-    def by_phase(self) -> dict[str, dict[str, dict[str, Any]]]:
+    def by_phase(self) -> dict[str, dict[str, Metrics]]:
         """`metrics` of the steps in contact, of those in free motion, and of those whose force is not known."""
-        return self._by(self.phase)
+        return {str(name): self.metrics(self.phase == name) for name in np.unique(self.phase)}
 
-    def _by(self, labels: np.ndarray) -> dict[str, dict[str, dict[str, Any]]]:
-        return {str(name): self.metrics(labels == name) for name in np.unique(labels)}
+    def results(self) -> dict[str, Any]:
+        """What results.json records: plain figures first, then all metrics of all methods, whole, by dataset and by phase."""
+        metrics = self.metrics()
+        plain = ("samples", "translation_mae_mm", "rotation_mae_deg", "translation_rmse_mm", "rotation_rmse_deg")
+        keys = sorted({str(key) for key in self.episode})
+        return {name: metrics["policy"][name] for name in plain} | {
+            "held_out_episodes": len(keys),
+            "episode_keys": keys,
+            "beats": beaten(metrics),
+            "metrics": metrics,
+            "by_dataset": self.by_dataset(),
+            "by_phase": self.by_phase(),
+        }
 
 
 def evaluate_open_loop(
@@ -85,34 +99,36 @@ def evaluate_open_loop(
         )
     prepared = [_episode(dataset_root, key) for key in keys]
     samples = sample_set(prepared, dataset_root, info)
-    mean_action = _mean_action([_episode(dataset_root, key) for key in info["split"]["train"]])
+    trained = [_episode(dataset_root, key) for key in info["split"]["train"]]
+    actions = np.concatenate([np.asarray(episode.action)[episode.valid] for episode in trained])
     policy.to(device)
 
-    inputs = inputs_of(policy.config) if masked else {}
-    predicted: dict[str, list[np.ndarray]] = {name: [] for name in ("policy", *inputs)}
-    target, mask, previous = [], [], []
+    methods: dict[str, Input] = {"policy": "nothing"} | (inputs_of(policy.config) if masked else {})
+    predicted: dict[str, list[np.ndarray]] = {name: [] for name in methods}
+    truth: dict[str, list[np.ndarray]] = {name: [] for name in ("action", "action_mask", "previous_action")}
     with Progress(len(samples), "open loop", "samples") as progress:
         for start in range(0, len(samples), batch_size):
             batch = samples.batch(np.arange(start, min(start + batch_size, len(samples))))
             observation = {key: batch[key].to(device) for key in OBSERVATION if key in batch}
             with torch.inference_mode():
-                for name, without in {"policy": "nothing", **inputs}.items():
+                for name, without in methods.items():
                     chunk = policy.predict(hidden(observation, without), ddim_steps=ddim_steps or None)
                     predicted[name].append(chunk.float().cpu().numpy())
-            target.append(batch["action"].numpy())
-            mask.append(batch["action_mask"].numpy())
-            previous.append(batch["previous_action"].numpy())
-            progress.update(len(target[-1]))
+            for name, parts in truth.items():
+                parts.append(batch[name].numpy())
+            progress.update(len(batch["action"]))
     chunks = {name: np.concatenate(parts) for name, parts in predicted.items()}
-    chunks |= baseline_chunks(np.concatenate(previous), mean_action, chunks["policy"].shape[1])
+    target, mask, previous = (np.concatenate(parts) for parts in truth.values())
+    chunks |= baseline_chunks(previous, actions.mean(axis=0, dtype=np.float64), target.shape[1])
+    phase = [phases(episode)[samples.step[samples.episode == k]] for k, episode in enumerate(prepared)]
     return OpenLoop(
         chunks,
-        np.concatenate(target),
-        np.concatenate(mask),
+        target,
+        mask,
         np.array(keys)[samples.episode],
         np.array(samples.datasets),
         np.asarray(samples.step),
-        np.concatenate([phases(episode)[samples.step[samples.episode == k]] for k, episode in enumerate(prepared)]),
+        np.concatenate(phase),
         samples.action_hz,
     )
 
@@ -131,33 +147,49 @@ def sampled_chunks(checkpoint: Path, dataset_root: Path, episode: str, count: in
     return torch.stack(drawn).float().numpy()
 
 
-def inputs_of(config: PolicyConfig) -> dict[str, str]:
+def inputs_of(config: PolicyConfig) -> dict[str, Input]:
     """Name -> "vl" or "sensor" of each input that the policy uses and that can be masked."""
-    used = {VL_MASKED: ("vl", config.vl_enabled), SENSOR_MASKED: ("sensor", config.sensor_enabled)}
+    used: dict[str, tuple[Input, bool]] = {
+        "VL masked": ("vl", config.vl_enabled),
+        "sensor masked": ("sensor", config.sensor_enabled),
+    }
     return {name: without for name, (without, uses) in used.items() if uses}
 
 
-def sample_set(episodes: Sequence[Any], dataset_root: Path, info: dict[str, Any]) -> SampleSet:
+def sample_set(episodes: Sequence[PreparedEpisode], dataset_root: Path, info: Mapping[str, Any]) -> SampleSet:
     """The samples of `episodes` as the checkpoint with this `info` was trained on them (same cache, window, reuse, latency).
 
     Stage 2 changed the VLM, so no cache holds its features: they are computed here.
     """
     binding = info["binding"]
+    features: FeatureCache | ComputedFeatures
     if info["adapter"] is None:
-        features: Any = FeatureCache.open(dataset_root, binding["id"])
+        features = FeatureCache.open(dataset_root, binding["id"])
     else:
-        from vla_lib.features.computed import ComputedFeatures
-        from vla_lib.features.extractor import FeatureExtractor
-
-        features = ComputedFeatures(
-            FeatureExtractor.from_binding(binding, adapter=info["adapter"]), binding["tick_stride"]
-        )
-    settings = info["settings"]
+        extractor = FeatureExtractor.from_binding(binding, adapter=info["adapter"])
+        features = ComputedFeatures(extractor, binding["tick_stride"])
     names = ("horizon", "sensor_enabled", "sensor_window_size", "vlm_reuse_count", "vlm_latency_ms")
-    return SampleSet(episodes, features, **{name: settings[name] for name in names})
+    return SampleSet(episodes, features, **{name: info["settings"][name] for name in names})
 
 
-def beaten(metrics: dict[str, dict[str, Any]]) -> dict[str, bool]:
+def phases(episode: PreparedEpisode) -> np.ndarray:
+    """(N,) of "contact" (measured force, mean of 20 ms up to the step, more than 5 mN above the median of the episode's first second),
+    "free", and "unknown" where the episode has no sensor sample by then."""
+    found = np.full(len(episode), "unknown", dtype="<U7")
+    force, end = np.asarray(episode.sensor_force if episode.has_sensor else (), np.float64), episode.sensor_index
+    if not len(force) or not np.isfinite(force).all():
+        return found
+    begin = np.maximum(end - SAMPLES, 0)
+    total = np.concatenate([[0.0], np.cumsum(force)])
+    seen = end > 0
+    mean = (total[end] - total[begin])[seen] / (end - begin)[seen]
+    first = int(end[0])  # sample at which the robot's log begins; the sensor ran before, at rest
+    rest = np.median(force[max(0, first - round(REST_S * episode.sensor_hz)) : first] if first else mean[:5])
+    found[seen] = np.where(mean - rest > CONTACT_MN, "contact", "free")
+    return found
+
+
+def beaten(metrics: Mapping[str, Metrics]) -> dict[str, bool]:
     """For each baseline whether the policy's RMS errors of translation and of rotation are both below it.
 
     RMS, because the mean baseline is the best constant in that sense; mean absolute errors stand beside it in every table.
@@ -169,16 +201,61 @@ def beaten(metrics: dict[str, dict[str, Any]]) -> dict[str, bool]:
     }
 
 
-def _episode(dataset_root: Path, key: str) -> Any:
+def _episode(dataset_root: Path, key: str) -> PreparedEpisode:
     path = Path(dataset_root) / key
     if not path.is_dir():
         raise UserError(
-            f"The checkpoint's split names the episode {key}, which is not below {dataset_root}; give the dataset it was trained on."
+            f"The checkpoint's split names the episode {key}, which is not below {dataset_root}; "
+            "give the dataset it was trained on."
         )
     return load_prepared(path)
 
 
-def _mean_action(episodes: Sequence[Any]) -> np.ndarray:
-    return np.concatenate([np.asarray(episode.action)[episode.valid] for episode in episodes]).mean(
-        axis=0, dtype=np.float64
-    )
+# ---------------------------------------------------------------- tables
+
+
+def error_table(metrics: Mapping[str, Metrics]) -> pd.DataFrame:
+    """One row a method (the policy, the policy with an input masked, each baseline): mean and RMS error of a step's motion,
+    error of the whole chunk's path, mean R2 over the moving dimensions."""
+    columns = {
+        "translation_mae_mm": "translation MAE (mm)",
+        "translation_rmse_mm": "translation RMSE (mm)",
+        "rotation_mae_deg": "rotation MAE (deg)",
+        "rotation_rmse_deg": "rotation RMSE (deg)",
+        "path_error_mm": "path error of a chunk (mm)",
+    }
+    table = pd.DataFrame(metrics).loc[list(columns)].astype(float).T.rename(columns=columns)
+    table["R2 (mean)"] = [pd.DataFrame(found["dimensions"]).loc["r2"].mean() for found in metrics.values()]
+    return table.rename_axis("method").reset_index()
+
+
+def phase_table(found: OpenLoop) -> pd.DataFrame:
+    """`error_table` of the steps in contact and of those in free motion (and of those whose force is not known), one below the other."""
+    tables = []
+    for phase, metrics in found.by_phase().items():
+        table = error_table(metrics)
+        table.insert(0, "phase", phase)
+        table.insert(1, "steps", int((found.phase == phase).sum()))
+        tables.append(table)
+    return pd.concat(tables)
+
+
+def dimension_table(metrics: Mapping[str, Metrics]) -> pd.DataFrame:
+    """One row a dimension of the action: the policy's MSE, MAE, R2 and correlation, and each baseline's MAE."""
+    table = pd.DataFrame(metrics["policy"]["dimensions"]).T[["mse", "mae", "r2", "correlation"]].astype(float)
+    table = table.rename(columns={"mse": "MSE", "mae": "MAE", "r2": "R2"})
+    for name in BASELINES:
+        table[f"MAE of {name}"] = [metrics[name]["dimensions"][dimension]["mae"] for dimension in DIMENSIONS]
+    labels = [f"{name} ({unit})" if unit else name for name, unit in zip(DIMENSIONS, UNITS, strict=True)]
+    return table.set_axis(labels).rename_axis("dimension").reset_index()
+
+
+def side_by_side(found: Mapping[str, OpenLoop]) -> pd.DataFrame:
+    """One row a checkpoint: the policy's row of `error_table`, its held-out episodes, and the baselines that it does not beat."""
+    rows = []
+    for name, loop in found.items():
+        metrics = loop.metrics()
+        lost_to = ", ".join(other for other, won in beaten(metrics).items() if not won)
+        row = error_table(metrics).iloc[0].to_dict() | {"method": name, "episodes": len(np.unique(loop.episode))}
+        rows.append(row | {"not better than": lost_to or "-"})
+    return pd.DataFrame(rows).rename(columns={"method": "checkpoint"})

@@ -1,4 +1,4 @@
-"""A rehearsal: a checkpoint and a seed in; one rollout on the simulated rig in real time, with the VLM in a process of its own, out.
+"""A rehearsal: one rollout on the simulated rig in real time, with the VLM in a process of its own.
 
     found = rehearse(RolloutSettings(checkpoint), seed=1, watch=lambda tick, observation: ...)
 
@@ -8,57 +8,61 @@ A real arm is driven by the same `Pilot`; only the robot (anything that implemen
         pilot.warm_up(arm.read_observation())
         log = pilot.run(arm, SafetyLimits(workspace_mm=...), max_s=30)
 
-`watch` runs in the control loop between two ticks: it must be quick (store, do not draw).
+`watch` runs in the control loop between two ticks: it must be quick (store, do not draw). Who wants to draw, block or die starts a
+`RehearsalProcess`, whose control loop shares its interpreter with nobody.
 """
 
+import contextlib
 import gc
+import multiprocessing
+import threading
 from collections.abc import Callable
+from concurrent.futures import BrokenExecutor, ThreadPoolExecutor
 from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from vla_lib.core.errors import UserError
-from vla_lib.evaluation.rollout import RolloutSettings, judged, rig_of
-from vla_lib.evaluation.sim_robot import SimRobot, make_rig, sim_limits
+from vla_lib.core.pool import OneProcess
+from vla_lib.evaluation.rollout import Moment, expert_of, judged, rig_of
+from vla_lib.evaluation.settings import RolloutSettings
+from vla_lib.evaluation.sim_robot import SimRobot, make_rig, prepare_gl, sim_limits
+from vla_lib.features.extractor import FeatureExtractor
 from vla_lib.runtime.clock import RealClock
-from vla_lib.runtime.execution import ExecutionSettings
 from vla_lib.runtime.robot_io import DryRunIO, Observation, RobotIO
-from vla_lib.runtime.run_log import RunLog
-from vla_lib.runtime.runner import Runner, RunnerSettings, Watch
+from vla_lib.runtime.run_log import RunLog, Tick
+from vla_lib.runtime.runner import Runner, Watch
 from vla_lib.runtime.safety import SafetyLimits
-from vla_lib.runtime.vlm_worker import Compute, ExtractorProcess, Features, ThreadedVlm
+from vla_lib.runtime.vlm_worker import Compute, Features, vlm_process
+from vla_lib.training.checkpoint import load_policy, read_checkpoint
 
-Started = Callable[[Runner], None]
+PICTURES_EVERY = 3  # ticks: five views at every one would keep the watcher's pipe full
 
 
-class Pilot:
+class Pilot(contextlib.AbstractContextManager["Pilot"]):
     """A checkpoint that can drive robots in real time: the policy here, its VLM in a process of its own. Injected latencies are left out.
 
-    Raises UserError where the checkpoint or its VLM is missing. `close` (or `with`) ends the VLM's process.
+    Raises UserError where the checkpoint or its VLM is missing. Leaving the `with` block ends the VLM's process.
     """
 
     def __init__(self, settings: RolloutSettings):
-        from vla_lib.runtime.expert import PolicyExpert
-        from vla_lib.training.checkpoint import load_policy
-
-        policy, info = load_policy(settings.checkpoint, settings.device)
-        binding = info["binding"]
-        self.action_hz, self.views = float(policy.config.action_hz), tuple(binding["views"])
-        chunks = ExecutionSettings(settings.execution, settings.chunk_steps)
-        self.settings = RunnerSettings(self.action_hz, info["settings"]["vlm_reuse_count"], chunks, self.views)
-        self.expert = PolicyExpert(policy, settings.without, settings.ddim_steps or None)
+        self.expert, self.settings = expert_of(settings, *load_policy(settings.checkpoint, settings.device))
         try:
-            self._compute = ExtractorProcess(partial(make_extractor, settings.checkpoint, settings.device))
+            self._vlm = vlm_process(partial(make_extractor, settings.checkpoint, settings.device))
         except RuntimeError as error:
             raise UserError(f"The VLM of {settings.checkpoint} cannot run live: {error}") from error
-        self._vlm = ThreadedVlm(self._compute)
+
+    def __exit__(self, *_: object) -> None:
+        self._vlm.close()
 
     def warm_up(self, observation: Observation, times: int = 3) -> None:
         """Run VLM and policy a few times on one observation: first calls allocate, compile and load, and would be late. Nothing moves."""
         for _ in range(times):
-            tokens, mask = self._compute(observation.pictures, observation.instruction)
+            tokens, mask = self._vlm.compute(observation.pictures, observation.instruction)
             window = np.zeros((self.expert.sensor_window, 1026), np.float32) if self.expert.sensor_window else None
             self.expert(Features(tokens, mask, 0, 0.0), 0.0, observation.state, window)
 
@@ -68,7 +72,7 @@ class Pilot:
         limits: SafetyLimits,
         max_s: float,
         watch: Watch | None = None,
-        started: Started | None = None,
+        started: Callable[[Runner], None] = lambda runner: None,
         until: Callable[[], str] | None = None,
         clock: RealClock | None = None,
     ) -> RunLog:
@@ -76,71 +80,127 @@ class Pilot:
 
         `started(runner)` is called before the first tick, so that a Stop button can call `runner.request_stop()`.
         """
-        import torch
-
         runner = Runner(io, self.expert, self._vlm, clock or RealClock(), self.settings, limits, watch)
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # the expert is small; the other cores are the VLM's
         gc.collect()
         gc.freeze()  # the collector shall not walk through models in the middle of a tick
         try:
-            if started:
-                started(runner)
+            started(runner)
             return runner.run(max_s, until)
         finally:
             gc.unfreeze()
             torch.set_num_threads(threads)
-
-    def close(self) -> None:
-        """End the VLM's process."""
-        self._vlm.close()
-
-    def __enter__(self) -> "Pilot":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def rehearse(
     settings: RolloutSettings,
     seed: int,
     watch: Watch | None = None,
-    started: Started | None = None,
+    started: Callable[[Runner], None] = lambda runner: None,
     dry_run: Path | None = None,
     go_on: bool = False,
 ) -> dict[str, Any]:
     """One rollout in real time; returns the record of `evaluation.rollout.judged`, plus `log` (RunLog) and `path` at 650 Hz.
 
-    `dry_run`: a JSON-lines file that gets the actions instead of the robot. `go_on`: run for `max_time_s` even after the rollout is decided.
-    Raises UserError where the checkpoint, its VLM or EGL is missing.
+    `dry_run`: a JSON-lines file that gets the actions instead of the robot. `go_on`: run for `max_time_s` even after the rollout is
+    decided. Raises UserError where the checkpoint, its VLM or EGL is missing.
     """
-    with Pilot(settings) as pilot:
-        rig = make_rig(**rig_of(settings, pilot.action_hz, pilot.views))
-        try:
-            clock = RealClock()
-            first = SimRobot(rig, clock, seed, instruction=settings.instruction)
-            pilot.warm_up(first.read_observation())
-            rig.step(np.zeros(6))  # draws, for the first time
-            robot = SimRobot(rig, clock, seed, go_on, settings.instruction)
-            io: RobotIO = DryRunIO(robot, dry_run) if dry_run else robot
-            until = None if go_on else robot.over
+    with Pilot(settings) as pilot, contextlib.closing(make_rig(**rig_of(settings, pilot.settings))) as rig:
+        clock = RealClock()
+        pilot.warm_up(SimRobot(rig, clock, seed, instruction=settings.instruction).read_observation())
+        rig.step(np.zeros(6))  # draws, for the first time
+        robot = SimRobot(rig, clock, seed, go_on, settings.instruction)
+        io: RobotIO = DryRunIO(robot, dry_run) if dry_run else robot
 
-            def begin(runner: Runner) -> None:
-                if started:
-                    started(runner)
-                robot.begin()
+        def begin(runner: Runner) -> None:
+            started(runner)
+            robot.begin()
 
-            log = pilot.run(io, SafetyLimits(**sim_limits()), settings.max_time_s, watch, begin, until, clock)
-            return judged(robot, log) | {"log": log, "path": rig.path()}
-        finally:
-            rig.close()
+        until = None if go_on else robot.over
+        log = pilot.run(io, SafetyLimits(**sim_limits()), settings.max_time_s, watch, begin, until, clock)
+        return judged(robot, log) | {"log": log, "path": rig.path()}
 
 
 def make_extractor(checkpoint: Path, device: str) -> Compute:
     """The compute function of a VLM process: the VLM that this checkpoint's policy was trained with."""
-    from vla_lib.features.extractor import FeatureExtractor
-    from vla_lib.training.checkpoint import read_checkpoint
-
     content = read_checkpoint(checkpoint)
     return FeatureExtractor.from_binding(content["binding"], device, content.get("adapter")).extract
+
+
+class RehearsalProcess:
+    """A rehearsal in a process of its own, which dies with its watcher. Starts at once.
+
+    `poll` returns the moments since the last call; when `running` is False, `result` gives the record of `rehearse`.
+    """
+
+    def __init__(self, settings: RolloutSettings, seed: int, dry_run: Path | None = None, go_on: bool = False):
+        self.running = True
+        self._pipe, theirs = multiprocessing.Pipe()
+        self._process = OneProcess(_keep, theirs)
+        self._record = self._process.submit(_rehearse, settings, seed, dry_run, go_on)
+        theirs.close()  # so that a dead process ends the pipe
+
+    @property
+    def pid(self) -> int:
+        """The process that holds the control loop."""
+        return self._process.pid
+
+    def poll(self) -> list[Moment]:
+        """New moments, oldest first; none before the models are loaded."""
+        over = self._record.done()  # asked first: all moments are sent before the record
+        moments: list[Moment] = []
+        with contextlib.suppress(EOFError, OSError):  # it died; `result` says so
+            while self._pipe.poll():
+                moments.append(self._pipe.recv())
+        self.running = not over
+        return moments
+
+    def stop(self) -> None:
+        """Stop the robot now; the record still comes."""
+        with contextlib.suppress(OSError):  # a process that is dead drives no robot
+            self._pipe.send("stop")
+
+    def result(self) -> dict[str, Any]:
+        """The record of `rehearse`. Raises what that raises, and RuntimeError where its process died or still runs."""
+        if self.running:
+            raise RuntimeError("The rehearsal still runs; poll until it does not.")
+        try:
+            return self._record.result()
+        except BrokenExecutor:
+            raise RuntimeError("The rehearsal's process ended before its record came (out of memory?).") from None
+
+    def close(self) -> None:
+        """End the process, whatever it does."""
+        self._process.shutdown()
+        self._pipe.close()
+
+
+_pipe: Connection  # in the rehearsal's process
+
+
+def _keep(pipe: Connection) -> None:
+    global _pipe
+    _pipe = pipe
+
+
+def _rehearse(settings: RolloutSettings, seed: int, dry_run: Path | None, go_on: bool) -> dict[str, Any]:
+    prepare_gl()
+    period_s = 0.0
+    with ThreadPoolExecutor(1) as sender:  # the control loop only hands over; this thread waits for the pipe
+
+        def started(runner: Runner) -> None:
+            nonlocal period_s
+            period_s = runner.settings.period_s
+            threading.Thread(target=_listen, args=(runner,), daemon=True).start()
+
+        def watch(tick: Tick, seen: Observation) -> None:
+            sender.submit(_pipe.send, Moment.of(tick, seen, period_s, tick.step % PICTURES_EVERY == 0))
+
+        return rehearse(settings, seed, watch, started, dry_run, go_on)
+
+
+def _listen(runner: Runner) -> None:
+    with contextlib.suppress(EOFError, OSError):  # the watcher is gone, or the run is over
+        _pipe.recv()
+        runner.request_stop()

@@ -1,112 +1,125 @@
-"""One closed-loop rollout: a checkpoint and a seed in; the judgement, the runner's log, the path and, where asked for, film frames out.
+"""One closed-loop rollout: a checkpoint tries the phantom of a seed on the simulated rig, and is judged by what happened.
 
 The rig, the clock and the latencies are deterministic by the seed: the same settings and seed give the same rollout.
 """
 
 import json
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from vla_lib.core.errors import UserError
-from vla_lib.evaluation.sim_robot import DEFAULT_TASK, NeedleInsertion, SimRobot, make_rig, sim_limits
+from vla_lib.core.files import read_json
+from vla_lib.evaluation.settings import RolloutSettings
+from vla_lib.evaluation.sim_robot import (
+    DEFAULT_TASK,
+    MANIFEST,
+    VIEWS,
+    NeedleInsertion,
+    SimRobot,
+    instruction_of,
+    make_rig,
+    sim_limits,
+)
+from vla_lib.features.extractor import FeatureExtractor
+from vla_lib.features.vlm import open_checkpoint
+from vla_lib.policy.policy import Policy
 from vla_lib.runtime.clock import Latency, SimulatedClock
-from vla_lib.runtime.execution import Execution, ExecutionSettings
-from vla_lib.runtime.robot_io import Observation
+from vla_lib.runtime.expert import Expert, PolicyExpert
+from vla_lib.runtime.robot_io import Array, Observation
 from vla_lib.runtime.run_log import RunLog, Tick
 from vla_lib.runtime.runner import Runner, RunnerSettings, Watch
 from vla_lib.runtime.safety import SafetyLimits
 from vla_lib.runtime.vlm_worker import Compute, SimulatedVlm
+from vla_lib.training.checkpoint import load_policy, read_checkpoint
 
-_PATH_STRIDE = 65  # paths are kept at 10 Hz, with the greatest force of each period
-_FILM_STRIDE = 13  # films keep the sensor at 50 Hz
+PATH_STRIDE = 65  # paths are kept at 10 Hz, with the greatest force of each period
+SENSOR_STRIDE = 13  # moments keep the sensor at 50 Hz
 
 
 @dataclass(frozen=True)
-class RolloutSettings:
-    """How a checkpoint is tried. The pictures are as the recorder makes them; rates, views and sensor window come from the checkpoint."""
+class Moment:
+    """One tick as a watcher sees it: its log entry and the action period; the sensor at 50 Hz, newest sample last, (n, 1026) with times
+    (n,) in s of the run (below 0 in the rest before the start); and the newest picture (H, W, 3) of each view, where they are kept."""
 
-    checkpoint: Path
-    without: Literal["nothing", "vl", "sensor"] = "nothing"
-    """Input that is masked."""
-    execution: Execution = "first action"
-    chunk_steps: int = 4
-    """Actions of a chunk that `chunk of n` follows."""
-    vlm_latency_ms: float | None = None
-    """Delay of the VL features; None: the one that the policy was trained with. 300 ms and more lower the VLM's rate: it does one at a time."""
-    vlm_jitter_ms: float = 0.0
-    """Mean of the exponentially distributed rest of that delay."""
-    expert_latency_ms: float = 0.0
-    expert_jitter_ms: float = 0.0
-    task: str = DEFAULT_TASK
-    """Whose phantoms."""
-    instruction: str = ""
-    """The task in the words of the training data; default: those of the built-in table."""
-    max_time_s: float = 30.0
-    picture_width: int = 320
-    picture_height: int = 180
-    camera_hz: float = 5.0
-    ddim_steps: int = 0
-    """Denoising steps of a diffusion policy; 0: the policy's own."""
-    device: str = "cpu"
+    tick: Tick
+    period_s: float
+    sensor: Array
+    sensor_t_s: Array
+    pictures: dict[str, Array]
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "checkpoint", Path(self.checkpoint))
-        if not self.checkpoint.is_file():
-            raise UserError(
-                f"There is no checkpoint {self.checkpoint}; train one first, or give the path of its .pt file."
-            )
-        if self.without not in ("nothing", "vl", "sensor"):
-            raise UserError(f"A rollout can be made without nothing, vl or sensor, not without {self.without!r}.")
-        if not self.max_time_s > 0:
-            raise UserError(f"A rollout of {self.max_time_s:g} s cannot be; max_time_s must be above 0.")
-        ExecutionSettings(self.execution, self.chunk_steps)
-        Latency(self.vlm_latency_ms or 0.0, self.vlm_jitter_ms)
-        Latency(self.expert_latency_ms, self.expert_jitter_ms)
+    @property
+    def newest_sample(self) -> Array:
+        """(1026,) force (mN), then the A-scan; NaN where the tick brought no sample."""
+        return self.sensor[-1] if len(self.sensor) else np.full(1026, np.nan, np.float32)
+
+    @classmethod
+    def of(cls, tick: Tick, seen: Observation, period_s: float, pictures: bool = True) -> "Moment":
+        """The moment of a tick; to be called by the runner's `watch`."""
+        newest_last = slice((len(seen.sensor) - 1) % SENSOR_STRIDE, None, SENSOR_STRIDE)
+        t_s = tick.t_s + seen.sensor_timestamps[newest_last] - seen.timestamp
+        return cls(tick, period_s, seen.sensor[newest_last].copy(), t_s, dict(seen.pictures) if pictures else {})
 
 
-def rollout(settings: RolloutSettings, seed: int, watch: Watch | None = None) -> dict[str, Any]:
+def rollout(settings: RolloutSettings, seed: int, frames: int = 0) -> dict[str, Any]:
     """Try the checkpoint on the phantom of `seed`. Returns the record of `judged`, with `path`.
 
-    Raises UserError where the checkpoint, its VLM or EGL is missing or another one.
+    Asked for frames, it adds as many Moments evenly over the rollout's time, the last one included, as `frames`, and the sensor at 50 Hz
+    over all of it: `sensor` (n, 1026), `sensor_t_s` (n,). Raises UserError where the checkpoint, its VLM or EGL is missing or another one.
     """
-    policy, compute, info = _load(settings.checkpoint, settings.device)
-    trained = info["settings"]
-    from vla_lib.runtime.expert import PolicyExpert
-
-    expert = PolicyExpert(policy, settings.without, settings.ddim_steps or None, seed)
-    rig = _rig(settings, float(policy.config.action_hz), tuple(info["binding"]["views"]))
-    vlm_ms = trained["vlm_latency_ms"] if settings.vlm_latency_ms is None else settings.vlm_latency_ms
+    policy, compute, info = _load(settings.checkpoint, settings.checkpoint.stat().st_mtime_ns, settings.device)
+    expert, runner = expert_of(settings, policy, info, seed)
+    vlm_ms = info["settings"]["vlm_latency_ms"] if settings.vlm_latency_ms is None else settings.vlm_latency_ms
     latencies = {
         "vlm": Latency(vlm_ms, settings.vlm_jitter_ms),
         "expert": Latency(settings.expert_latency_ms, settings.expert_jitter_ms),
     }
-    chunks = ExecutionSettings(settings.execution, settings.chunk_steps)
-    run = RunnerSettings(policy.config.action_hz, trained["vlm_reuse_count"], chunks, tuple(info["binding"]["views"]))
-    longest_s = max(
-        1.0, 3 * (vlm_ms + 3 * settings.vlm_jitter_ms) / 1000.0
-    )  # two delays, the jitter seldom above three times its mean
-    limits = SafetyLimits(**sim_limits(), vl_age_s=longest_s)
-    return fly(rig, expert, compute, seed, run, limits, latencies, watch, settings.instruction)
+    # two delays of a VLM that does one moment at a time, the jitter seldom above three times its mean
+    oldest_s = max(1.0, 3 * (vlm_ms + 3 * settings.vlm_jitter_ms) / 1000.0)
+    limits = SafetyLimits(**sim_limits(), vl_age_s=oldest_s)
+    moments: list[Moment] = []
+
+    def watch(tick: Tick, seen: Observation) -> None:
+        moments.append(Moment.of(tick, seen, runner.period_s))
+
+    given = _rig(settings, runner), expert, compute, seed, runner, limits, latencies, watch if frames else None
+    record = run_on_rig(*given, settings.instruction)
+    if frames:
+        chosen = np.unique(np.linspace(0, len(moments) - 1, min(frames, len(moments))).round().astype(int))
+        record |= {name: np.concatenate([getattr(one, name) for one in moments]) for name in ("sensor", "sensor_t_s")}
+        record["frames"] = [moments[k] for k in chosen]
+    return record
 
 
-def rig_of(settings: RolloutSettings, action_hz: float, views: tuple[str, ...]) -> dict[str, Any]:
+def expert_of(
+    settings: RolloutSettings, policy: Policy, info: Mapping[str, Any], seed: int = 0
+) -> tuple[PolicyExpert, RunnerSettings]:
+    """A loaded policy as the runner's expert, and the runner's settings for it: the same ones on both clocks and on every robot."""
+    expert = PolicyExpert(policy, settings.without, settings.ddim_steps or None, seed)
+    reuse_count, views = info["settings"]["vlm_reuse_count"], tuple(info["binding"]["views"])
+    return expert, RunnerSettings(float(policy.config.action_hz), reuse_count, settings.steps_per_chunk, views)
+
+
+def rig_of(settings: RolloutSettings, runner: RunnerSettings) -> dict[str, Any]:
     """What the rig is made with for these settings and a policy of this rate and these views."""
     names = ("task", "max_time_s", "picture_width", "picture_height", "camera_hz")
-    return {name: getattr(settings, name) for name in names} | {"action_hz": action_hz, "views": views}
+    how = {name: getattr(settings, name) for name in names}
+    return how | {"action_hz": runner.action_hz, "views": runner.views}
 
 
-def fly(
+def run_on_rig(
     rig: NeedleInsertion,
-    expert: Any,
+    expert: Expert,
     compute: Compute,
     seed: int,
     settings: RunnerSettings,
     limits: SafetyLimits,
-    latencies: dict[str, Latency] | None = None,
+    latencies: Mapping[str, Latency] | None = None,
     watch: Watch | None = None,
     instruction: str = "",
 ) -> dict[str, Any]:
@@ -116,13 +129,13 @@ def fly(
     runner = Runner(robot, expert, SimulatedVlm(compute, clock), clock, settings, limits, watch)
     log = runner.run(rig.max_time_s + 1.0, robot.over)
     path = rig.path()
-    force = np.maximum.reduceat(path["force_mN"], np.arange(0, len(path["force_mN"]), _PATH_STRIDE))  # no peak is lost
-    kept = {"t_s": path["t_s"][::_PATH_STRIDE], "position_mm": path["position_mm"][::_PATH_STRIDE], "force_mN": force}
+    force = np.maximum.reduceat(path["force_mN"], np.arange(0, len(path["force_mN"]), PATH_STRIDE))  # no peak is lost
+    kept = {"t_s": path["t_s"][::PATH_STRIDE], "position_mm": path["position_mm"][::PATH_STRIDE], "force_mN": force}
     return judged(robot, log) | {"path": {name: values.round(3).tolist() for name, values in kept.items()}}
 
 
 def judged(robot: SimRobot, log: RunLog) -> dict[str, Any]:
-    """What came of a rollout, JSON-able: success, reason of failure ("" at success), errors in mm, forces in mN, times in s, the runner's summary.
+    """What came of a rollout, JSON-able: success, reason of failure ("" at success), errors in mm, forces in mN, times in s, the log's summary.
 
     Where safety ended a rollout that was not decided yet the reason begins with "stopped: ".
     """
@@ -133,68 +146,90 @@ def judged(robot: SimRobot, log: RunLog) -> dict[str, Any]:
     return {name: info[name] for name in names} | {"reason": reason, "runner": log.summary(), "events": log.events}
 
 
-def film(settings: RolloutSettings, seed: int, frames: int = 12) -> dict[str, Any]:
-    """The rollout of `seed` once more, with film: the record of `rollout` plus `frames`, evenly over its time, the last included, and the sensor at
-    50 Hz: `sensor` (n, 1026), `sensor_t_s` (n,), below 0 in the rest before the start.
+# ---------------------------------------------------------------- which rig a checkpoint needs
 
-    A frame: t_s, pictures {view: (H, W, 3) uint8}, a_scan (1025,) float32, force_mN, action (7,), mode, reason.
+
+def rig_settings(checkpoint: Path, dataset_root: Path | None = None, judge: bool = True) -> RolloutSettings:
+    """RolloutSettings of a checkpoint: pictures, task and instruction as its dataset's recording on the rig has them (of several tasks the
+    one with the most episodes), VL features as late as in training.
+
+    Without `judge`, a policy of other recordings is taken too: its pictures are then as large as its VLM asks for, so that a rehearsal's
+    timing is true, though what it does means nothing. Raises UserError with the reason of `rig_refusal` where the rig cannot serve it.
     """
-    reel: list[dict[str, Any]] = []
-    sensor: list[np.ndarray] = []
-    sensor_t_s: list[np.ndarray] = []
+    if refusal := rig_refusal(checkpoint, dataset_root, judge):
+        raise UserError(refusal)
+    content = read_checkpoint(checkpoint)
+    manifest = _root(content, dataset_root) / MANIFEST
+    if manifest.is_file():
+        recorded = read_json(manifest)
+        how = {name: recorded["plan"][name] for name in ("picture_width", "picture_height", "camera_hz")}
+        tasks = Counter(entry["task"] for entry in recorded["episodes"]).most_common(1)
+        how["task"] = tasks[0][0] if tasks else DEFAULT_TASK
+        how["instruction"] = instruction_of(how["task"], manifest.parent)
+    else:
+        how = {f"picture_{side}": int(content["binding"][f"image_resize_{side}"]) for side in ("width", "height")}
+    return RolloutSettings(checkpoint, vlm_latency_ms=content["settings"]["vlm_latency_ms"], **how)
 
-    def watch(tick: Tick, observation: Observation) -> None:
-        sensor.append(observation.sensor[::_FILM_STRIDE])
-        sensor_t_s.append(tick.t_s + observation.sensor_timestamps[::_FILM_STRIDE] - observation.timestamp)
-        newest = observation.sensor[-1] if len(observation.sensor) else np.full(1026, np.nan, np.float32)
-        reel.append(
-            {
-                "t_s": tick.t_s,
-                "pictures": dict(observation.pictures),
-                "a_scan": newest[1:].copy(),
-                "force_mN": float(newest[0]),
-                "action": tick.action,
-                "mode": tick.mode,
-                "reason": tick.reason,
-            }
+
+def rig_refusal(checkpoint: Path, dataset_root: Path | None = None, judge: bool = True) -> str:
+    """Why the simulated rig cannot judge this checkpoint (without `judge`: cannot run it at all), one sentence; "" where it can."""
+    binding = read_checkpoint(checkpoint)["binding"]
+    if unknown := [view for view in binding["views"] if view not in VIEWS]:
+        return (
+            f"{checkpoint} sees the view {unknown[0]}, which the simulated rig does not have ({', '.join(VIEWS)}): "
+            "it cannot run there."
         )
+    if judge and not ((root := dataset_of(checkpoint, dataset_root)) / MANIFEST).is_file():
+        return (
+            f"{root} was not recorded on the simulated rig (it has no {MANIFEST}): the rig's phantoms say nothing about "
+            f"{checkpoint}; evaluate it without closed-loop seeds, or train on a recording of `python -m needle_rig`."
+        )
+    try:
+        open_checkpoint(binding["source"])
+    except UserError as error:
+        return f"The VLM of {checkpoint} is not at hand, so it cannot look at the rig: {error}"
+    return ""
 
-    record = rollout(settings, seed, watch)
-    keep = np.unique(np.linspace(0, len(reel) - 1, min(frames, len(reel))).round().astype(int)) if reel else []
-    scans = {"sensor": np.concatenate(sensor), "sensor_t_s": np.concatenate(sensor_t_s)} if sensor else {}
-    return record | {"frames": [reel[k] for k in keep]} | scans
+
+def dataset_of(checkpoint: Path, dataset_root: Path | None = None) -> Path:
+    """`dataset_root`, or the folder that the checkpoint says it was trained on. Raises UserError where that is gone."""
+    root = _root(read_checkpoint(checkpoint), dataset_root)
+    if not root.is_dir():
+        raise UserError(
+            f"{checkpoint} was trained on {root}, which is not there; give the folder of its dataset with --dataset-root."
+        )
+    return root
 
 
-def _load(checkpoint: Path, device: str) -> tuple[Any, Compute, dict[str, Any]]:
-    return _load_once(checkpoint, checkpoint.stat().st_mtime_ns, device)
+def _root(content: Mapping[str, Any], dataset_root: Path | None) -> Path:
+    return Path(content["settings"]["dataset_root"] if dataset_root is None else dataset_root)
+
+
+# ---------------------------------------------------------------- kept from one rollout to the next in a process
 
 
 @lru_cache(maxsize=4)
-def _load_once(checkpoint: Path, written_ns: int, device: str) -> tuple[Any, Compute, dict[str, Any]]:
-    from vla_lib.training.checkpoint import load_policy
-
+def _load(checkpoint: Path, written_ns: int, device: str) -> tuple[Policy, Compute, dict[str, Any]]:
     policy, info = load_policy(checkpoint, device)
-    binding = json.dumps(info["binding"], sort_keys=True)
-    vlm = _extractor(binding, device, *((checkpoint, written_ns) if info["adapter"] else (None, 0)))
+    adapted = (checkpoint, written_ns) if info["adapter"] else (None, 0)
+    vlm = _extractor(json.dumps(info["binding"], sort_keys=True), device, *adapted)
     return policy, vlm.extract, info
 
 
 @lru_cache(maxsize=2)
-def _extractor(binding: str, device: str, adapted_in: Path | None, written_ns: int) -> Any:
-    from vla_lib.features.extractor import FeatureExtractor
-    from vla_lib.training.checkpoint import read_checkpoint
-
+def _extractor(binding: str, device: str, adapted_in: Path | None, written_ns: int) -> FeatureExtractor:
+    """By the binding and not by the checkpoint: policies that were trained on one cache share one VLM in memory."""
     adapter = read_checkpoint(adapted_in)["adapter"] if adapted_in else None
     return FeatureExtractor.from_binding(json.loads(binding), device, adapter)
 
 
-_kept_rig: tuple[Any, NeedleInsertion] | None = None
+_kept_rig: tuple[dict[str, Any], NeedleInsertion] | None = None
 
 
-def _rig(settings: RolloutSettings, action_hz: float, views: tuple[str, ...]) -> NeedleInsertion:
+def _rig(settings: RolloutSettings, runner: RunnerSettings) -> NeedleInsertion:
     """The rig of these settings; a drawing context is dear, so one rig is kept for the next rollout."""
     global _kept_rig
-    how = rig_of(settings, action_hz, views)
+    how = rig_of(settings, runner)
     if _kept_rig is None or _kept_rig[0] != how:
         if _kept_rig is not None:
             _kept_rig[1].close()

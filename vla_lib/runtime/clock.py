@@ -1,7 +1,8 @@
-"""Two clocks for one loop: simulated time, which moves only when the loop waits or is told that work took time, and real time."""
+"""Time of a run: one loop on two clocks, simulated time, which moves only when the loop waits or works, and real time with its watchdog."""
 
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -38,8 +39,7 @@ class Clock(Protocol):
     def sleep_until(self, t_s: float) -> None: ...
 
     def spend(self, work: str) -> None:
-        """Tell that `work` has just been done: simulated time passes by its latency, real time has passed already."""
-        ...
+        """`work` has just been done: simulated time passes by its latency, real time has passed already."""
 
 
 class SimulatedClock:
@@ -90,3 +90,33 @@ class RealClock:
 
     def spend(self, work: str) -> None:
         """Nothing: the time has passed."""
+
+
+class Watchdog:
+    """Watches a loop from a thread of its own between `with` and its end, in real time only.
+
+    Where no beat comes for `limit_s`, it calls `bite` until that returns True: the robot has taken the stop.
+    """
+
+    def __init__(self, limit_s: float, bite: Callable[[], bool]):
+        self.limit_s, self._bite = limit_s, bite
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def beat(self) -> None:
+        """The loop lives."""
+        self._beat_s = time.perf_counter()
+
+    def __enter__(self) -> "Watchdog":
+        self.beat()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end.set()
+        self._thread.join(timeout=1.0)
+
+    def _watch(self) -> None:
+        while not self._end.wait(self.limit_s / 5):
+            if time.perf_counter() - self._beat_s > self.limit_s and self._bite():
+                return

@@ -1,4 +1,4 @@
-"""A trained policy as the runner's expert: features with their age, state and sensor window in, a chunk (H, 7) in mm and degrees out.
+"""The fast expert: a trained policy turns features with their age, state and sensor window into action chunks (H, 7) in mm and degrees.
 
 The observation batch is the one of vla_lib.training.samples.SampleSet.batch with B = 1; the same keys, types, units and rule of masking.
 """
@@ -24,16 +24,17 @@ class Expert(Protocol):
     def __call__(self, features: Features, age_s: float, state: Array, window: Array | None) -> Array: ...
 
 
-HIDDEN = {"nothing": (), "vl": ("vl_mask",), "sensor": ("sensor", "sensor_mask")}
+Input = Literal["nothing", "vl", "sensor"]
+HIDDEN: dict[Input, tuple[str, ...]] = {"nothing": (), "vl": ("vl_mask",), "sensor": ("sensor", "sensor_mask")}
 
 
-def hidden(observation: dict[str, torch.Tensor], without: str) -> dict[str, torch.Tensor]:
+def hidden(observation: dict[str, torch.Tensor], without: Input) -> dict[str, torch.Tensor]:
     """The observation batch with the VL tokens ("vl": every view and the text) or the sensor window ("sensor") missing, as in training."""
     return observation | {name: torch.zeros_like(observation[name]) for name in HIDDEN[without] if name in observation}
 
 
 class PolicyExpert:
-    """See the module's docstring. `without`: the input that is `hidden`.
+    """A policy as an Expert. `without`: the input that is `hidden`; `ddim_steps`: denoising steps of a diffusion policy, None: its own.
 
     A diffusion policy draws new noise at every call, from `seed` on: the same noise each time would push every action the same way.
     """
@@ -41,7 +42,7 @@ class PolicyExpert:
     def __init__(
         self,
         policy: Policy,
-        without: Literal["nothing", "vl", "sensor"] = "nothing",
+        without: Input = "nothing",
         ddim_steps: int | None = None,
         seed: int = 0,
     ):
@@ -76,6 +77,32 @@ class PolicyExpert:
 
     def usual_step(self) -> tuple[float, float]:
         """Norms of a fast step of the training data, mean plus three spreads of each axis: mm and degrees in one action period."""
-        normaliser = self.policy.normaliser
-        fast = (normaliser.action_mean.abs() + 3 * normaliser.action_std * normaliser.action_varies).cpu().numpy()
+        statistics = self.policy.normaliser.state_dict()
+        mean, std, varies = (statistics[f"action_{name}"].cpu().numpy() for name in ("mean", "std", "varies"))
+        fast = np.abs(mean) + 3 * std * varies
         return float(np.linalg.norm(fast[:3])), float(np.linalg.norm(fast[3:6]))
+
+
+class ChunkPlan:
+    """The newest chunk, of which `steps` actions are executed before the expert is asked again. Step numbers count action periods."""
+
+    def __init__(self, steps: int):
+        self.steps = steps
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget the chunk: it speaks of a motion that did not happen. (After a missed deadline it stays, and bridges a slow expert.)"""
+        self._begin, self._chunk = 0, np.empty((0, 7))
+
+    def wants_chunk(self, step: int) -> bool:
+        """Whether the expert is to be asked at this step."""
+        return step - self._begin >= min(self.steps, len(self._chunk))
+
+    def add(self, step: int, chunk: Array) -> None:
+        """Take a chunk (H, 7) whose first action begins at `step`."""
+        self._begin, self._chunk = step, np.asarray(chunk, float)
+
+    def action(self, step: int) -> Array | None:
+        """(7,) action of a step, None where the chunk does not reach that far."""
+        ahead = step - self._begin
+        return self._chunk[ahead].copy() if ahead < len(self._chunk) else None

@@ -1,4 +1,4 @@
-"""The dual-rate loop: a robot, an expert, a VLM worker and a clock in; safe motion and the log of every tick out.
+"""The dual-rate loop: it drives a robot with a fast expert and a slow VLM, within the safety limits, and logs every tick.
 
 Each action period (10 Hz): read the robot, fill the sensor ring, hand pictures to the VLM when its turn has come (every `vlm_reuse_count`
 periods, or as soon as it is free again), take its newest finished features, check the robot's condition, ask the expert where the chunk
@@ -9,45 +9,39 @@ very same lines; there, work takes the time that the clock draws for it.
 import threading
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from typing import Annotated
 
 import numpy as np
+from annotated_types import Ge, Gt
 
 from vla_lib.core.errors import UserError
+from vla_lib.core.settings import Settings, settings
 from vla_lib.episodes.poses import GRIPPER_CLOSED, apply_action
 from vla_lib.runtime import safety
-from vla_lib.runtime.clock import Clock
-from vla_lib.runtime.execution import ChunkPlan, ExecutionSettings
-from vla_lib.runtime.expert import Expert
+from vla_lib.runtime.clock import Clock, Watchdog
+from vla_lib.runtime.expert import ChunkPlan, Expert
 from vla_lib.runtime.robot_io import Array, Observation, RobotIO
 from vla_lib.runtime.run_log import RunLog, Tick
 from vla_lib.runtime.safety import HoldBudget, SafetyLimits
 from vla_lib.runtime.sensor_buffer import SensorBuffer
 from vla_lib.runtime.vlm_worker import Features, VlmWorker
-from vla_lib.runtime.watchdog import Watchdog
 
 Watch = Callable[[Tick, Observation], None]
 BUFFER_SAMPLES = 1300  # two seconds of the sensor
 STILL = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, GRIPPER_CLOSED)
 
 
-@dataclass(frozen=True)
-class RunnerSettings:
+@settings
+class RunnerSettings(Settings):
     """Rates and the way of executing chunks; take rates from the checkpoint's settings."""
 
-    action_hz: float = 10.0
-    vlm_reuse_count: int = 3
+    action_hz: Annotated[float, Gt(0)] = 10.0
+    vlm_reuse_count: Annotated[int, Ge(1)] = 3
     """Action periods from one VLM tick to the next."""
-    chunks: ExecutionSettings = field(default_factory=ExecutionSettings)
+    steps_per_chunk: Annotated[int, Ge(1)] = 1
+    """Actions of a chunk that are executed before the expert is asked again."""
     views: tuple[str, ...] = ()
     """The policy's views: the VLM is shown these, and nothing moves without a fresh picture of each; default: those that the robot has."""
-
-    def __post_init__(self) -> None:
-        if not self.action_hz > 0 or self.vlm_reuse_count < 1:
-            raise UserError(
-                f"The runner cannot act at {self.action_hz:g} Hz with a VLM tick every {self.vlm_reuse_count} periods; "
-                "action_hz must be above 0 and vlm_reuse_count 1 or more."
-            )
 
     @property
     def period_s(self) -> float:
@@ -72,9 +66,9 @@ class Runner:
         self.settings, self.limits, self._watch = settings, limits, watch
         self.log = RunLog(period_s=settings.period_s)
         self.sensor = SensorBuffer(max(BUFFER_SAMPLES, expert.sensor_window))
-        self._plan, self._held = ChunkPlan(settings.chunks), HoldBudget(limits.hold_s)
+        self._plan, self._held = ChunkPlan(settings.steps_per_chunk), HoldBudget(limits.hold_s)
         self._lock = threading.Lock()  # guards the reason of the stop
-        self._stop_reason, self._told = "", False  # whether the robot has taken the stop
+        self._stop_reason, self._stop_taken = "", False
         self._features: Features | None = None
         self._asked_step: int | None = None
         self._commanded: Array | None = None
@@ -82,25 +76,24 @@ class Runner:
         self._retreat_left = 0
         self._force_tail = np.empty(0, np.float32)
         self._begin_s = self._first_timestamp = 0.0
-        for warning in (
-            safety.slow_limits(limits, settings.period_s, *expert.usual_step()) if hasattr(expert, "usual_step") else ()
-        ):
-            self.log.event(0.0, "warning", warning)
+        if hasattr(expert, "usual_step"):  # an expert that learnt from demonstrations knows their speed
+            for warning in safety.slow_limits(limits, settings.period_s, *expert.usual_step()):
+                self.log.event(0.0, "warning", warning)
 
     def request_stop(self, reason: str = safety.OPERATOR) -> bool:
         """Stop the robot now, from any thread; the run ends at its next tick. Returns whether the robot took the stop; see `log.events`."""
         with self._lock:
             first = not self._stop_reason
             self._stop_reason = self._stop_reason or reason
-        if first or not self._told:
-            self._tell(self._stop_reason)  # not under the lock: it must get through while a send hangs
-        return self._told
+        if first or not self._stop_taken:
+            self._stop_robot()  # not under the lock: it must get through while a send hangs
+        return self._stop_taken
 
-    def _tell(self, reason: str) -> None:
-        """Hand the stop to the robot; one that does not take it is told again at the end of the run, and by the watchdog until then."""
+    def _stop_robot(self) -> None:
+        """A robot that does not take the stop gets it again at the end of the run, and from the watchdog until then."""
         try:
-            self.io.stop(reason)
-            self._told = True
+            self.io.stop(self._stop_reason)
+            self._stop_taken = True
         except Exception as error:
             self.log.event(self.clock.now() - self._begin_s, "stop failed", f"{type(error).__name__}: {error}")
 
@@ -140,7 +133,7 @@ class Runner:
                     step = max(step + 1, int((self.clock.now() - begin_s) / period_s + 1e-9))
         finally:
             if not self.request_stop(self.log.ended or "error"):
-                self._tell(self._stop_reason)
+                self._stop_robot()
         self.log.event(tick.t_s, "end", self.log.ended)
         return self.log
 
@@ -155,9 +148,8 @@ class Runner:
             self._stop(tick, f"{safety.ROBOT_FAILED}: {type(error).__name__}: {error}")
             return None
         if not self.log.ticks:
-            self._first_timestamp = observation.timestamp - (
-                self.clock.now() - self._begin_s
-            )  # a slow first reading ages nothing
+            # by the clock after the reading: a slow first one makes nothing look old
+            self._first_timestamp = observation.timestamp - (self.clock.now() - self._begin_s)
         force = new[:, 0]
         tick.force_mN = safety.greatest_force(self._force_tail, force) if len(force) else None
         self._force_tail = np.concatenate([self._force_tail, force])[-64:]
@@ -201,10 +193,8 @@ class Runner:
         if newest is not None and newest is not self._features:
             self._features = newest
             self.log.vlm_ms.append(1000.0 * newest.took_s)
-        if self._features is not None:
-            tick.vl_age_s = (
-                tick.step - self._features.step
-            ) * self.settings.period_s  # in whole periods, as in training
+        if self._features is not None:  # in whole periods, as in training
+            tick.vl_age_s = (tick.step - self._features.step) * self.settings.period_s
 
     def _views(self, observation: Observation) -> tuple[str, ...]:
         return self.settings.views or tuple(observation.pictures)
@@ -236,25 +226,23 @@ class Runner:
         """Why the robot must not move now; "" where it may."""
         limits, now = self.limits, self._robot_now(tick, observation)
         unseen = self._unseen(tick, observation)
+        silent = tick.sensor_age_s is None or tick.sensor_age_s > limits.sensor_age_s
+        broken = self.expert.sensor_window > 0 and self._window(tick, observation) is None
         checks = (
             (tick.force_mN is not None and not np.isfinite(tick.force_mN), safety.NON_FINITE_SENSOR),
-            (
-                limits.sensor_required and (tick.sensor_age_s is None or tick.sensor_age_s > limits.sensor_age_s),
-                safety.STALE_SENSOR,
-            ),
-            (
-                limits.sensor_required and self.expert.sensor_window and self._window(tick, observation) is None,
-                safety.BROKEN_WINDOW,
-            ),
+            (limits.sensor_required and silent, safety.STALE_SENSOR),
+            (limits.sensor_required and broken, safety.BROKEN_WINDOW),
             (not np.isfinite(observation.state).all(), safety.NON_FINITE_STATE),
             (now - observation.state_timestamp > limits.state_age_s, safety.STALE_STATE),
-            (self._off_mm(tick) > limits.follow_mm, safety.NOT_FOLLOWING),
+            (np.linalg.norm((np.array(tick.pose) - self._place(tick))[:3]) > limits.follow_mm, safety.NOT_FOLLOWING),
             (unseen, unseen),
             (tick.vl_age_s is None or tick.vl_age_s > limits.vl_age_s + 1e-9, safety.STALE_VL),
         )
         return next((reason for true, reason in checks if true), "")
 
     def _act(self, tick: Tick, observation: Observation, due_s: float) -> None:
+        """Send the action of this step. There are features and their age: `_missing` and `_condition` have looked."""
+        assert self._features is not None and tick.vl_age_s is not None
         if self._plan.wants_chunk(tick.step):
             begun_s = self.clock.now()
             tick.vl_busy = self.vlm.busy(begun_s)
@@ -274,27 +262,22 @@ class Runner:
         if action is None or action.shape != (7,) or not np.isfinite(action).all():
             self._plan.clear()
             return self._hold(tick, safety.NON_FINITE_ACTION)
-        limited, tick.limited = self._limit(action, self._place(tick))
+        limited = self._limit(tick, action)
         if safety.OUTSIDE in tick.limited and np.linalg.norm(limited[:3]) < 1e-3 * np.linalg.norm(action[:3]):
             self._plan.clear()
             return self._hold(tick, safety.OUTSIDE)
         self._send(tick, limited)
 
-    def _limit(self, action: Array, place: Array) -> tuple[Array, tuple[str, ...]]:
-        limited, touched = safety.limit_action(action, self.limits, self.settings.period_s, place[:3])
-        return limited, tuple(touched)
+    def _limit(self, tick: Tick, action: Array) -> Array:
+        place_mm = self._place(tick)[:3]
+        limited, touched = safety.limit_action(action, self.limits, self.settings.period_s, place_mm)
+        tick.limited = tuple(touched)
+        return limited
 
     def _place(self, tick: Tick) -> Array:
         """(6,) pose from which the next action goes: the commanded one, behind which an arm lags; the measured one where nothing moves."""
-        return np.array(tick.pose) if self._commanded is None or not self._moves else self._commanded
-
-    def _off_mm(self, tick: Tick) -> float:
-        """Distance of the measured tip from where it is sent from."""
-        return float(np.linalg.norm(np.array(tick.pose[:3]) - self._place(tick)[:3]))
-
-    @property
-    def _moves(self) -> bool:
-        return getattr(self.io, "moves", True)
+        moves = getattr(self.io, "moves", True)
+        return self._commanded if moves and self._commanded is not None else np.array(tick.pose)
 
     def _hold(self, tick: Tick, reason: str, send: bool = True) -> None:
         """Stand still for this period; stop where the robot has been held for too long."""
@@ -321,8 +304,7 @@ class Runner:
             return self._stop(tick, safety.FORCE_LIMIT)
         tick.mode, tick.reason = "retreat", safety.FORCE_LIMIT
         action = safety.retreat_action(np.array(tick.pose), self.limits, self.settings.period_s)
-        action, tick.limited = self._limit(action, self._place(tick))
-        self._send(tick, action)
+        self._send(tick, self._limit(tick, action))
 
     def _send(self, tick: Tick, action: Array, moves: bool = True) -> None:
         if self._stop_reason:
@@ -333,7 +315,7 @@ class Runner:
             return self._stop(tick, f"{safety.ROBOT_FAILED}: {type(error).__name__}: {error}")
         tick.action = tuple(float(value) for value in action)
         if self._stop_reason:  # the stop came in between: it is the last word
-            self._tell(self._stop_reason)
+            self._stop_robot()
             return self._stop(tick, self._stop_reason)
         if moves:
             self._commanded = apply_action(self._place(tick), action)

@@ -1,15 +1,17 @@
-"""Pictures in, the newest finished VL features out, later: a simulated worker, a thread, and a process that a thread feeds.
+"""VLM workers: pictures go in, the newest finished VL features come out later; on simulated time, or from an executor in real time.
 
 A worker does one moment at a time. `compute` is anything like FeatureExtractor.extract: (pictures, instruction) -> (tokens (T, D), mask (T,)).
 """
 
-import multiprocessing
-import threading
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import BrokenExecutor, Executor, Future, wait
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
+
+from vla_lib.core.pool import OneProcess
 from vla_lib.runtime.clock import SimulatedClock
 
 Compute = Callable[[Mapping[str, Any], str], tuple[Any, Any]]
@@ -37,8 +39,6 @@ class VlmWorker(Protocol):
 
     def newest(self, now_s: float) -> Features | None: ...
 
-    def close(self) -> None: ...
-
 
 class SimulatedVlm:
     """Computes when asked, and hands over when the clock's "vlm" latency has passed."""
@@ -55,7 +55,7 @@ class SimulatedVlm:
         try:
             tokens, mask = self._compute(pictures, instruction)
         except Exception as error:
-            self.failure = f"{type(error).__name__}: {error}"
+            self.failure = _words(error)
             return
         self._pending = (now_s + took_s, Features(tokens, mask, step, took_s))
 
@@ -70,128 +70,89 @@ class SimulatedVlm:
             self._done, self._pending = self._pending[1], None
         return self._done
 
-    def close(self) -> None:
-        """Nothing to free."""
 
+class LiveVlm:
+    """Computes on an executor of one worker, beside the control loop. `close` ends it, whatever it does."""
 
-class ThreadedVlm:
-    """A thread that computes; with an `ExtractorProcess` as `compute`, all work is done beside the control loop's interpreter."""
-
-    def __init__(self, compute: Compute):
+    def __init__(self, compute: Compute, executor: Executor):
         self.failure = ""
-        self._compute = compute
-        self._wake = threading.Condition()
-        self._job: tuple[Mapping[str, Any], str, int] | None = None
+        self._compute, self.executor = compute, executor
         self._done: Features | None = None
-        self._closed = False
-        self._thread = threading.Thread(target=self._serve, name="vlm-worker", daemon=True)
-        self._thread.start()
+        self._busy = False
+
+    def compute(self, pictures: Mapping[str, Any], instruction: str) -> tuple[Any, Any]:
+        """Features of these pictures, waited for."""
+        return self.executor.submit(self._compute, pictures, instruction).result()
 
     def submit(self, pictures: Mapping[str, Any], instruction: str, step: int, now_s: float) -> None:
         """Begin with these pictures."""
-        with self._wake:
-            self._job = (pictures, instruction, step)
-            self._wake.notify()
+        begun_s = time.perf_counter()
+
+        def finished(job: Future[tuple[Any, Any]]) -> None:  # called by the executor's thread
+            if error := job.exception():
+                self._fail(error)
+            else:
+                self._done = Features(*job.result(), step, time.perf_counter() - begun_s)
+                self._busy = False  # after the features: who sees a worker at rest finds its newest ones
+
+        self._busy = True
+        try:
+            self.executor.submit(self._compute, pictures, instruction).add_done_callback(finished)
+        except BrokenExecutor as error:  # it died since the last job
+            self._fail(error)
 
     def busy(self, now_s: float) -> bool:
         """Whether features are still being made."""
-        return self._job is not None
+        return self._busy
 
     def newest(self, now_s: float) -> Features | None:
         """The newest finished features."""
         return self._done
 
     def close(self) -> None:
-        """End the thread, and the process behind it where there is one."""
-        with self._wake:
-            self._closed = True
-            self._wake.notify()
-        if hasattr(self._compute, "close"):
-            self._compute.close()
-        self._thread.join(timeout=2.0)
+        """End the worker."""
+        self.executor.shutdown(wait=False)
 
-    def _serve(self) -> None:
-        while True:
-            with self._wake:
-                self._wake.wait_for(lambda: self._job is not None or self._closed)
-                if self._closed:
-                    return
-                pictures, instruction, step = self._job  # type: ignore[misc]
-            begun = time.perf_counter()
-            try:
-                tokens, mask = self._compute(pictures, instruction)
-            except Exception as error:
-                if not self._closed:
-                    self.failure = f"{type(error).__name__}: {error}".rstrip(": ")
-                return
-            with self._wake:
-                self._done = Features(tokens, mask, step, time.perf_counter() - begun)
-                self._job = None
+    def _fail(self, error: BaseException) -> None:
+        self.failure = _words(error)
 
 
-class ExtractorProcess:
-    """A process of its own in which `make()` builds the compute function; calling it sends pictures there and waits for the features.
+def vlm_process(make: Callable[[], Compute], start_timeout_s: float = 120.0) -> LiveVlm:
+    """A worker in a process of its own, in which `make()` has built the compute function: the interpreter is the control loop's alone.
 
-    `make` must be a function of a module, or a functools.partial of one. Raises RuntimeError where the process could not start or ends.
+    `make` must be a function of a module, or a functools.partial of one. Raises RuntimeError where the process does not start.
     """
-
-    def __init__(self, make: Callable[[], Compute], start_timeout_s: float = 120.0):
-        context = multiprocessing.get_context("spawn")  # neither a GL context nor torch's threads survive a fork
-        self._pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_serve_process, args=(make, theirs), name="vlm", daemon=True)
-        self.process.start()
-        theirs.close()
-        if not self._pipe.poll(start_timeout_s):
-            self.close()
-            raise RuntimeError(f"the VLM process was not ready within {start_timeout_s:g} s")
-        self._answer()
-
-    def __call__(self, pictures: Mapping[str, Any], instruction: str) -> tuple[Any, Any]:
-        """Features of these pictures."""
-        try:
-            self._pipe.send((dict(pictures), instruction))
-        except OSError:
-            raise RuntimeError("the VLM process ended") from None
-        tokens, mask = self._answer()
-        import torch
-
-        return torch.from_numpy(tokens), torch.from_numpy(mask)
-
-    def _answer(self) -> Any:
-        try:
-            answer = self._pipe.recv()
-        except (EOFError, OSError):
-            self.process.join(timeout=1.0)
-            raise RuntimeError(f"the VLM process ended with status {self.process.exitcode}") from None
-        if isinstance(answer, str):
-            raise RuntimeError(answer)
-        return answer
-
-    def close(self) -> None:
-        """End the process."""
-        if self.process.is_alive():
-            self.process.kill()
-        self.process.join(timeout=2.0)
-
-
-def _serve_process(make: Callable[[], Compute], pipe: Any) -> None:
-    import signal
-
-    import torch
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    torch.set_num_threads(max(1, torch.get_num_threads() - 1))  # one core is the control loop's
+    process = OneProcess()
+    ready = process.submit(_make, make)
     try:
-        compute = make()
-        pipe.send(None)
-        while True:
-            pictures, instruction = pipe.recv()
-            tokens, mask = compute(pictures, instruction)
-            tokens = (
-                tokens.float() if tokens.dtype == torch.bfloat16 else tokens
-            )  # numpy has no bfloat16; float32 holds it exactly
-            pipe.send((tokens.numpy(), mask.numpy()))
-    except EOFError:
-        return  # the control loop is gone
-    except Exception as error:
-        pipe.send(f"{type(error).__name__}: {error}")
+        if not wait([ready], start_timeout_s).done:
+            raise RuntimeError(f"the VLM process was not ready within {start_timeout_s:g} s")
+        if error := ready.exception():
+            raise RuntimeError(_words(error)) from error
+    except BaseException:
+        process.shutdown(wait=False)
+        raise
+    return LiveVlm(_extract, process)
+
+
+def _words(error: BaseException) -> str:
+    if isinstance(error, BrokenExecutor):
+        return "RuntimeError: the VLM process ended (out of memory?)"
+    return f"{type(error).__name__}: {error}".rstrip(": ")
+
+
+_compute: Compute  # in the worker process
+
+
+def _make(make: Callable[[], Compute]) -> None:
+    global _compute
+    torch.set_num_threads(max(1, torch.get_num_threads() - 1))  # one core is the control loop's
+    _compute = make()
+
+
+def _extract(pictures: Mapping[str, Any], instruction: str) -> tuple[Any, Any]:
+    """As arrays: a tensor would travel through shared memory, which is gone when its process dies."""
+    tokens, mask = _compute(pictures, instruction)
+    if tokens.dtype == torch.bfloat16:  # numpy has none; float32 holds it exactly
+        tokens = tokens.float()
+    return tokens.numpy(), mask.numpy()

@@ -14,9 +14,9 @@ from IPython.display import HTML
 from matplotlib.figure import Figure
 
 from vla_lib.core.errors import UserError
-from vla_lib.evaluation.origin import rig_settings
-from vla_lib.evaluation.rehearsal_process import Moment, RehearsalProcess
-from vla_lib.evaluation.rollout import RolloutSettings
+from vla_lib.evaluation.rehearsal import RehearsalProcess
+from vla_lib.evaluation.rollout import Moment, rig_settings
+from vla_lib.evaluation.settings import RolloutSettings
 from vla_lib.evaluation.sim_robot import sim_limits
 from vla_lib.runtime.safety import SafetyLimits
 from vla_lib.training.checkpoint import read_checkpoint

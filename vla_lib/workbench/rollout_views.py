@@ -45,8 +45,8 @@ def from_above(loop: ClosedLoop) -> Any:
 
 def films_slider(films: Sequence[Mapping[str, Any]]) -> HTML:
     """Film strips of filmed rollouts: pictures, A-scan, force and action."""
-    views = [view for view in ("View1_left", "View5") if view in films[0]["frames"][0]["pictures"]] or list(
-        films[0]["frames"][0]["pictures"]
+    views = [view for view in ("View1_left", "View5") if view in films[0]["frames"][0].pictures] or list(
+        films[0]["frames"][0].pictures
     )[:2]
     return offline_slider((plots.film_strip(film, views) for film in films), [verdict(film) for film in films])
 

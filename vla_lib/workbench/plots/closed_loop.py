@@ -157,7 +157,7 @@ def timing(log: RunLog) -> Figure:
 
 
 def film_strip(record: Mapping[str, Any], views: Sequence[str] = ("View1_left", "View5"), title: str = "") -> Figure:
-    """A filmed rollout (evaluation.rollout.film): one column a frame; pictures of `views`, the A-scan over depth, force and action below."""
+    """A rollout with frames (evaluation.rollout.rollout): one column a frame; pictures of `views`, the A-scan over depth, force and action below."""
     frames = record["frames"]
     with style():
         heights = [1.0] * len(views) + [0.8]
@@ -165,16 +165,17 @@ def film_strip(record: Mapping[str, Any], views: Sequence[str] = ("View1_left", 
         figure, axes = plt.subplots(len(views) + 1, len(frames), figsize=size, height_ratios=heights, squeeze=False)
         for column, frame in zip(axes.T, frames, strict=True):
             for axis, view in zip(column, views, strict=False):
-                if view in frame["pictures"]:
-                    axis.imshow(frame["pictures"][view])
+                if view in frame.pictures:
+                    axis.imshow(frame.pictures[view])
                 axis.set(xticks=[], yticks=[])
                 axis.grid(False)
-            column[0].set_title(f"{frame['t_s']:.1f} s", fontsize=8)
+            column[0].set_title(f"{frame.tick.t_s:.1f} s", fontsize=8)
             scan = column[-1]
-            scan.plot(np.arange(len(frame["a_scan"])) * BIN_MM, frame["a_scan"], lw=0.6, color=GOOD)
-            dx, dy, dz = frame["action"][:3]
-            told = frame["reason"] or f"{dx:+.2f} {dy:+.2f} {dz:+.2f} mm"
-            scan.set_xlabel(f"depth (mm)\n{round(frame['force_mN'])} mN\n{told}", fontsize=7)
+            force_mN, *a_scan = frame.newest_sample
+            scan.plot(np.arange(len(a_scan)) * BIN_MM, a_scan, lw=0.6, color=GOOD)
+            dx, dy, dz = frame.tick.action[:3]
+            action = frame.tick.reason or f"{dx:+.2f} {dy:+.2f} {dz:+.2f} mm"
+            scan.set_xlabel(f"depth (mm)\n{force_mN:.0f} mN\n{action}", fontsize=7)
             scan.set(yticks=[], ylim=(0, 110))
             scan.tick_params(labelsize=6)
         for axis, view in zip(axes[:, 0], views, strict=False):

@@ -7,7 +7,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
-from vla_lib.evaluation.rehearsal_process import Moment
+from vla_lib.evaluation.rollout import Moment
 from vla_lib.evaluation.sim_robot import BIN_MM
 from vla_lib.runtime.run_log import Tick
 from vla_lib.workbench.plots.closed_loop import MODES
