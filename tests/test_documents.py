@@ -105,7 +105,7 @@ def front_door(module: str) -> tuple[type[Any], Callable[[Any], Any]]:
 
 def parse_vla(words: list[str]) -> Namespace:
     """What `vla` makes of its words. Raises SystemExit where it refuses them."""
-    return cli._parser().parse_args(words)
+    return Namespace(**cli.parse(words).keywords)
 
 
 def understand(words: list[str]) -> None:

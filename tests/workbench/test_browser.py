@@ -12,7 +12,7 @@ from needle_rig import __main__ as simulate
 from vla_lib.core.files import read_json, read_jsonl
 from vla_lib.core.run_folder import PROJECT, RunFolder, read_record
 from vla_lib.training.checkpoint import read_checkpoint
-from vla_lib.workbench import flow, run_all
+from vla_lib.workbench import run_all
 
 pytestmark = [
     pytest.mark.browser,
@@ -101,14 +101,16 @@ def test_the_report_as_the_readme_shows_it(desk, root):
     run(desk, "06_evaluate", root)
     newest = {read_record(path)["name"]: path for path in sorted(desk.runs()) if (path / "notebook.ipynb").exists()}
     steps = [
-        flow.Step(name, "ran", "no finished run on this dataset", read_record(newest[name])["duration_s"], newest[name])
+        run_all.Step(
+            name, "ran", "no finished run on this dataset", read_record(newest[name])["duration_s"], newest[name]
+        )
         for name in run_all.Plan(root).notebooks
     ]
-    made = flow.Flow(RunFolder.create("run-all", {}), steps)
+    made = run_all.Flow(RunFolder.create("run-all", {}), steps)
     asked: list[str] = []
     desk.close_tab()
     desk.page.on("request", lambda request: asked.append(request.url.partition(":")[0]))
-    desk.page.goto(made.report("VLA workbench: a recording", *run_all.summarise(made)).as_uri())
+    desk.page.goto(made.report("VLA workbench: a recording").as_uri())
     desk.picture("report", 1240)
     assert set(asked) <= {"file", "data"} and desk.page.locator("img").count() >= 8
 

@@ -18,10 +18,12 @@ from vla_lib.core.run_folder import read_record
 from vla_lib.training.checkpoint import read_checkpoint
 
 TRAINING = """
+from vla_lib import train_async
 from vla_lib.workbench.jobs import Job
-settings = {{"dataset_root": {root!r}, "batch_size": 2, "grad_accum_steps": 1, "num_workers": 1, "val_fraction": 0.0, "max_steps": 100_000, "width": 16}}
-job = Job.torchrun("vla_lib.train_async", settings | {{"layers": 1, "checkpoint_every_steps": 5, "heads": 2}}, run.path, 2)
-await job.watch(every_s=0.1)
+small = {{"batch_size": 2, "grad_accum_steps": 1, "num_workers": 1, "width": 16, "layers": 1, "heads": 2}}
+endless = {{"val_fraction": 0.0, "max_steps": 100_000, "checkpoint_every_steps": 5}}
+settings = train_async.Settings(dataset_root={root!r}, **small, **endless)
+await Job.torchrun("vla_lib.train_async", settings, run.path, 2).watch(every_s=0.1)
 """
 RANK, TORCHRUN, SUPERVISOR, KERNEL = (
     "vla_lib.train_async --dataset-root",

@@ -17,7 +17,7 @@ from vla_lib.core.run_folder import read_record
 from vla_lib.policy.policy import Policy
 from vla_lib.workbench.demo import SIZES
 from vla_lib.workbench.headless import run_notebook
-from vla_lib.workbench.run_all import Plan, assign, check
+from vla_lib.workbench.run_all import Plan, assign
 
 NOTEBOOKS = Plan(Path()).notebooks
 
@@ -192,6 +192,7 @@ def test_notebook_05_trains_on_the_same_data(demo, runs_folder):
         "val_fraction": 0.1,
         "num_workers": 0,
         "ddim_steps": 2,
+        **SIZES["small"].cache,
     }
     result = run_notebook("05_train_diffusion", given, log=False)
     assert result.state == "done", result.error
@@ -222,7 +223,7 @@ def test_the_table_tells_rates_steps_errors_times_and_the_report(demo):
 def run_all(data: Path, **train: float) -> int:
     """`vla run-all` on the demo's data with the demo's parameters, but those of the training in `train`, in this process."""
     size = SIZES["small"]
-    given = {"04_train_async": size.train | train, "06_evaluate": size.evaluate}
+    given = {"03_cache_vl_features": size.cache, "04_train_async": size.train | train, "06_evaluate": size.evaluate}
     pairs = [["-p", f"{name}.{key}", str(value)] for name, values in given.items() for key, value in values.items()]
     with pytest.raises(SystemExit) as ended:
         cli.main(
@@ -317,7 +318,7 @@ def test_parameters_of_a_flow_reach_the_steps_that_they_mean(runs_folder):
         with pytest.raises(UserError, match=told):
             assign(words, NOTEBOOKS)
     with pytest.raises(UserError, match="must be above 0"):
-        check(Plan(Path("data"), {"04_train_async": {"lr": -1.0}}))
+        Plan(Path("data"), {"04_train_async": {"lr": -1.0}}).check()
 
 
 @pytest.mark.parametrize(

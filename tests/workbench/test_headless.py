@@ -55,7 +55,7 @@ def test_a_failing_page_is_told_and_changes_no_state(write_notebook, monkeypatch
     result = run_notebook(write_notebook("n: int = 1", "run.finish()"), {}, log=False)
     assert (result.state, result.error, read_record(result.path)["state"]) == ("done", None, "done")
     assert "notebook.html could not be written: ZeroDivisionError" in capsys.readouterr().err
-    assert result.told == f"done: {result.path}"
+    assert result.summary == f"done: {result.path}"
 
 
 def test_the_log_holds_the_cells_lines_and_no_reprs(write_notebook, capsys):

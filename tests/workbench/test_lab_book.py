@@ -14,7 +14,8 @@ from vla_lib.core.errors import UserError
 from vla_lib.core.files import read_json, write_json
 from vla_lib.core.run_folder import RunFolder, git_state, read_record
 from vla_lib.training import metrics
-from vla_lib.workbench import doctor, queue, run_commands, runs
+from vla_lib.workbench import commands, doctor, queue, runs
+from vla_lib.workbench.jobs import Job
 from vla_lib.workbench.parameters import resolve
 
 CELL = "if n == 2 and not __import__('pathlib').Path(flag).exists():\n    raise ValueError('two is broken')\nrun.add_results(step=10 * n); run.finish()"
@@ -77,12 +78,15 @@ def test_a_queue_stopped_before_its_run_began_ends_in_order(write_notebook, runs
 
 def test_a_run_that_never_begins_is_lost_and_stands_beside_the_others(write_notebook, runs_folder, monkeypatch, capsys):
     path = write_notebook("n: int = 1", "run.add_results(step=n); run.finish()")
-    start = queue._start
-    broken = queue.Entry("n=2", str(path), {"n": "2"})
-    never = [sys.executable, "-c", "raise SystemExit(3)"]
-    monkeypatch.setattr(
-        queue, "_start", lambda entry, target: subprocess.Popen(never) if entry == broken else start(entry, target)
-    )
+    job = queue.Queue.job
+
+    def broken(self: queue.Queue, entry: queue.Entry, target: Path) -> Job:
+        made = job(self, entry, target)
+        if entry.name == "n=2":
+            made.command = [sys.executable, "-c", "raise SystemExit(3)"]
+        return made
+
+    monkeypatch.setattr(queue.Queue, "job", broken)
     assert queue.run("sweep", queue.grid(str(path), ["n=1,2"], {}), parallel=2) == 1
     assert "it never began, see " in capsys.readouterr().out
     (sweep,) = runs_folder.glob("*-sweep")
@@ -170,13 +174,13 @@ def test_runs_are_listed_shown_and_compared(two_runs, capsys):
 
 def test_a_run_is_removed_only_on_purpose(two_runs):
     with pytest.raises(UserError, match="--yes"):
-        run_commands.rm([two_runs[0].name], False)
+        commands.rm([two_runs[0].name], False)
     user = RunFolder.create("06_evaluate", {"checkpoint": str(two_runs[0] / "checkpoints" / "best.pt")})
     with pytest.raises(UserError, match="named by the parameters of 1 other"):
-        run_commands.rm([two_runs[0].name], True)
+        commands.rm([two_runs[0].name], True)
     with pytest.raises(UserError, match="is running"):
-        run_commands.rm([user.path.name], True)
-    assert run_commands.rm([two_runs[1].name, str(two_runs[1])], True) == 0  # named twice
+        commands.rm([user.path.name], True)
+    assert commands.rm([two_runs[1].name, str(two_runs[1])], True) == 0  # named twice
     assert two_runs[0].exists() and not two_runs[1].exists()
 
 
@@ -211,11 +215,11 @@ def test_a_run_is_repeated_and_says_what_has_changed(write_notebook, tmp_path, r
 def test_the_doctor_names_what_is_missing_and_what_to_do(monkeypatch, capsys):
     monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
     monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(doctor, "_pictures", lambda: ("ok", "EGL", ""))
+    monkeypatch.setitem(doctor.LOOKS, "EGL", lambda: ("ok", ""))
     assert doctor.run() == 1
     said = capsys.readouterr().out
     assert "fail JupyterLab" in said and "apt-get install chromium" in said
-    assert "WANDB_MODE is offline: trainings are logged offline" in said and "wandb login" in said
+    assert "WANDB_MODE is offline: runs are logged offline" in said and "wandb login" in said
     assert "ok   Python" in said
 
 
@@ -227,7 +231,7 @@ def test_the_doctor_tells_where_trainings_are_logged(mode, level, said, monkeypa
     monkeypatch.delenv("WANDB_MODE")
     monkeypatch.setattr(metrics, "wandb_mode", lambda asked: mode)
     found = doctor._wandb()
-    assert found[0] == level and said in found[2]
+    assert found[0] == level and said in found[1]
 
 
 def test_the_doctor_compares_the_packages_with_the_lock(monkeypatch, tmp_path):
@@ -236,13 +240,8 @@ def test_the_doctor_compares_the_packages_with_the_lock(monkeypatch, tmp_path):
         "# a comment\npandas==0.0.1\nno-such-package==1\nnumpy==1 ; sys_platform == 'win32'\n"
     )
     monkeypatch.setattr(doctor, "PROJECT", tmp_path)
-    level, what, said = doctor._packages()
-    assert (
-        (level, what) == ("warn", "packages")
-        and "pandas " in said
-        and "no-such-package missing (lock: 1)" in said
-        and "numpy" not in said
-    )
+    level, said = doctor._packages()
+    assert level == "warn" and "pandas " in said and "no-such-package missing (lock: 1)" in said and "numpy" not in said
 
 
 def cli_exit(words: list[str]) -> None:

@@ -41,5 +41,5 @@ def test_a_notebook_run_again_from_its_top_closes_its_former_run(write_notebook)
     second.finish()
     third = notebook.begin(path, {"n": 3})
     assert read_record(second.path)["state"] == "done"
-    third._kernel_ends()
+    third.leave()
     assert read_record(third.path)["error"] == "the kernel was shut down before the last cell"

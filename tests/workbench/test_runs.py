@@ -12,7 +12,7 @@ from vla_lib.core.errors import UserError
 from vla_lib.core.files import write_json, write_text
 from vla_lib.core.run_folder import RunFolder
 from vla_lib.workbench import checkpoint_picker, runs
-from vla_lib.workbench.report import Section, write_report
+from vla_lib.workbench.pages import Section, write_report
 
 
 def test_the_table_shows_states_parameters_and_results():

@@ -14,7 +14,8 @@ from vla_lib.core.errors import UserError
 
 @contextlib.contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; at success it is flushed to disk and renamed over `path`, at failure removed.
+    """Yield a temporary path beside `path`; at success it is flushed to disk and renamed over `path`, at failure
+    removed.
 
     The temporary name starts with a dot and ends in `.partial`, so no reader's pattern takes it for a whole file.
     Raises OSError as the file system does.
@@ -47,13 +48,14 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Write `value` as indented JSON, atomically; Path becomes str, numpy scalars and arrays become numbers and lists."""
+    """Write `value` as indented JSON, atomically; Path becomes str, numpy scalars and arrays become numbers and
+    lists."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, default=_plain) + "\n")
 
 
 def append_jsonl(path: str | Path, value: dict[str, Any]) -> None:
-    """Append one JSON object as one line, in a single write (readers never see half a line of ours). Raises OSError, also where the disk
-    took only a part."""
+    """Append one JSON object as one line, in a single write (readers never see half a line of ours). Raises OSError,
+    also where the disk took only a part."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     line = (json.dumps(value, ensure_ascii=False, default=_plain) + "\n").encode()
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
@@ -75,7 +77,8 @@ def read_json(path: str | Path) -> Any:
 
 
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
-    """Read the whole lines of a JSON-lines file (a missing file is empty; a last line still being written is left out)."""
+    """Read the whole lines of a JSON-lines file (a missing file is empty; a last line still being written is left
+    out)."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:

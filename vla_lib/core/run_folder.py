@@ -1,15 +1,18 @@
-"""A run folder: a name and parameters in; `runs/<UTC time>-<name>/run.json` with a truthful state out.
+"""A run's folder `runs/<UTC time>-<name>/`: its record run.json, whose state is always true, and its results.json. Both
+are written here only.
 
-`run.json` holds state (running, done, failed, cancelled), parameters, git, versions, times, the owner's process and the error. It is written
-atomically at every change. A record that says `running` while its process is gone is read as `lost` (see `read_record`).
+run.json holds state (running, done, failed, cancelled, lost), parameters, git, versions, times, the owner's process and
+the error. It is written atomically at every change. A record that says `running` while its process is gone is read as
+`lost` (see `read_record`).
 """
 
+import contextlib
 import importlib.metadata
+import itertools
 import os
 import platform
 import socket
 import subprocess
-import time
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -42,44 +45,31 @@ class RunFolder:
         """Make the folder (or use the given empty one) and write a `running` record owned by this process."""
         path = new_folder(name) if path is None else Path(path).expanduser().absolute()
         path.mkdir(parents=True, exist_ok=True)
-        run = cls(path, {"name": name, **_opened(parameters), **extra})
-        run.save()
-        return run
+        return cls(path, {"name": name, **_opened(parameters), **extra})._saved()
 
     @classmethod
     def resume(cls, path: Path, parameters: dict[str, Any]) -> "RunFolder":
-        """Open the ended record of `path` again, as `running` and owned by this process; `first_started` keeps when it first began."""
+        """Open the ended record of `path` again, as `running` and owned by this process; `first_started` keeps when it
+        first began."""
         before = read_json(path / "run.json")
-        run = cls(
-            path, {**before, **_opened(parameters), "first_started": before.get("first_started") or before["started"]}
-        )
-        run.save()
-        return run
+        first = before.get("first_started") or before["started"]
+        return cls(path, {**before, **_opened(parameters), "first_started": first})._saved()
 
-    def save(self) -> None:
-        """Write the record."""
+    def _saved(self) -> "RunFolder":
         write_json(self.path / "run.json", self.record)
+        return self
 
-    def reopen(self) -> None:
-        """Make a record that was closed as failed or cancelled a running one again."""
-        if self.record["state"] in ("failed", "cancelled"):
-            self.record.update(state="running", error=None, ended=None, duration_s=None)
-
-    def finish(self, state: str, error: str | None = None) -> None:
-        """Close the record as `done`, `failed`, `cancelled` or `lost`; the first closing holds unless it is `reopen`ed."""
+    def finish(self, state: str, error: str | None = None, mended: bool = False) -> None:
+        """Close the record as `done`, `failed`, `cancelled` or `lost`. The first closing holds; only where the run is
+        `mended`, one as failed or cancelled does not."""
         if state not in STATES[1:]:
             raise ValueError(f"a run cannot end as {state!r}")
-        if self.record.get("state") != "running":
+        if self.record["state"] not in (("running", "failed", "cancelled") if mended else ("running",)):
             return
         ended = datetime.now(UTC)
-        started = datetime.fromisoformat(self.record["started"])
-        self.record.update(
-            state=state,
-            error=error,
-            ended=ended.isoformat(timespec="milliseconds"),
-            duration_s=round((ended - started).total_seconds(), 3),
-        )
-        self.save()
+        took = round((ended - datetime.fromisoformat(self.record["started"])).total_seconds(), 3)
+        self.record.update(state=state, error=error, ended=ended.isoformat(timespec="milliseconds"), duration_s=took)
+        self._saved()
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -93,6 +83,23 @@ def read_record(path: Path) -> dict[str, Any]:
     if record["state"] == "running" and record.get("host") == socket.gethostname() and not _alive(record):
         record["state"] = "lost"
     return record
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """The results.json of the run folder `path`, empty where it has none yet. Raises UserError where it is no JSON
+    object."""
+    file = Path(path) / "results.json"
+    found = read_json(file) if file.exists() else {}
+    if not isinstance(found, dict):
+        raise UserError(f"{file} is not a table of results; remove or restore it.")
+    return found
+
+
+def write_results(path: Path, results: dict[str, Any]) -> dict[str, Any]:
+    """Merge `results` into the results.json of the run folder `path`, its only writer; returns all of them."""
+    merged = {**read_results(path), **results}
+    write_json(Path(path) / "results.json", merged)
+    return merged
 
 
 def _opened(parameters: dict[str, Any]) -> dict[str, Any]:
@@ -116,6 +123,7 @@ def _opened(parameters: dict[str, Any]) -> dict[str, Any]:
 def _alive(record: dict[str, Any]) -> bool:
     try:
         process = psutil.Process(record["pid"])
+        # numbers are used again: the owner is known by when it began, too
         return process.status() != psutil.STATUS_ZOMBIE and abs(process.create_time() - record["pid_created"]) < 1.0
     except (psutil.NoSuchProcess, KeyError, TypeError):
         return False
@@ -123,32 +131,30 @@ def _alive(record: dict[str, Any]) -> bool:
 
 def new_folder(name: str) -> Path:
     """Make `runs/<UTC time>-<name>`, a folder that no run has had; returns its path."""
-    root = runs_root()
-    while True:
-        stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
-        for suffix in ("", *(f".{k}" for k in range(1, 100))):
-            path = root / f"{stamp}{suffix}-{name}"
-            try:
-                path.mkdir(parents=True)
-                return path
-            except FileExistsError:
-                continue
-        time.sleep(0.2)
+    stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
+    path = runs_root() / f"{stamp}-{name}"
+    for number in itertools.count(1):
+        try:
+            path.mkdir(parents=True)
+            break
+        except FileExistsError:  # of two runs in the same second
+            path = runs_root() / f"{stamp}.{number}-{name}"
+    return path
 
 
 def git_state() -> dict[str, Any] | None:
     """Commit and cleanliness of the project's checkout, None outside one."""
 
     def git(*words: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(PROJECT), *words], capture_output=True, text=True, check=True, timeout=20
-        ).stdout.strip()
+        command = ["git", "-C", str(PROJECT), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
 
     try:
+        changed = len(git("status", "--porcelain").splitlines())
         return {
             "commit": git("rev-parse", "HEAD"),
             "branch": git("rev-parse", "--abbrev-ref", "HEAD"),
-            "changed": len(git("status", "--porcelain").splitlines()),
+            "changed": changed,
         }
     except (OSError, subprocess.SubprocessError):
         return None
@@ -158,24 +164,6 @@ def versions() -> dict[str, str]:
     """Versions of Python and of the packages that decide a result."""
     found = {"python": platform.python_version()}
     for package in VERSIONS_OF:
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return found
-
-
-def read_results(path: Path) -> dict[str, Any]:
-    """The results.json of the run folder `path`, empty where it has none yet. Raises UserError where it is no JSON object."""
-    file = Path(path) / "results.json"
-    found = read_json(file) if file.exists() else {}
-    if not isinstance(found, dict):
-        raise UserError(f"{file} is not a table of results; remove or restore it.")
-    return found
-
-
-def write_results(path: Path, results: dict[str, Any]) -> dict[str, Any]:
-    """Merge `results` into the results.json of the run folder `path`, its only writer; returns all of them."""
-    merged = {**read_results(path), **results}
-    write_json(Path(path) / "results.json", merged)
-    return merged

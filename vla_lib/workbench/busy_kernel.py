@@ -1,7 +1,9 @@
 """A kernel whose cell awaits something long: it can still be asked what it is and which widgets it has.
 
-ipykernel delivers widget messages while a cell awaits, but lets every other question wait for the cell's end. A notebook that is opened again
-asks those questions before it draws a widget, so it would show `Loading widget...` for as long as the job runs.
+ipykernel delivers widget messages while a cell awaits, but lets every other question wait for the cell's end. A
+notebook that is opened again asks those questions before it draws a widget, so it would show `Loading widget...` for as
+long as the job runs. There is no public way: this module alone uses private names of ipykernel (`shell_channel_thread`,
+`set_on_recv_callback`, `shell_main`); test_busy_kernel.py watches them.
 """
 
 from collections.abc import Iterator
@@ -15,8 +17,9 @@ QUESTIONS = ("kernel_info_request", "comm_info_request")
 
 @contextmanager
 def answering() -> Iterator[None]:
-    """Inside, with awaits, this kernel answers `QUESTIONS` at once. Does nothing where no such kernel runs (a script, another kernel)."""
-    kernel = getattr(get_ipython(), "kernel", None)
+    """Inside, with awaits, this kernel answers `QUESTIONS` at once. Does nothing where no such kernel runs (a script,
+    another kernel)."""
+    kernel: Any = getattr(get_ipython(), "kernel", None)
     manager = getattr(getattr(kernel, "shell_channel_thread", None), "manager", None)
     if manager is None:
         yield

@@ -1,16 +1,17 @@
-"""A notebook and its parameters in; an executed notebook, an offline HTML page and a true run record out, through papermill.
+"""Runs a notebook headless through papermill: an executed notebook, an offline HTML page and a true record in a run
+folder.
 
-vla run 04_train_async -p batch_size 4 -p nproc_per_node 4
+    vla run 04_train_async -p batch_size 4 -p nproc_per_node 4
 """
 
 import contextlib
-import logging
 import os
 import re
 import signal
 import sys
 import tempfile
 import threading
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,27 +27,23 @@ from papermill.exceptions import PapermillExecutionError
 
 from vla_lib.core.errors import UserError
 from vla_lib.core.run_folder import RunFolder
-from vla_lib.workbench.html import export_html
 from vla_lib.workbench.jobs import JobFailed
 from vla_lib.workbench.notebook import RUN_DIR_VARIABLE, shown
+from vla_lib.workbench.pages import export_html
 from vla_lib.workbench.parameters import notebook_path, resolve
 from vla_lib.workbench.runs import data_state
 
 CANCELLED = ("KeyboardInterrupt", "CancelledError", "JobCancelled")
 LOG_NAME = "run.log"  # the cells' output as plain lines
-REPR = re.compile(r"<[\w.]+[^\n]*>")  # of a figure or a page, which the notebook shows drawn
 
 
 class LocalKernelManager(AsyncKernelManager):
-    """A kernel on Unix sockets: no TCP ports, so nothing listens on the network and no port can be taken.
-
-    Each kernel's sockets have a name of their own; jupyter_client's default is one name for all kernels of a folder, so two at a time would meet.
-    """
+    """A kernel on Unix sockets: no TCP ports, so nothing listens on the network and no port can be taken."""
 
     def __init__(self, **keywords: Any):
-        super().__init__(
-            transport="ipc", ip=str(Path(tempfile.gettempdir(), f"vla-kernel-{uuid.uuid4().hex[:12]}")), **keywords
-        )
+        # a name of its own: jupyter_client's default is one for all kernels of a folder, so two at a time would meet
+        name = Path(tempfile.gettempdir(), f"vla-kernel-{uuid.uuid4().hex[:12]}")
+        super().__init__(transport="ipc", ip=str(name), **keywords)
 
 
 @dataclass(frozen=True)
@@ -57,9 +54,7 @@ class RunResult:
     state: str
     error: str | None = None
     bad_input: bool = False  # a cell refused what it was given (UserError), as against breaking on the way
-    cell: int | None = (
-        None  # number of the cell that failed, as in In [6]; the page begins with a banner that leads there
-    )
+    cell: int | None = None  # number of the failing cell, as in In [6]; the page begins with a banner that leads there
 
     @property
     def exit_status(self) -> int:
@@ -67,7 +62,7 @@ class RunResult:
         return 2 if self.bad_input else {"done": 0, "cancelled": 130}.get(self.state, 1)
 
     @property
-    def told(self) -> str:
+    def summary(self) -> str:
         """The state, the failing cell and where to look, in one line."""
         where = f" at In [{self.cell}]" if self.cell is not None else ""
         return f"{self.state}{where}: {shown(self.page if self.page.exists() else self.path)}"
@@ -88,19 +83,20 @@ def run_notebook(
 ) -> RunResult:
     """Execute a notebook headless in a run folder of its own (`run_dir`: this one, which must hold no run yet).
 
-    `given`: parameter values, or command-line words with `text`; `noted`: what the run's record holds besides. Raises UserError for an unknown
-    notebook, parameter name or type, before a kernel starts; a failing cell is not raised but returned as state `failed`.
+    `given`: parameter values, or command-line words with `text`; `noted`: what the run's record holds besides. Raises
+    UserError for an unknown notebook, parameter name or type, before a kernel starts; a failing cell is not raised but
+    returned as state `failed`.
     """
     path = notebook_path(name)
     values = resolve(path, given, text)
     if run_dir is not None and (run_dir / "run.json").exists():
         raise UserError(f"{run_dir} holds a run already; give another folder.")
-    run = RunFolder.create(
-        path.stem, values, path=run_dir, notebook=str(path), given=sorted(given), data=data_state(values), **noted
-    )
+    noted = {"notebook": str(path), "given": sorted(given), "data": data_state(values), **noted}
+    run = RunFolder.create(path.stem, values, path=run_dir, **noted)
     executed = run.path / "notebook.ipynb"
+    plain = PlainLog(run.path / LOG_NAME, log)
     state, error, bad_input, cell = "failed", None, False, None
-    with _kernel_environment(run.path), Interrupts() as interrupts, _plain_log(run.path / LOG_NAME, log):
+    with _kernel_environment(run.path), Interrupts() as interrupts:
         try:
             papermill.execute_notebook(
                 str(path),
@@ -109,7 +105,8 @@ def run_notebook(
                 kernel_name="python3",
                 kernel_manager_class=LocalKernelManager,
                 cwd=str(path.parent),
-                log_output=True,
+                stdout_file=plain,
+                stderr_file=plain,
                 progress_bar=False,
                 autosave_cell_every=10,
                 on_cell_start=interrupts.before_cell,
@@ -124,45 +121,50 @@ def run_notebook(
             state, error = "cancelled", "interrupted"
         except DeadKernelError:
             state, error = "lost", "the kernel died (killed, or out of memory)"
-        except Exception as failure:  # a full disk, a broken notebook: recorded, and told like any other failure
+        except Exception as failure:  # a full disk, a broken notebook: recorded, and shown like any other failure
             error = f"{type(failure).__name__}: {failure}"
         finally:
             if interrupts.caught and state != "done":
                 state, error = "cancelled", error or "interrupted"
             run.finish(state, error)
-            _write_page(executed, run.path / "notebook.html")
-    return RunResult(run.path, state, error, bad_input, cell)
+            result = RunResult(run.path, state, error, bad_input, cell)
+            _write_page(executed, result.page)
+    return result
+
+
+def run_and_print(name: str | Path, given: dict[str, Any], **how: Any) -> int:
+    """Run a notebook as `run_notebook` does, print how it ended and return the exit status."""
+    result = run_notebook(name, given, **how)
+    if result.error:
+        print(f"error: {result.error}", file=sys.stderr)
+    print(result.summary)
+    return result.exit_status
 
 
 @contextmanager
 def _kernel_environment(run_dir: Path) -> Iterator[None]:
-    before = os.environ.get(RUN_DIR_VARIABLE)
+    before = {RUN_DIR_VARIABLE: os.environ[RUN_DIR_VARIABLE]} if RUN_DIR_VARIABLE in os.environ else {}
     os.environ[RUN_DIR_VARIABLE] = str(run_dir)
     try:
         yield
     finally:
-        if before is None:
-            del os.environ[RUN_DIR_VARIABLE]
-        else:
-            os.environ[RUN_DIR_VARIABLE] = before
+        del os.environ[RUN_DIR_VARIABLE]
+        os.environ.update(before)
 
 
 def _write_page(executed: Path, page: Path) -> None:
-    """The page of what was executed; a failure is told, the run's state is not the page's."""
+    """The page of what was executed; a failure is printed, the run's state is not the page's."""
     try:
         if executed.exists():
             export_html(executed, page)
     except Exception as failure:
-        print(
-            f"warning: {shown(page)} could not be written: {type(failure).__name__}: {failure}",
-            file=sys.stderr,
-            flush=True,
-        )
+        cause = f"{type(failure).__name__}: {failure}"
+        print(f"warning: {shown(page)} could not be written: {cause}", file=sys.stderr, flush=True)
 
 
 class Interrupts:
-    """The first Ctrl-C or SIGTERM interrupts the running cell, which records the cancellation, or the run before its next cell; a second
-    one ends this process's wait."""
+    """The first Ctrl-C or SIGTERM interrupts the running cell, which records the cancellation, or the run before its
+    next cell; a second one ends this process's wait."""
 
     def __init__(self) -> None:
         self.caught = 0
@@ -212,37 +214,20 @@ def _ignores_interrupts(pid: int) -> bool:
     return bool(int(mask, 16) >> (signal.SIGINT - 1) & 1)
 
 
-@contextmanager
-def _plain_log(path: Path, show: bool) -> Iterator[None]:
-    """Cell outputs as plain lines with the time, in the file `path`, and printed where `show`."""
-    logger = logging.getLogger("papermill")
-    handlers: list[logging.Handler] = [logging.FileHandler(path, encoding="utf-8")]
-    handlers += [logging.StreamHandler(sys.stdout)] if show else []
-    propagate, level = logger.propagate, logger.level
-    for handler in handlers:
-        handler.setFormatter(_OutputLines(datefmt="%H:%M:%S"))
-        handler.addFilter(_is_output)
-        logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    logger.propagate = False
-    try:
-        yield
-    finally:
-        for handler in handlers:
-            logger.removeHandler(handler)
-            handler.close()
-        logger.propagate, logger.level = propagate, level
+class PlainLog:
+    """What cells print, as plain lines with the time before each, in the file `path`, and on the terminal where
+    `show`."""
 
+    def __init__(self, path: Path, show: bool):
+        self.path, self.show = path, show
 
-def _is_output(record: logging.LogRecord) -> bool:
-    """Whether a line of papermill's logger is a cell's output: not papermill's own, not blank, not the bare repr of a figure."""
-    text = record.getMessage().strip()
-    return record.funcName == "log_output_message" and bool(text) and not REPR.fullmatch(text)
+    def write(self, text: str) -> None:
+        """Add the lines of one message of the kernel's."""
+        lines = "".join(f"{time.strftime('%H:%M:%S')} {line}\n" for line in text.splitlines() if line.strip())
+        with open(self.path, "a", encoding="utf-8") as log:
+            log.write(lines)
+        if self.show:
+            print(lines, end="", flush=True)
 
-
-class _OutputLines(logging.Formatter):
-    """Each line of a cell's output with the time before it."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        time = self.formatTime(record, self.datefmt)
-        return "\n".join(f"{time} {line}" for line in record.getMessage().splitlines() if line.strip())
+    def flush(self) -> None:
+        """Nothing waits to be written."""

@@ -1,6 +1,7 @@
-"""A folder of notebooks and a port in; the command and environment of a JupyterLab that keeps widgets in saved notebooks out.
+"""How `vla lab` starts JupyterLab: so that saved notebooks keep their widgets.
 
-Defaults that differ from JupyterLab's own stand in `labconfig/default_setting_overrides.json`; what a person has set counts more.
+Defaults that differ from JupyterLab's own are in `labconfig/default_setting_overrides.json`; what a person has set
+counts more.
 """
 
 import os

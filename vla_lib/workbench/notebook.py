@@ -1,25 +1,50 @@
-"""A notebook's side of its run: `begin` after the parameters cell gives the run; its results, plots and end go into the run folder."""
+"""A notebook's side of its run: `begin` after the parameters cell gives the run; its settings, results and end go
+through it."""
 
 import atexit
 import os
+from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, TypeVar, get_args, get_type_hints
 
 from vla_lib.core.errors import UserError
-from vla_lib.core.files import read_json, write_json
-from vla_lib.core.run_folder import PROJECT, RunFolder
+from vla_lib.core.run_folder import PROJECT, RunFolder, write_results
 from vla_lib.workbench import parameters as nb_parameters
 from vla_lib.workbench.jobs import JobCancelled
 from vla_lib.workbench.runs import data_state
 
 RUN_DIR_VARIABLE = "VLA_RUN_DIR"
+S = TypeVar("S")
+
+
+def settings_of(kind: type[S], parameters: Mapping[str, Any], **more: Any) -> S:
+    """A stage's settings from a notebook's parameters, those that the settings know; `more` counts more. A path is
+    meant from the project's folder; "" and "auto" mean None where the settings may be that. Raises UserError where the
+    settings refuse a value."""
+    hints, found = get_type_hints(kind), {}
+    for name in parameters.keys() & {field.name for field in fields(kind)}:  # type: ignore[arg-type]
+        value, kinds = parameters[name], get_args(hints[name]) or (hints[name],)
+        if NoneType in kinds and value in ("", "auto"):
+            value = None
+        elif Path in kinds:
+            value = dataset_path(value)
+        elif float in kinds and isinstance(value, str):
+            try:
+                value = float(value)
+            except ValueError:
+                raise UserError(f"{name} is {value!r}; give a number, or auto.") from None
+        found[name] = tuple(value) if isinstance(value, list) else value
+    return kind(**(found | more))
 
 
 class NotebookRun:
     """The run that a notebook's cells work in.
 
-    Headless under `vla run`, the driver owns the record; in JupyterLab or under plain papermill this kernel does, so that the record stays true
-    when a cell fails (state failed) or the kernel ends early (cancelled, or lost after a kill).
+    Headless under `vla run`, the driver owns the record; in JupyterLab or under plain papermill this kernel does, so
+    that the record stays true when a cell fails (state failed) or the kernel ends early (cancelled, or lost after a
+    kill).
     """
 
     def __init__(self, path: Path, values: dict[str, Any], folder: RunFolder | None):
@@ -27,43 +52,31 @@ class NotebookRun:
         self.parameters = values
         self._folder = folder
 
-    def settings(self, settings_class: type, **more: Any) -> dict[str, Any]:
-        """The parameters that a front door's settings know, and `more`, validated by those settings: `Settings(**run.settings(Settings))`.
-
-        Raises UserError where the settings refuse a value.
-        """
-        names = set(settings_class.__dataclass_fields__)
-        given = {name: value for name, value in self.parameters.items() if name in names} | more
-        settings_class(**given)
-        return given
+    def settings(self, kind: type[S], **more: Any) -> S:
+        """A stage's settings from the notebook's parameters, see `settings_of`."""
+        return settings_of(kind, self.parameters, **more)
 
     def add_results(self, **values: Any) -> dict[str, Any]:
         """Merge `values` into the run's results.json; returns all results."""
-        path = self.path / "results.json"
-        results = {**(read_json(path) if path.exists() else {}), **values}
-        write_json(path, results)
-        return results
+        return write_results(self.path, values)
 
     def finish(self) -> None:
-        """Close the record as done (in the last cell), also after a cell that failed and was mended, or a scratch cell."""
+        """Close the record as done (in the last cell), also after a cell that failed and was mended, or a scratch
+        cell."""
         if self._folder is not None:
-            self._folder.reopen()
-            self._folder.finish("done")
+            self._folder.finish("done", mended=True)
         print(f"done: {shown(self.path)}")
+
+    def leave(self, why: str = "the kernel was shut down before the last cell") -> None:
+        """Close the record as cancelled where it still runs."""
+        if self._folder is not None:
+            self._folder.finish("cancelled", why)
 
     def _cell_ended(self, result: Any) -> None:
         error = result.error_before_exec or result.error_in_exec
         if error is not None and self._folder is not None:
             cancelled = isinstance(error, JobCancelled | KeyboardInterrupt) or type(error).__name__ == "CancelledError"
             self._folder.finish("cancelled" if cancelled else "failed", f"{type(error).__name__}: {error}")
-
-    def _kernel_ends(self) -> None:
-        self.leave("the kernel was shut down before the last cell")
-
-    def leave(self, why: str) -> None:
-        """Close the record as cancelled where it still runs."""
-        if self._folder is not None:
-            self._folder.finish("cancelled", why)
 
 
 _current: NotebookRun | None = None
@@ -78,25 +91,22 @@ def begin(name: str, namespace: dict[str, Any]) -> NotebookRun:
     path = nb_parameters.notebook_path(name)
     known = nb_parameters.read_parameters(path)
     nb_parameters.refuse_unknown(path, nb_parameters.injected_names(namespace.get("In", [])), known)
-    missing = [key for key in known if key not in namespace]
-    if missing:
+    if missing := [key for key in known if key not in namespace]:
         raise UserError(f"Run the parameters cell first: {', '.join(missing)} not set.")
     values = nb_parameters.resolve(path, {key: namespace[key] for key in known})
     shell = _shell()
     if _current is not None and shell is not None:
         shell.events.unregister("post_run_cell", _current._cell_ended)
-        atexit.unregister(_current._kernel_ends)
+        atexit.unregister(_current.leave)
         _current.leave("the notebook was run again from its top")
-    given = os.environ.get(RUN_DIR_VARIABLE)
-    if given:
-        run = NotebookRun(Path(given), values, None)
-    else:
+    folder = None
+    if RUN_DIR_VARIABLE not in os.environ:
         folder = RunFolder.create(path.stem, values, notebook=str(path), given=sorted(values), data=data_state(values))
-        run = NotebookRun(folder.path, values, folder)
+    run = NotebookRun(folder.path if folder else Path(os.environ[RUN_DIR_VARIABLE]), values, folder)
     if shell is not None:
         shell.run_line_magic("matplotlib", "inline")  # any Figure that a cell ends with is drawn
         shell.events.register("post_run_cell", run._cell_ended)
-        atexit.register(run._kernel_ends)
+        atexit.register(run.leave)
         _current = run
     print(f"run folder: {shown(run.path)}")
     return run
@@ -108,9 +118,9 @@ def interactive() -> bool:
 
 
 def dataset_path(text: str) -> Path:
-    """A path parameter as a Path: relative ones are meant from the project's folder, whatever folder the notebook runs in."""
-    path = Path(text).expanduser()
-    return path if path.is_absolute() else PROJECT / path
+    """A path parameter as a Path: relative ones are meant from the project's folder, whatever folder the notebook runs
+    in."""
+    return PROJECT / Path(text).expanduser()
 
 
 def shown(path: Path) -> str:

@@ -1,35 +1,36 @@
-"""The guide's whole flow on a dataset: a root and parameters in; inspect, preprocess, cache, train, evaluate, a table and a report out.
+"""The guide's whole flow on a dataset: inspect, preprocess, cache, train, evaluate, then a table and a report.
 
-    vla run-all --dataset-root ROOT --vl-model Qwen/Qwen2.5-VL-3B-Instruct --nproc-per-node 4 -p epochs 10 -p 06_evaluate.batch_size 32
+    vla run-all --dataset-root ROOT --vl-model Qwen/Qwen2.5-VL-3B-Instruct --nproc-per-node 4 -p epochs 10
 
-Each step is its notebook, headless, in a run folder of its own; what is up to date is skipped, the first failure ends the flow.
+Each step is its notebook, headless, in a run folder of its own; what is up to date is skipped, a failure ends it.
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 
 from vla_lib.core.errors import UserError
 from vla_lib.core.progress import clock
-from vla_lib.core.run_folder import RunFolder, read_record
+from vla_lib.core.run_folder import RunFolder, read_record, read_results, write_results
 from vla_lib.episodes import find_episodes
-from vla_lib.workbench import runs, up_to_date
-from vla_lib.workbench.flow import Flow, StepFailed
-from vla_lib.workbench.notebook import shown
+from vla_lib.workbench import pages, runs, up_to_date
+from vla_lib.workbench.headless import RunResult, run_notebook
+from vla_lib.workbench.notebook import settings_of, shown
 from vla_lib.workbench.parameters import notebook_path, read_parameters, resolve
 
 INSPECT, PREPARE, CACHE, EVALUATE = "01_inspect_episodes", "02_detect_hz", "03_cache_vl_features", "06_evaluate"
 ASYNC, DIFFUSION = "04_train_async", "05_train_diffusion"
-OF_THE_FLOW = ("dataset_root", "cache_id", "checkpoint", "compare_with", "resume_run")  # steps hand these on
+HANDED_ON = ("dataset_root", "cache_id", "checkpoint", "compare_with", "resume_run")  # from step to step
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be done: the data, each notebook's parameters that differ from its defaults, and whether the diffusion policy is trained too."""
+    """What is to be done: the data, each notebook's parameters that differ from its defaults, and whether the diffusion
+    policy is trained too."""
 
     root: Path
     given: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -46,34 +47,67 @@ class Plan:
         return (INSPECT, PREPARE, CACHE, *self.trainings, EVALUATE)
 
     def parameters(self, notebook: str, **handed_on: Any) -> dict[str, Any]:
-        """What a notebook is told."""
+        """The parameters that a notebook is given."""
         return {"dataset_root": str(self.root), **self.given.get(notebook, {}), **handed_on}
 
-    def values(self, notebook: str) -> dict[str, Any]:
-        """All parameters of a notebook."""
-        return resolve(notebook_path(notebook), self.parameters(notebook))
+    def settings(self, notebook: str) -> Any:
+        """The settings of the stage that a notebook starts. Raises UserError where a value is refused."""
+        from vla_lib import build_vl_cache, preprocess, train_async, train_diffusion
+
+        doors = {PREPARE: preprocess, CACHE: build_vl_cache, ASYNC: train_async, DIFFUSION: train_diffusion}
+        values = resolve(notebook_path(notebook), self.parameters(notebook))
+        if (processes := values.get("nproc_per_node", 1)) < 1:
+            raise UserError(f"nproc_per_node is {processes}; give 1 or more processes.")
+        return settings_of(doors[notebook].Settings, values)
+
+    def check(self) -> None:
+        """Everything that can be refused before the first step. Raises UserError with the remedy."""
+        from vla_lib.features.vlm import open_checkpoint
+
+        stages = {notebook: self.settings(notebook) for notebook in (PREPARE, CACHE, *self.trainings)}
+        open_checkpoint(stages[CACHE].vl_model)
+
+    def check_data(self) -> None:
+        """Raises UserError where the root holds no recording, holds other roots (their episodes would get other names),
+        or another flow works on it."""
+        root = self.root
+        if not root.is_dir():
+            raise UserError(f"There is no dataset root {root}; give the folder that holds the datasets.")
+        if not find_episodes(root):
+            which = "a folder with a robot log, one or two levels below a dataset folder"
+            raise UserError(f"{root} holds no recorded episode ({which}).")
+        for inner in sorted(
+            path.parent for pattern in ("cache", "simulation.json") for path in root.glob(f"*/{pattern}")
+        ):
+            raise UserError(
+                f"{inner} is a dataset root of its own, with its cache; give that folder, not the one above it."
+            )
+        for path in (*runs.find_runs("run-all"), *runs.find_runs("demo")):
+            record = read_record(path)
+            if record["state"] == "running" and record["parameters"].get("dataset_root") == str(root):
+                works = f"{path.name} works on {root} already (process {record['pid']})"
+                raise UserError(f"{works}; wait for it, or stop it with Ctrl-C there.")
 
 
-def assign(words: Mapping[str, str], notebooks: tuple[str, ...]) -> dict[str, dict[str, Any]]:
+def assign(words: Mapping[str, str], notebooks: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Command-line parameters, `NAME` or `NOTEBOOK.NAME`, to the notebooks that take them, as values of their types.
 
-    A bare NAME goes to every step that has it, which must mean the same there (have the same default). Raises UserError for an unknown or
-    ambiguous name, a wrong type, and what the steps hand on among themselves.
+    A bare NAME goes to every step that has it, which must mean the same there (have the same default). Raises UserError
+    for an unknown or ambiguous name, a wrong type, and what the steps hand on among themselves.
     """
     known = {notebook: read_parameters(notebook_path(notebook)) for notebook in notebooks}
     found: dict[str, dict[str, Any]] = {}
     for word, text in words.items():
         notebook, dot, name = word.rpartition(".")
         takers = [one for one in notebooks if name in known[one] and notebook in ("", one)]
-        if name in OF_THE_FLOW:
+        if name in HANDED_ON:
             raise UserError(f"{name} is handed from step to step; leave it out (the data are named by --dataset-root).")
         if dot and notebook not in notebooks:
             raise UserError(f"{notebook} is no step of this flow; the steps are {', '.join(notebooks)}.")
         if not takers:
-            has = sorted({name for one in notebooks if notebook in ("", one) for name in known[one]} - set(OF_THE_FLOW))
-            raise UserError(
-                f"{notebook or 'No step'} has {'no' if dot else 'a'} parameter {name}; there are {', '.join(has)}."
-            )
+            has = sorted({name for one in notebooks if notebook in ("", one) for name in known[one]} - set(HANDED_ON))
+            which = f"{notebook} has no" if dot else "No step has a"
+            raise UserError(f"{which} parameter {name}; there are {', '.join(has)}.")
         if len({repr(known[one][name].default) for one in takers}) > 1:
             choices = ", ".join(f"{one}.{name}" for one in takers)
             raise UserError(f"{name} means different things in {len(takers)} steps; say which one: {choices}.")
@@ -84,55 +118,92 @@ def assign(words: Mapping[str, str], notebooks: tuple[str, ...]) -> dict[str, di
     return found
 
 
-def check(plan: Plan) -> None:
-    """Everything that can be refused before the first step. Raises UserError with the remedy."""
-    from vla_lib import build_vl_cache, preprocess, train_async, train_diffusion
-    from vla_lib.features.vlm import open_checkpoint
+class Step(NamedTuple):
+    """What became of one step: `ran`, `skipped`, `failed`, `cancelled` or `lost`, why, in how long, and the run that
+    holds its results."""
 
-    preprocess.Settings(**up_to_date.preprocess_settings(plan.values(PREPARE)))
-    cache = plan.values(CACHE)
-    build_vl_cache.Settings(**up_to_date.cache_settings(cache))
-    for notebook in plan.trainings:
-        door = train_async if notebook == ASYNC else train_diffusion
-        door.Settings(**up_to_date.training_settings(plan.values(notebook), door.Settings))
-    for notebook in (CACHE, *plan.trainings):
-        if (processes := plan.values(notebook)["nproc_per_node"]) < 1:
-            raise UserError(f"nproc_per_node is {processes}; give 1 or more processes.")
-    open_checkpoint(cache["vl_model"])
+    name: str
+    state: str
+    why: str
+    seconds: float
+    run: Path | None = None
 
 
-def check_data(plan: Plan) -> None:
-    """Raises UserError where the root holds no recording, holds other roots (their episodes would get other names), or another flow works on it."""
-    if not plan.root.is_dir():
-        raise UserError(f"There is no dataset root {plan.root}; give the folder that holds the datasets.")
-    if not find_episodes(plan.root):
-        raise UserError(
-            f"{plan.root} holds no recorded episode (a folder with a robot log, one or two levels below a dataset folder)."
-        )
-    for inner in sorted(
-        {path.parent for path in plan.root.glob("*/cache")}
-        | {path.parent for path in plan.root.glob("*/simulation.json")}
-    ):
-        raise UserError(
-            f"{inner} is a dataset root of its own, with its cache; give that folder, not the one above it."
-        )
-    for path in (*runs.find_runs("run-all"), *runs.find_runs("demo")):
-        record = read_record(path)
-        if record["state"] == "running" and record["parameters"].get("dataset_root") == str(plan.root):
-            raise UserError(
-                f"{path.name} works on {plan.root} already (process {record['pid']}); wait for it, or stop it with Ctrl-C there."
-            )
+class StepFailed(UserError):
+    """A step failed or was cancelled: the cause first, then where to look."""
+
+    def __init__(self, notebook: str, result: RunResult):
+        super().__init__(f"{result.error}\n{notebook} {result.summary}")
+        self.result = result
 
 
-def run(plan: Plan) -> int:
-    """Check everything, then `carry_out`."""
-    check_data(plan)
-    check(plan)
-    return carry_out("run-all", f"VLA workbench: {plan.root.name}", plan)
+@dataclass
+class Flow:
+    """Steps that are done one after the other, and what became of them so far, in a run folder of its own."""
+
+    folder: RunFolder
+    steps: list[Step] = field(default_factory=list)
+
+    def run(self, notebook: str, parameters: dict[str, Any]) -> dict[str, Any]:
+        """Run a notebook headless, or skip it where what it makes is up to date; returns its results.
+
+        Raises StepFailed where it does not end as done, UserError where its inputs are refused before it starts.
+        """
+        start = time.monotonic()
+        try:
+            found = up_to_date.look(notebook, resolve(notebook_path(notebook), parameters))
+        except UserError as error:
+            self.add(Step(notebook, "failed", str(error), time.monotonic() - start))
+            raise
+        print(f"=== {notebook} {'skipped' if found.current else 'runs'}: {found.why}", flush=True)
+        if found.current:
+            self.add(Step(notebook, "skipped", found.why, time.monotonic() - start, found.run))
+            return found.facts | (read_results(found.run) if found.run else {})
+        result = run_notebook(notebook, parameters, flow=self.folder.path.name, **found.noted)
+        took, state = time.monotonic() - start, "ran" if result.state == "done" else result.state
+        self.add(Step(notebook, state, (result.error or found.why).splitlines()[0], took, result.path))
+        print(f"=== {notebook} after {clock(took)} {result.summary}", flush=True)
+        if result.state != "done":
+            raise StepFailed(notebook, result)
+        return found.facts | read_results(result.path)
+
+    def run_guide(self, plan: Plan) -> None:
+        """The guide's steps, each given what the ones before it made."""
+        self.run(INSPECT, plan.parameters(INSPECT))
+        self.run(PREPARE, plan.parameters(PREPARE))
+        cache = self.run(CACHE, plan.parameters(CACHE))["binding_id"]  # an older cache may lie beside the new one
+        chosen = []
+        for notebook in plan.trainings:
+            newest = Path(self.run(notebook, plan.parameters(notebook, cache_id=cache))["checkpoint"])
+            best = newest.with_name(plan.settings(notebook).checkpoints.best)
+            chosen.append(str(best if best.exists() else newest))  # without held-out episodes there is no best one
+        self.run(EVALUATE, plan.parameters(EVALUATE, checkpoint=chosen[0], compare_with=chosen[1:]))
+
+    def add(self, step: Step) -> None:
+        """Note what became of a step."""
+        self.steps.append(step)
+        rows = [
+            {"step": s.name, "state": s.state, "why": s.why, "seconds": s.seconds, "run": s.run and s.run.name}
+            for s in self.steps
+        ]
+        write_results(self.folder.path, {"steps": rows})
+
+    def table(self) -> pd.DataFrame:
+        """One row a step; `why` where there is something to say."""
+        rows = [(s.name, s.state, clock(s.seconds), s.why) for s in self.steps]
+        frame = pd.DataFrame(rows, columns=["step", "state", "time", "why"])
+        return frame if any(frame["why"]) else frame.drop(columns="why")
+
+    def report(self, title: str) -> Path:
+        """Write the flow's `report.html`; returns its path."""
+        page, (summary, notes) = self.folder.path / "report.html", summarise(self)
+        sections = [pages.Section(s.run, s.why if s.state == "skipped" else "") for s in self.steps if s.run]
+        pages.write_report(page, title, [summary, self.table()], sections, notes)
+        return page
 
 
-def carry_out(name: str, title: str, plan: Plan, before: Callable[[], Any] | None = None) -> int:
-    """Do `before` (the demo's recording), then the steps; prints the table, the summary and the report's path.
+def run(name: str, title: str, plan: Plan, before: Callable[[], Any] | None = None) -> int:
+    """Do `before` (the demo's recording), then the guide's steps; prints the table, the summary and the report's path.
 
     Returns 0, 1 where a step fails, 2 where it refuses its input, 130 where it was cancelled.
     """
@@ -143,119 +214,65 @@ def carry_out(name: str, title: str, plan: Plan, before: Callable[[], Any] | Non
         if before is not None:
             start = time.monotonic()
             before()
-            flow.note("recording", time.monotonic() - start)
-        steps(flow, plan)
+            flow.add(Step("recording", "ran", "", time.monotonic() - start))
+        flow.run_guide(plan)
         state, exit_status = "done", 0
     except StepFailed as failure:
         state, error, exit_status = failure.result.state, str(failure), failure.result.exit_status
     except UserError as refusal:
         error, exit_status = str(refusal), 2
     except KeyboardInterrupt:
-        state, error, exit_status = (
-            "cancelled",
-            "interrupted; the same command begins again with the step that was stopped",
-            130,
-        )
+        state, exit_status = "cancelled", 130
+        error = "interrupted; the same command begins again with the step that was stopped"
     except Exception as failure:
         error = f"{type(failure).__name__}: {failure}"
         raise
     finally:
         folder.finish(state, error)
-        summary, notes = summarise(flow)
-        page = flow.report(title, summary, notes)
-        if error:
-            print(f"\nerror: {error}", flush=True)
-        if flow.steps:
-            print(f"\n{_printed(flow.table())}")
-        print(f"\n{_printed(summary)}\n")
-        for note in notes:
-            print(note)
-        print(f"\nreport: {shown(page)}", flush=True)
+        page, (summary, notes) = flow.report(title), summarise(flow)
+        lines = [f"\nerror: {error}"] if error else []
+        lines += [f"\n{_printed(flow.table())}"] if flow.steps else []
+        lines += [f"\n{_printed(summary)}\n", *notes, f"\nreport: {shown(page)}"]
+        print("\n".join(lines), flush=True)
     return exit_status
-
-
-def steps(flow: Flow, plan: Plan) -> None:
-    """The guide's steps, each handed what the ones before it made."""
-    flow.run(INSPECT, plan.parameters(INSPECT))
-    flow.run(PREPARE, plan.parameters(PREPARE))
-    cache = flow.run(CACHE, plan.parameters(CACHE))["binding_id"]  # an older cache may lie beside the new one
-    trained = [
-        _checkpoint(notebook, plan, flow.run(notebook, plan.parameters(notebook, cache_id=cache)))
-        for notebook in plan.trainings
-    ]
-    flow.run(
-        EVALUATE,
-        plan.parameters(EVALUATE, checkpoint=str(trained[0]), compare_with=[str(path) for path in trained[1:]]),
-    )
-
-
-def _checkpoint(notebook: str, plan: Plan, results: dict[str, Any]) -> Path:
-    from vla_lib import train_async, train_diffusion
-
-    door = train_async if notebook == ASYNC else train_diffusion
-    settings = door.Settings(**up_to_date.training_settings(plan.values(notebook), door.Settings))
-    newest = Path(results["checkpoint"])
-    best = newest.with_name(settings.checkpoints.best)
-    return best if best.exists() else newest  # without held-out episodes there is no best one
 
 
 def summarise(flow: Flow) -> tuple[pd.DataFrame, list[str]]:
     """The closing table (what, value) and the lines below it, from the steps' results files."""
-    results = flow.results()
-    rows: list[tuple[str, str]] = []
+    results = {step.name: read_results(step.run) for step in flow.steps if step.run is not None}
     prepared, cached, evaluated = (results.get(name, {}) for name in (PREPARE, CACHE, EVALUATE))
-    rows += [(f"rate of {name}", f"{value:.1f} Hz") for name, value in prepared.get("rates_hz", {}).items()]
+    rows = [(f"rate of {name}", f"{value:.1f} Hz") for name, value in prepared.get("rates_hz", {}).items()]
+    notes = []
     if prepared:
-        rows.append(
-            ("episodes prepared", f"{prepared['prepared']} of {prepared['episodes']}, {prepared['steps']} action steps")
-        )
+        count = f"{prepared['prepared']} of {prepared['episodes']}"
+        rows.append(("episodes prepared", f"{count}, {prepared['steps']} action steps"))
     if cached:
         rows.append(("VL feature cache", f"{cached['ticks']} ticks, {cached['bytes'] / 1e6:.0f} MB"))
     for name, kind in ((ASYNC, "async"), (DIFFUSION, "diffusion")):
-        if trained := results.get(name, {}):
-            rows.append(
-                (
-                    f"training ({kind})",
-                    f"{trained['step']} optimiser steps, {trained['parameters'] / 1e6:.2f} M parameters",
-                )
-            )
-    notes = []
-    for name, found in evaluated.get("metrics", {}).items():
-        rows.append(
-            (
-                f"held-out RMS error, {name}",
-                f"{found['translation_rmse_mm']:.3f} mm, {found['rotation_rmse_deg']:.3f} deg a step",
-            )
-        )
-    for name, found in evaluated.get("compared_with", {}).items():
+        if trained := results.get(name):
+            size = f"{trained['parameters'] / 1e6:.2f} M parameters"
+            rows.append((f"training ({kind})", f"{trained['step']} optimiser steps, {size}"))
+    for name, found in (evaluated.get("metrics", {}) | evaluated.get("compared_with", {})).items():
         errors = f"{found['translation_rmse_mm']:.3f} mm, {found['rotation_rmse_deg']:.3f} deg a step"
         rows.append((f"held-out RMS error, {name}", errors))
     if "beats" in evaluated:
         lost_to = [name for name, won in evaluated["beats"].items() if not won]
         verdict = f"does NOT beat {', '.join(lost_to)}" if lost_to else "beats the zero, mean and persistence baselines"
         count = evaluated["held_out_episodes"]
-        notes.append(
-            f"On {count} held-out episode{'s' * (count != 1)} the policy {verdict} (RMS errors of translation and of rotation)."
-        )
+        where = f"On {count} held-out episode{'s' * (count != 1)}"
+        notes.append(f"{where} the policy {verdict} (RMS errors of translation and of rotation).")
     if "successes" in evaluated:
         low, high = (100 * value for value in evaluated["interval_95"])
-        told = f"{evaluated['successes']} of {evaluated['rollouts']} unseen phantoms"
-        rows.append(
-            (
-                "closed-loop success",
-                f"{told} ({100 * evaluated['success_rate']:.0f} %, 95 % interval {low:.0f} to {high:.0f} %)",
-            )
-        )
+        share = f"{100 * evaluated['success_rate']:.0f} %, 95 % interval {low:.0f} to {high:.0f} %"
+        count = f"{evaluated['successes']} of {evaluated['rollouts']} unseen phantoms"
+        rows.append(("closed-loop success", f"{count} ({share})"))
     rows.append(("time in all", clock(sum(step.seconds for step in flow.steps))))
     return pd.DataFrame(rows, columns=["what", "value"]), notes
 
 
 def _printed(frame: pd.DataFrame) -> str:
-    """A table whose text stands left."""
-    widths = {name: max([len(name), *frame[name].map(len)]) for name in frame.columns}
-    lines = [[name.ljust(width) for name, width in widths.items()]]
-    lines += [
-        [text.ljust(width) for text, width in zip(row, widths.values(), strict=True)]
-        for row in frame.itertuples(index=False)
-    ]
-    return "\n".join("  ".join(line).rstrip() for line in lines)
+    """A table whose text is left-aligned."""
+    rows = [list(frame.columns), *frame.itertuples(index=False)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(f"{text:<{width}}" for text, width in zip(row, widths, strict=True)) for row in rows]
+    return "\n".join(line.rstrip() for line in lines)

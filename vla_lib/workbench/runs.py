@@ -1,4 +1,4 @@
-"""The lab book: the folders below `runs/` in; a table of all runs, or the newest one of a kind, out."""
+"""The lab book: the run folders below `runs/`, as a table, by name, and by the checkpoints that they hold."""
 
 import hashlib
 import re
@@ -10,10 +10,10 @@ from typing import Any
 import pandas as pd
 
 from vla_lib.core.errors import UserError
-from vla_lib.core.files import read_json
-from vla_lib.core.run_folder import PROJECT, read_record, runs_root
+from vla_lib.core.run_folder import PROJECT, read_record, read_results, runs_root
 
-KEY_RESULTS = (
+# A run's first few of these stand in short tables.
+KEY_RESULTS = [
     "success_rate",
     "successes",
     "rollouts",
@@ -23,7 +23,8 @@ KEY_RESULTS = (
     "step",
     "episodes",
     "ticks",
-)  # the first few that a run has
+]
+COLUMNS = ["run", "name", "state", "started", "duration_s", "error", "data", "cache", "git"]
 
 
 def find_runs(name: str = "") -> list[Path]:
@@ -40,53 +41,52 @@ def _time_and_name(run: Path) -> tuple[str, str]:
     return f"{datetime.fromisoformat(record['started']):%Y%m%d-%H%M%S}", record["name"]
 
 
+def find_run(name: str) -> Path:
+    """The run folder whose name begins with, or ends in, `name`, or the folder itself. Raises UserError where none or
+    several match."""
+    if (Path(name) / "run.json").exists():
+        return Path(name).absolute()
+    found = [run for run in find_runs() if run.name.startswith(name) or run.name.endswith(name)]
+    if len(found) != 1:
+        which = f": {', '.join(run.name for run in found[:8])}" if found else ""
+        raise UserError(f"{len(found)} runs match {name!r}{which}; `vla runs` lists them, give one name.")
+    return found[0]
+
+
+def plain_results(run: Path) -> dict[str, Any]:
+    """The results of a run that are one number or text each."""
+    return {key: value for key, value in read_results(run).items() if isinstance(value, int | float | str)}
+
+
 def table(name: str = "", of: Iterable[Path] | None = None) -> pd.DataFrame:
-    """One row a run (`of`: of these folders), oldest first: run, name, state, started, duration_s, error, data (fingerprint of the prepared
-    episodes), cache, git (commit, + where files were changed), its parameters as `p.<name>` and its plain results as `r.<name>`."""
+    """One row a run (`of`: of these folders), oldest first: COLUMNS (data: fingerprint of the prepared episodes; git:
+    commit, + where files were changed), its parameters as `p.<name>` and its plain results as `r.<name>`."""
     rows = []
     for path in find_runs(name) if of is None else of:
-        record, results = read_record(path), results_of(path)
-        row = {
+        record, results = read_record(path), plain_results(path)
+        git = record.get("git")
+        row = {key: record.get(key) for key in COLUMNS} | {
             "run": path.name,
-            **{key: record.get(key) for key in ("name", "state", "started", "duration_s", "error")},
+            "data": (record.get("data") or {}).get("fingerprint"),
+            "cache": results.get("cache") or results.get("binding_id"),
+            "git": f"{git['commit'][:8]}{'+' if git['changed'] else ''}" if git else None,
         }
-        git = record.get("git") or {}
-        row["data"] = (record.get("data") or {}).get("fingerprint")
-        row["cache"] = results.get("cache") or results.get("binding_id")
-        row["git"] = f"{git['commit'][:8]}{'+' if git['changed'] else ''}" if git else None
         row |= {f"p.{key}": value for key, value in record.get("parameters", {}).items()}
-        row |= {f"r.{key}": value for key, value in results.items() if isinstance(value, int | float | str)}
-        rows.append(row)
-    fixed = ["run", "name", "state", "started", "duration_s", "error", "data", "cache", "git"]
-    return pd.DataFrame(rows, columns=None if rows else fixed)
+        rows.append(row | {f"r.{key}": value for key, value in results.items()})
+    return pd.DataFrame(rows, columns=None if rows else COLUMNS)
 
 
 def short(frame: pd.DataFrame, columns: Iterable[str]) -> pd.DataFrame:
     """`columns` of a `table`, then the parameters in which its runs differ and the key results that they have."""
-    differ = [
-        name for name in frame.columns if name.startswith("p.") and frame[name].astype(str).nunique(dropna=False) > 1
-    ]
+    given = [name for name in frame.columns if name.startswith("p.")]
+    differ = [name for name in given if frame[name].astype(str).nunique(dropna=False) > 1]
     key = [f"r.{name}" for name in KEY_RESULTS if f"r.{name}" in frame.columns][:4]
-    named = {name: name.partition(".")[2] for name in [*differ, *key]}
-    return frame[[*columns, *differ, *key]].rename(columns=named)
-
-
-def find_run(name: str) -> Path:
-    """The run folder whose name begins with, or ends in, `name`, or the folder itself. Raises UserError where none or several match."""
-    path = Path(name)
-    if (path / "run.json").exists():
-        return path.absolute()
-    found = [run for run in find_runs() if run.name.startswith(name) or run.name.endswith(name)]
-    if len(found) != 1:
-        raise UserError(
-            f"{len(found)} runs match {name!r}{': ' + ', '.join(run.name for run in found[:8]) if found else ''}; `vla runs` lists them, give one name."
-        )
-    return found[0]
+    return frame[[*columns, *differ, *key]].rename(columns={name: name[2:] for name in [*differ, *key]})
 
 
 def data_state(parameters: dict[str, Any]) -> dict[str, Any] | None:
-    """Number and fingerprint of the prepared episodes that a run's `dataset_root` holds (and of the weights that they are drawn with), and the
-    caches there; None where it names no folder."""
+    """Number and fingerprint of the prepared episodes that a run's `dataset_root` holds (and of the weights that they
+    are drawn with), and the caches there; None where it names no folder."""
     from vla_lib.episodes import find_prepared
     from vla_lib.episodes.datasets import TABLE_NAME
 
@@ -94,53 +94,46 @@ def data_state(parameters: dict[str, Any]) -> dict[str, Any] | None:
     if not parameters.get("dataset_root") or not root.is_dir():
         return None
     files = [folder / "data.pkl" for folder in find_prepared(root)]
-    state = [(file.relative_to(root).as_posix(), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    state: list[Any] = [
+        (file.relative_to(root).as_posix(), file.stat().st_size, file.stat().st_mtime_ns) for file in files
+    ]
     state += [table.read_text() for table in (root / TABLE_NAME,) if table.is_file()]
     caches = sorted(path.parent.name for path in root.glob("cache/qwen_vl_features/*/binding.json"))
-    return {
-        "episodes": len(files),
-        "fingerprint": hashlib.sha256(repr(state).encode()).hexdigest()[:12],
-        "caches": caches,
-    }
+    return {"episodes": len(files), "fingerprint": digest(state, 12), "caches": caches}
 
 
-def results_of(run: Path) -> dict[str, Any]:
-    """The run's results.json, empty where it wrote none."""
-    path = Path(run) / "results.json"
-    return read_json(path) if path.exists() else {}
+def digest(value: Any, characters: int = 16) -> str:
+    """A short hash of a value's repr."""
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:characters]
 
 
-def find_checkpoints() -> list[Path]:
-    """Every checkpoint of every run, newest run first, the best one of a run first."""
-    found = []
+def find_checkpoints(pattern: str = "*.pt") -> list[Path]:
+    """The checkpoints of every run whose file names fit, newest run first, the best one of a run first."""
+    found: list[Path] = []
     for run in reversed(find_runs()):
-        found += sorted((run / "checkpoints").glob("*.pt"), key=lambda path: ("_best" not in path.stem, path.name))
+        found += sorted((run / "checkpoints").glob(pattern), key=lambda path: ("_best" not in path.stem, path.name))
     return found
 
 
+def newest_checkpoint(pattern: str) -> Path:
+    """The checkpoint of the newest run that has one matching `pattern` (e.g. `*_best.pt`). Raises UserError where there
+    is none."""
+    if found := find_checkpoints(pattern):
+        return found[0]
+    remedy = "train one first (notebook 04 or 05), or give its path"
+    raise UserError(f"No run below {runs_root()} has a checkpoint {pattern}; {remedy}.")
+
+
 def name_of(checkpoint: Path) -> str:
-    """A short name for tables and plots: what was trained, without which input, when; the file's own name outside a run folder."""
+    """A short name for tables and plots: what was trained, without which input, when; the file's own name outside a run
+    folder."""
     run = checkpoint.parent.parent
     if checkpoint.parent.name != "checkpoints" or not (run / "run.json").exists():
         return checkpoint.stem
     parameters = read_record(run).get("parameters", {})
-    without = "".join(
-        f" no {name}"
-        for key, name in (("vl_enabled", "VL"), ("sensor_enabled", "sensor"))
-        if parameters.get(key) is False
-    )
+    inputs = {"vl_enabled": "VL", "sensor_enabled": "sensor"}
+    without = "".join(f" no {name}" for key, name in inputs.items() if parameters.get(key) is False)
     kind = "diffusion" if checkpoint.name.startswith("diffusion") else "async"
     which = "" if "_best" in checkpoint.stem else " final" if "_final" in checkpoint.stem else " latest"
     stamp = re.match(r"\d{4}(\d{4}-\d{6}[.\d]*)", run.name)
     return f"{kind}{without}{which} {stamp[1] if stamp else run.name}"
-
-
-def newest_checkpoint(pattern: str) -> Path:
-    """The checkpoint of the newest run that has one matching `pattern` (e.g. `qwen_vla_async_best.pt`). Raises UserError where there is none."""
-    for run in reversed(find_runs()):
-        found = sorted((run / "checkpoints").glob(pattern))
-        if found:
-            return found[-1]
-    raise UserError(
-        f"No run below {runs_root()} has a checkpoint {pattern}; train one first (notebook 04 or 05), or give its path."
-    )

@@ -1,11 +1,13 @@
-"""Supervisor of one job: a command in; its output in a log file, its fate in a JSON file, and no process left behind.
+"""Supervisor of one job: its command's output goes to a log file, its fate to a JSON file, and no process is left
+behind.
 
-Started by `vla_lib.workbench.jobs` in a session of its own. It stops the command when it is asked to (SIGTERM, SIGINT) or when the process that
-started it is gone (killed kernel, restarted kernel, killed papermill). Rank processes of torchrun live in sessions of their own, so a process
-group does not reach them: as child subreaper the supervisor inherits every orphan, and sweeps all descendants in a `finally`. It prints nothing:
-a broken pipe would skip the sweep.
+Started by `vla_lib.workbench.jobs` in a session of its own. It stops the command when it is asked to (SIGTERM, SIGINT)
+or when the process that started it is gone (killed kernel, restarted kernel, killed papermill). Rank processes of
+torchrun live in sessions of their own, so a process group does not reach them: as child subreaper the supervisor
+inherits every orphan, and sweeps all descendants in a `finally`. It prints nothing: a broken pipe would skip the sweep.
 """
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -15,6 +17,7 @@ import time
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -27,65 +30,55 @@ NOT_STARTED = 127  # as a shell says it
 
 
 def main(arguments: list[str]) -> int:
-    """`PARENT_PID GRACE_S STATUS_JSON LOG COMMAND...`: run COMMAND until it ends or must end; returns its exit status."""
-    parent_pid, grace_s, status_path, log_path = (
-        int(arguments[0]),
-        float(arguments[1]),
-        Path(arguments[2]),
-        Path(arguments[3]),
-    )
-    command = arguments[4:]
+    """`PARENT_PID GRACE_S STATUS_JSON LOG COMMAND...`: run COMMAND until it ends or must end; returns its exit
+    status."""
+    parent_pid, grace_s, (status_path, log_path) = int(arguments[0]), float(arguments[1]), map(Path, arguments[2:4])
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
-    stop_signals: list[int] = []
+    caught: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, lambda caught, _frame: stop_signals.append(caught))
-
-    status = {
-        "command": command,
+        signal.signal(number, lambda number, _frame: caught.append(number))
+    status: dict[str, Any] = {
+        "command": arguments[4:],
         "log": log_path.name,
-        "log_from": log_path.stat().st_size
-        if log_path.exists()
-        else 0,  # what stands before is of earlier starts in the same folder
+        "log_from": log_path.stat().st_size if log_path.exists() else 0,  # before it: earlier starts in this folder
         "supervisor_pid": os.getpid(),
         "state": "running",
         "started": _now(),
         "ended": None,
-        "returncode": None,
+        "returncode": NOT_STARTED,
         "reason": None,
     }
-    child = reason = None
+    child = None
     try:
         with open(log_path, "ab") as log:
-            outlive_nobody = partial(
-                die_with_parent, signal.SIGTERM
-            )  # this process may be killed: torchrun then ends its ranks in order
+            # where this process is killed, torchrun still ends its ranks in order
+            mortal = partial(die_with_parent, signal.SIGTERM)
             try:
                 child = subprocess.Popen(
-                    command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, preexec_fn=outlive_nobody
+                    status["command"], stdin=subprocess.DEVNULL, stdout=log, stderr=log, preexec_fn=mortal
                 )
             except OSError as error:
                 log.write(f"{error}\n".encode())
                 return NOT_STARTED
-        status["pid"] = child.pid
-        write_json(status_path, status)
-        while child.poll() is None and reason is None:
-            if stop_signals:
-                reason = f"stopped by {signal.Signals(stop_signals[0]).name}"
+        write_json(status_path, status | {"returncode": None})
+        while child.poll() is None and status["reason"] is None:
+            if caught:
+                status["reason"] = f"stopped by {signal.Signals(caught[0]).name}"
             elif os.getppid() != parent_pid:
-                reason = "the process that started the job is gone"
+                status["reason"] = "the process that started the job is gone"
             else:
                 time.sleep(POLL_S)
     finally:
         if child is not None:
             _sweep(child, grace_s)
-        returncode = NOT_STARTED if child is None else child.poll()
-        status.update(state="ended", ended=_now(), returncode=returncode, reason=reason)
-        write_json(status_path, status)
-    return returncode or 0
+            status["returncode"] = child.poll()
+        write_json(status_path, status | {"state": "ended", "ended": _now()})
+    return status["returncode"] or 0
 
 
-def _sweep(child: subprocess.Popen, grace_s: float) -> None:
-    """Terminate the child, give it `grace_s` to save its checkpoint, then kill whatever still descends from this process."""
+def _sweep(child: subprocess.Popen[bytes], grace_s: float) -> None:
+    """Terminate the child, give it `grace_s` to save its checkpoint, then kill whatever still descends from this
+    process."""
     if child.poll() is None:
         child.terminate()
         try:
@@ -93,14 +86,11 @@ def _sweep(child: subprocess.Popen, grace_s: float) -> None:
         except subprocess.TimeoutExpired:
             child.kill()
             child.wait()
-    me = psutil.Process()
     deadline = time.monotonic() + 10
-    while (left := me.children(recursive=True)) and time.monotonic() < deadline:
+    while (left := psutil.Process().children(recursive=True)) and time.monotonic() < deadline:
         for process in left:
-            try:
+            with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
-            except psutil.NoSuchProcess:
-                continue
         psutil.wait_procs(left, timeout=1)
 
 

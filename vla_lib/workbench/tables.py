@@ -1,4 +1,4 @@
-"""Frames in; tables that fit a page out: short columns stay short, sentences wrap, long tables scroll."""
+"""Frames as tables that fit a page: short columns stay short, sentences wrap, long tables scroll."""
 
 import html
 from collections.abc import Iterable, Mapping
@@ -9,70 +9,47 @@ from IPython.display import HTML
 
 from vla_lib.episodes.verdict import verdict_table
 
-SENTENCES = ("reasons", "problem")
-WRAPPING = ("episode", "clock", "used by", "not better than")
-CELL = "padding:2px 6px;text-align:{align};vertical-align:top;{more}"
+WRAPPING_EM = {"reasons": 24, "problem": 24, "episode": 12, "clock": 12, "used by": 12, "not better than": 12}
+STYLE = "@media print {.fit-table {max-height:none !important; overflow:visible !important}}"
+VERDICT = ["episode", "layout", "verdict", "seconds", "steps", "valid"]
+VERDICT += ["robot_hz", "pose_hz", "sensor_hz", "camera_hz", "reasons"]
+RATES = {"robot_hz": "rows Hz", "pose_hz": "poses Hz", "sensor_hz": "sensor Hz", "camera_hz": "camera Hz"}
 
 
 def fit(frame: pd.DataFrame, precision: int = 3, height_px: int = 480) -> HTML:
-    """A table of at most `height_px` on screen (it scrolls; printed it is whole). Columns named in SENTENCES wrap."""
+    """A table of at most `height_px` on screen (it scrolls; printed it is whole). The columns of WRAPPING_EM wrap."""
 
     def cell(column: str, value: Any, tag: str = "td") -> str:
-        sentence = column in SENTENCES
-        more = "" if tag == "th" else "white-space:nowrap;"
-        if column in SENTENCES + WRAPPING:
-            more = f"min-width:{24 if sentence else 12}em;white-space:normal;overflow-wrap:anywhere;"
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        text = (
-            ""
-            if value is None or (isinstance(value, float) and pd.isna(value))
-            else f"{value:.{precision}g}"
-            if isinstance(value, float)
-            else str(value)
-        )
-        text = text.replace("&", "&amp;").replace("<", "&lt;")
-        return f"<{tag} style='{CELL.format(align='right' if number else 'left', more=more)}'>{text}</{tag}>"
+        if value is None or (isinstance(value, float) and pd.isna(value)):
+            value = ""
+        elif isinstance(value, float):
+            value = f"{value:.{precision}g}"
+        wrap = "white-space:nowrap" if tag == "td" else ""
+        if column in WRAPPING_EM:
+            wrap = f"min-width:{WRAPPING_EM[column]}em;white-space:normal;overflow-wrap:anywhere"
+        style = f"padding:2px 6px;vertical-align:top;text-align:{'right' if number else 'left'};{wrap}"
+        return f"<{tag} style='{style}'>{html.escape(str(value), quote=False)}</{tag}>"
 
-    head = "".join(cell(column, str(column), "th") for column in frame.columns)
-    rows = [
-        "".join(cell(column, value) for column, value in zip(frame.columns, row, strict=True))
-        for row in frame.itertuples(index=False)
-    ]
-    body = "".join(f"<tr>{row}</tr>" for row in rows)
-    style = "<style>@media print {.fit-table {max-height:none !important; overflow:visible !important}}</style>"
-    return HTML(
-        f"{style}<div class='fit-table' style='max-height:{height_px}px;overflow:auto'>"
-        f"<table style='border-collapse:collapse;font-size:11px;margin:0'><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
-    )
+    heads = "".join(cell(column, str(column), "th") for column in frame.columns)
+    rows = [map(cell, frame.columns, row) for row in frame.itertuples(index=False)]
+    body = "".join(f"<tr>{''.join(row)}</tr>" for row in rows)
+    table = f"<table style='border-collapse:collapse;font-size:11px;margin:0'><thead><tr>{heads}</tr></thead>"
+    scrolled = f"<div class='fit-table' style='max-height:{height_px}px;overflow:auto'>"
+    return HTML(f"<style>{STYLE}</style>{scrolled}{table}<tbody>{body}</tbody></table></div>")
 
 
 def sentence(text: str) -> HTML:
-    """A sentence where a table or a plot would stand."""
+    """A sentence where a table or a plot would be."""
     return HTML(f"<p>{html.escape(text)}</p>")
 
 
 def verdicts(summaries: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
     """The verdicts of all episodes in the columns that fit a page, the ones to record again first."""
     frame = verdict_table(dict(summary) for summary in summaries)
-    shown = {
-        "episode": "episode",
-        "layout": "layout",
-        "verdict": "verdict",
-        "seconds": "s",
-        "steps": "steps",
-        "valid": "valid",
-    }
-    shown |= {
-        "robot_hz": "rows Hz",
-        "pose_hz": "poses Hz",
-        "sensor_hz": "sensor Hz",
-        "camera_hz": "camera Hz",
-        "reasons": "reasons",
-    }
-    return frame[[name for name in shown if name in frame]].rename(columns=shown)
+    return frame[[name for name in VERDICT if name in frame]].rename(columns={"seconds": "s", **RATES})
 
 
 def frame(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
     """Rows of a preflight table as a frame, underscores read as spaces."""
-    found = pd.DataFrame(list(rows))
-    return found.rename(columns={name: str(name).replace("_", " ") for name in found.columns})
+    return pd.DataFrame(list(rows)).rename(columns=lambda name: str(name).replace("_", " "))

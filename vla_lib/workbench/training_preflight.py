@@ -1,4 +1,5 @@
-"""What a training will be, before it starts: its settings and data in; a table of sizes, steps and the estimated time out."""
+"""What a training will be, before it starts: its settings and data in; a table of sizes, steps and the estimated time
+out."""
 
 import math
 from typing import Any
@@ -7,10 +8,10 @@ import numpy as np
 import pandas as pd
 
 from vla_lib.core.progress import clock
-from vla_lib.core.run_folder import read_record
+from vla_lib.core.run_folder import read_record, read_results
 from vla_lib.training.data import TrainingData
 from vla_lib.training.settings import TrainingSettings
-from vla_lib.workbench.runs import find_runs, results_of
+from vla_lib.workbench.runs import find_runs
 
 PASSES = 4  # forward and backward, where no former run tells the time
 
@@ -22,54 +23,36 @@ def table(name: str, settings: TrainingSettings, data: TrainingData, nproc_per_n
 
     per_step = settings.batch_size * settings.grad_accum_steps * nproc_per_node
     steps = settings.max_steps or math.ceil(len(data.train) / per_step) * settings.epochs
-    policy = Policy(data.policy_config(settings))
-    lora = (
-        ""
-        if not settings.live_vlm
-        else f"; LoRA of rank {settings.lora_rank} in {data.binding['layer']} layers of the VLM besides"
-    )
-    rows = [
-        ("training samples", f"{len(data.train):,} of {len(data.split['train'])} episodes"),
-        ("held out", f"{len(data.val or []):,} of {len(data.split['val'])} episodes"),
-        ("VL cache", f"{data.binding['id']}: {policy.config.tokens} tokens of width {policy.config.token_dim}"),
-        ("views", ", ".join(policy.config.views)),
-        (
-            "parameters",
-            f"{policy.parameter_count():,}, of which "
-            + ", ".join(f"{part} {count:,}" for part, count in _parts(policy))
-            + lora,
-        ),
-        ("optimiser steps", f"{steps:,} of {per_step} samples"),
-        (
-            "estimated time",
-            _estimate(name, settings, steps * per_step, nproc_per_node)
-            or _measured(settings, data, policy, steps * per_step, nproc_per_node),
-        ),
-    ]
-    return pd.DataFrame(rows, columns=["what", "value"])
-
-
-def _parts(policy: Any) -> list[tuple[str, int]]:
-    counts = {name: sum(p.numel() for p in module.parameters()) for name, module in policy.named_children()}
-    return sorted(((name, count) for name, count in counts.items() if count), key=lambda item: -item[1])[:4]
+    samples = steps * per_step
+    policy, binding = Policy(data.policy_config(settings)), data.binding
+    counts = {part: sum(p.numel() for p in module.parameters()) for part, module in policy.named_children()}
+    largest = sorted(counts, key=lambda part: -counts[part])[:4]
+    parts = ", ".join(f"{part} {counts[part]:,}" for part in largest if counts[part])
+    if settings.live_vlm:
+        parts += f"; LoRA of rank {settings.lora_rank} in {binding['layer']} layers of the VLM besides"
+    rows = {
+        "training samples": f"{len(data.train):,} of {len(data.split['train'])} episodes",
+        "held out": f"{len(data.val or []):,} of {len(data.split['val'])} episodes",
+        "VL cache": f"{binding['id']}: {policy.config.tokens} tokens of width {policy.config.token_dim}",
+        "views": ", ".join(policy.config.views),
+        "parameters": f"{policy.parameter_count():,}, of which {parts}",
+        "optimiser steps": f"{steps:,} of {per_step} samples",
+        "estimated time": _estimate(name, settings, samples, nproc_per_node)
+        or _measured(settings, data, policy, samples, nproc_per_node),
+    }
+    return pd.DataFrame(rows.items(), columns=["what", "value"])
 
 
 def _estimate(name: str, settings: TrainingSettings, samples: int, processes: int) -> str:
     """From former runs; "" where there is none to go by."""
     for run in reversed(find_runs(name)):
-        record, results = read_record(run), results_of(run)
+        record, results = read_record(run), read_results(run)
         given = record.get("parameters", {})
-        if (
-            record["state"] != "done"
-            or results.get("processes") != processes
-            or not results.get("wall_s")
-            or given.get("resume_run")
-        ):
-            continue
-        if given.get("training_stage", "stage1") != settings.training_stage:
-            continue
-        rate = results["step"] * given["batch_size"] * given["grad_accum_steps"] * processes / results["wall_s"]
-        return f"{clock(samples / rate)} at the {rate:,.0f} samples/s of {run.name}"
+        alike = given.get("training_stage", "stage1") == settings.training_stage
+        whole = record["state"] == "done" and results.get("wall_s") and not given.get("resume_run")
+        if alike and whole and results.get("processes") == processes:
+            rate = results["step"] * given["batch_size"] * given["grad_accum_steps"] * processes / results["wall_s"]
+            return f"{clock(samples / rate)} at the {rate:,.0f} samples/s of {run.name}"
     return ""
 
 
@@ -101,4 +84,5 @@ def _measured(settings: TrainingSettings, data: TrainingData, policy: Any, sampl
     torch.cuda.empty_cache()  # the training's own processes want it
     side_by_side = processes if device.type == "cuda" else 1  # processes on the CPU share its cores
     rate = side_by_side * settings.batch_size / float(np.median(taken[1:]))
-    return f"{clock(samples / rate)} and the validations, at {rate:,.0f} samples/s ({PASSES} passes on the {device.type} here)"
+    how = f"{rate:,.0f} samples/s ({PASSES} passes on the {device.type} here)"
+    return f"{clock(samples / rate)} and the validations, at {how}"
