@@ -5,9 +5,7 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 
-import nbformat
 import pytest
-from nbformat import v4
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # one test process a core: threads would only wait for each other
 # a background job of a shell ignores it, and so would every process that a test interrupts
@@ -39,6 +37,9 @@ def runs_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def write_notebook(tmp_path: Path) -> Callable[..., Path]:
     """Write a notebook from code cells; the first one is its parameters cell."""
+
+    import nbformat
+    from nbformat import v4
 
     def write(*sources: str, name: str = "small") -> Path:
         path = tmp_path / f"{name}.ipynb"

@@ -235,3 +235,9 @@ def test_a_supervisor_is_not_fooled_by_an_old_record(tmp_path):
     while job.status.get("state") != "ended":
         time.sleep(0.05)
     assert job.log.read_text() == "new\n"
+
+
+def test_vla_run_starts_without_a_grammar_that_no_notebook_needs():
+    code = "import vla_lib.workbench.headless, sys; print([name for name in ('lark', 'torch') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
