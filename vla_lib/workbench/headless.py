@@ -35,6 +35,7 @@ from vla_lib.workbench.runs import data_state
 
 CANCELLED = ("KeyboardInterrupt", "CancelledError", "JobCancelled")
 LOG_NAME = "run.log"  # the cells' output as plain lines
+PATIENCE_S = 5.0  # for a kernel between two cells
 
 
 class LocalKernelManager(AsyncKernelManager):
@@ -193,10 +194,14 @@ class Interrupts:
         threading.Thread(target=self._pass_on, args=(kernels[0],), daemon=True).start()
 
     def _pass_on(self, kernel: psutil.Process) -> None:
-        """Interrupt the kernel once, as soon as it listens: between two cells ipykernel ignores SIGINT."""
+        """Interrupt the kernel once, as soon as it listens: between two cells ipykernel ignores SIGINT. Where it runs no
+        cell for seconds, none is coming any more: then this process, which waits for one, is interrupted again."""
+        deadline = time.monotonic() + PATIENCE_S
         with contextlib.suppress(psutil.Error, OSError):
             while _ignores_interrupts(kernel.pid) and not self._over.wait(0.02):
-                pass
+                if time.monotonic() > deadline:
+                    kernel = psutil.Process()
+                    break
             if not self._over.is_set():
                 kernel.send_signal(signal.SIGINT)
 
