@@ -1,7 +1,8 @@
 """Evaluates checkpoints: held-out errors beside three baselines, success on unseen phantoms of the simulated rig.
 
     python -m vla_lib.evaluate --checkpoint runs/RUN/checkpoints/qwen_vla_async_best.pt
-    python -m vla_lib.evaluate --checkpoints async=A.pt no_vl=B.pt no_sensor=C.pt --closed-loop-seeds 100 --masked --latency-sweep
+python -m vla_lib.evaluate --checkpoints async=A.pt no_vl=B.pt no_sensor=C.pt --closed-loop-seeds 100 --masked
+--latency-sweep
 
 It prints tables, and writes results.json into `--run-dir`."""
 

@@ -1,1 +1,1 @@
-"""Evaluation: a checkpoint and held-out episodes in; errors beside the zero, mean and persistence baselines out."""
+"""Evaluation: a checkpoint on held-out episodes beside three baselines, and on the simulated rig in closed loop."""

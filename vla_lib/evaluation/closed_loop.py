@@ -1,6 +1,8 @@
-"""Closed loop: variants of checkpoints on the same unseen phantoms; success counts with intervals, errors, forces, times, reasons of failure.
+"""Closed loop: variants of checkpoints on the same unseen phantoms; success counts with intervals, errors, forces,
+times, reasons of failure.
 
-    found = closed_loop({"async": RolloutSettings(checkpoint), "async, no VL": RolloutSettings(checkpoint, without="vl")}, unseen_seeds(100))
+found = closed_loop({"async": RolloutSettings(checkpoint), "async, no VL": RolloutSettings(checkpoint, without="vl")},
+unseen_seeds(100))
     found["async"].summary()
 
 Rollouts run in fresh processes: no GL context and no thread of the caller is shared with them.
@@ -32,7 +34,8 @@ TUNING_SEED = 8_000_000  # for choosing between variants, so that the reported o
 
 @dataclass(frozen=True)
 class ClosedLoop:
-    """The rollouts of one variant, in the order of their seeds; each is a record of `evaluation.rollout.judged` with its `path`.
+    """The rollouts of one variant, in the order of their seeds; each is a record of `evaluation.rollout.judged` with
+    its `path`.
 
     `lost_seeds`: seeds that are left out because a process died on them, with this variant or another one.
     """
@@ -42,8 +45,9 @@ class ClosedLoop:
     lost_seeds: tuple[int, ...] = ()
 
     def summary(self) -> dict[str, Any]:
-        """Plain figures: `successes` of `rollouts`, `success_rate`, `interval_95` (Wilson), distributions (median, p90, max) of
-        |lateral| and |depth| error in mm over punctured rollouts, peak force over all, time over successes, counts of reasons."""
+        """Plain figures: `successes` of `rollouts`, `success_rate`, `interval_95` (Wilson), distributions (median, p90,
+        max) of |lateral| and |depth| error in mm over punctured rollouts, peak force over all, time over successes,
+        counts of reasons."""
         rows = self.rollouts
         wins, through = [row for row in rows if row["success"]], [row for row in rows if row["punctured"]]
         return {
@@ -72,11 +76,13 @@ class ClosedLoop:
 def closed_loop(
     variants: Mapping[str, RolloutSettings], seeds: Sequence[int], workers: int = 0, frames: int = 0, show: bool = True
 ) -> dict[str, ClosedLoop]:
-    """Try every variant on every seed, in `workers` processes (0: one a CPU core). Results do not depend on their number.
+    """Try every variant on every seed, in `workers` processes (0: one a CPU core). Results do not depend on their
+    number.
 
-    `frames`: as many moments of each rollout, to be looked at (see `rollout`); the same settings and seed give the same rollout again.
-    Variants of equal settings share their rollouts. A seed on which a process dies is left out of every variant, and the others go on.
-    Raises UserError where a checkpoint, its VLM or EGL is missing, or where no seed is left.
+    `frames`: as many moments of each rollout, to be looked at (see `rollout`); the same settings and seed give the same
+    rollout again. Variants of equal settings share their rollouts. A seed on which a process dies is left out of every
+    variant, and the others go on. Raises UserError where a checkpoint, its VLM or EGL is missing, or where no seed is
+    left.
     """
     seeds = [int(seed) for seed in seeds]
     if not seeds or len(set(seeds)) < len(seeds):
@@ -104,8 +110,8 @@ def closed_loop(
     if lost:
         done = ", ".join(f"{name}: {len(found[settings])}" for settings, name in name_of.items())
         died = (
-            f"A process of the closed-loop evaluation died (out of memory?); {sum(map(len, found.values()))} of {len(jobs)} "
-            f"rollouts were done ({done}). Run it again with fewer workers than {workers}"
+            f"A process of the closed-loop evaluation died (out of memory?); {sum(map(len, found.values()))} of "
+            f"{len(jobs)} rollouts were done ({done}). Run it again with fewer workers than {workers}"
         )
         if not any(found.values()) or lost.issuperset(seeds):
             raise UserError(f"{died}, or fewer seeds.")
@@ -127,7 +133,8 @@ def unseen_seeds(count: int, dataset_roots: Sequence[Path] = (), first: int = FI
 
 
 def compare(one: ClosedLoop, other: ClosedLoop) -> dict[str, Any]:
-    """Two variants on the same seeds: how many both, only one, only the other and neither managed; exact two-sided sign test.
+    """Two variants on the same seeds: how many both, only one, only the other and neither managed; exact two-sided sign
+    test.
 
     Raises UserError where the seeds differ.
     """
@@ -151,8 +158,8 @@ def wilson(successes: int, rollouts: int) -> tuple[float, float]:
 
 
 def closed_loop_table(found: Mapping[str, ClosedLoop]) -> pd.DataFrame:
-    """One row a variant: successes with their 95 % interval; median / 90th percentile of lateral and depth error (punctured rollouts),
-    peak force (all) and time to target (successes); the reasons of failure."""
+    """One row a variant: successes with their 95 % interval; median / 90th percentile of lateral and depth error
+    (punctured rollouts), peak force (all) and time to target (successes); the reasons of failure."""
     rows = []
     for name, loop in found.items():
         summary = loop.summary()
@@ -174,7 +181,7 @@ def closed_loop_table(found: Mapping[str, ClosedLoop]) -> pd.DataFrame:
 
 
 def pair_table(found: Mapping[str, ClosedLoop]) -> pd.DataFrame:
-    """The first variant against each other one on the same seeds: who succeeds where, and the p value of the sign test."""
+    """The first variant against each other one on the same seeds: who succeeds where, p value of the sign test."""
     (first, main), *others = found.items()
     rows = [{"first": first, "other": name, **compare(main, loop)} for name, loop in others]
     table = pd.DataFrame(rows).rename(columns=lambda name: name.replace("_", " "))

@@ -1,6 +1,8 @@
-"""Open-loop metrics: how far predicted action chunks lie from the true ones, and the baselines that every policy must beat.
+"""Open-loop metrics: how far predicted action chunks lie from the true ones, and the baselines that every policy must
+beat.
 
-Shapes: M samples, H steps of a chunk (0.1 s each at 10 Hz), 7 action dimensions (dx dy dz in mm, rotation vector in degrees, gripper).
+Shapes: M samples, H steps of a chunk (0.1 s each at 10 Hz), 7 action dimensions (dx dy dz in mm, rotation vector in
+degrees, gripper).
 """
 
 from typing import Any
@@ -15,9 +17,9 @@ Metrics = dict[str, Any]
 def baseline_chunks(previous_action: np.ndarray, mean_action: np.ndarray, horizon: int) -> dict[str, np.ndarray]:
     """Chunks (M, horizon, 7) of each baseline for M samples.
 
-    previous_action (M, 7): the motion that ended at the step (all that a robot could have known); mean_action (7,): mean over the valid
-    steps of the training episodes. `zero` does not move, `mean` moves as the training data do on average, `persistence` repeats the
-    previous motion.
+    previous_action (M, 7): the motion that ended at the step (all that a robot could have known); mean_action (7,):
+    mean over the valid steps of the training episodes. `zero` does not move, `mean` moves as the training data do on
+    average, `persistence` repeats the previous motion.
     """
     shape = (len(previous_action), horizon, previous_action.shape[1])
     return {
@@ -30,10 +32,10 @@ def baseline_chunks(previous_action: np.ndarray, mean_action: np.ndarray, horizo
 def open_loop_metrics(predicted: np.ndarray, target: np.ndarray, mask: np.ndarray) -> Metrics:
     """Errors of `predicted` (M, H, 7) against `target` (M, H, 7) where `mask` (M, H) is True.
 
-    Returns `translation_mae_mm` (mean Euclidean error of a step's motion), `rotation_mae_deg`, the same as RMSE, `dimensions` (MSE, MAE,
-    R2, correlation of each; R2 and correlation are None for a dimension that does not vary), `by_step` (errors by chunk index) and
-    `path_error_mm` (distance between the integrated motions at the end of full chunks).
-    Raises ValueError for unequal shapes or an empty mask.
+    Returns `translation_mae_mm` (mean Euclidean error of a step's motion), `rotation_mae_deg`, the same as RMSE,
+    `dimensions` (MSE, MAE, R2, correlation of each; R2 and correlation are None for a dimension that does not vary),
+    `by_step` (errors by chunk index) and `path_error_mm` (distance between the integrated motions at the end of full
+    chunks). Raises ValueError for unequal shapes or an empty mask.
     """
     if predicted.shape != target.shape or mask.shape != target.shape[:2]:
         raise ValueError(f"shapes differ: predicted {predicted.shape}, target {target.shape}, mask {mask.shape}")

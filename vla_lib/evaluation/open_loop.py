@@ -1,6 +1,7 @@
 """Open loop: a checkpoint's errors on the held-out episodes of its own split, beside those of the three baselines.
 
-The policy gets observations alone; the targets are compared afterwards. Low open-loop error is no success on the robot: closed loop decides.
+The policy gets observations alone; the targets are compared afterwards. Low open-loop error is no success on the robot:
+closed loop decides.
 """
 
 from collections.abc import Mapping, Sequence
@@ -34,8 +35,8 @@ SAMPLES = 13  # 20 ms at 650 Hz, as the runner's force limit
 
 @dataclass(frozen=True)
 class OpenLoop:
-    """Predictions of one checkpoint on M samples: chunks (M, H, 7) of `policy`, of the policy with an input masked (where asked for) and
-    of each baseline, `target`, `mask` (M, H), and where they come from."""
+    """Predictions of one checkpoint on M samples: chunks (M, H, 7) of `policy`, of the policy with an input masked
+    (where asked for) and of each baseline, `target`, `mask` (M, H), and where they come from."""
 
     chunks: dict[str, np.ndarray]
     target: np.ndarray
@@ -62,7 +63,8 @@ class OpenLoop:
         return {str(name): self.metrics(self.phase == name) for name in np.unique(self.phase)}
 
     def results(self) -> dict[str, Any]:
-        """What results.json records: plain figures first, then all metrics of all methods, whole, by dataset and by phase."""
+        """What results.json records: plain figures first, then all metrics of all methods, whole, by dataset and by
+        phase."""
         metrics = self.metrics()
         plain = ("samples", "translation_mae_mm", "rotation_mae_deg", "translation_rmse_mm", "rotation_rmse_deg")
         keys = sorted({str(key) for key in self.episode})
@@ -134,7 +136,7 @@ def evaluate_open_loop(
 
 
 def sampled_chunks(checkpoint: Path, dataset_root: Path, episode: str, count: int = 5) -> np.ndarray:
-    """(count, N, H, 7): chunks that a diffusion policy draws from different noise for each of the N samples of one episode (its key)."""
+    """(count, N, H, 7): chunks from different noise that a diffusion policy draws for the N samples of one episode."""
     policy, info = load_policy(checkpoint)
     samples = sample_set([_episode(dataset_root, episode)], dataset_root, info)
     batch = samples.batch(np.arange(len(samples)))
@@ -157,7 +159,8 @@ def inputs_of(config: PolicyConfig) -> dict[str, Input]:
 
 
 def sample_set(episodes: Sequence[PreparedEpisode], dataset_root: Path, info: Mapping[str, Any]) -> SampleSet:
-    """The samples of `episodes` as the checkpoint with this `info` was trained on them (same cache, window, reuse, latency).
+    """The samples of `episodes` as the checkpoint with this `info` was trained on them (same cache, window, reuse,
+    latency).
 
     Stage 2 changed the VLM, so no cache holds its features: they are computed here.
     """
@@ -173,8 +176,8 @@ def sample_set(episodes: Sequence[PreparedEpisode], dataset_root: Path, info: Ma
 
 
 def phases(episode: PreparedEpisode) -> np.ndarray:
-    """(N,) of "contact" (measured force, mean of 20 ms up to the step, more than 5 mN above the median of the episode's first second),
-    "free", and "unknown" where the episode has no sensor sample by then."""
+    """(N,) of "contact" (measured force, mean of 20 ms up to the step, more than 5 mN above the median of the episode's
+    first second), "free", and "unknown" where the episode has no sensor sample by then."""
     found = np.full(len(episode), "unknown", dtype="<U7")
     force, end = np.asarray(episode.sensor_force if episode.has_sensor else (), np.float64), episode.sensor_index
     if not len(force) or not np.isfinite(force).all():
@@ -192,7 +195,8 @@ def phases(episode: PreparedEpisode) -> np.ndarray:
 def beaten(metrics: Mapping[str, Metrics]) -> dict[str, bool]:
     """For each baseline whether the policy's RMS errors of translation and of rotation are both below it.
 
-    RMS, because the mean baseline is the best constant in that sense; mean absolute errors stand beside it in every table.
+    RMS, because the mean baseline is the best constant in that sense; mean absolute errors stand beside it in every
+    table.
     """
     ours = metrics["policy"]
     return {
@@ -215,8 +219,8 @@ def _episode(dataset_root: Path, key: str) -> PreparedEpisode:
 
 
 def error_table(metrics: Mapping[str, Metrics]) -> pd.DataFrame:
-    """One row a method (the policy, the policy with an input masked, each baseline): mean and RMS error of a step's motion,
-    error of the whole chunk's path, mean R2 over the moving dimensions."""
+    """One row a method (the policy, the policy with an input masked, each baseline): mean and RMS error of a step's
+    motion, error of the whole chunk's path, mean R2 over the moving dimensions."""
     columns = {
         "translation_mae_mm": "translation MAE (mm)",
         "translation_rmse_mm": "translation RMSE (mm)",
@@ -230,7 +234,7 @@ def error_table(metrics: Mapping[str, Metrics]) -> pd.DataFrame:
 
 
 def phase_table(found: OpenLoop) -> pd.DataFrame:
-    """`error_table` of the steps in contact and of those in free motion (and of those whose force is not known), one below the other."""
+    """`error_table` of each phase (contact, free motion, and where the force is not known), one below the other."""
     tables = []
     for phase, metrics in found.by_phase().items():
         table = error_table(metrics)
@@ -251,7 +255,7 @@ def dimension_table(metrics: Mapping[str, Metrics]) -> pd.DataFrame:
 
 
 def side_by_side(found: Mapping[str, OpenLoop]) -> pd.DataFrame:
-    """One row a checkpoint: the policy's row of `error_table`, its held-out episodes, and the baselines that it does not beat."""
+    """One row a checkpoint: its policy's row of `error_table`, episodes, and the baselines that it does not beat."""
     rows = []
     for name, loop in found.items():
         metrics = loop.metrics()

@@ -8,8 +8,8 @@ A real arm is driven by the same `Pilot`; only the robot (anything that implemen
         pilot.warm_up(arm.read_observation())
         log = pilot.run(arm, SafetyLimits(workspace_mm=...), max_s=30)
 
-`watch` runs in the control loop between two ticks: it must be quick (store, do not draw). Who wants to draw, block or die starts a
-`RehearsalProcess`, whose control loop shares its interpreter with nobody.
+`watch` runs in the control loop between two ticks: it must be quick (store, do not draw). Who wants to draw, block or
+die starts a `RehearsalProcess`, whose control loop shares its interpreter with nobody.
 """
 
 import contextlib
@@ -44,7 +44,8 @@ PICTURES_EVERY = 3  # ticks: five views at every one would keep the watcher's pi
 
 
 class Pilot(contextlib.AbstractContextManager["Pilot"]):
-    """A checkpoint that can drive robots in real time: the policy here, its VLM in a process of its own. Injected latencies are left out.
+    """A checkpoint that can drive robots in real time: the policy here, its VLM in a process of its own. Injected
+    latencies are left out.
 
     Raises UserError where the checkpoint or its VLM is missing. Leaving the `with` block ends the VLM's process.
     """
@@ -60,7 +61,8 @@ class Pilot(contextlib.AbstractContextManager["Pilot"]):
         self._vlm.close()
 
     def warm_up(self, observation: Observation, times: int = 3) -> None:
-        """Run VLM and policy a few times on one observation: first calls allocate, compile and load, and would be late. Nothing moves."""
+        """Run VLM and policy a few times on one observation: first calls allocate, compile and load, and would be late.
+        Nothing moves."""
         for _ in range(times):
             tokens, mask = self._vlm.compute(observation.pictures, observation.instruction)
             window = np.zeros((self.expert.sensor_window, 1026), np.float32) if self.expert.sensor_window else None
@@ -101,10 +103,11 @@ def rehearse(
     dry_run: Path | None = None,
     go_on: bool = False,
 ) -> dict[str, Any]:
-    """One rollout in real time; returns the record of `evaluation.rollout.judged`, plus `log` (RunLog) and `path` at 650 Hz.
+    """One rollout in real time; returns the record of `evaluation.rollout.judged`, plus `log` (RunLog) and `path` at
+    650 Hz.
 
-    `dry_run`: a JSON-lines file that gets the actions instead of the robot. `go_on`: run for `max_time_s` even after the rollout is
-    decided. Raises UserError where the checkpoint, its VLM or EGL is missing.
+    `dry_run`: a JSON-lines file that gets the actions instead of the robot. `go_on`: run for `max_time_s` even after
+    the rollout is decided. Raises UserError where the checkpoint, its VLM or EGL is missing.
     """
     with Pilot(settings) as pilot, contextlib.closing(make_rig(**rig_of(settings, pilot.settings))) as rig:
         clock = RealClock()

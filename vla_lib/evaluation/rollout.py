@@ -1,4 +1,5 @@
-"""One closed-loop rollout: a checkpoint tries the phantom of a seed on the simulated rig, and is judged by what happened.
+"""One closed-loop rollout: a checkpoint tries the phantom of a seed on the simulated rig, and is judged by what
+happened.
 
 The rig, the clock and the latencies are deterministic by the seed: the same settings and seed give the same rollout.
 """
@@ -31,7 +32,7 @@ from vla_lib.features.vlm import open_checkpoint
 from vla_lib.policy.policy import Policy
 from vla_lib.runtime.clock import Latency, SimulatedClock
 from vla_lib.runtime.expert import Expert, PolicyExpert
-from vla_lib.runtime.robot_io import Array, Observation
+from vla_lib.runtime.robot_io import Observation
 from vla_lib.runtime.run_log import RunLog, Tick
 from vla_lib.runtime.runner import Runner, RunnerSettings, Watch
 from vla_lib.runtime.safety import SafetyLimits
@@ -44,17 +45,18 @@ SENSOR_STRIDE = 13  # moments keep the sensor at 50 Hz
 
 @dataclass(frozen=True)
 class Moment:
-    """One tick as a watcher sees it: its log entry and the action period; the sensor at 50 Hz, newest sample last, (n, 1026) with times
-    (n,) in s of the run (below 0 in the rest before the start); and the newest picture (H, W, 3) of each view, where they are kept."""
+    """One tick as a watcher sees it: its log entry and the action period; the sensor at 50 Hz, newest sample last, (n,
+    1026) with times (n,) in s of the run (below 0 in the rest before the start); and the newest picture (H, W, 3) of
+    each view, where they are kept."""
 
     tick: Tick
     period_s: float
-    sensor: Array
-    sensor_t_s: Array
-    pictures: dict[str, Array]
+    sensor: np.ndarray
+    sensor_t_s: np.ndarray
+    pictures: dict[str, np.ndarray]
 
     @property
-    def newest_sample(self) -> Array:
+    def newest_sample(self) -> np.ndarray:
         """(1026,) force (mN), then the A-scan; NaN where the tick brought no sample."""
         return self.sensor[-1] if len(self.sensor) else np.full(1026, np.nan, np.float32)
 
@@ -69,8 +71,9 @@ class Moment:
 def rollout(settings: RolloutSettings, seed: int, frames: int = 0) -> dict[str, Any]:
     """Try the checkpoint on the phantom of `seed`. Returns the record of `judged`, with `path`.
 
-    Asked for frames, it adds as many Moments evenly over the rollout's time, the last one included, as `frames`, and the sensor at 50 Hz
-    over all of it: `sensor` (n, 1026), `sensor_t_s` (n,). Raises UserError where the checkpoint, its VLM or EGL is missing or another one.
+    Asked for frames, it adds as many Moments evenly over the rollout's time, the last one included, as `frames`, and
+    the sensor at 50 Hz over all of it: `sensor` (n, 1026), `sensor_t_s` (n,). Raises UserError where the checkpoint,
+    its VLM or EGL is missing or another one.
     """
     policy, compute, info = _load(settings.checkpoint, settings.checkpoint.stat().st_mtime_ns, settings.device)
     expert, runner = expert_of(settings, policy, info, seed)
@@ -99,7 +102,7 @@ def rollout(settings: RolloutSettings, seed: int, frames: int = 0) -> dict[str, 
 def expert_of(
     settings: RolloutSettings, policy: Policy, info: Mapping[str, Any], seed: int = 0
 ) -> tuple[PolicyExpert, RunnerSettings]:
-    """A loaded policy as the runner's expert, and the runner's settings for it: the same ones on both clocks and on every robot."""
+    """A loaded policy as an expert, and the runner's settings for it: the same on both clocks and on every robot."""
     expert = PolicyExpert(policy, settings.without, settings.ddim_steps or None, seed)
     reuse_count, views = info["settings"]["vlm_reuse_count"], tuple(info["binding"]["views"])
     return expert, RunnerSettings(float(policy.config.action_hz), reuse_count, settings.steps_per_chunk, views)
@@ -123,7 +126,7 @@ def run_on_rig(
     watch: Watch | None = None,
     instruction: str = "",
 ) -> dict[str, Any]:
-    """One rollout of any expert and any VLM on the rig, on the simulated clock. Returns the record of `judged`, with `path`."""
+    """One rollout of any expert and any VLM on the rig, on the simulated clock; the record of `judged`, with `path`."""
     clock = SimulatedClock(latencies, seed)
     robot = SimRobot(rig, clock, seed, instruction=instruction)
     runner = Runner(robot, expert, SimulatedVlm(compute, clock), clock, settings, limits, watch)
@@ -135,7 +138,7 @@ def run_on_rig(
 
 
 def judged(robot: SimRobot, log: RunLog) -> dict[str, Any]:
-    """What came of a rollout, JSON-able: success, reason of failure ("" at success), errors in mm, forces in mN, times in s, the log's summary.
+    """What came of a rollout, JSON-able: success, the reason of a failure, mm, mN, s, and the log's summary and events.
 
     Where safety ended a rollout that was not decided yet the reason begins with "stopped: ".
     """
@@ -150,59 +153,61 @@ def judged(robot: SimRobot, log: RunLog) -> dict[str, Any]:
 
 
 def rig_settings(checkpoint: Path, dataset_root: Path | None = None, judge: bool = True) -> RolloutSettings:
-    """RolloutSettings of a checkpoint: pictures, task and instruction as its dataset's recording on the rig has them (of several tasks the
-    one with the most episodes), VL features as late as in training.
+    """RolloutSettings of a checkpoint: pictures, task and instruction as its dataset's recording on the rig has them
+    (of several tasks the one with the most episodes), VL features as late as in training.
 
-    Without `judge`, a policy of other recordings is taken too: its pictures are then as large as its VLM asks for, so that a rehearsal's
-    timing is true, though what it does means nothing. Raises UserError with the reason of `rig_refusal` where the rig cannot serve it.
+    Without `judge`, a policy of other recordings is taken too: its pictures are then as large as its VLM asks for, so
+    that a rehearsal's timing is true, though what it does means nothing. Raises UserError where the rig cannot serve.
     """
-    if refusal := rig_refusal(checkpoint, dataset_root, judge):
-        raise UserError(refusal)
     content = read_checkpoint(checkpoint)
-    manifest = _root(content, dataset_root) / MANIFEST
-    if manifest.is_file():
-        recorded = read_json(manifest)
-        how = {name: recorded["plan"][name] for name in ("picture_width", "picture_height", "camera_hz")}
-        tasks = Counter(entry["task"] for entry in recorded["episodes"]).most_common(1)
-        how["task"] = tasks[0][0] if tasks else DEFAULT_TASK
-        how["instruction"] = instruction_of(how["task"], manifest.parent)
-    else:
-        how = {f"picture_{side}": int(content["binding"][f"image_resize_{side}"]) for side in ("width", "height")}
-    return RolloutSettings(checkpoint, vlm_latency_ms=content["settings"]["vlm_latency_ms"], **how)
-
-
-def rig_refusal(checkpoint: Path, dataset_root: Path | None = None, judge: bool = True) -> str:
-    """Why the simulated rig cannot judge this checkpoint (without `judge`: cannot run it at all), one sentence; "" where it can."""
-    binding = read_checkpoint(checkpoint)["binding"]
+    trained, binding = content["settings"], content["binding"]
+    root = Path(trained["dataset_root"]) if dataset_root is None else dataset_root
     if unknown := [view for view in binding["views"] if view not in VIEWS]:
-        return (
+        raise UserError(
             f"{checkpoint} sees the view {unknown[0]}, which the simulated rig does not have ({', '.join(VIEWS)}): "
             "it cannot run there."
         )
-    if judge and not ((root := dataset_of(checkpoint, dataset_root)) / MANIFEST).is_file():
-        return (
-            f"{root} was not recorded on the simulated rig (it has no {MANIFEST}): the rig's phantoms say nothing about "
-            f"{checkpoint}; evaluate it without closed-loop seeds, or train on a recording of `python -m needle_rig`."
+    recorded = (root / MANIFEST).is_file()
+    if judge and not recorded:
+        raise UserError(
+            f"{root} was not recorded on the simulated rig (it has no {MANIFEST}): the rig's phantoms say nothing "
+            f"about {checkpoint}; evaluate it without closed-loop seeds, "
+            "or train on a recording of `python -m needle_rig`."
         )
     try:
         open_checkpoint(binding["source"])
     except UserError as error:
-        return f"The VLM of {checkpoint} is not at hand, so it cannot look at the rig: {error}"
+        raise UserError(f"The VLM of {checkpoint} is not at hand, so it cannot look at the rig: {error}") from None
+    if recorded:
+        manifest = read_json(root / MANIFEST)
+        how = {name: manifest["plan"][name] for name in ("picture_width", "picture_height", "camera_hz")}
+        tasks = Counter(entry["task"] for entry in manifest["episodes"]).most_common(1)
+        how["task"] = tasks[0][0] if tasks else DEFAULT_TASK
+        how["instruction"] = instruction_of(how["task"], root)
+    else:
+        how = {f"picture_{side}": binding[f"image_resize_{side}"] for side in ("width", "height")}
+    return RolloutSettings(checkpoint, vlm_latency_ms=trained["vlm_latency_ms"], **how)
+
+
+def rig_refusal(checkpoint: Path, dataset_root: Path | None = None) -> str:
+    """Why the simulated rig cannot judge this checkpoint, one sentence; "" where it can."""
+    root = dataset_of(checkpoint, dataset_root)
+    try:
+        rig_settings(checkpoint, root)
+    except UserError as error:
+        return str(error)
     return ""
 
 
 def dataset_of(checkpoint: Path, dataset_root: Path | None = None) -> Path:
     """`dataset_root`, or the folder that the checkpoint says it was trained on. Raises UserError where that is gone."""
-    root = _root(read_checkpoint(checkpoint), dataset_root)
+    root = dataset_root or Path(read_checkpoint(checkpoint)["settings"]["dataset_root"])
     if not root.is_dir():
         raise UserError(
-            f"{checkpoint} was trained on {root}, which is not there; give the folder of its dataset with --dataset-root."
+            f"{checkpoint} was trained on {root}, which is not there; "
+            "give the folder of its dataset with --dataset-root."
         )
     return root
-
-
-def _root(content: Mapping[str, Any], dataset_root: Path | None) -> Path:
-    return Path(content["settings"]["dataset_root"] if dataset_root is None else dataset_root)
 
 
 # ---------------------------------------------------------------- kept from one rollout to the next in a process

@@ -1,21 +1,21 @@
-"""Settings of an evaluation: how a policy is run on the simulated rig, one rollout there, and the flags of `python -m vla_lib.evaluate`.
-
-No torch here: a notebook's parameters and `--help` are read from this module.
-"""
+"""Settings of an evaluation and of one rollout on the simulated rig (no torch here)."""
 
 from dataclasses import KW_ONLY
 from pathlib import Path
 from typing import Annotated, Literal
 
-import tyro
 from annotated_types import Ge, Gt
 from pydantic import BeforeValidator
+from tyro.conf import arg
 
-from needle_rig.world import DEFAULT_TASK  # without torch and mujoco
+from needle_rig.world import DEFAULT_TASK
 from vla_lib.core.errors import UserError
 from vla_lib.core.settings import Settings, settings
 
-Ms = Annotated[float, Ge(0)]
+Count = Annotated[int, Ge(0)]
+Positive = Annotated[int, Ge(1)]
+Milliseconds = Annotated[float, Ge(0)]
+Texts = Annotated[tuple[str, ...], BeforeValidator(lambda given: tuple(map(str, given)))]  # paths are taken, too
 
 
 @settings
@@ -23,20 +23,14 @@ class ClosedLoopSettings(Settings):
     """How a policy is run on the simulated rig, whichever checkpoint it is from."""
 
     _: KW_ONLY  # so that the checkpoints of both records below stay their first arguments
+    # a chunk of actions for its first one alone, at every step, or for several steps
     execution: Literal["first action", "chunk of n"] = "first action"
-    """How chunks of actions are executed: a new chunk at every step, of which the first action is taken, or one chunk for several steps."""
-    chunk_steps: Annotated[int, Ge(1)] = 4
-    """Actions of a chunk that `chunk of n` follows."""
-    vlm_jitter_ms: Ms = 0.0
-    """On the rig: mean of the exponentially distributed rest by which VL features come later still."""
-    expert_latency_ms: Ms = 0.0
-    """On the rig: how long the action expert takes."""
-    expert_jitter_ms: Ms = 0.0
-    """On the rig: mean of the exponentially distributed rest of that time."""
-    ddim_steps: Annotated[int, Ge(0)] = 0
-    """Denoising steps of a diffusion policy, on episodes and on the rig; 0: its own."""
-    max_time_s: Annotated[float, Gt(0)] = 30.0
-    """Longest rollout."""
+    chunk_steps: Positive = 4  # actions of a chunk that `chunk of n` follows
+    vlm_jitter_ms: Milliseconds = 0.0  # on the rig: mean of an exponentially distributed further delay of VL features
+    expert_latency_ms: Milliseconds = 0.0  # on the rig: how long the action expert takes
+    expert_jitter_ms: Milliseconds = 0.0  # on the rig: mean of the exponentially distributed rest of that time
+    ddim_steps: Count = 0  # denoising steps of a diffusion policy, on episodes and on the rig; 0: its own
+    max_time_s: Annotated[float, Gt(0)] = 30.0  # longest rollout
 
     @property
     def steps_per_chunk(self) -> int:
@@ -46,56 +40,41 @@ class ClosedLoopSettings(Settings):
 
 @settings
 class RolloutSettings(ClosedLoopSettings):
-    """One rollout of a checkpoint. The pictures are as the recorder makes them; rates, views and sensor window come from the checkpoint."""
+    """One rollout of a checkpoint, whose rates, views and sensor window hold; pictures are as in recordings."""
 
     checkpoint: Path
-    without: Literal["nothing", "vl", "sensor"] = "nothing"
-    """Input that is masked."""
-    vlm_latency_ms: Ms | None = None
-    """Delay of the VL features; None: the one that the policy was trained with. 300 ms and more lower the VLM's rate: it does one at a time."""
-    task: str = DEFAULT_TASK
-    """Whose phantoms."""
-    instruction: str = ""
-    """The task in the words of the training data; default: those of the built-in table."""
-    picture_width: Annotated[int, Gt(0)] = 320
-    picture_height: Annotated[int, Gt(0)] = 180
+    without: Literal["nothing", "vl", "sensor"] = "nothing"  # input that is masked
+    # delay of the VL features; None: as in training. 300 ms and more lower the VLM's rate: it does one moment at a time
+    vlm_latency_ms: Milliseconds | None = None
+    task: str = DEFAULT_TASK  # whose phantoms
+    instruction: str = ""  # the task in the words of the training data; default: those of the built-in table
+    picture_width: Positive = 320
+    picture_height: Positive = 180
     camera_hz: Annotated[float, Gt(0)] = 5.0
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        checkpoint_exists(self.checkpoint)
+        _must_exist(self.checkpoint)
 
 
 @settings
 class EvaluateSettings(ClosedLoopSettings):
     """Evaluate checkpoints: held-out errors beside three baselines, and rollouts on the simulated rig."""
 
-    checkpoints: Annotated[
-        tuple[str, ...],
-        BeforeValidator(lambda given: tuple(map(str, given))),
-        tyro.conf.arg(aliases=("--checkpoint",)),
-    ] = ()
-    """Checkpoint files, each PATH or NAME=PATH; the first is the one in question, the others are compared with it."""
-    dataset_root: Annotated[Path | None, tyro.conf.arg(aliases=("--dataset-dir",))] = None
-    """Folder of the dataset; default: the one that each checkpoint was trained on."""
-    episodes: Literal["val", "train"] = "val"
-    """Which episodes of a checkpoint's recorded split."""
-    batch_size: Annotated[int, Ge(1)] = 64
-    """Samples in one forward pass."""
-    closed_loop_seeds: Annotated[int, Ge(0)] = 0
-    """Unseen phantoms of the simulated rig on which every checkpoint is tried; 0: none."""
-    tuning: bool = False
-    """Take the seeds that are kept for choosing between variants, so that those which are reported stay unseen."""
-    masked: bool = False
-    """Also the first checkpoint with its VL and with its sensor masked."""
-    latency_sweep: bool = False
-    """Also the first checkpoint with VL features that come 0, 300 and 600 ms late."""
-    workers: Annotated[int, Ge(0)] = 0
-    """Processes that try phantoms side by side; 0: one a CPU core."""
+    # checkpoint files, each PATH or NAME=PATH; the first is the one in question, the others are compared with it
+    checkpoints: Annotated[Texts, arg(aliases=("--checkpoint",))] = ()
+    # folder of the dataset; default: the one that each checkpoint was trained on
+    dataset_root: Annotated[Path | None, arg(aliases=("--dataset-dir",))] = None
+    episodes: Literal["val", "train"] = "val"  # which episodes of a checkpoint's recorded split
+    batch_size: Positive = 64  # samples in one forward pass
+    closed_loop_seeds: Count = 0  # unseen phantoms of the rig on which every checkpoint is tried; 0: none
+    tuning: bool = False  # take seeds that are kept for choosing between variants: the reported ones stay unseen
+    masked: bool = False  # also the first checkpoint with its VL and with its sensor masked
+    latency_sweep: bool = False  # also the first checkpoint with VL features that come 0, 300 and 600 ms late
+    workers: Count = 0  # processes that try phantoms side by side; 0: one a CPU core
+    # auto: a GPU where there is one. Rollouts on the rig always run on the CPU, so that they are repeatable
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: a GPU where there is one. Rollouts on the rig always run on the CPU, so that they are repeatable."""
-    run_dir: Path | None = None
-    """Folder that gets results.json; default: none, the results are printed only."""
+    run_dir: Path | None = None  # folder that gets results.json; default: none, the results are printed only
 
     def __post_init__(self) -> None:
         if not self.checkpoints:
@@ -104,7 +83,7 @@ class EvaluateSettings(ClosedLoopSettings):
                 "give one with --checkpoint PATH, or several with --checkpoints NAME=PATH ..."
             )
         for path in self.named().values():
-            checkpoint_exists(path)
+            _must_exist(path)
         if self.dataset_root is not None and not self.dataset_root.is_dir():
             raise UserError(
                 f"There is no dataset root {self.dataset_root}; "
@@ -112,7 +91,8 @@ class EvaluateSettings(ClosedLoopSettings):
             )
 
     def named(self) -> dict[str, Path]:
-        """Name -> file of each checkpoint; a file without a name is called by its own. UserError where two have the same name."""
+        """Name -> file of each checkpoint; a file without a name is called by its own. UserError where two have the
+        same name."""
         named: dict[str, Path] = {}
         for text in self.checkpoints:
             name, equals, path = text.partition("=")
@@ -126,7 +106,6 @@ class EvaluateSettings(ClosedLoopSettings):
         return named
 
 
-def checkpoint_exists(path: Path) -> None:
-    """Raise UserError where it does not."""
-    if not path.is_file():
-        raise UserError(f"There is no checkpoint {path}; train one first, or give the path of its .pt file.")
+def _must_exist(checkpoint: Path) -> None:
+    if not checkpoint.is_file():
+        raise UserError(f"There is no checkpoint {checkpoint}; train one first, or give the path of its .pt file.")

@@ -1,7 +1,7 @@
 """The simulated rig as a robot: what the runner asks of `RobotIO`, answered by needle_rig at the runner's clock.
 
-Everything that vla_lib takes from needle_rig comes through here (the demo's recording apart): the environment, the figures
-by which it judges, and its errors as UserError.
+Everything that vla_lib takes from needle_rig comes through here (the demo's recording apart): the environment, the
+figures by which it judges, and its errors as UserError.
 """
 
 import contextlib
@@ -57,26 +57,26 @@ def rig_errors() -> Iterator[None]:
         raise UserError(str(error)) from None
 
 
+@rig_errors()
 def make_rig(**how: Any) -> NeedleInsertion:
     """The environment with these settings. Raises UserError where it cannot be, or EGL is missing."""
-    with rig_errors():
-        return NeedleInsertion(**how)
+    return NeedleInsertion(**how)
 
 
+@rig_errors()
 def check_drawing() -> None:
     """Raises UserError with the remedy where the rig's cameras cannot draw on this machine."""
-    with rig_errors():
-        check_gl()
+    check_gl()
 
 
+@rig_errors()
 def instruction_of(task: str, root: Path | None = None) -> str:
     """The instruction that prepared episodes of the task below `root` carry: live and recorded prompts must agree.
 
     Default root: the built-in table. Raises UserError where the root's datasets.yaml cannot be understood.
     """
     table = DatasetTable() if root is None else DatasetTable.load(root)
-    with rig_errors():
-        return table.instruction(*task_of(task)["folders"])
+    return table.instruction(*task_of(task)["folders"])
 
 
 class SimRobot:

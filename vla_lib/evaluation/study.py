@@ -1,9 +1,11 @@
 """A study: some checkpoints on held-out episodes and, on the simulated rig, on the same unseen seeds.
 
-    found = evaluate(EvaluateSettings(("async=runs/A/checkpoints/qwen_vla_async_best.pt", "no VL=runs/B/..."), closed_loop_seeds=100))
+found = evaluate(EvaluateSettings(("async=runs/A/checkpoints/qwen_vla_async_best.pt", "no VL=runs/B/..."),
+closed_loop_seeds=100))
     found.results()
 
-The first checkpoint is the one in question: masked inputs and later VL features are tried on it. The others are compared with it as they are.
+The first checkpoint is the one in question: masked inputs and later VL features are tried on it. The others are
+compared with it as they are.
 """
 
 from collections.abc import Callable
@@ -25,7 +27,7 @@ DELAYS_MS = (0.0, 300.0, 600.0)
 
 @dataclass
 class Study:
-    """What was found: for each checkpoint its OpenLoop, for each variant its ClosedLoop (empty where none was asked for)."""
+    """What was found: the OpenLoop of each checkpoint, the ClosedLoop of each variant (none if none was asked for)."""
 
     checkpoints: dict[str, Path]
     open_loop: dict[str, OpenLoop] = field(default_factory=dict)
@@ -37,7 +39,8 @@ class Study:
         return next(iter(self.checkpoints))
 
     def results(self) -> dict[str, Any]:
-        """What results.json records: the first checkpoint's figures; the others below `compared_with`, every variant below `closed_loop`."""
+        """What results.json records: the first checkpoint's figures; the others below `compared_with`, every variant
+        below `closed_loop`."""
         each = {
             name: {"checkpoint": str(self.checkpoints[name])} | found.results()
             for name, found in self.open_loop.items()
@@ -55,9 +58,11 @@ class Study:
 
 
 def evaluate(settings: EvaluateSettings, done: Callable[[Study], Any] = lambda study: None) -> Study:
-    """Evaluate all checkpoints; `done(study)` is called after the open loop and again after the closed one, to save what there is.
+    """Evaluate all checkpoints; `done(study)` is called after the open loop and again after the closed one, to save
+    what there is.
 
-    Raises UserError where an episode, a cache or a VLM is missing, or where a closed loop is asked for and impossible (`rig_refusal`).
+    Raises UserError where an episode, a cache or a VLM is missing, or where a closed loop is asked for and impossible
+    (`rig_refusal`).
     """
     study = Study(settings.named())
     roots = {name: dataset_of(path, settings.dataset_root) for name, path in study.checkpoints.items()}

@@ -1,4 +1,4 @@
-"""Time of a run: one loop on two clocks, simulated time, which moves only when the loop waits or works, and real time with its watchdog."""
+"""Time of a run: the simulated clock, which moves only when the loop waits or works, the real one, and its watchdog."""
 
 import threading
 import time

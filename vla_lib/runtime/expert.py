@@ -1,9 +1,9 @@
-"""The fast expert: a trained policy turns features with their age, state and sensor window into action chunks (H, 7) in mm and degrees.
+"""The fast expert: a policy that makes action chunks (H, 7), mm and degrees, and the plan by which they are executed.
 
-The observation batch is the one of vla_lib.training.samples.SampleSet.batch with B = 1; the same keys, types, units and rule of masking.
+Its observation is vla_lib.training.samples.SampleSet.batch with B = 1: the same keys, types, units and rule of masking.
 """
 
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -13,15 +13,15 @@ from vla_lib.policy.config import SENSOR_CHANNELS
 from vla_lib.policy.policy import Policy
 from vla_lib.runtime.vlm_worker import Features
 
-Array = np.ndarray[Any, Any]
-
 
 class Expert(Protocol):
     """What the runner asks of an expert. `sensor_window`: samples that it reads, 0 for none."""
 
     sensor_window: int
 
-    def __call__(self, features: Features, age_s: float, state: Array, window: Array | None) -> Array: ...
+    def __call__(
+        self, features: Features, age_s: float, state: np.ndarray, window: np.ndarray | None
+    ) -> np.ndarray: ...
 
 
 Input = Literal["nothing", "vl", "sensor"]
@@ -29,23 +29,17 @@ HIDDEN: dict[Input, tuple[str, ...]] = {"nothing": (), "vl": ("vl_mask",), "sens
 
 
 def hidden(observation: dict[str, torch.Tensor], without: Input) -> dict[str, torch.Tensor]:
-    """The observation batch with the VL tokens ("vl": every view and the text) or the sensor window ("sensor") missing, as in training."""
+    """The observation batch without VL tokens ("vl": views and text) or sensor window: missing as in training."""
     return observation | {name: torch.zeros_like(observation[name]) for name in HIDDEN[without] if name in observation}
 
 
 class PolicyExpert:
-    """A policy as an Expert. `without`: the input that is `hidden`; `ddim_steps`: denoising steps of a diffusion policy, None: its own.
+    """A policy as an Expert. `without`: the input that is `hidden`; `ddim_steps`: of a diffusion policy, None: its own.
 
-    A diffusion policy draws new noise at every call, from `seed` on: the same noise each time would push every action the same way.
+    It draws new noise at every call, from `seed` on: the same noise each time would push every action the same way.
     """
 
-    def __init__(
-        self,
-        policy: Policy,
-        without: Input = "nothing",
-        ddim_steps: int | None = None,
-        seed: int = 0,
-    ):
+    def __init__(self, policy: Policy, without: Input = "nothing", ddim_steps: int | None = None, seed: int = 0):
         if without not in HIDDEN:
             raise UserError(f"A policy can be run without nothing, vl or sensor, not without {without!r}.")
         self.policy, self.without, self.ddim_steps = policy, without, ddim_steps
@@ -53,9 +47,9 @@ class PolicyExpert:
         self.sensor_window = policy.config.sensor_window_size if policy.config.sensor_enabled else 0
 
     def observation(
-        self, features: Features, age_s: float, state: Array, window: Array | None
+        self, features: Features, age_s: float, state: np.ndarray, window: np.ndarray | None
     ) -> dict[str, torch.Tensor]:
-        """The batch of one; `window` (S, 1026) or None where it is not full."""
+        """The batch of one. `state` (12,); `window` (S, 1026), None where it is not full: masked, as in training."""
         batch = {
             "vl_tokens": torch.as_tensor(features.tokens)[None],
             "vl_mask": torch.as_tensor(features.mask, dtype=torch.bool)[None],
@@ -68,7 +62,7 @@ class PolicyExpert:
             batch["sensor_mask"] = torch.tensor([window is not None])
         return hidden(batch, self.without)
 
-    def __call__(self, features: Features, age_s: float, state: Array, window: Array | None) -> Array:
+    def __call__(self, features: Features, age_s: float, state: np.ndarray, window: np.ndarray | None) -> np.ndarray:
         """(H, 7) float32 actions."""
         with torch.inference_mode():
             observation = self.observation(features, age_s, state, window)
@@ -76,7 +70,7 @@ class PolicyExpert:
         return chunk[0].float().cpu().numpy()
 
     def usual_step(self) -> tuple[float, float]:
-        """Norms of a fast step of the training data, mean plus three spreads of each axis: mm and degrees in one action period."""
+        """Norms of a fast step of the training data (mean plus three spreads of each axis): mm, degrees a period."""
         statistics = self.policy.normaliser.state_dict()
         mean, std, varies = (statistics[f"action_{name}"].cpu().numpy() for name in ("mean", "std", "varies"))
         fast = np.abs(mean) + 3 * std * varies
@@ -84,25 +78,25 @@ class PolicyExpert:
 
 
 class ChunkPlan:
-    """The newest chunk, of which `steps` actions are executed before the expert is asked again. Step numbers count action periods."""
+    """The newest chunk, of which `steps` actions are executed before a new one. Step numbers count action periods."""
 
     def __init__(self, steps: int):
         self.steps = steps
         self.clear()
 
     def clear(self) -> None:
-        """Forget the chunk: it speaks of a motion that did not happen. (After a missed deadline it stays, and bridges a slow expert.)"""
+        """Forget the chunk: its motion did not happen. (After a missed deadline it stays: it bridges a slow expert.)"""
         self._begin, self._chunk = 0, np.empty((0, 7))
 
     def wants_chunk(self, step: int) -> bool:
         """Whether the expert is to be asked at this step."""
         return step - self._begin >= min(self.steps, len(self._chunk))
 
-    def add(self, step: int, chunk: Array) -> None:
+    def add(self, step: int, chunk: np.ndarray) -> None:
         """Take a chunk (H, 7) whose first action begins at `step`."""
         self._begin, self._chunk = step, np.asarray(chunk, float)
 
-    def action(self, step: int) -> Array | None:
+    def action(self, step: int) -> np.ndarray | None:
         """(7,) action of a step, None where the chunk does not reach that far."""
         ahead = step - self._begin
         return self._chunk[ahead].copy() if ahead < len(self._chunk) else None

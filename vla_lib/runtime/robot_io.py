@@ -1,7 +1,7 @@
-"""What the runner asks of a robot: observations out of it, actions into it, one stop. A dry run that logs actions instead of sending them.
+"""What the runner asks of a robot (observations, actions, one stop), and a dry run that logs actions in their place.
 
-A real arm implements `RobotIO`; the simulated rig's implementation lives in vla_lib.evaluation.sim_robot. All times of one robot are seconds
-on one clock of its own (UNIX time on the lab's rig); the runner compares them with each other only.
+A real arm implements `RobotIO`; the simulated rig's implementation lives in vla_lib.evaluation.sim_robot. All times of
+one robot are seconds on its own clock (UNIX time on the lab's rig); the runner compares them with each other only.
 """
 
 import threading
@@ -14,45 +14,39 @@ import numpy as np
 
 from vla_lib.core.files import append_jsonl
 
-Array = np.ndarray[Any, Any]
-
 
 @dataclass(frozen=True)
 class Observation:
     """What a robot knows now."""
 
-    timestamp: float
-    """Now, seconds on the robot's clock."""
-    state: Array
-    """(12,) joints 1..6 (deg), pose x y z (mm) a b r (deg, intrinsic XYZ)."""
-    state_timestamp: float
-    """When the controller last refreshed the state."""
+    timestamp: float  # Now, seconds on the robot's clock
+    state: np.ndarray  # (12,) joints 1..6 (deg), pose x y z (mm) a b r (deg, intrinsic XYZ)
+    state_timestamp: float  # when the controller last refreshed the state
     pictures: Mapping[str, Any] = field(default_factory=dict)
     """View key -> (H, W, 3) uint8, the newest of each view; a view without a picture is absent."""
     picture_timestamps: Mapping[str, float] = field(default_factory=dict)
-    sensor: Array = field(default_factory=lambda: np.empty((0, 1026), np.float32))
+    sensor: np.ndarray = field(default_factory=lambda: np.empty((0, 1026), np.float32))
     """(n, 1026) float32 raw: the samples since the last reading, force (mN) first."""
-    sensor_timestamps: Array = field(default_factory=lambda: np.empty(0))
-    """(n,) float64."""
-    instruction: str = ""
-    """The task in the words of the training data."""
+    sensor_timestamps: np.ndarray = field(default_factory=lambda: np.empty(0))  # (n,) float64
+    instruction: str = ""  # the task in the words of the training data
 
 
 class RobotIO(Protocol):
-    """A robot. `read_observation` and `send_action` are called by one thread; `stop` may come from any thread, at any moment, twice.
+    """A robot. One thread calls `read_observation` and `send_action`; `stop` may come from any, at any moment, twice.
 
-    One that takes actions and does not move says so with `moves = False`: it is then judged by where it is, not by where it was sent.
+    One that takes actions and does not move says so with `moves = False`: it is judged by where it is, not by where it
+    was sent.
     """
 
     def read_observation(self) -> Observation:
         """The newest of everything, without waiting: a stream that is silent returns what it had, with its old time."""
         ...
 
-    def send_action(self, action: Array) -> None:
-        """Begin one motion of one action period: (7,) dx dy dz in mm, rotation vector in degrees (both base frame), gripper.
+    def send_action(self, action: np.ndarray) -> None:
+        """Begin one period's motion: (7,) dx dy dz in mm, rotation vector in degrees (both base frame), gripper.
 
-        It shifts the commanded pose: `vla_lib.episodes.poses.apply_action(commanded_pose, action)` gives the new one in mm and Euler degrees.
-        Without a further action the robot stands when the period is over.
+        It shifts the commanded pose: `vla_lib.episodes.poses.apply_action(commanded_pose, action)` gives the new one in
+        mm and Euler degrees. Without a further action the robot stands when the period is over.
         """
         ...
 
@@ -62,7 +56,7 @@ class RobotIO(Protocol):
 
 
 class DryRunIO:
-    """Reads from `source`, sends nothing: each action and the stop become lines of a JSON-lines file and entries of `sent`."""
+    """Reads from `source`, sends nothing: actions and stops become lines of a JSON-lines file and entries of `sent`."""
 
     moves = False
 
@@ -78,7 +72,7 @@ class DryRunIO:
         self._timestamp = observation.timestamp
         return observation
 
-    def send_action(self, action: Array) -> None:
+    def send_action(self, action: np.ndarray) -> None:
         """Log the action."""
         self._write({"timestamp": self._timestamp, "action": np.asarray(action, float).tolist()})
 

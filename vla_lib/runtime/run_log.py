@@ -1,4 +1,4 @@
-"""Every tick and every event of a run in; arrays, counts and a JSON-able summary out."""
+"""The log of a run: every tick and every event, and what they come to in counts and percentiles."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -10,38 +10,25 @@ import numpy as np
 
 from vla_lib.core.files import append_jsonl
 
-Array = np.ndarray[Any, Any]
-
 
 @dataclass
 class Tick:
     """One action period."""
 
     step: int
-    t_s: float
-    """When the tick began, on the run's clock."""
-    lateness_ms: float
-    """How much later than its due time."""
-    mode: str = "act"
-    """wait, act, hold, retreat or stop."""
-    reason: str = ""
-    """Why it did not act."""
-    action: tuple[float, ...] = (0.0,) * 7
-    """(7,) sent: mm, degrees, gripper."""
-    limited: tuple[str, ...] = ()
-    """Limits that changed the action."""
+    t_s: float  # when the tick began, on the run's clock
+    lateness_ms: float  # how much later than its due time
+    mode: str = "act"  # wait, act, hold, retreat or stop
+    reason: str = ""  # why it did not act
+    action: tuple[float, ...] = (0.0,) * 7  # (7,) sent: mm, degrees, gripper
+    limited: tuple[str, ...] = ()  # limits that changed the action
     vl_age_s: float | None = None
-    vl_busy: bool = False
-    """Whether the VLM was working when the expert was asked."""
+    vl_busy: bool = False  # whether the VLM was working when the expert was asked
     sensor_age_s: float | None = None
-    force_mN: float | None = None
-    """Greatest size of the force since the last tick, mean of 20 ms."""
-    expert_ms: float | None = None
-    """How long the expert took; None where it was not asked."""
-    pose: tuple[float, ...] = ()
-    """(6,) measured, mm and degrees."""
-    commanded: tuple[float, ...] = ()
-    """(6,) commanded after the action, mm and degrees."""
+    force_mN: float | None = None  # greatest size of the force since the last tick, mean of 20 ms
+    expert_ms: float | None = None  # how long the expert took; None where it was not asked
+    pose: tuple[float, ...] = ()  # (6,) measured, mm and degrees
+    commanded: tuple[float, ...] = ()  # (6,) commanded after the action, mm and degrees
 
 
 @dataclass
@@ -50,29 +37,26 @@ class RunLog:
 
     ticks: list[Tick] = field(default_factory=list)
     events: list[dict[str, Any]] = field(default_factory=list)
-    vlm_ms: list[float] = field(default_factory=list)
-    """How long each VLM tick took."""
+    vlm_ms: list[float] = field(default_factory=list)  # how long each VLM tick took
     ended: str = ""
     stopped: bool = False
-    period_s: float = 0.1
-    """Seconds of one action; the deadline of each."""
+    period_s: float = 0.1  # seconds of one action; the deadline of each
 
     def event(self, t_s: float, kind: str, reason: str) -> None:
-        """Note that something began: hold, resume, retreat, stop, warning, end; or that the robot did not take a stop ("stop failed")."""
+        """Note that something began: hold, resume, retreat, stop, warning, end; or that the robot did not take a stop
+        ("stop failed")."""
         self.events.append(
             {"t_s": round(t_s, 4), "step": self.ticks[-1].step if self.ticks else 0, "kind": kind, "reason": reason}
         )
 
-    def column(self, name: str) -> Array:
+    def column(self, name: str) -> np.ndarray:
         """A field of every tick as an array; None becomes NaN."""
         values = [getattr(tick, name) for tick in self.ticks]
         return np.array([np.nan if value is None else value for value in values])
 
     def summary(self) -> dict[str, Any]:
         """Counts and percentiles, JSON-able."""
-        expert = [tick.expert_ms for tick in self.ticks if tick.expert_ms is not None]
         asked = [tick for tick in self.ticks if tick.expert_ms is not None]
-        age = [tick.vl_age_s for tick in self.ticks if tick.vl_age_s is not None]
         return {
             "ended": self.ended,
             "stopped": self.stopped,
@@ -83,26 +67,26 @@ class RunLog:
             "failed_stops": sum(event["kind"] == "stop failed" for event in self.events),
             "missed_deadlines": sum(tick.reason == "missed deadline" for tick in self.ticks),
             "skipped_ticks": max(0, self.ticks[-1].step + 1 - len(self.ticks)) if self.ticks else 0,
-            "lateness_ms": distribution([tick.lateness_ms for tick in self.ticks], 99),
-            "expert_ms": distribution(expert, 99),
+            "lateness_ms": distribution(self.column("lateness_ms"), 99),
+            "expert_ms": distribution(self.column("expert_ms"), 99),
             "vlm_ms": distribution(self.vlm_ms, 99),
-            "vl_age_s": distribution(age, 99),
+            "vl_age_s": distribution(self.column("vl_age_s"), 99),
             "expert_while_vlm_busy": sum(tick.vl_busy for tick in asked),
             "expert_calls": len(asked),
         }
 
     def write(self, path: str | Path) -> None:
         """Append all ticks, then all events, then the summary, as JSON lines."""
-        for tick in self.ticks:
-            append_jsonl(path, {"tick": asdict(tick)})
-        for event in self.events:
-            append_jsonl(path, {"event": event})
-        append_jsonl(path, {"summary": self.summary()})
+        ticks, events = [{"tick": asdict(tick)} for tick in self.ticks], [{"event": event} for event in self.events]
+        for line in (*ticks, *events, {"summary": self.summary()}):
+            append_jsonl(path, line)
 
 
-def distribution(values: Sequence[float], upper: int) -> dict[str, float] | None:
-    """`median`, the `upper` percentile (`p99` where it is 99) and `max`; None without values."""
-    if not len(values):
+def distribution(values: Sequence[float] | np.ndarray, upper: int) -> dict[str, float] | None:
+    """`median`, the `upper` percentile (`p99` where it is 99) and `max` of what is not NaN; None where nothing is."""
+    known = np.asarray(values, float)
+    known = known[~np.isnan(known)]
+    if not len(known):
         return None
-    found = np.percentile(values, (50, upper, 100))
-    return {"median": float(found[0]), f"p{upper}": float(found[1]), "max": float(found[2])}
+    median, high, most = np.percentile(known, (50, upper, 100)).tolist()
+    return {"median": median, f"p{upper}": high, "max": most}

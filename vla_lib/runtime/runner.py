@@ -1,9 +1,10 @@
-"""The dual-rate loop: it drives a robot with a fast expert and a slow VLM, within the safety limits, and logs every tick.
+"""The dual-rate loop: it drives a robot with a fast expert and a slow VLM, within limits, and logs every tick.
 
-Each action period (10 Hz): read the robot, fill the sensor ring, hand pictures to the VLM when its turn has come (every `vlm_reuse_count`
-periods, or as soon as it is free again), take its newest finished features, check the robot's condition, ask the expert where the chunk
-plan needs it, limit the action, send it. Before the first features and the first full sensor window nothing moves. The simulated clock runs the
-very same lines; there, work takes the time that the clock draws for it.
+Each action period (10 Hz): read the robot, fill the sensor ring, hand pictures to the VLM when its turn has come (every
+`vlm_reuse_count` periods, or as soon as it is free again), take its newest finished features, check the robot's
+condition, ask the expert where the chunk plan needs it, limit the action, send it. Before the first features and the
+first full sensor window nothing moves. The simulated clock runs the very same lines; there, work takes the time that
+the clock draws for it.
 """
 
 import threading
@@ -20,7 +21,7 @@ from vla_lib.episodes.poses import GRIPPER_CLOSED, apply_action
 from vla_lib.runtime import safety
 from vla_lib.runtime.clock import Clock, Watchdog
 from vla_lib.runtime.expert import ChunkPlan, Expert
-from vla_lib.runtime.robot_io import Array, Observation, RobotIO
+from vla_lib.runtime.robot_io import Observation, RobotIO
 from vla_lib.runtime.run_log import RunLog, Tick
 from vla_lib.runtime.safety import HoldBudget, SafetyLimits
 from vla_lib.runtime.sensor_buffer import SensorBuffer
@@ -36,12 +37,10 @@ class RunnerSettings(Settings):
     """Rates and the way of executing chunks; take rates from the checkpoint's settings."""
 
     action_hz: Annotated[float, Gt(0)] = 10.0
-    vlm_reuse_count: Annotated[int, Ge(1)] = 3
-    """Action periods from one VLM tick to the next."""
-    steps_per_chunk: Annotated[int, Ge(1)] = 1
-    """Actions of a chunk that are executed before the expert is asked again."""
+    vlm_reuse_count: Annotated[int, Ge(1)] = 3  # action periods from one VLM tick to the next
+    steps_per_chunk: Annotated[int, Ge(1)] = 1  # actions of a chunk that are executed before the expert is asked again
     views: tuple[str, ...] = ()
-    """The policy's views: the VLM is shown these, and nothing moves without a fresh picture of each; default: those that the robot has."""
+    """What the VLM is shown; nothing moves without a fresh picture of each. Default: the views that the robot has."""
 
     @property
     def period_s(self) -> float:
@@ -71,7 +70,7 @@ class Runner:
         self._stop_reason, self._stop_taken = "", False
         self._features: Features | None = None
         self._asked_step: int | None = None
-        self._commanded: Array | None = None
+        self._commanded: np.ndarray | None = None
         self._started = False
         self._retreat_left = 0
         self._force_tail = np.empty(0, np.float32)
@@ -81,7 +80,8 @@ class Runner:
                 self.log.event(0.0, "warning", warning)
 
     def request_stop(self, reason: str = safety.OPERATOR) -> bool:
-        """Stop the robot now, from any thread; the run ends at its next tick. Returns whether the robot took the stop; see `log.events`."""
+        """Stop the robot now, from any thread; the run ends at its next tick. Returns whether the robot took the stop;
+        see `log.events`."""
         with self._lock:
             first = not self._stop_reason
             self._stop_reason = self._stop_reason or reason
@@ -98,9 +98,11 @@ class Runner:
             self.log.event(self.clock.now() - self._begin_s, "stop failed", f"{type(error).__name__}: {error}")
 
     def run(self, max_s: float, until: Callable[[], str] | None = None) -> RunLog:
-        """Run for `max_s` seconds, until `until()` returns a reason, or until safety ends it. The robot is stopped at the end, whatever happens.
+        """Run for `max_s` seconds, until `until()` returns a reason, or until safety ends it. The robot is stopped at
+        the end, whatever happens.
 
-        Raises what `watch` or a wrong setting (UserError) raises; failures of robot, policy and VLM end the run with a named reason.
+        Raises what `watch` or a wrong setting (UserError) raises; failures of robot, policy and VLM end the run with a
+        named reason.
         """
         begin_s, period_s, step = self.clock.now(), self.settings.period_s, 0
         self._begin_s = begin_s
@@ -162,30 +164,34 @@ class Runner:
         return max(observation.timestamp, self._first_timestamp + tick.t_s)
 
     def _tick(self, tick: Tick, observation: Observation, due_s: float) -> None:
-        self._look(tick, observation)
+        now = self._robot_now(tick, observation)
+        unseen = self._unseen(observation, now)
+        # None where it is not full; one sample stands for the stream where the expert reads none
+        window = self.sensor.window(self.expert.sensor_window or 1, now)
+        self._look(tick, observation, unseen)
         if self._stop_reason:
             self._stop(tick, self._stop_reason)
         elif self._retreats(tick):  # before every other end of the run: no needle shall stay pressed in
             self._retreat(tick)
         elif self.vlm.failure:
             self._stop(tick, f"{safety.VLM_DIED}: {self.vlm.failure}")
-        elif not self._started and (missing := self._missing(tick, observation)):
+        elif not self._started and (missing := unseen or self._missing(window)):
             if tick.t_s > self.limits.start_s:
                 self._stop(tick, f"{safety.NOT_READY}: {missing}")
             else:
                 tick.mode, tick.reason = "wait", missing
-        elif reason := self._condition(tick, observation):
+        elif reason := self._condition(tick, observation, now, window) or unseen or self._stale(tick):
             self._plan.clear()
             self._hold(tick, reason)
         else:
             self._started = True
-            self._act(tick, observation, due_s)
+            self._act(tick, observation.state, window if self.expert.sensor_window else None, due_s)
 
-    def _look(self, tick: Tick, observation: Observation) -> None:
+    def _look(self, tick: Tick, observation: Observation, unseen: str) -> None:
         """Hand pictures to the VLM when it is its turn, and take what it has finished."""
         now_s = self.clock.now()
         turn = self._asked_step is None or tick.step - self._asked_step >= self.settings.vlm_reuse_count
-        if turn and not self.vlm.failure and not self.vlm.busy(now_s) and not self._unseen(tick, observation):
+        if turn and not unseen and not self.vlm.failure and not self.vlm.busy(now_s):
             pictures = {view: observation.pictures[view] for view in self._views(observation)}
             self.vlm.submit(pictures, observation.instruction, tick.step, now_s)
             self._asked_step = tick.step
@@ -199,56 +205,47 @@ class Runner:
     def _views(self, observation: Observation) -> tuple[str, ...]:
         return self.settings.views or tuple(observation.pictures)
 
-    def _unseen(self, tick: Tick, observation: Observation) -> str:
+    def _unseen(self, observation: Observation, now: float) -> str:
         """Why the pictures must not be looked at; "" where they may."""
-        now, taken = self._robot_now(tick, observation), observation.picture_timestamps
+        taken = observation.picture_timestamps
         for view in self._views(observation):
             if observation.pictures.get(view) is None or view not in taken:
                 return f"{safety.MISSING_VIEW} {view}"
         stale = any(not now - taken[view] <= self.limits.picture_age_s for view in self._views(observation))
         return safety.STALE_PICTURES if stale else ""
 
-    def _missing(self, tick: Tick, observation: Observation) -> str:
-        """What must be there before the first motion."""
-        if unseen := self._unseen(tick, observation):
-            return unseen
+    def _missing(self, window: np.ndarray | None) -> str:
+        """What else must be there before the first motion; "" where nothing is missing."""
         if self._features is None:
             return "no VL features yet"
-        if self.limits.sensor_required and self._window(tick, observation) is None:
-            return "no full sensor window yet"
-        return ""
+        return "no full sensor window yet" if self.limits.sensor_required and window is None else ""
 
-    def _window(self, tick: Tick, observation: Observation) -> Array | None:
-        """The expert's sensor window, None where it is not full; one sample stands for the stream where the expert reads none."""
-        return self.sensor.window(self.expert.sensor_window or 1, self._robot_now(tick, observation))
-
-    def _condition(self, tick: Tick, observation: Observation) -> str:
-        """Why the robot must not move now; "" where it may."""
-        limits, now = self.limits, self._robot_now(tick, observation)
-        unseen = self._unseen(tick, observation)
+    def _condition(self, tick: Tick, observation: Observation, now: float, window: np.ndarray | None) -> str:
+        """Why sensor and arm are in no state to move now; "" where they are."""
+        limits = self.limits
         silent = tick.sensor_age_s is None or tick.sensor_age_s > limits.sensor_age_s
-        broken = self.expert.sensor_window > 0 and self._window(tick, observation) is None
+        off_mm = np.linalg.norm((np.array(tick.pose) - self._place(tick))[:3])
         checks = (
             (tick.force_mN is not None and not np.isfinite(tick.force_mN), safety.NON_FINITE_SENSOR),
             (limits.sensor_required and silent, safety.STALE_SENSOR),
-            (limits.sensor_required and broken, safety.BROKEN_WINDOW),
+            (limits.sensor_required and self.expert.sensor_window and window is None, safety.BROKEN_WINDOW),
             (not np.isfinite(observation.state).all(), safety.NON_FINITE_STATE),
             (now - observation.state_timestamp > limits.state_age_s, safety.STALE_STATE),
-            (np.linalg.norm((np.array(tick.pose) - self._place(tick))[:3]) > limits.follow_mm, safety.NOT_FOLLOWING),
-            (unseen, unseen),
-            (tick.vl_age_s is None or tick.vl_age_s > limits.vl_age_s + 1e-9, safety.STALE_VL),
+            (off_mm > limits.follow_mm, safety.NOT_FOLLOWING),
         )
         return next((reason for true, reason in checks if true), "")
 
-    def _act(self, tick: Tick, observation: Observation, due_s: float) -> None:
-        """Send the action of this step. There are features and their age: `_missing` and `_condition` have looked."""
+    def _stale(self, tick: Tick) -> str:
+        return safety.STALE_VL if tick.vl_age_s is None or tick.vl_age_s > self.limits.vl_age_s + 1e-9 else ""
+
+    def _act(self, tick: Tick, state: np.ndarray, window: np.ndarray | None, due_s: float) -> None:
+        """Send the action of this step. There are features and their age: `_missing` and `_stale` have looked."""
         assert self._features is not None and tick.vl_age_s is not None
         if self._plan.wants_chunk(tick.step):
             begun_s = self.clock.now()
             tick.vl_busy = self.vlm.busy(begun_s)
-            window = self._window(tick, observation) if self.expert.sensor_window else None
             try:
-                chunk = self.expert(self._features, tick.vl_age_s, observation.state, window)
+                chunk = self.expert(self._features, tick.vl_age_s, state, window)
             except UserError:
                 raise
             except Exception as error:
@@ -268,14 +265,15 @@ class Runner:
             return self._hold(tick, safety.OUTSIDE)
         self._send(tick, limited)
 
-    def _limit(self, tick: Tick, action: Array) -> Array:
+    def _limit(self, tick: Tick, action: np.ndarray) -> np.ndarray:
         place_mm = self._place(tick)[:3]
         limited, touched = safety.limit_action(action, self.limits, self.settings.period_s, place_mm)
         tick.limited = tuple(touched)
         return limited
 
-    def _place(self, tick: Tick) -> Array:
-        """(6,) pose from which the next action goes: the commanded one, behind which an arm lags; the measured one where nothing moves."""
+    def _place(self, tick: Tick) -> np.ndarray:
+        """(6,) pose from which the next action goes: the commanded one, behind which an arm lags; the measured one
+        where nothing moves."""
         moves = getattr(self.io, "moves", True)
         return self._commanded if moves and self._commanded is not None else np.array(tick.pose)
 
@@ -306,7 +304,7 @@ class Runner:
         action = safety.retreat_action(np.array(tick.pose), self.limits, self.settings.period_s)
         self._send(tick, self._limit(tick, action))
 
-    def _send(self, tick: Tick, action: Array, moves: bool = True) -> None:
+    def _send(self, tick: Tick, action: np.ndarray, moves: bool = True) -> None:
         if self._stop_reason:
             return self._stop(tick, self._stop_reason)
         try:

@@ -1,75 +1,47 @@
-"""Safety, always on: the robot's condition and an action in; the action within the limits, or a named reason to hold, retreat or stop, out."""
+"""Safety, always on: limits of every action, and the named reasons to hold, to retreat and to stop."""
 
 from collections import deque
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from vla_lib.core.errors import UserError
 from vla_lib.episodes.poses import pose_to_matrix
 
-Array = np.ndarray[Any, Any]
-
 # Reasons, as they stand in the log.
-STALE_VL, STALE_SENSOR, STALE_STATE, STALE_PICTURES = (
-    "stale VL features",
-    "stale sensor",
-    "stale state",
-    "stale pictures",
-)
+STALE_VL, STALE_SENSOR = "stale VL features", "stale sensor"
+STALE_STATE, STALE_PICTURES = "stale state", "stale pictures"
 MISSING_VIEW, NOT_FOLLOWING = "missing view", "robot does not follow"
 MISSED_DEADLINE, NON_FINITE_ACTION, NON_FINITE_SENSOR = "missed deadline", "non-finite action", "non-finite sensor"
-BROKEN_WINDOW, NON_FINITE_STATE, OUTSIDE, FORCE_LIMIT, VLM_DIED = (
-    "broken sensor window",
-    "non-finite state",
-    "workspace box",
-    "force limit",
-    "VLM worker died",
-)
-NOT_READY, WATCHDOG, OPERATOR, ROBOT_FAILED, EXPERT_FAILED = (
-    "not ready",
-    "watchdog",
-    "operator",
-    "robot failed",
-    "policy failed",
-)
+BROKEN_WINDOW, NON_FINITE_STATE, OUTSIDE = "broken sensor window", "non-finite state", "workspace box"
+FORCE_LIMIT, VLM_DIED, NOT_READY = "force limit", "VLM worker died", "not ready"
+WATCHDOG, OPERATOR, ROBOT_FAILED, EXPERT_FAILED = "watchdog", "operator", "robot failed", "policy failed"
 
 
 @dataclass(frozen=True)
 class SafetyLimits:
-    """Limits of one robot and task. The defaults are the simulated rig's; a real arm's own limits must be at least as strict in the controller."""
+    """Limits of one robot and task; the defaults are the simulated rig's. A real arm's controller must be as strict."""
 
     workspace_mm: tuple[tuple[float, float], tuple[float, float], tuple[float, float]]
     """(low, high) of x, y, z of the tip, base frame."""
-    speed_mm_s: float = 15.0
-    """Greatest speed: the norm of the translation, so that the direction is kept."""
-    turn_deg_s: float = 45.0
-    """Greatest turning speed: the norm of the rotation vector."""
+    speed_mm_s: float = 15.0  # greatest speed: the norm of the translation, so that the direction is kept
+    turn_deg_s: float = 45.0  # greatest turning speed: the norm of the rotation vector
     force_mN: float = 150.0
-    """Measured force (mean of 13 samples, 20 ms) above which the needle is drawn back and the run ends. In both directions: the sign of
-    a push depends on how the sensor is mounted."""
-    retreat_mm: float = 5.0
-    """Way of the retreat, along the tool's z axis (from the tip to the flange)."""
+    """Measured force (mean of 13 samples, 20 ms) above which the needle is drawn back and the run ends. In both
+    directions: the sign of a push depends on how the sensor is mounted."""
+    retreat_mm: float = 5.0  # way of the retreat, along the tool's z axis (from the tip to the flange)
     retreat_speed_mm_s: float = 5.0
-    vl_age_s: float = 1.0
-    """Oldest VL features to act on."""
-    picture_age_s: float = 1.0
-    """Oldest picture of any of the policy's views to act on, and to show to the VLM."""
-    sensor_age_s: float = 0.1
-    """Oldest newest sample to act on."""
-    state_age_s: float = 0.2
-    """Oldest state to act on."""
+    vl_age_s: float = 1.0  # oldest VL features to act on
+    picture_age_s: float = 1.0  # oldest picture of any of the policy's views to act on, and to show to the VLM
+    sensor_age_s: float = 0.1  # oldest newest sample to act on
+    state_age_s: float = 0.2  # oldest state to act on
     follow_mm: float = 5.0
-    """Greatest distance of the measured tip from the commanded one; a lag of 0.3 s at full speed stays below the default."""
-    sensor_required: bool = True
-    """False: a robot without a sensor; its force cannot be limited here."""
-    hold_s: float = 0.5
-    """A run that was held for this long, in one piece or in twice this time, is stopped."""
-    start_s: float = 15.0
-    """Longest wait for the first features and the first full sensor window."""
+    """Greatest distance of the measured tip from the commanded one; the default allows a lag of 0.3 s at full speed."""
+    sensor_required: bool = True  # False: a robot without a sensor; its force cannot be limited here
+    hold_s: float = 0.5  # A run that was held for this long, in one piece or in twice this time, is stopped
+    start_s: float = 15.0  # longest wait for the first features and the first full sensor window
     watchdog_s: float = 0.5
-    """Real clock: the robot is stopped when no tick came for this long, or for three action periods where they are longer."""
+    """Real clock: the robot is stopped when no tick came for this long and for three action periods."""
 
     def __post_init__(self) -> None:
         if len(self.workspace_mm) != 3 or any(not low < high for low, high in self.workspace_mm):
@@ -82,7 +54,7 @@ class SafetyLimits:
 
 
 def slow_limits(limits: SafetyLimits, period_s: float, usual_mm: float, usual_deg: float) -> list[str]:
-    """Sentences about limits below the demonstrated step of `usual_mm` and `usual_deg`: they make a policy do what nobody showed it."""
+    """Sentences about limits below the demonstrated step of `usual_mm` and `usual_deg`: they cut the policy short."""
     pairs = (
         ("speed", "mm", usual_mm, limits.speed_mm_s * period_s),
         ("rotation", "deg", usual_deg, limits.turn_deg_s * period_s),
@@ -94,17 +66,19 @@ def slow_limits(limits: SafetyLimits, period_s: float, usual_mm: float, usual_de
     ]
 
 
-def limit_norm(vector: Array, most: float) -> Array:
+def limit_norm(vector: np.ndarray, most: float) -> np.ndarray:
     """`vector` shortened to the norm `most`; its direction stays."""
     norm = float(np.linalg.norm(vector))
     return vector * (most / norm) if norm > most else vector
 
 
-def limit_action(action: Array, limits: SafetyLimits, period_s: float, commanded_mm: Array) -> tuple[Array, list[str]]:
+def limit_action(
+    action: np.ndarray, limits: SafetyLimits, period_s: float, commanded_mm: np.ndarray
+) -> tuple[np.ndarray, list[str]]:
     """The (7,) finite action within speed, rotation and workspace, and the names of the limits that changed it.
 
-    `commanded_mm` (3,): where the tip is commanded to be. A motion that would leave the box is shortened to end at its wall, along its own
-    direction; outside of the box only motions that leave no axis further behind are let through.
+    `commanded_mm` (3,): where the tip is commanded to be. A motion that would leave the box is shortened to end at its
+    wall, along its own direction; outside of the box only motions that leave no axis further behind are let through.
     """
     limited = np.array(action, float)
     limited[:3] = limit_norm(limited[:3], limits.speed_mm_s * period_s)
@@ -126,13 +100,13 @@ def limit_action(action: Array, limits: SafetyLimits, period_s: float, commanded
     return limited, touched
 
 
-def retreat_action(pose: Array, limits: SafetyLimits, period_s: float) -> Array:
+def retreat_action(pose: np.ndarray, limits: SafetyLimits, period_s: float) -> np.ndarray:
     """(7,) one period of drawing the needle back along its own axis; pose (6,) mm, Euler degrees."""
     axis = pose_to_matrix(np.asarray(pose, float))[:3, 2]
     return np.concatenate([axis * limits.retreat_speed_mm_s * period_s, np.zeros(3), [1.0]])
 
 
-def greatest_force(before: Array, force_mN: Array, window: int = 13) -> float:
+def greatest_force(before: np.ndarray, force_mN: np.ndarray, window: int = 13) -> float:
     """The greatest mean of `window` consecutive samples, push or pull, that ends within `force_mN` (n,).
 
     `before`: up to window - 1 samples ahead of it. NaN where one of them is not finite; -inf where there is no sample.
@@ -147,7 +121,7 @@ def greatest_force(before: Array, force_mN: Array, window: int = 13) -> float:
 
 
 class HoldBudget:
-    """How long the robot was held. Held pieces within twice the budget add up, so that a flickering fault ends the run as well."""
+    """How long the robot was held. Pieces within twice the budget add up: a flickering fault ends the run, too."""
 
     def __init__(self, limit_s: float):
         self.limit_s = limit_s

@@ -1,6 +1,4 @@
-"""650 Hz samples in as they come; the newest whole window out, by the same rule that decided in training whether a window is full."""
-
-from typing import Any
+"""The newest whole window of 650 Hz samples, by the rule that decided in training whether a window is full."""
 
 import numpy as np
 
@@ -9,11 +7,9 @@ from vla_lib.episodes.steps import SENSOR_LATE_S, window_full
 from vla_lib.episodes.timeline import find_gaps
 from vla_lib.policy.config import SENSOR_CHANNELS
 
-Array = np.ndarray[Any, Any]
-
 
 class SensorBuffer:
-    """A ring of `capacity` samples (n, 1026). Each sample is written twice, so that every window is one contiguous block."""
+    """A ring of `capacity` samples (n, 1026), each written twice, so that every window is one contiguous block."""
 
     def __init__(self, capacity: int, sensor_hz: float = 650.0):
         if capacity < 1 or sensor_hz <= 0:
@@ -34,15 +30,16 @@ class SensorBuffer:
         """Time of the newest sample, None before the first."""
         return float(self._t_s[self._next - 1 + self.capacity]) if self._count else None
 
-    def append(self, samples: Array, t_s: Array) -> Array:
-        """Take (n, 1026) samples with their times (n,); returns those that are new: a reader that repeats samples does no harm.
+    def append(self, samples: np.ndarray, t_s: np.ndarray) -> np.ndarray:
+        """Take (n, 1026) samples with their times (n,); returns those that are new: repeated ones do no harm.
 
         Raises UserError where the shapes do not fit.
         """
         samples, t_s = np.asarray(samples, np.float32), np.asarray(t_s, float)
         if samples.ndim != 2 or samples.shape[1] != SENSOR_CHANNELS or t_s.shape != samples.shape[:1]:
             raise UserError(
-                f"The sensor gave samples of shape {samples.shape} with times {t_s.shape}; (n, {SENSOR_CHANNELS}) and (n,) go in."
+                f"The sensor gave samples of shape {samples.shape} with times {t_s.shape}; "
+                f"(n, {SENSOR_CHANNELS}) and (n,) go in."
             )
         newest = self.newest_s
         before = np.maximum.accumulate(np.concatenate([[-np.inf if newest is None else newest], t_s]))[:-1]
@@ -55,18 +52,16 @@ class SensorBuffer:
         self._count = min(self.capacity, self._count + len(kept))
         return new
 
-    def window(self, length: int, now_s: float) -> Array | None:
-        """(length, 1026) copy of the newest samples, oldest first; None where it would not be whole, current and finite."""
+    def window(self, length: int, now_s: float) -> np.ndarray | None:
+        """(length, 1026) copy of the newest samples, oldest first; None where it is not whole, current and finite."""
         if not 0 < length <= self.capacity:
             raise UserError(f"A window of {length} samples does not fit a buffer of {self.capacity}.")
         if self._count < length:
             return None
         end = self._next + self.capacity
         t_s = self._t_s[end - length : end]
-        full = window_full(
-            np.array([length]), t_s, np.array([now_s]), length, self.sensor_hz, find_gaps(t_s, SENSOR_LATE_S)
-        )
-        if not full[0]:
+        gaps = find_gaps(t_s, SENSOR_LATE_S)
+        if not window_full(np.array([length]), t_s, np.array([now_s]), length, self.sensor_hz, gaps)[0]:
             return None
         window = self._samples[end - length : end].copy()
         return window if np.isfinite(window.sum()) else None

@@ -1,6 +1,7 @@
-"""VLM workers: pictures go in, the newest finished VL features come out later; on simulated time, or from an executor in real time.
+"""VLM workers: they turn pictures into VL features beside the control loop, on simulated time or on an executor.
 
-A worker does one moment at a time. `compute` is anything like FeatureExtractor.extract: (pictures, instruction) -> (tokens (T, D), mask (T,)).
+A worker does one moment at a time, and hands over the newest features that it has finished. `compute` is anything like
+FeatureExtractor.extract: (pictures, instruction) -> (tokens (T, D), mask (T,)).
 """
 
 import time
@@ -30,8 +31,7 @@ class Features:
 class VlmWorker(Protocol):
     """What the runner asks of a worker; every call returns at once on the real clock."""
 
-    failure: str
-    """Why the worker will give no more features; "" while it works."""
+    failure: str  # why the worker will give no more features; "" while it works
 
     def submit(self, pictures: Mapping[str, Any], instruction: str, step: int, now_s: float) -> None: ...
 
@@ -89,8 +89,10 @@ class LiveVlm:
         begun_s = time.perf_counter()
 
         def finished(job: Future[tuple[Any, Any]]) -> None:  # called by the executor's thread
+            if job.cancelled():
+                return
             if error := job.exception():
-                self._fail(error)
+                self.failure = _words(error)
             else:
                 self._done = Features(*job.result(), step, time.perf_counter() - begun_s)
                 self._busy = False  # after the features: who sees a worker at rest finds its newest ones
@@ -99,7 +101,7 @@ class LiveVlm:
         try:
             self.executor.submit(self._compute, pictures, instruction).add_done_callback(finished)
         except BrokenExecutor as error:  # it died since the last job
-            self._fail(error)
+            self.failure = _words(error)
 
     def busy(self, now_s: float) -> bool:
         """Whether features are still being made."""
@@ -113,14 +115,11 @@ class LiveVlm:
         """End the worker."""
         self.executor.shutdown(wait=False)
 
-    def _fail(self, error: BaseException) -> None:
-        self.failure = _words(error)
-
 
 def vlm_process(make: Callable[[], Compute], start_timeout_s: float = 120.0) -> LiveVlm:
-    """A worker in a process of its own, in which `make()` has built the compute function: the interpreter is the control loop's alone.
+    """A worker in a process of its own, in which `make()` builds compute: this interpreter is the control loop's alone.
 
-    `make` must be a function of a module, or a functools.partial of one. Raises RuntimeError where the process does not start.
+    `make` must be a function of a module, or a partial of one. Raises RuntimeError where the process does not start.
     """
     process = OneProcess()
     ready = process.submit(_make, make)
