@@ -10,7 +10,7 @@ from raw_episodes import JPEG, Raw
 
 from vla_lib.episodes import Episode, build_steps, find_prepared, load_prepared
 from vla_lib.episodes.recheck import recheck
-from vla_lib.workbench.plots import episode_rates, episodes
+from vla_lib.workbench.plots import episodes, rates
 
 matplotlib.use("Agg")
 T = np.arange(0, 2, 0.01)
@@ -49,7 +49,7 @@ def test_figures_of_an_instant(episode):
         assert drawn
         units = " ".join(axis.get_ylabel() + axis.get_xlabel() for axis in drawn)
         assert "(s)" in units
-    titles = [axis.get_title() for axis in episodes.instant(episode, 0.3).axes]
+    titles = [axis.get_title() for axis in episodes.overview(episode, steps, 0.3).axes]
     assert any("ms old" in title for title in titles)
 
 
@@ -64,18 +64,18 @@ def test_invalid_spans_are_shaded(tmp_path):
 
 
 def test_figures_of_rates(episode):
-    assert axes_with_lines(episode_rates.intervals(episode))
-    timeline = episode_rates.timeline(episode)
+    assert axes_with_lines(rates.intervals(episode))
+    timeline = rates.timeline(episode)
     assert {label.get_text() for label in timeline.axes[0].get_yticklabels()} >= {"robot", *episode.pictures}
-    assert axes_with_lines(episode_rates.offset_evidence(episode))
+    assert axes_with_lines(rates.offset_evidence(episode))
 
 
 def test_figures_of_verdicts_and_of_the_check(tmp_path):
     path = CASES["whole"].write(tmp_path / "root" / "part1")
     (tmp_path / "root" / "part1" / "recv_all_20250101_000001").mkdir()
     outcome = prepare_all(tmp_path / "root")
-    bars = [bar.get_height() for bar in episode_rates.verdicts([r.summary for r in outcome.reports]).axes[0].patches]
+    bars = [bar.get_height() for bar in rates.verdicts([r.summary for r in outcome.reports]).axes[0].patches]
     assert bars == [1, 0, 1]
-    assert axes_with_lines(episode_rates.verdicts([]))
+    assert axes_with_lines(rates.verdicts([]))
     table = recheck(load_prepared(find_prepared(tmp_path / "root")[0]), Episode.open(path), 5)
-    assert "5 of 5" in episode_rates.recheck(table).axes[2].get_title()
+    assert "5 of 5" in rates.recheck(table).axes[2].get_title()

@@ -22,7 +22,8 @@ from vla_lib.runtime.run_log import RunLog, Tick
 from vla_lib.runtime.runner import RunnerSettings
 from vla_lib.runtime.safety import SafetyLimits
 from vla_lib.workbench import rollout_views
-from vla_lib.workbench.plots import closed_loop as plots
+from vla_lib.workbench.plots import rollouts as plots
+from vla_lib.workbench.plots.rehearsal import timing
 from vla_lib.workbench.rollout_views import failures_first
 
 
@@ -224,7 +225,7 @@ def test_the_plots_tell_units_and_counts(tmp_path):
     assert [row["reason"] for row in failures_first(settled, 2)] == ["no puncture", ""]
     record, _ = scripted(3)
     log = RunLog([Tick(k, k / 10, 0.2, vl_age_s=0.1, expert_ms=5.0) for k in range(20)], vlm_ms=[30.0, 31.0])
-    assert all("(" in axis.get_xlabel() for axis in plots.timing(log).axes)
+    assert all("(" in axis.get_xlabel() for axis in timing(log).axes)
     tick, pictures = Tick(5, 0.5, 0.0, reason="stale sensor"), {"View5": np.zeros((9, 16, 3), np.uint8)}
     frame = Moment(tick, 0.1, np.full((5, 1026), 7.0), 0.4 + np.arange(5) / 50, pictures)
     strip = plots.film_strip(record | {"frames": [frame] * 3}, views=("View5",))
@@ -242,7 +243,7 @@ def test_the_pair_that_is_chosen_is_drawn(tmp_path, monkeypatch):
         for name, each in wins.items()
     }
     shown = []
-    monkeypatch.setattr("IPython.display.display", shown.append)
+    monkeypatch.setattr(rollout_views, "display", shown.append)
     view = rollout_views.PairView(loops)
     view._ipython_display_()  # headless
     assert isinstance(shown.pop(), Figure) and view.names == ("all", "blind")

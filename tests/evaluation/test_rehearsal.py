@@ -16,9 +16,9 @@ from vla_lib.evaluation.settings import RolloutSettings
 from vla_lib.evaluation.sim_robot import sim_limits
 from vla_lib.runtime.run_log import RunLog, Tick
 from vla_lib.training.checkpoint import load_policy
-from vla_lib.workbench import rehearsal_view
+from vla_lib.workbench import rollout_views
 from vla_lib.workbench.jobs import JobCancelled
-from vla_lib.workbench.plots import closed_loop as loop_plots
+from vla_lib.workbench.plots.rehearsal import timing
 
 
 def test_a_checkpoint_is_rehearsed_in_real_time(checkpoint, tmp_path):
@@ -40,13 +40,13 @@ def views(monkeypatch):
     """A person sits before the kernel; every view that is made."""
     made = []
 
-    class Watched(rehearsal_view.RehearsalView):
+    class Watched(rollout_views.RehearsalView):
         def __init__(self, process):
             super().__init__(process)
             made.append(self)
 
-    monkeypatch.setattr(rehearsal_view, "interactive", lambda: True)
-    monkeypatch.setattr(rehearsal_view, "RehearsalView", Watched)
+    monkeypatch.setattr(rollout_views, "interactive", lambda: True)
+    monkeypatch.setattr(rollout_views, "RehearsalView", Watched)
     return made
 
 
@@ -59,7 +59,7 @@ def test_the_stop_button_stops_the_robot(checkpoint, views):
         views[0]._stop.click()
 
     async def both():
-        return (await asyncio.gather(rehearsal_view.follow(process), click()))[0]
+        return (await asyncio.gather(rollout_views.follow(process), click()))[0]
 
     record, moments = asyncio.run(both())
     log = record["log"]
@@ -68,14 +68,14 @@ def test_the_stop_button_stops_the_robot(checkpoint, views):
     assert [seen.tick.step for seen in moments] == [tick.step for tick in log.ticks]  # the watcher saw every tick
     assert views[0]._stop.disabled and "operator" in views[0]._state.value
     assert bytes(views[0]._picture.value).startswith(b"\xff\xd8")
-    told = dict(rehearsal_view.outcome(record).itertuples(index=False))
+    told = dict(rollout_views.outcome(record).itertuples(index=False))
     assert told["ended by"] == "operator" and told["verdict"].startswith("seed 3: ")
-    top = rehearsal_view.some_pictures(moments).axes[:2]
+    top = rollout_views.some_pictures(moments).axes[:2]
     assert {axis.get_title() for axis in top} == {"View1_left", "View5"} and top[0].get_ylabel().endswith(" s")
 
 
 def test_a_rehearsal_without_a_tick_is_told():
-    assert "no tick" in rehearsal_view.moments_slider([]).data and "No picture" in rehearsal_view.some_pictures([]).data
+    assert "no tick" in rollout_views.moments_slider([]).data and "No picture" in rollout_views.some_pictures([]).data
 
 
 def test_a_stop_of_a_dead_process_hides_nothing(checkpoint):
@@ -98,7 +98,7 @@ def test_an_interrupted_cell_stops_the_robot_and_ends_the_process(checkpoint, vi
     monkeypatch.setattr(process, "stop", lambda: (stops.append(psutil.pid_exists(process.pid)), stop()))
 
     async def interrupted():
-        task = asyncio.create_task(rehearsal_view.follow(process))
+        task = asyncio.create_task(rollout_views.follow(process))
         while not (views and bytes(views[0]._picture.value)):  # the robot moves
             await asyncio.sleep(0.05)
         task.cancel()
@@ -114,12 +114,12 @@ def test_the_live_view_draws_the_runners_own_limits():
     moments = [Moment(tick, 0.2, np.full((10, 1026), 20.0), tick.t_s + np.arange(10) / 50, {}) for tick in ticks]
     axes = {
         axis.get_ylabel() or axis.get_xlabel(): axis
-        for axis in rehearsal_view.moment(moments, rehearsal_view.FORCE_MN).axes
+        for axis in rollout_views.moment(moments, rollout_views.FORCE_MN).axes
     }
     assert axes["force (mN)"].lines[-1].get_ydata()[0] == sim_limits()["force_mN"]
     (deadline,) = next(axis for axis in axes.values() if axis.get_xlabel() == "duration of the expert (ms)").lines
     assert deadline.get_xdata()[0] == 200  # at 5 Hz
-    assert 500 in [line.get_xdata()[0] for line in loop_plots.timing(RunLog(ticks, period_s=0.5)).axes[1].lines]
+    assert 500 in [line.get_xdata()[0] for line in timing(RunLog(ticks, period_s=0.5)).axes[1].lines]
 
 
 def test_the_benchmark_counts_every_tick():
@@ -161,8 +161,8 @@ def test_the_benchmark_rehearses_an_untrained_policy_of_each_model_on_all_views(
 
 def test_what_cannot_be_rehearsed_is_told(checkpoint):
     with pytest.raises(UserError, match="choose simulated rig or dry run"):
-        rehearsal_view.prepare(checkpoint, None, "real arm")
-    settings, table = rehearsal_view.prepare(checkpoint, None, "dry run", max_time_s=3.0)
+        rollout_views.prepare(checkpoint, None, "real arm")
+    settings, table = rollout_views.prepare(checkpoint, None, "dry run", max_time_s=3.0)
     assert (settings.picture_width, settings.picture_height, settings.max_time_s) == (
         640,
         360,

@@ -52,9 +52,10 @@ def test_every_figure_is_labelled_and_draws(tmp_path):
     picture = np.zeros((18, 32, 3), np.uint8)
     frames = {"a": [picture, picture], "b": [None, picture]}
     table = [{"dataset": "part1", "covered": 3, "stale": 1, "missing": 1, "ticks": 40, "MB": 1.5}]
+    binding = {"dtype": "float32", "views": ["a", "b"], "hidden_size": 8, "pooling": "grid:2x3"}
     figures = {
         "coverage": plots.coverage(table),
-        "sizes": plots.pooling_sizes(40, 2, 8, 4, (6, 11), "grid:2x3"),
+        "sizes": plots.pooling_sizes(binding, 40, (6, 11)),
         "maps": plots.pca_maps(episodes[0], frames, [0, 5]),
         "similarity": plots.similarity(episodes),
         "probe": plots.probe(plots.fit_probe(episodes, [pair[1] for pair in pairs])),

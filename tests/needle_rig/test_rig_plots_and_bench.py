@@ -13,7 +13,7 @@ from needle_rig.demonstrator import demonstrator_action
 from needle_rig.render import PictureMaker
 from needle_rig.world import VIEWS
 from vla_lib.core.files import read_json
-from vla_lib.workbench.plots import sim as plots
+from vla_lib.workbench.plots import rollouts as plots
 
 
 @pytest.fixture(scope="module")
@@ -43,14 +43,15 @@ def test_the_path_holds_every_tick_since_the_reset(rollout):
 
 def test_figures_show_data_with_units(rollout):
     path, truth, samples, times = rollout
-    figure = plots.rollout(path, truth, "seed 5")
+    row = {"path": path, "truth": truth}
+    figure = plots.rollout(row, "seed 5")
     text = labels(figure)
     assert all(unit in text for unit in ("x (mm)", "y (mm)", "time (s)", "force (mN)", "membrane (mm)"))
     above = next(axis for axis in figure.axes if axis.get_title() == "from above")
     assert above.lines[0].get_xdata()[-1] == pytest.approx(path["position_mm"][-1, 0])
-    many = plots.rollouts_from_above([path["position_mm"]] * 2, [truth] * 2, [True, False])
+    many = plots.from_above([row | {"success": True}, row | {"success": False}])
     assert "1 of 2 succeeded" in labels(many)
-    m_mode = plots.sensor_m_mode(samples, times - times[0])
+    m_mode = plots.sensor(samples, times - times[0])
     assert "distance from tip (mm)" in labels(m_mode)
     assert m_mode.axes[0].images[0].get_array().shape == (1025, 1500)
     pictures = {"View1_left": np.zeros((18, 32, 3), np.uint8), "View5": np.full((18, 32, 3), 200, np.uint8)}

@@ -1,16 +1,44 @@
-"""Rollouts on the simulated rig in; sliders over their paths and film strips, and a choice of two variants to compare, out."""
+"""Rollouts to look at: sliders over paths and film strips, two variants side by side, and a rehearsal while it runs.
 
+A rehearsal is a rollout in real time, in a process of its own: a live view with a Stop button in JupyterLab, plain lines headless.
+"""
+
+import asyncio
+import math
+import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import ipywidgets
 import numpy as np
-from IPython.display import HTML
+import pandas as pd
+from IPython.display import HTML, display
+from matplotlib.figure import Figure
 
+from vla_lib.core.errors import UserError
 from vla_lib.evaluation.closed_loop import ClosedLoop
-from vla_lib.workbench.notebook import interactive
-from vla_lib.workbench.plots import closed_loop as plots
-from vla_lib.workbench.plots import sim as sim_plots
+from vla_lib.evaluation.rehearsal import RehearsalProcess
+from vla_lib.evaluation.rollout import Moment, rig_settings
+from vla_lib.evaluation.settings import RolloutSettings
+from vla_lib.evaluation.sim_robot import sim_limits
+from vla_lib.runtime.safety import SafetyLimits
+from vla_lib.training.checkpoint import read_checkpoint
+from vla_lib.workbench.busy_kernel import answering
+from vla_lib.workbench.jobs import JobCancelled
+from vla_lib.workbench.notebook import interactive, shown
+from vla_lib.workbench.plots import rollouts as plots
+from vla_lib.workbench.plots.rehearsal import moment
+from vla_lib.workbench.tables import sentence
 from vla_lib.workbench.widgets import drawn, offline_slider
+
+ROBOTS = ("simulated rig", "dry run")
+FORCE_MN = sim_limits()["force_mN"]  # the limit at which the runner draws the needle back
+REDRAW_S = (
+    0.7  # at the least; drawing takes a fifth of the time at most: the cores are the control loop's and the VLM's
+)
+LINE_EVERY_S = 2.0
 
 
 def failures_first(loop: ClosedLoop, most: int) -> list[dict[str, Any]]:
@@ -29,56 +57,42 @@ def verdict(row: Mapping[str, Any]) -> str:
 
 
 def paths_slider(loop: ClosedLoop, most: int = 6) -> HTML:
-    """Paths in 3-D and from above with target and membrane, depth and force over time; failures first."""
+    """Single rollouts in space and time, failures first."""
     rows = failures_first(loop, most)
-    return offline_slider(
-        (sim_plots.rollout(row["path"], row["truth"], verdict(row)) for row in rows), [verdict(row) for row in rows]
-    )
-
-
-def from_above(loop: ClosedLoop) -> Any:
-    """All rollouts about their targets (a Figure)."""
-    rows = loop.rollouts
-    paths = [np.asarray(row["path"]["position_mm"]) for row in rows]
-    return sim_plots.rollouts_from_above(paths, [row["truth"] for row in rows], [bool(row["success"]) for row in rows])
+    return offline_slider((plots.rollout(row, verdict(row)) for row in rows), [verdict(row) for row in rows])
 
 
 def films_slider(films: Sequence[Mapping[str, Any]]) -> HTML:
-    """Film strips of filmed rollouts: pictures, A-scan, force and action."""
-    views = [view for view in ("View1_left", "View5") if view in films[0]["frames"][0].pictures] or list(
-        films[0]["frames"][0].pictures
-    )[:2]
-    return offline_slider((plots.film_strip(film, views) for film in films), [verdict(film) for film in films])
+    """Film strips of filmed rollouts: two views, A-scan, force and action."""
+    views = list(films[0]["frames"][0].pictures)
+    views = [view for view in ("View1_left", "View5") if view in views] or views[:2]
+    strips = (plots.film_strip(film, views, verdict(film)) for film in films)
+    return offline_slider(strips, [verdict(film) for film in films])
 
 
 def sensor_slider(films: Sequence[Mapping[str, Any]]) -> HTML:
     """A-scans and force over the time of filmed rollouts."""
-    return offline_slider(
-        (sim_plots.sensor_m_mode(film["sensor"], film["sensor_t_s"]) for film in films),
-        [verdict(film) for film in films],
-    )
+    figures = (plots.sensor(film["sensor"], film["sensor_t_s"]) for film in films)
+    return offline_slider(figures, [verdict(film) for film in films])
 
 
 class PairView:
-    """Two variants on the same phantoms, chosen in JupyterLab; headless the first two (the first with itself where there is only one)."""
+    """Two variants on the same phantoms, chosen in JupyterLab; headless the first two (one alone with itself)."""
 
     def __init__(self, found: Mapping[str, ClosedLoop]):
         self.found = found
         names = list(found)
         self.names = names[0], names[min(1, len(names) - 1)]
 
-    def draw(self) -> Any:
+    def draw(self) -> Figure:
         """The figure of the two that are chosen."""
-        return plots.paired(*(self.found[name] for name in self.names), self.names)
+        one, other = self.names
+        return plots.paired(self.found[one], self.found[other], self.names)
 
     def _ipython_display_(self) -> None:
-        from IPython.display import display
-
         if not interactive():
             display(self.draw())
             return
-        import ipywidgets
-
         one, other = (ipywidgets.Dropdown(options=list(self.found), value=name) for name in self.names)
         picture = ipywidgets.Image(value=drawn(self.draw()), format="png", layout={"max_width": "1000px"})
 
@@ -89,3 +103,168 @@ class PairView:
         one.observe(redraw, "value")
         other.observe(redraw, "value")
         display(ipywidgets.VBox([ipywidgets.HBox([one, ipywidgets.HTML("against"), other]), picture]))
+
+
+# ---- a rehearsal
+
+
+def prepare(
+    checkpoint: Path, dataset_root: Path | None, robot: str, **how: Any
+) -> tuple[RolloutSettings, pd.DataFrame]:
+    """RolloutSettings of a rehearsal, and a table of what will run and which limits hold.
+
+    Raises UserError for an unknown robot or checkpoint.
+    """
+    if robot not in ROBOTS:
+        raise UserError(f"There is no robot {robot!r}; choose {' or '.join(ROBOTS)}.")
+    settings = replace(rig_settings(checkpoint, dataset_root, judge=False), **how)
+    limits = SafetyLimits(**sim_limits())
+    rows = {
+        "checkpoint": shown(checkpoint),
+        "robot": robot,
+        "pictures": f"{settings.picture_width}x{settings.picture_height} at {settings.camera_hz:g} Hz",
+        "execution": settings.execution,
+        "age of VL features in training": _trained_ages(checkpoint),
+        "speed": f"{limits.speed_mm_s:g} mm/s, {limits.turn_deg_s:g} deg/s",
+        "workspace x, y, z": ", ".join(f"{low:g} to {high:g} mm" for low, high in limits.workspace_mm),
+        "force": f"{limits.force_mN:g} mN, then a retreat of {limits.retreat_mm:g} mm",
+        "oldest VL features": f"{limits.vl_age_s:g} s",
+        "oldest pictures, sensor": f"{limits.picture_age_s:g} s, {limits.sensor_age_s:g} s",
+        "hold before a stop": f"{limits.hold_s:g} s",
+    }
+    return settings, pd.DataFrame(rows.items(), columns=["what", "value"])
+
+
+def _trained_ages(checkpoint: Path) -> str:
+    content = read_checkpoint(checkpoint)
+    hz, trained = float(content["policy_config"]["action_hz"]), content["settings"]
+    youngest = math.ceil(trained["vlm_latency_ms"] / 1000.0 * hz - 1e-9)
+    return f"{1000 * youngest / hz:.0f} to {1000 * (youngest + trained['vlm_reuse_count'] - 1) / hz:.0f} ms"
+
+
+async def follow(process: RehearsalProcess) -> tuple[dict[str, Any], list[Moment]]:
+    """Follow a rehearsal to its end; returns its record and all moments. `record, moments = await follow(process)` in a cell.
+
+    Raises JobCancelled where the cell is interrupted (the robot is stopped first), else what `RehearsalProcess.result` raises.
+    """
+    view = RehearsalView(process) if interactive() else PlainView()
+    moments: list[Moment] = []
+    try:
+        with answering():
+            while process.running:
+                moments += process.poll()
+                view.tick(moments)
+                await asyncio.sleep(0.05)
+        record = process.result()
+    except (asyncio.CancelledError, KeyboardInterrupt):
+        process.stop()
+        time.sleep(0.5)  # a robot stops within a tick
+        raise JobCancelled("the cell was interrupted; the robot is stopped") from None
+    finally:
+        process.close()
+        view.close(moments)
+    return record, moments
+
+
+class PlainView:
+    """One line every few seconds."""
+
+    def __init__(self) -> None:
+        self._last_s = time.monotonic()
+        print("loading the policy and its VLM", flush=True)
+
+    def tick(self, moments: Sequence[Moment]) -> None:
+        """Print what the newest tick says, now and then."""
+        if moments and time.monotonic() - self._last_s >= LINE_EVERY_S:
+            self._last_s = time.monotonic()
+            print(in_words(moments[-1]), flush=True)
+
+    def close(self, moments: Sequence[Moment]) -> None:
+        """The last line."""
+        if moments:
+            print(in_words(moments[-1]), flush=True)
+
+
+class RehearsalView:
+    """Widgets of one rehearsal: the newest moment redrawn about once a second, its tick in words, a Stop button."""
+
+    def __init__(self, process: RehearsalProcess):
+        self.process = process
+        self._due_s = 0.0
+        self._stop = ipywidgets.Button(
+            description="Stop", icon="stop", button_style="danger", tooltip="stop the robot now"
+        )
+        self._stop.on_click(self._stop_clicked)
+        self._state = ipywidgets.HTML("<b>loading the policy and its VLM</b>")
+        self._picture = ipywidgets.Image(format="jpeg", layout={"max_width": "1100px", "visibility": "hidden"})
+        display(ipywidgets.VBox([ipywidgets.HBox([self._stop, self._state]), self._picture]))
+
+    def tick(self, moments: Sequence[Moment]) -> None:
+        """Show the newest tick; redraw now and then."""
+        if moments:
+            self._state.value = in_words(moments[-1])
+        begun_s = time.monotonic()
+        if moments and begun_s >= self._due_s:
+            self.draw(moments)
+            drawn_s = time.monotonic()
+            self._due_s = drawn_s + max(REDRAW_S, 4 * (drawn_s - begun_s))
+
+    def draw(self, moments: Sequence[Moment]) -> None:
+        """Redraw the figure."""
+        self._picture.value = drawn(moment(moments, FORCE_MN), "jpeg")
+        self._picture.layout.visibility = "visible"
+
+    def close(self, moments: Sequence[Moment]) -> None:
+        """The last moment stays; the button is dead."""
+        self._stop.disabled = True
+        if moments:
+            self.draw(moments)
+            self._state.value = f"<b>over</b>: {in_words(moments[-1])}"
+
+    def _stop_clicked(self, _button: Any) -> None:
+        self._state.value = "<b>stopping</b>"
+        self.process.stop()
+
+
+def in_words(seen: Moment) -> str:
+    """A tick as a line of text."""
+    tick = seen.tick
+    why = f", {tick.reason}" if tick.reason else ""
+    age = "no VL features yet" if tick.vl_age_s is None else f"VL features {1000 * tick.vl_age_s:.0f} ms old"
+    force = "" if tick.force_mN is None else f", {tick.force_mN:.0f} mN"
+    return f"{tick.t_s:5.1f} s  {tick.mode}{why}; {age}{force}; tick {tick.lateness_ms:.1f} ms late"
+
+
+def moments_slider(moments: Sequence[Moment], count: int = 4) -> HTML:
+    """The static twin of the live view: `count` instants, evenly over the run, the last included; a sentence where there was no tick."""
+    if not moments:
+        return sentence("There was no tick: the rehearsal ended before its first one.")
+    ends = [int(k) for k in np.unique(np.linspace(1, len(moments), count + 1).round())[1:]]
+    figures = (moment(moments[:k], FORCE_MN) for k in ends)
+    return offline_slider(figures, [f"{moments[k - 1].tick.t_s:.1f} s" for k in ends])
+
+
+def outcome(record: Mapping[str, Any]) -> pd.DataFrame:
+    """How the rehearsal ended, and how the runner did: one row a figure."""
+    runner = record["runner"]
+    rows = {"verdict": verdict(record), "ended by": runner["ended"]}
+    counts = ("ticks", "failed_stops", "missed_deadlines", "skipped_ticks", "expert_calls", "expert_while_vlm_busy")
+    rows |= {name: str(runner[name]) for name in counts}
+    for name in ("lateness_ms", "expert_ms", "vlm_ms", "vl_age_s"):
+        if found := runner[name]:
+            what, unit = name.rsplit("_", 1)
+            rows[f"{what} median / p99 / max ({unit})"] = " / ".join(
+                f"{found[k]:.3g}" for k in ("median", "p99", "max")
+            )
+    for name in ("modes", "limited", "reasons"):
+        rows[name] = ", ".join(f"{key} {count}" for key, count in runner[name].items()) or "none"
+    return pd.DataFrame([(name.replace("_", " "), value) for name, value in rows.items()], columns=["what", "value"])
+
+
+def some_pictures(moments: Sequence[Moment]) -> Figure | HTML:
+    """All views at the start, in the middle and at the end, with their times; a sentence where no picture came."""
+    seen = [one for one in moments if one.pictures]
+    if not seen:
+        return sentence("No picture came before the rehearsal ended.")
+    chosen = [seen[k] for k in sorted({0, len(seen) // 2, len(seen) - 1})]
+    return plots.montage([one.pictures for one in chosen], [f"{one.tick.t_s:.1f} s" for one in chosen])

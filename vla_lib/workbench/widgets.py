@@ -1,40 +1,43 @@
-"""Widgets: they choose what the plot functions draw. Each has a static twin for headless runs and HTML pages."""
+"""What a person clicks in JupyterLab, and the static twin of each for headless runs and HTML pages. Both call the same plots."""
 
 import base64
 import io
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import ipywidgets
 import pandas as pd
-from IPython.display import HTML
+from IPython.display import HTML, display
 from matplotlib.figure import Figure
 
 from vla_lib.core.errors import UserError
 from vla_lib.episodes import Episode, EpisodeFiles, build_steps, find_episodes, load_prepared
 from vla_lib.episodes.instants import sensor_image
+from vla_lib.workbench import runs
+from vla_lib.workbench.notebook import dataset_path, interactive, shown
 from vla_lib.workbench.plots.episodes import overview
 
 STEP_S = 0.1
+ALL = "all datasets"
 
 
 def drawn(figure: Figure, kind: str = "png") -> bytes:
-    """The figure as a picture file: `png`, or `jpeg` where several stand in one page (a third of the bytes for camera pictures)."""
+    """The figure as a picture file: `png`, or `jpeg` where several stand in one page (a third of the bytes)."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format=kind, **({"pil_kwargs": {"quality": 85}} if kind == "jpeg" else {}))
     return buffer.getvalue()
 
 
-def offline_slider(figures: Iterable[Figure], labels: Iterable[str]) -> HTML:
+def offline_slider(figures: Iterable[Figure], labels: Sequence[str]) -> HTML:
     """A range input over pictures of the figures: it works in a saved page without a kernel and without the network."""
     identifier = f"s{uuid.uuid4().hex[:8]}"
-    pictures = [base64.b64encode(drawn(figure, "jpeg")).decode() for figure in figures]
-    labels = list(labels)
-    images = "".join(
-        f"<img class='{identifier}' alt='{label}' style='max-width:100%;display:{'block' if n == 0 else 'none'}' src='data:image/jpeg;base64,{data}'>"
-        for n, (label, data) in enumerate(zip(labels, pictures, strict=True))
-    )
+    images = ""
+    for number, (label, figure) in enumerate(zip(labels, figures, strict=True)):
+        data = base64.b64encode(drawn(figure, "jpeg")).decode()
+        style = f"max-width:100%;display:{'none' if number else 'block'}"
+        images += f"<img class='{identifier}' alt='{label}' style='{style}' src='data:image/jpeg;base64,{data}'>"
     script = (
         f"document.querySelectorAll('.{identifier}').forEach((e,n)=>e.style.display=n==this.value?'block':'none');"
         f"document.getElementById('{identifier}').textContent=this.dataset.labels.split('|')[this.value]"
@@ -46,25 +49,20 @@ def offline_slider(figures: Iterable[Figure], labels: Iterable[str]) -> HTML:
     return HTML(f"<div>{control}{images}</div>")
 
 
+# ---- episodes
+
+
 def episode_table(root: Path) -> pd.DataFrame:
     """All raw episodes below `root`: dataset, task, episode, layout, and the verdict and steps of those that are prepared."""
     rows = []
     for files in find_episodes(root):
-        row = {
-            "dataset": files.dataset,
-            "task": files.task,
-            "episode": files.name,
-            "layout": files.layout,
-            "verdict": "not judged yet (notebook 02)",
-        }
+        row: dict[str, Any] = {"dataset": files.dataset, "task": files.task, "episode": files.name}
+        row |= {"layout": files.layout, "verdict": "not judged yet (notebook 02)"}
         if (files.path / "data.pkl").exists():
             try:
-                metadata = load_prepared(files.path).metadata
-                row |= {
-                    "verdict": metadata["verdict"],
-                    "steps": metadata["num_actions"],
-                    "seconds": round(metadata["duration_seconds"], 1),
-                }
+                known = load_prepared(files.path).metadata
+                row |= {"verdict": known["verdict"], "steps": known["num_actions"]}
+                row["seconds"] = round(known["duration_seconds"], 1)
             except UserError as error:
                 row["verdict"] = f"data.pkl refused: {error}"
         rows.append(row)
@@ -115,25 +113,18 @@ class EpisodeBrowser:
     """A root, dropdowns for dataset and episode (with a text filter), a time slider with play, and the drawn instant."""
 
     def __init__(self, root: Path, action_hz: float = 10.0):
-        import ipywidgets
-
         self.action_hz = action_hz
         self._files: list[EpisodeFiles] = []
         self._label: dict[Path, str] = {}
         self._view: EpisodeView | None = None
-        self.root = ipywidgets.Text(
-            value=str(root), description="root", continuous_update=False, layout={"width": "640px"}
-        )
-        self.dataset = ipywidgets.Dropdown(options=["all datasets"], description="dataset")
-        self.filter = ipywidgets.Text(
-            placeholder="part of a name or verdict", description="filter", continuous_update=False
-        )
-        self.chosen = ipywidgets.Dropdown(description="episode", layout={"width": "640px"})
-        self.time = ipywidgets.IntSlider(
-            description="time (0.1 s)", readout=True, continuous_update=False, layout={"width": "560px"}
-        )
+        wide, late = {"width": "640px"}, {"continuous_update": False}
+        self.root = ipywidgets.Text(value=str(root), description="root", layout=wide, **late)
+        self.dataset = ipywidgets.Dropdown(options=[ALL], description="dataset")
+        self.filter = ipywidgets.Text(placeholder="part of a name or verdict", description="filter", **late)
+        self.chosen = ipywidgets.Dropdown(description="episode", layout=wide)
+        self.time = ipywidgets.IntSlider(description="time (0.1 s)", layout=wide, **late)
         self.play = ipywidgets.Play(interval=700, step=5)
-        self.picture = ipywidgets.Image(format="png", layout={"max_width": "1250px"})
+        self.picture = ipywidgets.Image(format="png", layout={"max_width": "1100px"})
         self.message = ipywidgets.HTML()
         ipywidgets.jslink((self.play, "value"), (self.time, "value"))
         self.root.observe(self._read, "value")
@@ -142,14 +133,10 @@ class EpisodeBrowser:
         self.chosen.observe(self._open, "value")
         self.time.observe(self._draw, "value")
         self._read()
-        top = ipywidgets.HBox([self.dataset, self.filter])
-        self.widget = ipywidgets.VBox(
-            [self.root, top, self.chosen, ipywidgets.HBox([self.play, self.time]), self.message, self.picture]
-        )
+        which, when = ipywidgets.HBox([self.dataset, self.filter]), ipywidgets.HBox([self.play, self.time])
+        self.widget = ipywidgets.VBox([self.root, which, self.chosen, when, self.message, self.picture])
 
     def _ipython_display_(self) -> None:
-        from IPython.display import display
-
         display(self.widget)
 
     def _read(self, _change: Any = None) -> None:
@@ -160,20 +147,18 @@ class EpisodeBrowser:
             self._files, self.message.value = [], str(error)
         verdicts = episode_table(root).groupby("episode")["verdict"].first() if self._files else {}
         self._label = {files.path: f"{files.name}  [{verdicts[files.name]}]" for files in self._files}
-        self.dataset.options = ["all datasets", *sorted({files.dataset for files in self._files})]
+        self.dataset.options = [ALL, *sorted({files.dataset for files in self._files})]
         self._list()
 
     def _list(self, _change: Any = None) -> None:
-        fits = [files for files in self._files if self.dataset.value in ("all datasets", files.dataset)]
+        fits = [files for files in self._files if self.dataset.value in (ALL, files.dataset)]
         fits = [files for files in fits if self.filter.value.lower() in self._label[files.path].lower()]
         self.chosen.options = [(self._label[files.path], files) for files in fits]
         self.chosen.index = 0 if fits else None
-        if not fits:
-            self.message.value = (
-                "No episode fits the filter."
-                if self._files
-                else f"There is no recorded episode below {self.root.value}."
-            )
+        if not self._files:
+            self.message.value = f"There is no recorded episode below {self.root.value}."
+        elif not fits:
+            self.message.value = "No episode fits the filter."
 
     def _open(self, _change: Any = None) -> None:
         if self.chosen.value is None:
@@ -193,3 +178,49 @@ class EpisodeBrowser:
     def _draw(self, _change: Any = None) -> None:
         if self._view is not None:
             self.picture.value = drawn(self._view.draw(self.time.value * STEP_S))
+
+
+# ---- checkpoints
+
+
+class CheckpointPicker:
+    """The checkpoint in question and those to compare it with, by parameters or, in JupyterLab, from two lists.
+
+    `checkpoint`: a path, or empty for the newest run's best one; `compare_with`: PATH or NAME=PATH each, None where one is all
+    that is wanted. `chosen` is what stands in the lists when it is read; headless it is what was given.
+    """
+
+    def __init__(self, checkpoint: str = "", compare_with: Sequence[str] | None = None):
+        first = checkpoint or str(runs.newest_checkpoint("*_best.pt"))
+        self._pairs = list(dict.fromkeys(_named(text) for text in (first, *(compare_with or ()))))
+        on_disk = [(runs.name_of(path), path) for path in runs.find_checkpoints()] if interactive() else []
+        options = [(f"{name}   ({shown(path)})", (name, path)) for name, path in dict.fromkeys(self._pairs + on_disk)]
+        wide = {"layout": {"width": "900px"}, "style": {"description_width": "100px"}, "options": options}
+        rest = tuple(self._pairs[1:])
+        self._first = ipywidgets.Dropdown(value=self._pairs[0], description="checkpoint", **wide)
+        self._others = ipywidgets.SelectMultiple(value=rest, rows=6, description="compare with", **wide)
+        lists = [self._first] if compare_with is None else [self._first, self._others]
+        self.widget = ipywidgets.VBox([*lists, ipywidgets.HTML("Run the cells below again after choosing.")])
+
+    @property
+    def chosen(self) -> tuple[str, ...]:
+        """NAME=PATH of each, the one in question first."""
+        return tuple(f"{name}={path}" for name, path in dict.fromkeys([self._first.value, *self._others.value]))
+
+    @property
+    def first(self) -> Path:
+        """The one in question."""
+        return Path(self._first.value[1])
+
+    def _ipython_display_(self) -> None:
+        if interactive():
+            display(self.widget)
+        else:
+            print("\n".join(f"{name}: {shown(path)}" for name, path in self._pairs))
+
+
+def _named(text: str) -> tuple[str, Path]:
+    name, equals, path = text.partition("=")
+    if equals and not dataset_path(text).exists():
+        return name, dataset_path(path)
+    return runs.name_of(dataset_path(text)), dataset_path(text)

@@ -1,93 +1,75 @@
-"""Open-loop predictions in; figures of errors and of predicted over true paths out."""
+"""Open-loop predictions beside the baselines: errors by step and dimension, predicted against true, chunks over the recorded path."""
 
+from collections.abc import Mapping
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
 from vla_lib.evaluation.metrics import DIMENSIONS, UNITS
 from vla_lib.evaluation.open_loop import OpenLoop
-from vla_lib.workbench.plots.style import style
+from vla_lib.workbench.plots.style import COLOURS, Panels, diagonal, legend, panels, plot
 
-COLOURS = {
-    "policy": "#0b6e99",
-    "VL masked": "#7a3fa0",
-    "sensor masked": "#2e7d32",
-    "zero": "#9a9a9a",
-    "mean": "#c58b00",
-    "persistence": "#b5482a",
-}
+Metrics = Mapping[str, Mapping[str, Any]]
+"""Name of the policy, a masked one or a baseline -> `open_loop_metrics`."""
 
 
-def error_by_step(metrics: dict[str, dict[str, Any]], action_hz: float) -> Figure:
+@plot
+def error_by_step(metrics: Metrics, action_hz: float, axes: Panels = None) -> Figure:
     """Translation (mm) and rotation (deg) error against the step of the chunk, the policy beside the baselines."""
-    with style():
-        figure, axes = plt.subplots(1, 2, figsize=(9, 3.2))
-        for axis, key, label in zip(
-            axes,
-            ("translation_mae_mm", "rotation_mae_deg"),
-            ("translation error (mm)", "rotation error (deg)"),
-            strict=True,
-        ):
-            for name, found in metrics.items():
-                values = [np.nan if value is None else value for value in found["by_step"][key]]
-                ahead_s = np.arange(1, len(values) + 1) / action_hz
-                axis.plot(
-                    ahead_s, values, "o-", ms=3, lw=2.2 if name == "policy" else 1.2, color=COLOURS[name], label=name
-                )
-            axis.set(xlabel="time ahead (s)", ylabel=f"mean {label}", ylim=(0, None))
-        axes[0].legend()
-        figure.suptitle("Error of each step of the predicted chunk, held-out episodes")
-    plt.close(figure)
+    title = "Error of each step of the predicted chunk, held-out episodes"
+    figure, found = panels(axes, (10, 3.6), "ab", title)
+    for panel, kind, unit in zip(found, ("translation", "rotation"), ("mm", "deg"), strict=True):
+        for name, of in metrics.items():
+            values = np.array(of["by_step"][f"{kind}_mae_{unit}"], float)  # None becomes not-a-number
+            ahead_s = np.arange(1, len(values) + 1) / action_hz
+            width = 2.2 if name == "policy" else 1.2
+            panel.plot(ahead_s, values, "o-", ms=3, lw=width, color=COLOURS[name], label=name)
+        panel.set(xlabel="time ahead (s)", ylabel=f"mean {kind} error ({unit})", ylim=(0, None))
+    legend(found[0], 3)
     return figure
 
 
-def error_by_dimension(metrics: dict[str, dict[str, Any]]) -> Figure:
+@plot
+def error_by_dimension(metrics: Metrics, axes: Panels = None) -> Figure:
     """Mean absolute error of each dimension of a step (mm, deg), the policy beside the baselines."""
-    with style():
-        figure, axes = plt.subplots(1, 2, figsize=(9, 3.2))
-        for axis, names in zip(axes, (DIMENSIONS[:3], DIMENSIONS[3:6]), strict=True):
-            width = 0.8 / len(metrics)
-            for k, (name, found) in enumerate(metrics.items()):
-                values = [found["dimensions"][dimension]["mae"] for dimension in names]
-                axis.bar(
-                    np.arange(3) + width * (k - (len(metrics) - 1) / 2),
-                    values,
-                    0.95 * width,
-                    color=COLOURS[name],
-                    label=name,
-                )
-            axis.set_xticks(range(3), names)
-            axis.set_ylabel(f"mean absolute error ({UNITS[DIMENSIONS.index(names[0])]} a step)")
-        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(metrics))
-    plt.close(figure)
+    figure, found = panels(axes, (10, 3.4), "ab")
+    width = 0.8 / len(metrics)
+    for panel, dimensions, unit in zip(found, (DIMENSIONS[:3], DIMENSIONS[3:6]), ("mm", "deg"), strict=True):
+        for k, (name, of) in enumerate(metrics.items()):
+            values = [of["dimensions"][dimension]["mae"] for dimension in dimensions]
+            place = np.arange(3) + width * (k - (len(metrics) - 1) / 2)
+            panel.bar(place, values, 0.95 * width, color=COLOURS[name], label=name)
+        panel.set_xticks(range(3), dimensions)
+        panel.set_ylabel(f"mean absolute error ({unit} a step)")
+    legend(found[0], 3)
     return figure
 
 
-def predicted_against_true(found: OpenLoop) -> Figure:
+@plot
+def predicted_against_true(found: OpenLoop, axes: Panels = None) -> Figure:
     """The first action of each chunk against the true one: one panel a dimension that varies, in mm or degrees."""
     first = found.mask[:, 0]
-    panels = [k for k in range(6) if found.target[first, 0, k].std() > 1e-6] or [0]
-    with style():
-        columns = min(3, len(panels))
-        figure, axes = plt.subplots(
-            -(-len(panels) // columns), columns, figsize=(3 * columns, 2.8 * -(-len(panels) // columns)), squeeze=False
-        )
-        for axis, k in zip(axes.flat, panels, strict=False):
-            true, predicted = found.target[first, 0, k], found.chunks["policy"][first, 0, k]
-            low, high = min(true.min(), predicted.min()), max(true.max(), predicted.max())
-            axis.plot([low, high], [low, high], color="#9a9a9a", lw=1)
-            axis.plot(true, predicted, ".", ms=3, alpha=0.4, color=COLOURS["policy"])
-            axis.set(title=DIMENSIONS[k], xlabel=f"true ({UNITS[k]} a step)", ylabel=f"predicted ({UNITS[k]} a step)")
-        for axis in axes.flat[len(panels) :]:
-            axis.set_visible(False)
-    plt.close(figure)
+    shown = [k for k in range(6) if found.target[first, 0, k].std() > 1e-6] or [0]
+    columns = min(3, len(shown))
+    rows = -(-len(shown) // columns)
+    figure, grid = panels(axes, (3.2 * columns, 3 * rows), (rows, columns))
+    for panel, k in zip(grid, shown, strict=False):
+        true, predicted = found.target[first, 0, k], found.chunks["policy"][first, 0, k]
+        diagonal(panel, true, predicted)
+        panel.plot(true, predicted, ".", ms=3, alpha=0.4, color=COLOURS["policy"])
+        unit = UNITS[k]
+        panel.set(title=DIMENSIONS[k], xlabel=f"true ({unit} a step)", ylabel=f"predicted ({unit} a step)")
+    for panel in grid[len(shown) :]:
+        panel.set_visible(False)
     return figure
 
 
-def chunks_over_path(found: OpenLoop, episode: str, every: int = 8, samples: np.ndarray | None = None) -> Figure:
-    """The true motion of one held-out episode (summed from its start, mm) and every few predicted chunks drawn from where they begin.
+@plot
+def chunks_over_path(
+    found: OpenLoop, episode: str, every: int = 8, samples: np.ndarray | None = None, axes: Panels = None
+) -> Figure:
+    """The recorded motion of one held-out episode (mm from its start) and every few predicted chunks, from where they begin.
 
     samples: (S, N, H, 7) other chunks of the episode's N samples, as a diffusion policy draws them from other noise.
     """
@@ -96,27 +78,19 @@ def chunks_over_path(found: OpenLoop, episode: str, every: int = 8, samples: np.
     path_mm = np.zeros((int(step.max()) + 2, 3))
     path_mm[step + 1] = found.target[rows, 0, :3]
     path_mm = np.cumsum(path_mm, axis=0)
-    with style():
-        figure, axes = plt.subplots(3, 1, figsize=(9, 5.2), sharex=True)
-        for k, axis in enumerate(axes):
-            axis.plot(np.arange(len(path_mm)), path_mm[:, k], color="#333333", lw=1.4, label="recorded")
-            drawn = found.chunks["policy"][rows][None] if samples is None else samples
-            label = "predicted chunk" if samples is None else f"predicted chunks, {len(samples)} samples each"
-            for n in range(0, len(rows), every):
-                start = found.step[rows[n]]
-                for chunk in drawn[:, n, :, k]:
-                    path = path_mm[start, k] + np.concatenate([[0], np.cumsum(chunk)])
-                    axis.plot(
-                        start + np.arange(len(path)),
-                        path,
-                        color=COLOURS["policy"],
-                        lw=1.3 if samples is None else 0.8,
-                        label=label,
-                    )
-                    label = None
-            axis.set(ylabel=f"{'xyz'[k]} (mm)")
-        axes[0].legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
-        axes[-1].set(xlabel="action step")
-        figure.suptitle(f"Predicted chunks over the recorded motion: {episode}")
-    plt.close(figure)
+    drawn = found.chunks["policy"][rows][None] if samples is None else samples  # (S, N, H, 7)
+    label = "predicted chunk" if samples is None else f"predicted chunks, {len(samples)} samples each"
+    title = f"Predicted chunks over the recorded motion: {episode}"
+    figure, lines = panels(axes, (10, 5.4), (3, 1), title, sharex=True)
+    for k, panel in enumerate(lines):
+        panel.plot(path_mm[:, k], color=COLOURS["recorded"], lw=1.4, label="recorded")
+        # (S, N', 1 + H) -> (1 + H, S * N'): a line is a column
+        chunks = np.cumsum(np.pad(drawn[:, ::every, :, k], ((0, 0), (0, 0), (1, 0))), axis=2)
+        values = (path_mm[step[::every], k][:, None] + chunks).reshape(-1, chunks.shape[2]).T
+        at = np.tile(step[::every], len(drawn)) + np.arange(chunks.shape[2])[:, None]
+        made = panel.plot(at, values, color=COLOURS["policy"], lw=1.3 if samples is None else 0.8)
+        made[0].set_label(label)
+        panel.set_ylabel(f"{'xyz'[k]} (mm)")
+    legend(lines[0])
+    lines[-1].set_xlabel("action step")
     return figure

@@ -1,158 +1,153 @@
-"""Rows of metrics.jsonl, weights tables and predicted chunks in; figures of how a training went out."""
+"""How a training run goes: its curves from the rows of metrics.jsonl, also while they grow, and what it drew its samples from."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib import ticker
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from vla_lib.workbench.plots.style import style
+from vla_lib.workbench.plots.style import COLOURS, GREY, Panels, legend, panels, plot, say
 
-OURS, GREY = "#0b6e99", "#9a9a9a"
-BASELINES = {"zero": GREY, "mean": "#c58b00", "persistence": "#b5482a"}
+Row = Mapping[str, Any]
+BASELINES = ("zero", "mean", "persistence")
 LOSSES = ("train/loss_step", "train/noise_loss")
 GPU = "train/gpu_memory_gib"
 
 
-def training_curves(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """Loss of each optimiser step, held-out error beside the baselines, learning rate, time waited for data and GPU memory; from
-    metrics.jsonl, also while it grows."""
-    steps = [r for r in rows if any(k in r for k in LOSSES)]
-    validations = [r for r in rows if "val/action_loss" in r]
-    with style():
-        figure, grid = plt.subplots(2, 2, figsize=(10, 5.8))
-        figure.get_layout_engine().set(hspace=0.08)
-        axes = list(grid.flat)
+@plot
+def training_curves(rows: Sequence[Row], axes: Panels = None) -> Figure:
+    """Loss of each optimiser step, held-out error beside the baselines, learning rate, time waited for data and GPU memory."""
+    steps = [row for row in rows if any(name in row for name in LOSSES)]
+    figure, found = panels(axes, (10, 6), (2, 2))
+    loss, held_out, rate, waiting = found
+    _loss(loss, steps)
+    _held_out(held_out, [row for row in rows if "val/action_loss" in row])
+    rate.plot([row["step"] for row in steps], [row["train/lr"] for row in steps], color=COLOURS["data"])
+    rate.set(ylabel="learning rate", title="learning rate")
+    _waiting(waiting, steps)
+    for panel in found:
+        panel.set_xlabel("optimiser step")
         if steps:
-            key = next(k for k in LOSSES if k in steps[0])
-            x, y = np.array([r["step"] for r in steps]), np.array([r[key] for r in steps])
-            axes[0].plot(x, y, color=OURS, alpha=0.25, lw=0.8, label="each step")
-            axes[0].plot(x, _smooth(y), color=OURS, lw=1.8, label="running mean")
-            axes[0].set_yscale("log")
-            axes[0].yaxis.set_minor_locator(ticker.LogLocator(subs=(2, 5)))
-            axes[0].yaxis.set_major_formatter("{x:g}")
-            axes[0].yaxis.set_minor_formatter("{x:g}")
-            for axis in axes:
-                axis.set_xlim(0, max(x) + 1)
-            axes[0].legend()
-            axes[2].plot(x, [r["train/lr"] for r in steps], color=OURS)
-            axes[0].set_title(f"loss ({key})")
-            _waits(axes[3], steps)
-        if validations:
-            x = [r["step"] for r in validations]
-            values = [r["val/action_loss"] for r in validations]
-            axes[1].plot(x, values, "o-", ms=3, color=OURS, lw=2, label="policy")
-            best = int(np.argmin(values))
-            axes[1].plot(x[best], values[best], "o", ms=8, mfc="none", color=OURS, label=f"best (step {x[best]})")
-            for name, colour in BASELINES.items():
-                axes[1].axhline(
-                    validations[-1][f"val/baseline_{name}_action_loss"], color=colour, lw=1.2, ls="--", label=name
-                )
-            axes[1].set_ylim(0, None)
-            axes[1].legend(loc="upper left", bbox_to_anchor=(1, 1))
-        else:
-            axes[1].text(0.5, 0.5, "no validation yet", ha="center", transform=axes[1].transAxes)
-        axes[0].set(xlabel="optimiser step", ylabel="training loss (normalised units)")
-        axes[1].set(xlabel="optimiser step", ylabel="action error (Huber, in std)", title="held-out episodes")
-        axes[2].set(xlabel="optimiser step", ylabel="learning rate", title="learning rate")
-        axes[3].set(xlabel="optimiser step", ylabel="share of the time (%)", title="waited for data")
-    plt.close(figure)
+            panel.set_xlim(0, steps[-1]["step"] + 1)
     return figure
 
 
-def newest_figures(rows: Sequence[Mapping[str, Any]]) -> str:
+def _loss(panel: Axes, steps: Sequence[Row]) -> None:
+    panel.set(ylabel="training loss (normalised units)", title="training loss")
+    if not steps:
+        return say(panel, "no step yet")
+    name = next(name for name in LOSSES if name in steps[0])
+    x, y = np.array([row["step"] for row in steps]), np.array([row[name] for row in steps])
+    panel.plot(x, y, color=COLOURS["policy"], alpha=0.25, lw=0.8, label="each step")
+    panel.plot(x, _smooth(y), color=COLOURS["policy"], lw=1.8, label="running mean")
+    panel.set(yscale="log", title=f"training loss ({name})")
+    panel.yaxis.set_minor_locator(ticker.LogLocator(subs=(2, 5)))
+    panel.yaxis.set_major_formatter("{x:g}")
+    panel.yaxis.set_minor_formatter("{x:g}")
+    legend(panel)
+
+
+def _held_out(panel: Axes, validations: Sequence[Row]) -> None:
+    panel.set(ylabel="action error (Huber, in std)", title="held-out episodes")
+    if not validations:
+        return say(panel, "no validation yet")
+    x, values = [row["step"] for row in validations], [row["val/action_loss"] for row in validations]
+    panel.plot(x, values, "o-", ms=3, color=COLOURS["policy"], lw=2, label="policy")
+    best = int(np.argmin(values))
+    label = f"best (step {x[best]})"
+    panel.plot(x[best], values[best], "o", ms=8, mfc="none", color=COLOURS["policy"], label=label)
+    for name in BASELINES:
+        value = validations[-1][f"val/baseline_{name}_action_loss"]
+        panel.axhline(value, color=COLOURS[name], lw=1.2, ls="--", label=name)
+    panel.set_ylim(0, None)
+    legend(panel, 5)
+
+
+def _waiting(panel: Axes, steps: Sequence[Row]) -> None:
+    """Share of the time waited for data (%), and GPU memory (GiB) on an axis of its own where there is a GPU."""
+    panel.set(ylabel="share of the time (%)", title="waited for data", ylim=(0, 100))
+    timed = [row for row in steps if "train/loader_wait_s" in row]
+    if len(timed) > 1:
+        panel.plot([row["step"] for row in timed], 100 * _wait_share(timed), color=COLOURS["data"])
+    if memory := [row for row in steps if GPU in row]:
+        right = panel.twinx()
+        right.plot([row["step"] for row in memory], [row[GPU] for row in memory], color=COLOURS["GPU memory"], ls=":")
+        right.set_ylim(0, None)
+        right.set_ylabel("GPU memory (GiB, dotted)", color=COLOURS["GPU memory"])
+        right.grid(visible=False)
+
+
+def newest_figures(rows: Sequence[Row]) -> str:
     """One line: the newest loss, learning rate, wait for data, GPU memory, and held-out error beside the baselines."""
     parts = []
-    if steps := [r for r in rows if any(k in r for k in LOSSES)]:
+    if steps := [row for row in rows if any(name in row for name in LOSSES)]:
         row = steps[-1]
-        parts += [f"loss {next(row[k] for k in LOSSES if k in row):.4f}", f"lr {row['train/lr']:.2e}"]
-        parts += (
-            [f"loader wait {100 * _wait_share(steps)[-1]:.0f} %"]
-            if "train/loader_wait_s" in row and len(steps) > 1
-            else []
-        )
-        parts += [f"GPU memory {row[GPU]:.1f} GiB"] if GPU in row else []
-    if validations := [r for r in rows if "val/action_loss" in r]:
+        parts += [f"loss {next(row[name] for name in LOSSES if name in row):.4f}", f"lr {row['train/lr']:.2e}"]
+        if "train/loader_wait_s" in row and len(steps) > 1:
+            parts.append(f"loader wait {100 * _wait_share(steps)[-1]:.0f} %")
+        if GPU in row:
+            parts.append(f"GPU memory {row[GPU]:.1f} GiB")
+    if validations := [row for row in rows if "val/action_loss" in row]:
         row = validations[-1]
         baselines = ", ".join(f"{name} {row[f'val/baseline_{name}_action_loss']:.4f}" for name in BASELINES)
         parts.append(f"held-out error {row['val/action_loss']:.4f} (baselines: {baselines})")
     return " · ".join(parts)
 
 
-def reuse_counts(rows: Sequence[Mapping[str, Any]], action_hz: float) -> Figure:
+@plot
+def reuse_counts(rows: Sequence[Row], action_hz: float, axes: Panels = None) -> Figure:
     """How often VL features of each age were used, over all epochs."""
     counts = _summed(rows, "train/vl_reuse_counts")
-    ages = np.arange(len(counts))
-    return _histogram(
-        ages * 1000 / action_hz, counts, 800 / action_hz, "age of the VL features (ms)", "Reuse of VL features"
-    )
-
-
-def timestep_counts(rows: Sequence[Mapping[str, Any]], timesteps: int) -> Figure:
-    """How often each range of diffusion timesteps was drawn, over all epochs."""
-    counts = _summed(rows, "train/diffusion_t_counts")
-    width = timesteps / max(1, len(counts))
-    return _histogram(
-        (np.arange(len(counts)) + 0.5) * width, counts, 0.9 * width, "diffusion timestep", "Diffusion timesteps drawn"
-    )
-
-
-def weights_share(table: Sequence[Mapping[str, Any]]) -> Figure:
-    """Share of the draws beside the share of the steps, a dataset a row; from `TrainingData.weights_table`."""
-    names = [f"{r['dataset']} (weight {r['weight']:g})" for r in table]
-    share = np.array([r["share"] for r in table])
-    steps = np.array([r["train_steps"] for r in table], float)
-    place = np.arange(len(table))
-    with style():
-        figure, axis = plt.subplots(figsize=(8, 0.55 * len(table) + 1.1))
-        axis.barh(place + 0.2, 100 * share, 0.38, color=OURS, label="of the draws")
-        axis.barh(place - 0.2, 100 * steps / steps.sum(), 0.38, color=GREY, label="of the steps")
-        axis.set_yticks(place, names)
-        axis.set(xlabel="share (%)", title="What each dataset gets of the training")
-        axis.legend()
-    plt.close(figure)
+    figure, (panel,) = panels(axes, (5.5, 2.8))
+    _bars(panel, np.arange(len(counts)) * 1000 / action_hz, counts)
+    panel.set(xlabel="age of the VL features (ms)", ylabel="samples", title="Reuse of VL features")
     return figure
 
 
-def _waits(axis: Any, steps: Sequence[Mapping[str, Any]]) -> None:
-    """Share of the time waited for data (%), and GPU memory (GiB) on an axis of its own where there is a GPU."""
-    timed = [r for r in steps if "train/loader_wait_s" in r]
-    if len(timed) > 1:
-        axis.plot([r["step"] for r in timed], 100 * _wait_share(timed), color=OURS)
-        axis.set_ylim(0, 100)
-    memory = [r for r in steps if GPU in r]
-    if memory:
-        right = axis.twinx()
-        right.plot([r["step"] for r in memory], [r[GPU] for r in memory], color="#7a3fa0", ls=":")
-        right.set(ylim=(0, None))
-        right.set_ylabel("GPU memory (GiB, dotted)", color="#7a3fa0")
-        right.grid(False)
+@plot
+def timestep_counts(rows: Sequence[Row], timesteps: int, axes: Panels = None) -> Figure:
+    """How often each range of diffusion timesteps was drawn, over all epochs."""
+    counts = _summed(rows, "train/diffusion_t_counts")
+    figure, (panel,) = panels(axes, (5.5, 2.8))
+    _bars(panel, (np.arange(len(counts)) + 0.5) * timesteps / max(1, len(counts)), counts)
+    panel.set(xlabel="diffusion timestep", ylabel="samples", title="Diffusion timesteps drawn")
+    return figure
 
 
-def _wait_share(steps: Sequence[Mapping[str, Any]]) -> np.ndarray:
+@plot
+def weights_share(table: Sequence[Row], axes: Panels = None) -> Figure:
+    """Share of the draws beside the share of the steps, a dataset a row; from `TrainingData.weights_table`."""
+    steps = np.array([row["train_steps"] for row in table], float)
+    place = np.arange(len(table))
+    figure, (panel,) = panels(axes, (8, 0.55 * len(table) + 1.4))
+    panel.barh(place - 0.2, [100 * row["share"] for row in table], 0.38, color=COLOURS["data"], label="of the draws")
+    panel.barh(place + 0.2, 100 * steps / steps.sum(), 0.38, color=GREY, label="of the steps")
+    panel.set_yticks(place, [f"{row['dataset']} (weight {row['weight']:g})" for row in table])
+    panel.invert_yaxis()
+    panel.set(xlabel="share (%)", title="How much each dataset counts in training")
+    legend(panel)
+    return figure
+
+
+def _bars(panel: Axes, x: np.ndarray, counts: np.ndarray) -> None:
+    if not len(counts):
+        return say(panel, "nothing counted yet")
+    panel.bar(x, counts, 0.9 * (x[1] - x[0] if len(x) > 1 else 1.0), color=COLOURS["data"])
+
+
+def _wait_share(steps: Sequence[Row]) -> np.ndarray:
     """Share of the time between steps that was waited for data, running mean, 0..1."""
-    waited = np.array([r.get("train/loader_wait_s", np.nan) for r in steps])
-    taken = np.diff([r["elapsed_s"] for r in steps], prepend=np.nan)
+    waited = np.array([row.get("train/loader_wait_s", np.nan) for row in steps])
+    taken = np.diff([row["elapsed_s"] for row in steps], prepend=np.nan)
     taken[0] = taken[1]
     taken = np.maximum(taken, waited)
     return np.clip(_smooth(waited) / np.maximum(_smooth(taken), 1e-9), 0, 1)
 
 
-def _histogram(x: np.ndarray, counts: np.ndarray, width: float, label: str, title: str) -> Figure:
-    with style():
-        figure, axis = plt.subplots(figsize=(5.5, 2.8))
-        axis.bar(x, counts, width, color=OURS)
-        axis.set(xlabel=label, ylabel="samples", title=title)
-        if not len(counts):
-            axis.text(0.5, 0.5, "nothing counted yet", ha="center", transform=axis.transAxes)
-    plt.close(figure)
-    return figure
-
-
-def _summed(rows: Sequence[Mapping[str, Any]], key: str) -> np.ndarray:
-    found = [r[key] for r in rows if key in r]
+def _summed(rows: Sequence[Row], key: str) -> np.ndarray:
+    found = [row[key] for row in rows if key in row]
     total = np.zeros(max(map(len, found), default=0))
     for counts in found:  # rows of a run that an older version began may be shorter
         total[: len(counts)] += counts

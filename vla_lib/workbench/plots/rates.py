@@ -1,0 +1,160 @@
+"""What was measured of the streams: intervals, timelines with gaps, clock evidence; verdicts of all episodes; the check of data.pkl."""
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from vla_lib.episodes.clocks import STAGGER_S, force_curve
+from vla_lib.episodes.episode import Episode
+from vla_lib.episodes.rates import Rates, distinct_hz, intervals_ms, measure
+from vla_lib.episodes.verdict import GOOD, REJECTED, USABLE
+from vla_lib.workbench.plots.episodes import TIME
+from vla_lib.workbench.plots.style import COLOURS, PALE, Panels, diagonal, legend, panels, plot, say
+
+RATES = {"robot_hz": "robot rows", "pose_hz": "distinct poses", "sensor_hz": "sensor", "camera_hz": "cameras"}
+
+
+@plot
+def intervals(episode: Episode, axes: Panels = None) -> Figure:
+    """One histogram per stream: how long it took to the next row, sample or picture; the line is the median."""
+    times = {name: t_s for name, t_s in _stream_times(episode).items() if len(t_s) > 2}
+    columns = min(4, max(1, len(times)))
+    rows = max(1, -(-len(times) // columns))
+    figure, found = panels(axes, (11, 2.1 * rows + 0.5), (rows, columns), f"{episode.name}: intervals")
+    for panel, (name, t_s) in zip(found, times.items(), strict=False):
+        steps = intervals_ms(t_s)
+        usual = float(np.median(steps))
+        panel.hist(np.clip(steps, 0, max(4 * usual, 1e-3)), bins=60, color=COLOURS["data"])
+        panel.axvline(usual, color=COLOURS["median"], lw=1)
+        rate = distinct_hz(episode.robot) if "distinct" in name else 1e3 / usual if usual else float("nan")
+        clipped = ", clipped at 4 x median" if (steps > 4 * usual).any() else ""
+        panel.set(yscale="log", xlabel=f"interval (ms){clipped}", ylabel="count")
+        panel.set_title(f"{name}\n{rate:.1f} Hz, longest {steps.max():.0f} ms")
+    for panel in found[len(times) :]:
+        panel.set_axis_off()
+    return figure
+
+
+@plot
+def timeline(episode: Episode, rates: Rates | None = None, axes: Panels = None) -> Figure:
+    """When each stream runs, against the robot's motion (grey), with its gaps in red."""
+    streams = (rates or measure(episode)).streams
+    figure, (panel,) = panels(axes, (10, 0.36 * len(streams) + 1.4))
+    panel.axvspan(0, episode.duration_s, color=PALE, lw=0, zorder=0)
+    last = max(episode.duration_s, *(row.end_s + episode.duration_s for row in streams))
+    for place, row in enumerate(streams):
+        panel.barh(place, row.end_s + episode.duration_s - row.start_s, 0.55, row.start_s, color=COLOURS["data"])
+        for begin, end in row.gaps:
+            panel.barh(place, end - begin, 0.8, begin - episode.start_s, color=COLOURS["gap"])
+        gaps = f", {len(row.gaps)} gap(s)" if row.gaps else ""
+        panel.text(last, place, f"  {row.hz:.1f} Hz, {row.count}{gaps}", va="center")
+    panel.set_yticks(range(len(streams)), [row.stream for row in streams])
+    panel.invert_yaxis()
+    panel.set(xlabel=TIME, title=f"{episode.name}: streams (robot's motion in grey, gaps in red)")
+    panel.set_xlim(right=1.28 * last)
+    return figure
+
+
+@plot
+def offset_evidence(episode: Episode, axes: Panels = None) -> Figure:
+    """What speaks for the sensor clock's offset: where streams begin, and how the force traces agree where both exist."""
+    title = f"{episode.name}: sensor clock {episode.sensor_clock.sentence()}"
+    figure, (starts, forces) = panels(axes, (11, 3.0), "ab", title, width_ratios=(1.3, 1))
+    _starts(starts, episode)
+    _force_agreement(forces, episode)
+    return figure
+
+
+def _starts(panel: Axes, episode: Episode) -> None:
+    clock = episode.sensor_clock
+    starts = {"robot": 0.0}
+    if clock.start_difference_s is not None:
+        starts["sensor, as recorded"] = clock.start_difference_s
+        starts["sensor, corrected"] = clock.start_difference_s - clock.offset_s
+    left = {view: pictures for view, pictures in episode.pictures.items() if not view.endswith("_right")}
+    starts |= {view: float(pictures.t_s[0]) - episode.start_s for view, pictures in left.items()}
+    panel.axvspan(-STAGGER_S, STAGGER_S, color=PALE, lw=0, zorder=0)
+    panel.plot(list(starts.values()), range(len(starts)), "o", color=COLOURS["data"])
+    panel.set_yticks(range(len(starts)), list(starts))
+    panel.invert_yaxis()
+    panel.set(xlabel="first entry after the robot's (s); grey: normal staggering", title="where the streams begin")
+
+
+def _force_agreement(panel: Axes, episode: Episode) -> None:
+    curve = None
+    if episode.sensor is not None:
+        clock, recorded = episode.sensor_clock, copy.copy(episode.sensor)
+        recorded.t_s = recorded.t_s + clock.offset_s  # as recorded, before the correction
+        start = clock.start_difference_s or 0.0
+        curve = force_curve(episode.robot, recorded, start if abs(start) > STAGGER_S else 0.0)
+    if curve is None:
+        panel.set_axis_off()
+        return say(panel, "the robot log holds no force,\nso forces cannot be compared")
+    panel.plot(*curve, color=COLOURS["data"])
+    panel.axvline(clock.offset_s, color=COLOURS["median"], lw=1)
+    panel.set(xlabel="assumed offset (s)", ylabel="correlation of both forces", title="force in robot log and sensor")
+
+
+@plot
+def verdicts(summaries: Sequence[Mapping[str, Any]], axes: Panels = None) -> Figure:
+    """All episodes at once: how many of each verdict, valid steps over duration, and the rates of every stream."""
+    table = pd.DataFrame(list(summaries), columns=None if summaries else ["verdict", "seconds", "valid", "steps"])
+    figure, (counts, validity, rates) = panels(axes, (11, 3.2), "abc", width_ratios=(1, 1.3, 1.7))
+    levels = (GOOD, USABLE, REJECTED)
+    heights = [int((table["verdict"] == level).sum()) for level in levels]
+    bars = counts.bar([level.replace(" with ", "\nwith\n") for level in levels], heights)
+    for bar, level in zip(bars, levels, strict=True):
+        bar.set_color(COLOURS[level])
+    counts.bar_label(bars)
+    counts.set(ylabel="episodes", title="verdicts")
+    for level, part in table.groupby("verdict"):
+        share = 100 * part["valid"] / part["steps"].clip(lower=1)
+        validity.scatter(part["seconds"], share, s=14, color=COLOURS[str(level)], label=level)
+    validity.set(xlabel="duration of the motion (s)", ylabel="valid steps (%)", title="validity", ylim=(-4, 104))
+    legend(validity, 2)
+    measured = {text: table[name].dropna() for name, text in RATES.items() if name in table}
+    measured = {text: values for text, values in measured.items() if len(values)}
+    for place, values in enumerate(measured.values()):
+        spread = np.linspace(-0.2, 0.2, len(values)) if len(values) > 1 else np.zeros(1)
+        rates.plot(place + spread, values, "o", ms=3, color=COLOURS["data"])
+    rates.set_xticks(range(len(measured)), list(measured))
+    rates.set(ylabel="rate (Hz)", yscale="log", title="rates of all episodes")
+    return figure
+
+
+@plot
+def recheck(table: pd.DataFrame, episode: str = "", axes: Panels = None) -> Figure:
+    """The result of `episodes.recheck`: stored against recomputed actions, and their differences."""
+    title = f"{episode}: data.pkl against the raw files"
+    figure, (moved, turned, differences) = panels(axes, (11, 3.6), "abc", title)
+    stored, again = (np.reshape(table[name].to_list(), (-1, 6)) for name in ("stored", "recomputed"))
+    for panel, first, unit, what in ((moved, 0, "mm", "displacement"), (turned, 3, "deg", "rotation")):
+        for column, name in enumerate("xyz", first):
+            panel.plot(again[:, column], stored[:, column], "o", ms=4, alpha=0.7, label=name)
+        diagonal(panel, again[:, first : first + 3], stored[:, first : first + 3])
+        panel.set(xlabel=f"recomputed from raw ({unit})", ylabel=f"in data.pkl ({unit})", title=f"{what} per step")
+        legend(panel)
+    tiny = 1e-9  # a logarithmic axis has no zero
+    differences.semilogy(table["seconds"], table["position_mm"] + tiny, "o", label="position (mm)")
+    differences.semilogy(table["seconds"], table["rotation_deg"] + tiny, "s", label="rotation (deg)")
+    differences.axhline(0.02, color=COLOURS["limit"], lw=1, ls="--", label="allowed")
+    agree = int((table["picture"] & table["sensor"] & table["sample"]).sum())
+    differences.set(xlabel=TIME, ylabel="difference", title=f"indices agree at {agree} of {len(table)} steps")
+    legend(differences, 3)
+    return figure
+
+
+def _stream_times(episode: Episode) -> dict[str, np.ndarray]:
+    """Stream name -> its times (UNIX seconds), robot and sensor first; `robot (distinct poses)` where poses repeat."""
+    times = {"robot": episode.robot.t_s}
+    changed = episode.robot.t_s[episode.robot.changed]
+    if len(changed) < 0.95 * len(episode.robot.t_s):
+        times["robot (distinct poses)"] = changed
+    if episode.sensor is not None:
+        times["sensor"] = episode.sensor.t_s
+    return times | {view: pictures.t_s for view, pictures in episode.pictures.items()}
