@@ -108,7 +108,7 @@ class Desk:
         ]
 
     def command(self, name: str) -> None:
-        """Carry out a command of JupyterLab's."""
+        """Call a command of JupyterLab's."""
         self.page.evaluate(f"window.jupyterapp.commands.execute({json.dumps(name)})")
 
     def until(self, true: Any, seconds: float = SECONDS) -> None:
@@ -125,7 +125,7 @@ class Desk:
         self.page = context.new_page()
 
     def show(self, cell: str) -> Any:
-        """Scroll to a cell (JupyterLab draws only what is near) and return where it stands on the page."""
+        """Scroll to a cell (JupyterLab draws only what is near) and return its place on the page."""
         number = [found["id"] for found in self.cells()].index(cell)
         content = "window.jupyterapp.shell.currentWidget.content"
         for _ in range(2):  # heights are known only once cells are drawn

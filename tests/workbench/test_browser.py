@@ -21,7 +21,7 @@ pytestmark = [
 NOTEBOOKS = sorted(path.stem for path in (PROJECT / "notebooks").glob("*.ipynb"))
 FEW = {"batch_size": 8, "grad_accum_steps": 1, "max_steps": 4, "val_fraction": 0.3, "num_workers": 0, "ddim_steps": 2}
 SMALL = {"image_resize_height": 84, "image_resize_width": 140}  # what the VL model sees
-TOLD = {
+GIVEN = {
     "03_cache_vl_features": {"vl_pooling": "grid:2x3", **SMALL},
     "04_train_async": FEW | SMALL,
     "05_train_diffusion": FEW | SMALL,
@@ -56,7 +56,7 @@ def run(desk, name: str, root: Path) -> None:
     """Run a notebook after those that it builds on; each once."""
     for earlier in NOTEBOOKS[: NOTEBOOKS.index(name) + 1]:
         if earlier not in desk.ran and (earlier == name or earlier != "05_train_diffusion"):
-            desk.open(desk.copy(earlier, dataset_root=str(root), **TOLD.get(earlier, {})))
+            desk.open(desk.copy(earlier, dataset_root=str(root), **GIVEN.get(earlier, {})))
             desk.run_all()
             assert desk.errors() == []
             desk.keep()

@@ -1,7 +1,9 @@
 """The whole path once, on a small recording: two commands' worth of work, through papermill and torchrun with two processes."""
 
+import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -25,8 +27,6 @@ NOTEBOOKS = Plan(Path()).notebooks
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedProcess, Path]:
     """`vla demo --size small`, run once: its output and its runs folder."""
-    import os
-
     runs = tmp_path_factory.mktemp("demo") / "runs"
     command = [sys.executable, "-m", "vla_lib.cli", "demo", "--size", "small", "--nproc-per-node", "2"]
     done = subprocess.run(
@@ -220,23 +220,20 @@ def test_the_table_tells_rates_steps_errors_times_and_the_report(demo):
     assert "data:image/png;base64" in Path(report).read_text()
 
 
-def run_all(data: Path, **train: float) -> int:
+def vla(*words: str) -> int:
+    """`vla` in this process; its exit status."""
+    with pytest.raises(SystemExit) as ended:
+        cli.main(list(words))
+    return ended.value.code
+
+
+def run_all(data: Path, processes: int = 2, **train: float) -> int:
     """`vla run-all` on the demo's data with the demo's parameters, but those of the training in `train`, in this process."""
     size = SIZES["small"]
     given = {"03_cache_vl_features": size.cache, "04_train_async": size.train | train, "06_evaluate": size.evaluate}
     pairs = [["-p", f"{name}.{key}", str(value)] for name, values in given.items() for key, value in values.items()]
-    with pytest.raises(SystemExit) as ended:
-        cli.main(
-            [
-                "run-all",
-                "--dataset-root",
-                str(data),
-                "--nproc-per-node",
-                "2",
-                *(word for pair in pairs for word in pair),
-            ]
-        )
-    return ended.value.code
+    words = [word for pair in pairs for word in pair]
+    return vla("run-all", "--dataset-root", str(data), "--nproc-per-node", str(processes), *words)
 
 
 def states(runs: Path) -> dict[str, str]:
@@ -268,7 +265,7 @@ def test_run_all_does_again_what_new_data_ask_for_and_stops_at_the_first_failure
     new = known.with_name("recv_all_20260101_120000")
     shutil.copytree(known, new, ignore=shutil.ignore_patterns("data.pkl", "sensor.npy"))
     try:
-        assert run_all(data, lr=1e30) == 1
+        assert run_all(data, processes=1, lr=1e30) == 1
     finally:
         shutil.rmtree(new)
     done = dict.fromkeys(NOTEBOOKS[:3], "ran") | {"04_train_async": "failed"}
@@ -306,7 +303,7 @@ def test_parameters_of_a_flow_reach_the_steps_that_they_mean(runs_folder):
         "04_train_async": {"image_resize_height": 180},
         "06_evaluate": {"batch_size": 8},
     }
-    for words, told in (
+    for words, remedy in (
         ({"batch_size": "8"}, "means different things in 3 steps"),
         ({"lrr": "1"}, "No step has a parameter lrr"),
         ({"06_evaluate.lr": "1"}, "06_evaluate has no parameter lr; there are"),
@@ -315,14 +312,14 @@ def test_parameters_of_a_flow_reach_the_steps_that_they_mean(runs_folder):
         ({"lr": "1e-3", "04_train_async.lr": "1e-4"}, "given twice"),
         ({"cache_id": "x"}, "handed from step to step"),
     ):
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=remedy):
             assign(words, NOTEBOOKS)
     with pytest.raises(UserError, match="must be above 0"):
         Plan(Path("data"), {"04_train_async": {"lr": -1.0}}).check()
 
 
 @pytest.mark.parametrize(
-    "words, told",
+    "words, remedy",
     (
         (["run-all", "--dataset-root", "nowhere"], "There is no dataset root"),
         (["run-all", "--dataset-root", "."], "holds no recorded episode"),
@@ -330,18 +327,15 @@ def test_parameters_of_a_flow_reach_the_steps_that_they_mean(runs_folder):
         (["demo", "--nproc-per-node", "0"], "give 1 or more processes"),
     ),
 )
-def test_bad_input_is_one_sentence_and_status_2(words, told, tmp_path, runs_folder):
-    command = [sys.executable, "-m", "vla_lib.cli", *words]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: ") and told in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
+def test_bad_input_is_one_sentence_and_status_2(words, remedy, tmp_path, runs_folder, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert vla(*words) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and remedy in said and len(said.strip().splitlines()) == 1
     assert not list(runs_folder.glob("*/run.json"))
 
 
 def test_no_egl_is_told_before_anything_starts(tmp_path, runs_folder):
-    import os
-
     command = [sys.executable, "-m", "vla_lib.cli", "demo", "--size", "small"]
     done = subprocess.run(
         command, capture_output=True, text=True, env={**os.environ, "MUJOCO_GL": "egl", "MUJOCO_EGL_DEVICE_ID": "99"}
@@ -351,15 +345,10 @@ def test_no_egl_is_told_before_anything_starts(tmp_path, runs_folder):
     assert not list(runs_folder.glob("*-demo"))
 
 
-def test_a_taken_port_is_told():
-    import socket
-
+def test_a_taken_port_is_told(capsys):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        done = subprocess.run(
-            [sys.executable, "-m", "vla_lib.cli", "lab", "--port", str(port)], capture_output=True, text=True
-        )
-    assert done.returncode == 2
-    assert f"Port {port} is in use" in done.stderr
+        assert vla("lab", "--port", str(port)) == 2
+    assert f"Port {port} is in use" in capsys.readouterr().err

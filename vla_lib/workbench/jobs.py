@@ -236,7 +236,7 @@ def explain(log: Path, returncode: int, log_from: int) -> str:
         message = message if isinstance(message, dict) else {"message": message}
         traceback = message.get("extraInfo", {}).get("py_callstack", "")
         lines += ["", str(message.get("message", "")).strip(), "", traceback.strip()]
-    if lines:  # torchrun's own report tells the same once more
+    if lines:  # torchrun's own report says the same once more
         said = re.split(r"^.*torch/distributed/elastic", said, maxsplit=1, flags=re.M)[0]
     lines = lines or [f"The job ended with exit status {returncode}."]
     if said:

@@ -37,14 +37,14 @@ class Plan:
     diffusion: bool = False
 
     @property
-    def trainings(self) -> tuple[str, ...]:
+    def training_notebooks(self) -> tuple[str, ...]:
         """The training notebooks; the first one's policy is in question, the other is compared with it."""
         return (ASYNC, DIFFUSION) if self.diffusion else (ASYNC,)
 
     @property
     def notebooks(self) -> tuple[str, ...]:
         """The steps in order."""
-        return (INSPECT, PREPARE, CACHE, *self.trainings, EVALUATE)
+        return (INSPECT, PREPARE, CACHE, *self.training_notebooks, EVALUATE)
 
     def parameters(self, notebook: str, **handed_on: Any) -> dict[str, Any]:
         """The parameters that a notebook is given."""
@@ -64,7 +64,7 @@ class Plan:
         """Everything that can be refused before the first step. Raises UserError with the remedy."""
         from vla_lib.features.vlm import open_checkpoint
 
-        stages = {notebook: self.settings(notebook) for notebook in (PREPARE, CACHE, *self.trainings)}
+        stages = {notebook: self.settings(notebook) for notebook in (PREPARE, CACHE, *self.training_notebooks)}
         open_checkpoint(stages[CACHE].vl_model)
 
     def check_data(self) -> None:
@@ -173,7 +173,7 @@ class Flow:
         self.run(PREPARE, plan.parameters(PREPARE))
         cache = self.run(CACHE, plan.parameters(CACHE))["binding_id"]  # an older cache may lie beside the new one
         chosen = []
-        for notebook in plan.trainings:
+        for notebook in plan.training_notebooks:
             newest = Path(self.run(notebook, plan.parameters(notebook, cache_id=cache))["checkpoint"])
             best = newest.with_name(plan.settings(notebook).checkpoints.best)
             chosen.append(str(best if best.exists() else newest))  # without held-out episodes there is no best one

@@ -13,7 +13,7 @@ from vla_lib.training.data import TrainingData
 from vla_lib.training.settings import TrainingSettings
 from vla_lib.workbench.runs import find_runs
 
-PASSES = 4  # forward and backward, where no former run tells the time
+PASSES = 4  # forward and backward, where no former run shows the time
 
 
 def table(name: str, settings: TrainingSettings, data: TrainingData, nproc_per_node: int) -> pd.DataFrame:
@@ -57,7 +57,7 @@ def _estimate(name: str, settings: TrainingSettings, samples: int, processes: in
 
 
 def _measured(settings: TrainingSettings, data: TrainingData, policy: Any, samples: int, processes: int) -> str:
-    """From a few forward and backward passes here, on the training's device, reading included."""
+    """From a few forward and backward passes here, on the device of the run, reading included."""
     import time
 
     import torch
@@ -81,7 +81,7 @@ def _measured(settings: TrainingSettings, data: TrainingData, policy: Any, sampl
     policy.zero_grad()
     policy.to("cpu")
     del batch, draws, loss
-    torch.cuda.empty_cache()  # the training's own processes want it
+    torch.cuda.empty_cache()  # the processes of torchrun want it
     side_by_side = processes if device.type == "cuda" else 1  # processes on the CPU share its cores
     rate = side_by_side * settings.batch_size / float(np.median(taken[1:]))
     how = f"{rate:,.0f} samples/s ({PASSES} passes on the {device.type} here)"
