@@ -144,51 +144,42 @@ class Queue:
     def open(cls, kind: str, entries: list[Entry]) -> "Queue":
         """The newest unfinished queue that asks for the same, else a new one. Raises UserError where that one is
         running."""
-        asked = runs.digest(json.dumps([asdict(entry) for entry in entries], sort_keys=True))
-        path, found = None, {}
-        for path in reversed(runs.find_runs(kind)):
-            record = read_record(path)
-            if record["parameters"].get("digest") != asked or record["state"] == "done":
-                path = None
-                continue
-            if record["state"] == "running":
-                which = f"process {record['pid']}, {path.name}"
-                raise UserError(
-                    f"The same {kind} is running already ({which}); wait for it, or stop it with Ctrl-C there."
-                )
-            known = read_json(path / "queue.json")["runs"] if (path / "queue.json").exists() else {}
-            found = {name: {**row, "state": _state(row["run"])} for name, row in known.items()}
-            break
+        asked = runs.digest([asdict(entry) for entry in entries])
+        same = [path for path in runs.find_runs(kind) if read_record(path)["parameters"].get("digest") == asked]
+        same = [path for path in same if read_record(path)["state"] != "done"]
+        path, found = (same[-1] if same else None), {}
+        if path and read_record(path)["state"] == "running":
+            which = f"process {read_record(path)['pid']}, {path.name}"
+            raise UserError(f"The same {kind} is running already ({which}); wait for it, or stop it with Ctrl-C there.")
+        if path and (path / "queue.json").exists():
+            rows = read_json(path / "queue.json")["runs"]
+            found = {name: {**row, "state": _state(row["run"])} for name, row in rows.items()}
         return cls(RunFolder.create(kind, {"digest": asked, "entries": len(entries)}, path=path), entries, found)
 
     async def work(self, waiting: list[Entry], parallel: int) -> None:
         """Run the entries, `parallel` at a time."""
         slots = asyncio.Semaphore(parallel)
+        await asyncio.gather(*(self.run(entry, slots) for entry in waiting))
 
-        async def one(entry: Entry) -> None:
-            async with slots:
-                await self.run(entry)
-
-        await asyncio.gather(*map(one, waiting))
-
-    async def run(self, entry: Entry) -> None:
-        """Run one entry to its end, however that is."""
-        target, start = new_folder(notebook_path(entry.notebook).stem), time.monotonic()
-        row = self.found[entry.name] = {"run": target.name, "state": "running"}
-        self.save()
-        job = self.job(entry, target)
-        print(f"{_now()} started {entry.name}: {shown(target)}", flush=True)
-        try:
-            await job.watch(lambda lines: None)
-        except (JobFailed, JobCancelled) as error:
-            task = asyncio.current_task()
-            if task and task.cancelling():  # Ctrl-C: this entry is stopped, and so is the queue
-                raise asyncio.CancelledError from error
-        finally:
-            row["state"] = _state(target.name)
+    async def run(self, entry: Entry, slots: asyncio.Semaphore) -> None:
+        """Run one entry to its end, however that is, once there is a slot for it."""
+        async with slots:
+            target, start = new_folder(notebook_path(entry.notebook).stem), time.monotonic()
+            row = self.found[entry.name] = {"run": target.name, "state": "running"}
             self.save()
-        cause = "" if row["state"] == "done" else f"\n  {_cause(target, job.log)}"
-        print(f"{_now()} {row['state']} after {clock(time.monotonic() - start)}: {entry.name}{cause}", flush=True)
+            job = self.job(entry, target)
+            print(f"{_now()} started {entry.name}: {shown(target)}", flush=True)
+            try:
+                await job.watch(lambda lines: None)
+            except (JobFailed, JobCancelled) as error:
+                task = asyncio.current_task()
+                if task and task.cancelling():  # Ctrl-C: this entry is stopped, and so is the queue
+                    raise asyncio.CancelledError from error
+            finally:
+                row["state"] = _state(target.name)
+                self.save()
+            cause = "" if row["state"] == "done" else f"\n  {_cause(target, job.log)}"
+            print(f"{_now()} {row['state']} after {clock(time.monotonic() - start)}: {entry.name}{cause}", flush=True)
 
     def job(self, entry: Entry, target: Path) -> Job:
         """The supervised `vla run` of an entry in the run folder `target`; it is given time to stop a training of its
@@ -206,16 +197,12 @@ class Queue:
     def comparison(self) -> pd.DataFrame:
         """One row an entry that was started: name, state, duration, the parameters that differ between entries, the key
         results; `lost` alone where it never began."""
-        started = [
-            (entry.name, runs_root() / self.found[entry.name]["run"])
-            for entry in self.entries
-            if entry.name in self.found
-        ]
-        begun = {name: path for name, path in started if (path / "run.json").exists()}
+        known = [entry.name for entry in self.entries if entry.name in self.found]
+        folders = {name: runs_root() / self.found[name]["run"] for name in known}
+        begun = {name: path for name, path in folders.items() if (path / "run.json").exists()}
         table = runs.table(of=begun.values())
         table.insert(0, "entry", list(begun))
-        table = runs.short(table, ("entry", "state", "duration_s")).astype(object).set_index("entry")
-        table = table.reindex([name for name, _ in started])
+        table = runs.short(table, ("entry", "state", "duration_s")).astype(object).set_index("entry").reindex(known)
         table["state"] = table["state"].fillna("lost")
         return table.reset_index()
 

@@ -1,7 +1,7 @@
 """Whether what a notebook would make is there already, made from the same inputs, and the reason in one line.
 
-Looks at files only: the lab book's records, `data.pkl`, the cache's files, checkpoints. Code is not compared: `vla
-rerun` says what changed there.
+Looks at files only: the lab book's records, `data.pkl`, the cache's files, checkpoints. Code is not compared: `vla rerun`
+says what changed there.
 """
 
 from collections.abc import Callable
@@ -20,8 +20,8 @@ Values = dict[str, Any]
 
 @dataclass(frozen=True)
 class Found:
-    """Whether a step is up to date and `why` (not); the `run` that made what is there; `facts` for later steps;
-    `noted`: for a new run's record."""
+    """Whether a step is up to date and `why` (not); the `run` that made what is there; `facts` for later steps; `noted`:
+    for a new run's record."""
 
     current: bool
     why: str
@@ -30,32 +30,70 @@ class Found:
     noted: Values = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Check:
+    """How a finished run is known to be one of the same step: `same` says so; `differs` (run, record) says what is not
+    the same, "" where all is. `inputs`: digest of the recordings, where they and not the prepared data are read."""
+
+    same: str
+    differs: Callable[[Path, Values], str] = lambda run, record: ""
+    inputs: str = ""
+    aside: tuple[str, ...] = ()  # parameters that `differs` compares
+
+
 def look(notebook: str, values: Values) -> Found:
-    """Whether a step of the guide's flow is up to date; `values`: all its parameters. Raises UserError where its inputs
-    cannot be read."""
+    """Whether a step of the guide's flow is up to date: the newest finished run of the notebook on the same root, with the
+    same parameters and inputs, has made it. `values`: all its parameters. Raises UserError where its inputs cannot be read."""
     if values.get("overwrite"):
         return Found(False, "overwrite is asked for")
-    return LOOK[notebook](notebook, values)
+    if notebook == "03_cache_vl_features":
+        return _cached(notebook, values)
+    check, reason = CHECKS[notebook](values), ""
+    data = (runs.data_state(values) or {}).get("fingerprint")
+    for run in _finished(notebook, values):
+        record = read_record(run)
+        then = record["parameters"] | {"dataset_root": values["dataset_root"]}  # the same folder, however it is written
+        changed = [name for name in values | then if name not in check.aside and then.get(name) != values.get(name)]
+        why = ", ".join(f"{name} was {then.get(name)!r}, now {values.get(name)!r}" for name in changed)
+        if check.inputs and record.get("inputs") != check.inputs:
+            why = why or "the recordings have changed since"
+        if not check.inputs and (record.get("data") or {}).get("fingerprint") != data:
+            why = why or "the prepared data have changed since"
+        why = why or check.differs(run, record)
+        if not why:
+            return Found(True, f"{check.same} {run.name}", run)
+        reason = reason or f"{run.name}: {why}"
+    noted = {"inputs": check.inputs} if check.inputs else {}
+    return Found(False, reason or "no finished run on this dataset", noted=noted)
 
 
-def _inspected(notebook: str, values: Values) -> Found:
+def _finished(notebook: str, values: Values) -> list[Path]:
+    """The finished runs of a notebook on the same dataset root, newest first."""
+    found = []
+    for run in reversed(runs.find_runs(notebook)):
+        record = read_record(run)
+        then = dataset_path(str(record.get("parameters", {}).get("dataset_root") or ""))
+        if record["state"] == "done" and then.resolve() == dataset_path(values["dataset_root"]).resolve():
+            found.append(run)
+    return found
+
+
+def _inspected(values: Values) -> Check:
     from vla_lib.episodes import find_episodes
 
     found = find_episodes(dataset_path(values["dataset_root"]))
     logs = [files.robot_log for files in found if files.robot_log is not None]
     inputs = runs.digest(sorted((str(log), log.stat().st_size, log.stat().st_mtime_ns) for log in logs))
-    same = "the recordings are unchanged since"
-    return _newest(notebook, values, lambda _, record: _inputs(record, inputs), same, {"inputs": inputs})
+    return Check("the recordings are unchanged since", inputs=inputs)
 
 
-def _prepared(notebook: str, values: Values) -> Found:
+def _prepared(values: Values) -> Check:
     from vla_lib import preprocess
     from vla_lib.episodes import load_prepared
     from vla_lib.episodes.pipeline import raw_state
 
     jobs = preprocess.plan(settings_of(preprocess.Settings, values))
     now = raw_state(jobs)
-    inputs = runs.digest(sorted(now.items()))
 
     def current(job: Any) -> bool:
         try:
@@ -65,10 +103,9 @@ def _prepared(notebook: str, values: Values) -> Found:
 
     def differs(run: Path, record: Values) -> str:
         missing = read_results(run).get("prepared", 0) - sum(map(current, jobs))
-        return _inputs(record, inputs) or (f"{missing} prepared episodes are gone" if missing > 0 else "")
+        return f"{missing} prepared episodes are gone" if missing > 0 else ""
 
-    same = "the recordings and data.pkl are unchanged since"
-    return _newest(notebook, values, differs, same, {"inputs": inputs})
+    return Check("the recordings and data.pkl are unchanged since", differs, runs.digest(sorted(now.items())))
 
 
 def _cached(notebook: str, values: Values) -> Found:
@@ -80,79 +117,37 @@ def _cached(notebook: str, values: Values) -> Found:
     facts = {"binding_id": name}
     if todo:
         return Found(False, f"{todo} of {count} episodes are missing or stale in cache {name}", facts=facts)
-    made = [run for run in runs.find_runs(notebook) if read_results(run).get("binding_id") == name]
-    made = [run for run in made if _same_root(read_record(run), values)]
-    return Found(True, f"cache {name} covers all {count} episodes as they are", made[-1] if made else None, facts)
+    made = [run for run in _finished(notebook, values) if read_results(run).get("binding_id") == name]
+    return Found(True, f"cache {name} covers all {count} episodes as they are", made[0] if made else None, facts)
 
 
-def _trained(notebook: str, values: Values) -> Found:
+def _trained(values: Values) -> Check:
     def differs(run: Path, record: Values) -> str:
         results = read_results(run)
         if results.get("cache") != values["cache_id"]:
-            return _data(record, values) or f"it used cache {results.get('cache')}"
+            return f"it used cache {results.get('cache')}"
         whole = results.get("state") == "done" and Path(results["checkpoint"]).is_file()
-        return _data(record, values) or ("" if whole else "its checkpoint is gone")
+        return "" if whole else "its checkpoint is gone"
 
-    same = "trained with these parameters, data and cache by"
-    return _newest(notebook, values, differs, same, aside=("dataset_root", "cache_id"))
+    return Check("trained with these parameters, data and cache by", differs, aside=("cache_id",))
 
 
-def _evaluated(notebook: str, values: Values) -> Found:
+def _evaluated(values: Values) -> Check:
     given = (values["checkpoint"], *values["compare_with"])
     files = [Path(text if Path(text).exists() else text.partition("=")[2]) for text in given]
 
-    def differs(_: Path, record: Values) -> str:
+    def differs(run: Path, record: Values) -> str:
         begun = datetime.fromisoformat(record["started"]).timestamp()
         older = all(file.stat().st_mtime < begun for file in files)
-        return _data(record, values) or ("" if older else "the checkpoint has changed since")
+        return "" if older else "the checkpoint has changed since"
 
-    return _newest(notebook, values, differs, "this checkpoint is evaluated by")
+    return Check("this checkpoint is evaluated by", differs)
 
 
-LOOK: dict[str, Callable[[str, Values], Found]] = {
+CHECKS: dict[str, Callable[[Values], Check]] = {
     "01_inspect_episodes": _inspected,
     "02_detect_hz": _prepared,
-    "03_cache_vl_features": _cached,
     "04_train_async": _trained,
     "05_train_diffusion": _trained,
     "06_evaluate": _evaluated,
 }
-
-
-def _newest(
-    notebook: str,
-    values: Values,
-    differs: Callable[[Path, Values], str],
-    same: str,
-    noted: Values | None = None,
-    aside: tuple[str, ...] = ("dataset_root",),  # parameters that are compared in another way
-) -> Found:
-    """The newest finished run of the notebook on the same root with the same parameters (but those `aside`) in which
-    nothing `differs`."""
-    reason = ""
-    for run in reversed(runs.find_runs(notebook)):
-        record = read_record(run)
-        if record["state"] != "done" or not _same_root(record, values):
-            continue
-        then = record.get("parameters", {})
-        names = [name for name in values | then if name not in aside and then.get(name) != values.get(name)]
-        changed = [f"{name} was {then.get(name)!r}, now {values.get(name)!r}" for name in names]
-        why = ", ".join(changed) or differs(run, record)
-        if not why:
-            return Found(True, f"{same} {run.name}", run)
-        reason = reason or f"{run.name}: {why}"
-    return Found(False, reason or "no finished run on this dataset", noted=noted or {})
-
-
-def _inputs(record: Values, inputs: str) -> str:
-    return "" if record.get("inputs") == inputs else "the recordings have changed since"
-
-
-def _data(record: Values, values: Values) -> str:
-    now, then = runs.data_state(values) or {}, record.get("data") or {}
-    return "" if then.get("fingerprint") == now.get("fingerprint") else "the prepared data have changed since"
-
-
-def _same_root(record: Values, values: Values) -> bool:
-    then = str(record.get("parameters", {}).get("dataset_root") or "")
-    return dataset_path(then).resolve() == dataset_path(values["dataset_root"]).resolve()
