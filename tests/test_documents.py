@@ -115,7 +115,7 @@ def understand(words: list[str]) -> None:
         arguments = parse_vla(rest)
         given = dict(getattr(arguments, "parameters", []))
         if rest[0] == "run-all":
-            plan = run_all.Plan(arguments.dataset_root, diffusion=arguments.diffusion)
+            plan = run_all.FlowPlan(arguments.dataset_root, diffusion=arguments.diffusion)
             run_all.assign(given, plan.notebooks)
         elif rest[0] == "sweep":
             for entry in queue.grid(arguments.notebook, arguments.grid, given):

@@ -82,7 +82,7 @@ def run_all(
     """
     from vla_lib.workbench import run_all as flow
 
-    plan = flow.Plan(dataset_root.expanduser().resolve(), diffusion=diffusion)
+    plan = flow.FlowPlan(dataset_root.expanduser().resolve(), diffusion=diffusion)
     own, given = {"vl_model": _model(vl_model), "nproc_per_node": str(nproc_per_node)}, once(parameters)
     if twice := own.keys() & given.keys():
         raise UserError(f"{min(twice)} has a flag of its own; say --{min(twice).replace('_', '-')}.")

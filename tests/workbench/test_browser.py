@@ -104,9 +104,9 @@ def test_the_report_as_the_readme_shows_it(desk, root):
         run_all.Step(
             name, "ran", "no finished run on this dataset", read_record(newest[name])["duration_s"], newest[name]
         )
-        for name in run_all.Plan(root).notebooks
+        for name in run_all.FlowPlan(root).notebooks
     ]
-    made = run_all.Flow(RunFolder.create("run-all", {}), steps)
+    made = run_all.Flow(run_all.FlowPlan(root), RunFolder.create("run-all", {}), steps)
     asked: list[str] = []
     desk.close_tab()
     desk.page.on("request", lambda request: asked.append(request.url.partition(":")[0]))

@@ -19,9 +19,9 @@ from vla_lib.core.run_folder import read_record
 from vla_lib.policy.policy import Policy
 from vla_lib.workbench.demo import SIZES
 from vla_lib.workbench.headless import run_notebook
-from vla_lib.workbench.run_all import Plan, assign
+from vla_lib.workbench.run_all import FlowPlan, assign
 
-NOTEBOOKS = Plan(Path()).notebooks
+NOTEBOOKS = FlowPlan(Path()).notebooks
 
 
 @pytest.fixture(scope="module")
@@ -315,7 +315,7 @@ def test_parameters_of_a_flow_reach_the_steps_that_they_mean(runs_folder):
         with pytest.raises(UserError, match=remedy):
             assign(words, NOTEBOOKS)
     with pytest.raises(UserError, match="must be above 0"):
-        Plan(Path("data"), {"04_train_async": {"lr": -1.0}}).check()
+        FlowPlan(Path("data"), {"04_train_async": {"lr": -1.0}}).check()
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from vla_lib.core.errors import UserError
 from vla_lib.core.run_folder import runs_root
 from vla_lib.evaluation.sim_robot import check_drawing, rig_errors
 from vla_lib.workbench import run_all
-from vla_lib.workbench.run_all import ASYNC, CACHE, EVALUATE, Plan
+from vla_lib.workbench.run_all import ASYNC, CACHE, EVALUATE, FlowPlan
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def run(vl_model: str, nproc_per_node: int, size_name: str) -> int:
     processes = {"nproc_per_node": nproc_per_node}
     cache = {"vl_model": vl_model, **processes, **size.cache}
     given = {CACHE: cache, ASYNC: {**size.train, **processes}, EVALUATE: size.evaluate}
-    plan = Plan(runs_root() / f"{size_name}-data", given)
+    plan = FlowPlan(runs_root() / f"{size_name}-data", given)
     plan.check()
     check_drawing()
     plan.root.parent.mkdir(parents=True, exist_ok=True)

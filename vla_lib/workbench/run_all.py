@@ -28,7 +28,7 @@ HANDED_ON = ("dataset_root", "cache_id", "checkpoint", "compare_with", "resume_r
 
 
 @dataclass(frozen=True)
-class Plan:
+class FlowPlan:
     """What is to be done: the data, each notebook's parameters that differ from its defaults, and whether the diffusion
     policy is trained too."""
 
@@ -139,17 +139,18 @@ class StepFailed(UserError):
 
 @dataclass
 class Flow:
-    """Steps that are done one after the other, and what became of them so far, in a run folder of its own."""
+    """The steps of a plan, done one after the other, and what became of them so far, in a run folder of its own."""
 
+    plan: FlowPlan
     folder: RunFolder
     steps: list[Step] = field(default_factory=list)
 
-    def run(self, notebook: str, parameters: dict[str, Any]) -> dict[str, Any]:
+    def run(self, notebook: str, **handed_on: Any) -> dict[str, Any]:
         """Run a notebook headless, or skip it where what it makes is up to date; returns its results.
 
         Raises StepFailed where it does not end as done, UserError where its inputs are refused before it starts.
         """
-        start = time.monotonic()
+        start, parameters = time.monotonic(), self.plan.parameters(notebook, **handed_on)
         try:
             found = up_to_date.look(notebook, resolve(notebook_path(notebook), parameters))
         except UserError as error:
@@ -167,17 +168,17 @@ class Flow:
             raise StepFailed(notebook, result)
         return found.facts | read_results(result.path)
 
-    def run_guide(self, plan: Plan) -> None:
+    def run_guide(self) -> None:
         """The guide's steps, each given what the ones before it made."""
-        self.run(INSPECT, plan.parameters(INSPECT))
-        self.run(PREPARE, plan.parameters(PREPARE))
-        cache = self.run(CACHE, plan.parameters(CACHE))["binding_id"]  # an older cache may lie beside the new one
+        self.run(INSPECT)
+        self.run(PREPARE)
+        cache = self.run(CACHE)["binding_id"]  # an older cache may lie beside the new one
         chosen = []
-        for notebook in plan.training_notebooks:
-            newest = Path(self.run(notebook, plan.parameters(notebook, cache_id=cache))["checkpoint"])
-            best = newest.with_name(plan.settings(notebook).checkpoints.best)
+        for notebook in self.plan.training_notebooks:
+            newest = Path(self.run(notebook, cache_id=cache)["checkpoint"])
+            best = newest.with_name(self.plan.settings(notebook).checkpoints.best)
             chosen.append(str(best if best.exists() else newest))  # without held-out episodes there is no best one
-        self.run(EVALUATE, plan.parameters(EVALUATE, checkpoint=chosen[0], compare_with=chosen[1:]))
+        self.run(EVALUATE, checkpoint=chosen[0], compare_with=chosen[1:])
 
     def add(self, step: Step) -> None:
         """Note what became of a step."""
@@ -202,20 +203,20 @@ class Flow:
         return page
 
 
-def run(name: str, title: str, plan: Plan, before: Callable[[], Any] | None = None) -> int:
+def run(name: str, title: str, plan: FlowPlan, before: Callable[[], Any] | None = None) -> int:
     """Do `before` (the demo's recording), then the guide's steps; prints the table, the summary and the report's path.
 
     Returns 0, 1 where a step fails, 2 where it refuses its input, 130 where it was cancelled.
     """
     folder = RunFolder.create(name, {"dataset_root": str(plan.root), "diffusion": plan.diffusion, "given": plan.given})
-    flow = Flow(folder)
+    flow = Flow(plan, folder)
     state, error, exit_status = "failed", None, 1
     try:
         if before is not None:
             start = time.monotonic()
             before()
             flow.add(Step("recording", "ran", "", time.monotonic() - start))
-        flow.run_guide(plan)
+        flow.run_guide()
         state, exit_status = "done", 0
     except StepFailed as failure:
         state, error, exit_status = failure.result.state, str(failure), failure.result.exit_status
