@@ -47,8 +47,8 @@ class Desk:
         source = PROJECT / "notebooks" / f"{name}.ipynb"
         notebook = nbformat.read(source, as_version=4)
         (cell,) = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
-        values = {key: parameters.get(key, found.default) for key, found in read_parameters(source).items()}
-        lines = [line.split("=")[0] + f"= {values[line.split(':')[0]]!r}" for line in cell.source.splitlines()]
+        known = read_parameters(source).values()
+        lines = [f"{one.name}: {one.kind} = {parameters.get(one.name, one.default)!r}" for one in known]
         cell.source = "\n".join(lines)
         path = self.folder / f"{as_name or name}.ipynb"
         nbformat.write(notebook, path)

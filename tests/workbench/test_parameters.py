@@ -1,5 +1,6 @@
 import pytest
 
+from vla_lib import cli
 from vla_lib.core.errors import UserError
 from vla_lib.core.run_folder import PROJECT
 from vla_lib.workbench.parameters import notebook_path, read_parameters, resolve
@@ -51,6 +52,26 @@ def test_a_wrong_type_is_refused(write_notebook, name, word):
 def test_a_parameters_cell_holds_typed_literals_only(write_notebook, line):
     with pytest.raises(UserError, match="in the parameters cell is not"):
         read_parameters(write_notebook(line))
+
+
+def test_help_shows_what_each_parameter_is(write_notebook, capsys):
+    lines = [
+        "# of the training",
+        "lr: float = 1e-4  # peak rate, the °C of learning",
+        "name: str = 'a # b'  # of the run",
+    ]
+    cell = "\n".join([*lines, "views: list[str] = [", "    'View1',", "]  # all"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["run", str(write_notebook(cell)), "--help"])
+    assert ended.value.code == 0
+    shown = capsys.readouterr().out
+    for line in (
+        "  lr     peak rate, the °C of learning (float, default: 0.0001)",
+        "  name   of the run (str, default: 'a # b')",
+        "  views  all (list[str], default: ['View1'])",
+    ):
+        assert line in shown.splitlines()
+    assert "--run-dir" in shown
 
 
 def test_a_notebook_in_a_wrong_folder_is_not_the_projects(tmp_path, monkeypatch):
