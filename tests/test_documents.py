@@ -281,6 +281,8 @@ def test_what_a_document_points_to_exists(document):
         assert target.startswith("https://") or (folder / target).is_file(), target
     for path in re.findall(r"(?<![\w./-])(?:vla_lib|needle_rig|benchmarks|tests|notebooks)/[\w/.]*\w", text):
         assert (PROJECT / path).exists(), path
+    for name in re.findall(r"`(\w+\.py)`", text):
+        assert list(PROJECT.glob(f"vla_lib/**/{name}")), name
     for notebook in set(re.findall(r"\b(\d\d_[a-z_]+)\b", text)) - {"08_name"}:
         assert notebook_path(notebook).is_file(), notebook
     for module in set(re.findall(r"-m ([a-z_.]+)", text)):

@@ -1,0 +1,15 @@
+"""mypy over the whole of vla_lib and needle_rig: the third of `make lint`'s checks (ruff's two are in test_house.py)."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PROJECT = Path(__file__).resolve().parents[1]
+
+
+@pytest.mark.xfail(strict=False, reason="the rooms are being cleared")
+def test_types_are_clean():
+    done = subprocess.run([sys.executable, "-m", "mypy"], cwd=PROJECT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
