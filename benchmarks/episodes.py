@@ -1,4 +1,4 @@
-"""Benchmark rows of the episodes room: reading a sample, opening many episodes, preparing against copying, two processes against one.
+"""Rows of the episodes room: reading a sample, opening many, preparing against copying, two processes against one.
 
 The raw episodes are written for the occasion; every row measures both figures in the same run.
 """
@@ -9,6 +9,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,9 @@ import pandas as pd
 import psutil
 
 from benchmarks.rows import BenchRow
-from vla_lib.episodes import Episode, build_steps, find_episodes, find_prepared, load_prepared, make_jobs, run_jobs
+from vla_lib.episodes import Episode, build_steps, find_episodes, find_prepared, load_prepared
 from vla_lib.episodes.steps import image_index, sensor_index
+from vla_lib.preprocess import Settings, make_jobs, run_jobs
 
 T0 = 1_761_003_616.25
 VIEWS = (("View1", "41182735"), ("View2", "49429257"), ("View3", "44377151"), ("View4", "49045152"), ("View5", ""))
@@ -30,7 +32,7 @@ def rows(fast: bool = False) -> list[BenchRow]:
         write_raw(folder / "raw" / "part1" / "recv_all_20251020_000000", seconds, windows=False)
         write_raw(folder / "raw" / "New_dataset" / "Red_point" / "episode_20251020_000000", seconds / 3, windows=True)
         found = [prepare_row(folder, "part1", "F1"), prepare_row(folder, "New_dataset", "F2")]
-        run_jobs(make_jobs(folder / "raw"), 1, show=False)
+        run_jobs(make_jobs(Settings(folder / "raw")), 1, show=False)
         found += [
             sample_row(folder / "raw" / "part1" / "recv_all_20251020_000000"),
             *open_rows(folder, 200 if fast else 1000),
@@ -144,7 +146,8 @@ def open_rows(folder: Path, count: int) -> list[BenchRow]:
 
 def prepare_row(folder: Path, dataset: str, layout: str) -> BenchRow:
     """Prepare one episode, against copying its robot log and sensor file; both written to disk for good."""
-    job = make_jobs(folder / "raw", [folder / "raw" / dataset], folder / "out")[0]
+    settings = Settings(folder / "raw", (folder / "raw" / dataset,), output_root=folder / "out")
+    job = make_jobs(settings)[0]
     files = [path for path in (job.files.robot_log, *job.files.sensor_files) if path]
 
     def copy() -> None:
@@ -156,7 +159,7 @@ def prepare_row(folder: Path, dataset: str, layout: str) -> BenchRow:
                 os.fsync(target.fileno())
 
     def prepare() -> None:
-        assert run_jobs([job], 1, show=False).count("written") == 1
+        assert [report.status for report in run_jobs([job], 1, show=False)] == ["written"]
 
     copies, prepares = [], []
     for _ in range(4):  # alternating, so that both meet the same disk
@@ -179,13 +182,8 @@ def workers_row(folder: Path, count: int, seconds: float) -> BenchRow:
     took: dict[int, list[float]] = {1: [], 2: []}
     for workers in (1, 2, 1, 2):
         os.sync()  # what the run before left for the disk to do is not this run's
-        took[workers].append(
-            timed(
-                lambda workers=workers: run_jobs(
-                    make_jobs(folder / "several", output_root=folder / "out"), workers, show=False
-                )
-            )
-        )
+        jobs = make_jobs(Settings(folder / "several", output_root=folder / "out"))
+        took[workers].append(timed(partial(run_jobs, jobs, workers, show=False)))
         shutil.rmtree(folder / "out")
     one, two = min(took[1]), min(took[2])
     note = f"{count} episodes of {seconds:g} s; two processes, their start included, against one"
@@ -207,6 +205,5 @@ def best(work: Callable[[], object], times: int) -> float:
 
 if __name__ == "__main__":
     for row in rows():
-        print(
-            f"{row.name:<26} {row.ours:9.3f} {row.baseline:9.3f} {row.unit:<14} {row.ratio:7.2f}x  {row.target}  ({row.note})"
-        )
+        figures = f"{row.ours:9.3f} {row.baseline:9.3f} {row.unit:<14} {row.ratio:7.2f}x"
+        print(f"{row.name:<26} {figures}  {row.target}  ({row.note})")

@@ -1,4 +1,4 @@
-"""Shared by the tests of the episodes room: recorded datasets that are written once, and a shortcut to prepare one episode."""
+"""Shared by the tests of the episodes room: recordings that are written once, and a shortcut to prepare one."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -6,16 +6,14 @@ from pathlib import Path
 import pytest
 from raw_episodes import Raw
 
-from vla_lib.episodes import Outcome, PreparedEpisode, load_prepared, make_jobs, run_jobs
-from vla_lib.episodes.prepare import PrepareSettings
+from vla_lib.episodes import PreparedEpisode, load_prepared
+from vla_lib.episodes.prepare import Report
+from vla_lib.preprocess import Settings, make_jobs, run_jobs
 
 
-def prepare_all(root: Path, workers: int = 1, **settings) -> Outcome:
+def prepare_all(root: Path, workers: int = 1, **settings) -> list[Report]:
     """Prepare everything below a root, in this process."""
-    options = {
-        name: settings.pop(name) for name in ("window", "overwrite", "report_only", "output_root") if name in settings
-    }
-    return run_jobs(make_jobs(Path(root), settings=PrepareSettings(**settings), **options), workers, show=False)
+    return run_jobs(make_jobs(Settings(root, **settings)), workers, show=False)
 
 
 @pytest.fixture
@@ -24,8 +22,8 @@ def prepare(tmp_path: Path) -> Callable[..., PreparedEpisode]:
 
     def run(raw: Raw, dataset: str = "White_silicone_white_circle", **settings) -> PreparedEpisode:
         path = raw.write(tmp_path / "root" / dataset)
-        outcome = prepare_all(tmp_path / "root", **settings)
-        assert [report.status for report in outcome.reports] == ["written"], outcome.reports
+        reports = prepare_all(tmp_path / "root", **settings)
+        assert [report.status for report in reports] == ["written"], reports
         return load_prepared(path)
 
     return run

@@ -1,4 +1,4 @@
-"""Writes raw episodes of every layout with known truth: a smooth trajectory, numbered sensor samples, pictures named by their time."""
+"""Writes raw episodes of every layout with known truth: a smooth motion, numbered samples, pictures named by time."""
 
 import json
 from collections.abc import Callable

@@ -8,8 +8,7 @@ import pytest
 from conftest import prepare_all
 from raw_episodes import JPEG, Raw
 
-from vla_lib.episodes import Episode, build_steps, find_prepared, load_prepared
-from vla_lib.episodes.recheck import recheck
+from vla_lib.episodes import Episode, build_steps, find_prepared, load_prepared, recheck
 from vla_lib.workbench.plots import episodes, rates
 
 matplotlib.use("Agg")
@@ -73,8 +72,8 @@ def test_figures_of_rates(episode):
 def test_figures_of_verdicts_and_of_the_check(tmp_path):
     path = CASES["whole"].write(tmp_path / "root" / "part1")
     (tmp_path / "root" / "part1" / "recv_all_20250101_000001").mkdir()
-    outcome = prepare_all(tmp_path / "root")
-    bars = [bar.get_height() for bar in rates.verdicts([r.summary for r in outcome.reports]).axes[0].patches]
+    reports = prepare_all(tmp_path / "root")
+    bars = [bar.get_height() for bar in rates.verdicts([r.summary for r in reports]).axes[0].patches]
     assert bars == [1, 0, 1]
     assert axes_with_lines(rates.verdicts([]))
     table = recheck(load_prepared(find_prepared(tmp_path / "root")[0]), Episode.open(path), 5)

@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,17 +18,17 @@ import pytest
 from conftest import prepare_all
 from raw_episodes import T0, Raw, samples
 
+from vla_lib import preprocess
 from vla_lib.core.errors import UserError
-from vla_lib.episodes import find_episodes, find_prepared, load_prepared, make_jobs, run_jobs
-from vla_lib.episodes.pipeline import run_job
+from vla_lib.episodes import find_episodes, find_prepared, load_prepared
 from vla_lib.episodes.prepare import folder_lock
-from vla_lib.preprocess import Settings, main
+from vla_lib.preprocess import Settings, left_out, main, make_jobs, run_job, run_jobs
 
 SMALL = Raw(seconds=1.5, camera_hz=2.0)
 
 
-def statuses(outcome):
-    return [report.status for report in outcome.reports]
+def statuses(reports):
+    return [report.status for report in reports]
 
 
 def everything(root):
@@ -53,7 +54,7 @@ def test_unchanged_episodes_are_skipped_and_nothing_raw_is_touched(root):
     assert statuses(prepare_all(root)) == ["written", "written"]
     stamps = [p.stat().st_mtime_ns for p in sorted(root.rglob("data.pkl"))]
     again = prepare_all(root)
-    assert statuses(again) == ["unchanged", "unchanged"] and again.reports[0].summary["verdict"] == "good"
+    assert statuses(again) == ["unchanged", "unchanged"] and again[0].summary["verdict"] == "good"
     assert [p.stat().st_mtime_ns for p in sorted(root.rglob("data.pkl"))] == stamps
     assert everything(root) == before
     assert statuses(prepare_all(root, overwrite=True)) == ["written", "written"]
@@ -66,7 +67,7 @@ def test_a_change_of_input_or_settings_prepares_again(root, change):
     prepare_all(root)
     first = find_episodes(root)[0].path
     settings = {"hz": {"action_hz": 5.0}, "rotation": {"rotation": "euler"}, "offset": {"sensor_clock_offset_ms": 10.0}}
-    settings |= {"views": {"views": ("View5",)}, "window": {"window": 650}}
+    settings |= {"views": {"views": ("View5",)}, "window": {"sensor_window_size": 650}}
     if change == "log":
         log = next(first.glob("*.csv"))
         text = log.read_text()
@@ -105,9 +106,7 @@ def test_the_fingerprint_survives_copying(root, tmp_path):
 
 
 # --- parallel, locks, kills ------------------------------------------------------------------------------------
-@pytest.mark.parametrize("forked", (True, False))
-def test_workers_give_the_same_as_one_process(root, tmp_path, monkeypatch, forked):
-    monkeypatch.setattr("vla_lib.episodes.workers._may_fork", lambda: forked)
+def test_workers_give_the_same_as_one_process(root, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     prepare_all(root, output_root=one)
     assert statuses(prepare_all(root, 2, output_root=two)) == ["written", "written"]
@@ -164,11 +163,12 @@ def test_a_lock_file_that_went_while_waiting_is_not_taken_for_the_lock(tmp_path)
 
 def test_a_kill_in_the_middle_leaves_no_half_file(root):
     code = (
-        "import sys, time, vla_lib.episodes.prepare as p\n"
-        "from vla_lib.episodes import make_jobs, run_jobs\nfrom pathlib import Path\n"
-        "from vla_lib.episodes.sensor_log import SensorPart\nblocks = SensorPart.blocks\n"
-        "def slow(self):\n    for block in blocks(self):\n        yield block\n        print('half', flush=True); time.sleep(30)\n"
-        "SensorPart.blocks = slow\nrun_jobs(make_jobs(Path(sys.argv[1])), 1, show=False)\n"
+        "import sys, time\n"
+        "from vla_lib.preprocess import Settings, make_jobs, run_jobs\nfrom pathlib import Path\n"
+        "from vla_lib.episodes.sensor_file import SensorFile\nblocks = SensorFile.blocks\n"
+        "def slow(self):\n    for block in blocks(self):\n        yield block\n"
+        "        print('half', flush=True)\n        time.sleep(30)\n"
+        "SensorFile.blocks = slow\nrun_jobs(make_jobs(Settings(sys.argv[1])), 1, show=False)\n"
     )
     run = subprocess.Popen([sys.executable, "-c", code, str(root)], stdout=subprocess.PIPE)
     assert run.stdout.readline() == b"half\n"
@@ -182,15 +182,9 @@ def test_a_kill_in_the_middle_leaves_no_half_file(root):
     assert not list(first.glob(".*"))
 
 
-@pytest.mark.parametrize("forked", (True, False))
-def test_a_worker_that_dies_names_its_episode_and_the_rest_goes_on(root, monkeypatch, forked):
-    monkeypatch.setattr("vla_lib.episodes.workers._may_fork", lambda: forked)
-    from vla_lib.episodes import pipeline
-
-    jobs = make_jobs(root)
-    monkeypatch.setenv("PYTHONPATH", os.path.dirname(__file__))
-    monkeypatch.setattr(pipeline, "run_job", _die_on_the_first)
-    reports = run_jobs(jobs, 2, show=False).reports
+def test_a_worker_that_dies_names_its_episode_and_the_rest_goes_on(root, monkeypatch):
+    monkeypatch.setattr(preprocess, "run_job", _die_on_the_first)
+    reports = prepare_all(root, 2)
     assert [report.status for report in reports] == ["failed", "written"]
     assert "worker process ended" in reports[0].reasons[0]
 
@@ -218,8 +212,8 @@ def test_broken_episodes_never_stop_the_others_and_all_are_listed(root):
             sensor.write_bytes(b"")
         else:
             log.write_bytes(log.read_bytes().splitlines(keepends=True)[0] + os.urandom(20000) + b"\n")
-    outcome = prepare_all(root)
-    status = {report.key[-1]: report.status for report in outcome.reports}
+    reports = prepare_all(root)
+    status = {report.key[-1]: report.status for report in reports}
     assert status == {
         "1": "written",
         "2": "written",
@@ -230,8 +224,8 @@ def test_broken_episodes_never_stop_the_others_and_all_are_listed(root):
         "7": "rejected",
         "8": "written",
     }
-    text = "\n".join(outcome.left_out)
-    assert len(outcome.left_out) == 6
+    text = "\n".join(left_out(reports))
+    assert len(left_out(reports)) == 6
     for words in ("no robot log", "header but no rows", "is no whole .npz file"):
         assert words in text
     assert not load_prepared(data / "recv_all_20250101_000006").has_sensor
@@ -254,7 +248,7 @@ def test_object_arrays_in_a_sensor_file_are_never_opened(tmp_path):
         forces=np.array([Trap()] * 10, object),
         alines=np.zeros((10, 1025), np.float32),
     )
-    report = prepare_all(tmp_path / "root").reports[0]
+    report = prepare_all(tmp_path / "root")[0]
     assert "Python objects" in report.left_out[0] and not load_prepared(path).has_sensor
 
 
@@ -269,7 +263,7 @@ def test_a_compressed_stream_that_breaks_off_costs_only_the_sensor(tmp_path):
     raw = bytearray(file.read_bytes())
     raw[len(raw) // 2 : len(raw) // 2 + 2000] = os.urandom(2000)
     file.write_bytes(raw)
-    report = prepare_all(tmp_path / "root").reports[0]
+    report = prepare_all(tmp_path / "root")[0]
     assert report.status == "written" and "the stream is not used" in report.left_out[0]
     assert not (path / "sensor.npy").exists() and not load_prepared(path).has_sensor and not list(path.glob(".*"))
 
@@ -285,7 +279,7 @@ def test_a_root_that_cannot_be_written_is_told_with_the_remedy(root, monkeypatch
     def refuse(*_, **__):
         raise OSError(errno.EROFS, "Read-only file system", str(root))
 
-    monkeypatch.setattr("vla_lib.episodes.prepare.os.open", refuse)
+    monkeypatch.setattr(os, "open", refuse)
     with pytest.raises(UserError, match="cannot be written.*--output-root"):
         prepare_all(root)
 
@@ -310,7 +304,7 @@ def test_gaps_reach_data_pkl_and_the_windows(tmp_path):
         row_times=t[(t < 1.015) | (t > 1.205)], sensor_times=sensor[(sensor < 2.02) | (sensor > 2.33)], camera_hz=2.0
     )
     path = raw.write(tmp_path / "root" / "part1")
-    report = prepare_all(tmp_path / "root").reports[0]
+    report = prepare_all(tmp_path / "root")[0]
     episode = load_prepared(path)
     assert report.verdict == "usable with exclusions" and np.flatnonzero(~episode.valid).tolist() == [
         10,
@@ -330,12 +324,12 @@ def test_memory_stays_small_however_large_the_sensor_files(tmp_path):
     Raw("F2", seconds=5.0, stride=65, compressed=True, camera_hz=2).write(
         tmp_path / "root" / "New_dataset" / "A"
     )  # 110 MB of windows
-    jobs = make_jobs(tmp_path / "root")
+    jobs = make_jobs(Settings(tmp_path / "root"))
     tracemalloc.start()
-    outcome = run_jobs(jobs, 1, show=False)
+    reports = run_jobs(jobs, 1, show=False)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert statuses(outcome) == ["written"] and peak < 40e6
+    assert statuses(reports) == ["written"] and peak < 40e6
 
 
 # --- the front door ----------------------------------------------------------------------------------------------
@@ -482,9 +476,13 @@ def test_an_untouched_episode_costs_little_memory(tmp_path):
     Raw(seconds=20.0, right=True, camera_hz=10).write(tmp_path / "root" / "part1")
     prepare_all(tmp_path / "root")
     path = find_prepared(tmp_path / "root")[0]
+    others = [tmp_path / f"copy{k}" for k in range(20)]
+    for other in others:
+        other.mkdir()
+        shutil.copy(path / "data.pkl", other)
     load_prepared(path)
     tracemalloc.start()
-    kept = [load_prepared(path) for _ in range(20)]
+    kept = [load_prepared(other) for other in others]
     cost = tracemalloc.get_traced_memory()[0] / len(kept)
     times = [episode.timestamp[0] + episode.image_index["View1_left"][-1] for episode in kept]
     touched = tracemalloc.get_traced_memory()[0] / len(kept)
@@ -493,5 +491,5 @@ def test_an_untouched_episode_costs_little_memory(tmp_path):
 
 
 def test_progress_counts_episodes(root, capsys):
-    run_jobs(make_jobs(root), 1, show=True)
+    run_jobs(make_jobs(Settings(root)), 1)
     assert "preparing 2/2 episodes" in capsys.readouterr().out

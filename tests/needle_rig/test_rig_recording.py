@@ -223,10 +223,11 @@ def test_the_front_door_counts_what_it_wrote(copy):
 
 
 def test_prepared_episodes_hold_what_the_rig_did(copy):
-    from vla_lib.episodes import load_prepared, make_jobs, run_jobs
+    from vla_lib import preprocess
+    from vla_lib.episodes import load_prepared
     from vla_lib.evaluation.sim_robot import instruction_of
 
-    run_jobs(make_jobs(copy), workers=1)
+    preprocess.run_jobs(preprocess.make_jobs(preprocess.Settings(copy)), workers=1)
     for layout in ("F1", "F2"):
         folder, entry = episode(copy, layout)
         prepared = load_prepared(folder)

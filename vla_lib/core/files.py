@@ -1,10 +1,10 @@
-"""Atomic files: a path and its content in, either the whole new file or the untouched old one out."""
+"""Files that other processes read while we write: either the whole new file is there or the untouched old one."""
 
 import contextlib
 import errno
 import json
 import os
-import tempfile
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,31 +14,21 @@ from vla_lib.core.errors import UserError
 
 @contextlib.contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; at success it is flushed to disk and renamed over `path`, at failure
-    removed.
+    """Yield a temporary path beside `path`; at success it is flushed to disk and renamed over `path`, else removed.
 
     The temporary name starts with a dot and ends in `.partial`, so no reader's pattern takes it for a whole file.
     Raises OSError as the file system does.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
-    os.close(handle)
-    temporary = Path(name)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.partial")
     try:
         yield temporary
         with open(temporary, "rb") as written:
             os.fsync(written.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp made it private; a lab shares its data
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -48,14 +38,15 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Write `value` as indented JSON, atomically; Path becomes str, numpy scalars and arrays become numbers and
-    lists."""
+    """Write indented JSON atomically; Path becomes str, numpy scalars and arrays become numbers and lists."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, default=_plain) + "\n")
 
 
 def append_jsonl(path: str | Path, value: dict[str, Any]) -> None:
-    """Append one JSON object as one line, in a single write (readers never see half a line of ours). Raises OSError,
-    also where the disk took only a part."""
+    """Append one JSON object as one line, in a single write: readers never see half a line of ours.
+
+    Raises OSError, also where the disk took only a part.
+    """
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     line = (json.dumps(value, ensure_ascii=False, default=_plain) + "\n").encode()
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
@@ -77,14 +68,10 @@ def read_json(path: str | Path) -> Any:
 
 
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
-    """Read the whole lines of a JSON-lines file (a missing file is empty; a last line still being written is left
-    out)."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return []
+    """Read the whole lines of a JSON-lines file; a missing file is empty, a last line still being written left out."""
+    path = Path(path)
     rows = []
-    for line in text.splitlines():
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         with contextlib.suppress(ValueError):
             rows.append(json.loads(line))
     return rows

@@ -1,13 +1,13 @@
-"""Jobs in; their results as they finish out, computed by a pool of worker processes.
+"""The one pool of worker processes: jobs are worked off in parallel, and their results come as they finish.
 
-Workers are fresh interpreters (spawn): neither a GL context nor another thread's lock survives a fork. They end with their parent, however
-it ends, and leave Ctrl-C to it.
+Workers are fresh interpreters (spawn): neither a GL context nor another thread's lock survives a fork. They end with
+their parent, however it ends, and leave Ctrl-C to it.
 """
 
 import contextlib
 import multiprocessing
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor, as_completed
 from typing import Any, TypeVar
 
@@ -25,11 +25,11 @@ class WorkerDied(Exception):
 
 def run_jobs(
     work: Callable[[J], Any], jobs: Iterable[J], workers: int, begin: Callable[[], None] | None = None
-) -> Iterator[tuple[J, Any]]:
+) -> Generator[tuple[J, Any], None, None]:
     """Yield (job, result) as results come; a result is an exception object where `work` raised it or its worker died.
 
-    `work` and `begin`, which each worker calls first, must be functions of a module; jobs and results must pickle. Leaving the loop early
-    ends all workers.
+    `work` and `begin`, which each worker calls first, must be functions of a module; jobs and results must pickle, and
+    a script needs its `__main__` guard. Leaving the loop early (or closing the generator) ends all workers.
     """
     context = multiprocessing.get_context("spawn")
     pool = ProcessPool(max_workers=workers, initializer=_begin, initargs=(begin,), context=context)

@@ -1,4 +1,4 @@
-"""Processes that do not outlive who started them (Linux): called in a child, a dying parent takes the child along; and that end fast."""
+"""Processes that do not outlive who started them (Linux): called in a child, a dying parent takes the child along."""
 
 import atexit
 import ctypes
@@ -12,7 +12,7 @@ PR_SET_PDEATHSIG = 1
 
 
 def die_with_parent(number: int = signal.SIGKILL) -> None:
-    """Get signal `number` when the parent dies: a rank or worker left behind would hold a GPU. Does nothing where Linux's prctl is missing."""
+    """Get signal `number` when the parent dies: a rank or worker left behind would hold a GPU. Linux only."""
     if sys.platform != "linux":
         return
     parent = os.getppid()
@@ -22,7 +22,7 @@ def die_with_parent(number: int = signal.SIGKILL) -> None:
 
 
 def follow_parent() -> None:
-    """A worker of multiprocessing leaves Ctrl-C to its parent and, on Linux, dies with it, however and whenever the parent dies."""
+    """A worker of multiprocessing leaves Ctrl-C to its parent and, on Linux, dies with it, however and whenever."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     die_with_parent()
     parent = multiprocessing.parent_process()
@@ -31,8 +31,8 @@ def follow_parent() -> None:
 
 
 def end() -> NoReturn:
-    """End this process well without taking its modules apart one by one: with torch and what it imports that takes two seconds of a core."""
-    atexit._run_exitfuncs()
+    """End this process well without taking its modules apart: with torch that takes two seconds of a core."""
+    atexit._run_exitfuncs()  # private, as Python has no public way to run them early; tests/core/test_frontdoor watches
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)

@@ -1,9 +1,9 @@
-"""Progress of a counted job: a bar on a terminal, otherwise one plain line every few seconds (headless logs, notebooks) that can be read back."""
+"""Progress of a counted job: a bar on a terminal, otherwise plain lines (headless logs) that can be read back."""
 
 import re
 import sys
 import time
-from typing import Any, NamedTuple
+from typing import NamedTuple, Self
 
 from tqdm import tqdm
 
@@ -15,12 +15,12 @@ class Progress:
     """
 
     def __init__(self, total: float, label: str, unit: str = "items", every_s: float = 5.0, show: bool = True):
-        self.total, self.label, self.unit, self.every_s = total, label, unit, every_s
-        self.done = 0.0
+        self.total, self.label, self.unit, self.every_s, self.done = total, label, unit, every_s, 0.0
         self._show = show
         self._start = self._last = time.monotonic()
-        terminal = show and sys.stderr is not None and sys.stderr.isatty()
-        self._bar: Any = tqdm(total=total, desc=label, unit=f" {unit}", dynamic_ncols=True) if terminal else None
+        self._bar = None
+        if show and sys.stderr is not None and sys.stderr.isatty():
+            self._bar = tqdm(total=total, desc=label, unit=f" {unit}", dynamic_ncols=True)
 
     def update(self, n: float = 1, note: str = "") -> None:
         """Add `n` finished units; `note` is shown behind the rate."""
@@ -29,43 +29,31 @@ class Progress:
             if note:
                 self._bar.set_postfix_str(note, refresh=False)
             self._bar.update(n)
-        elif (
-            self._show and self.done != self.total and time.monotonic() - self._last >= self.every_s
-        ):  # `close` prints the end
-            self._print(note)
+        elif self.done != self.total and time.monotonic() - self._last >= self.every_s:  # the end is for `close`
+            self._print(f", {note}" if note else "")
 
     def _print(self, note: str = "") -> None:
         self._last = time.monotonic()
-        elapsed = max(self._last - self._start, 1e-9)
-        rate = self.done / elapsed
-        eta = (
-            f", ETA {clock((self.total - self.done) / rate)}"
-            if 0 < self.done < self.total
-            else f", took {clock(elapsed)}"
-        )
-        print(
-            f"{self.label} {self.done:g}/{self.total:g} {self.unit}, {rate:.3g}/s{eta}{', ' + note if note else ''}",
-            flush=True,
-        )
+        elapsed_s = max(self._last - self._start, 1e-9)
+        rate = self.done / elapsed_s
+        left = f"ETA {clock((self.total - self.done) / rate)}" if 0 < self.done < self.total else ""
+        counted = f"{self.label} {self.done:g}/{self.total:g} {self.unit}, {rate:.3g}/s"
+        if self._show:
+            print(f"{counted}, {left or f'took {clock(elapsed_s)}'}{note}", flush=True)
 
-    def close(self) -> None:
-        """End the bar, or print the last line."""
-        if self._bar is not None:
-            self._bar.close()
-        elif self._show:
-            self._print()
-        self._show = False
-        self._bar = None
-
-    def __enter__(self) -> "Progress":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
+        """End the bar, or print the last line."""
+        if self._bar is not None:
+            self._bar.close()
+        else:
+            self._print()
 
 
 class Counted(NamedTuple):
-    """What a progress line tells: units done and in all, their name, and `ETA m:ss` or `took m:ss`."""
+    """What a progress line says: units done and in all, their name, and `ETA m:ss` or `took m:ss`."""
 
     done: float
     total: float
@@ -81,6 +69,5 @@ def read_line(line: str) -> Counted | None:
 
 def clock(seconds: float) -> str:
     """Seconds as `m:ss` or `h:mm:ss`."""
-    seconds = int(round(seconds))
-    hours, rest = divmod(seconds, 3600)
+    hours, rest = divmod(int(round(seconds)), 3600)
     return f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d}"

@@ -1,4 +1,4 @@
-"""The table of datasets: name and task in, sampling weight and instruction out; a YAML file at the root overrides it.
+"""The table of datasets: the sampling weight and the instruction of each; a YAML file at the root overrides it.
 
 `<dataset root>/datasets.yaml` maps a dataset's name (or `name/task`; `*` is a wildcard) to what shall differ:
 
@@ -20,8 +20,7 @@ import yaml
 from vla_lib.core.errors import UserError
 
 TABLE_NAME = "datasets.yaml"
-DEFAULT_WEIGHT = 1.0
-DEFAULT_INSTRUCTION = "Perform the insertion task"
+DEFAULT = {"weight": 1.0, "instruction": "Perform the insertion task"}
 BUILT_IN: dict[str, dict[str, Any]] = {
     "New_dataset*": {"weight": 3.0, "instruction": "Perform {task} insertion task"},
     "White_silicone_white_circle": {
@@ -32,8 +31,9 @@ BUILT_IN: dict[str, dict[str, Any]] = {
         "weight": 2.0,
         "instruction": "Insert the needle through the trocar into the eye phantom model",
     },
-    "OCT_insertion": {"weight": 1.0, "instruction": DEFAULT_INSTRUCTION},
-    "part1": {"weight": 1.0, "instruction": DEFAULT_INSTRUCTION},
+    "OCT_insertion": DEFAULT,
+    "part1": DEFAULT,
+    "*": DEFAULT,
 }
 
 
@@ -53,40 +53,35 @@ class DatasetTable:
         try:
             content = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise UserError(
-                f"{path} cannot be read as YAML ({' '.join(str(error).split())}); correct or remove it."
-            ) from error
+            said = " ".join(str(error).split())
+            raise UserError(f"{path} cannot be read as YAML ({said}); correct or remove it.") from error
         return cls(_checked(content or {}, path))
 
     def weight(self, dataset: str, task: str = "") -> float:
         """How often a step of the dataset is drawn, relative to weight 1."""
-        return float(self._look_up("weight", dataset, task, DEFAULT_WEIGHT))
+        return float(self._look_up("weight", dataset, task))
 
     def instruction(self, dataset: str, task: str = "") -> str:
         """The sentence that the policy is given; `{task}` stands for the task folder's words."""
-        text = str(self._look_up("instruction", dataset, task, DEFAULT_INSTRUCTION))
+        text = str(self._look_up("instruction", dataset, task))
         if "{task}" in text and not task:
-            return DEFAULT_INSTRUCTION
+            return str(DEFAULT["instruction"])
         return text.replace("{task}", " ".join(task.replace("_", " ").split()))
 
-    def _look_up(self, name: str, dataset: str, task: str, default: Any) -> Any:
-        for entries in (self.entries, BUILT_IN):
-            for pattern, values in entries.items():
-                if name in values and (fnmatchcase(dataset, pattern) or fnmatchcase(f"{dataset}/{task}", pattern)):
-                    return values[name]
-        return default
+    def _look_up(self, name: str, dataset: str, task: str) -> Any:
+        entries = (*self.entries.items(), *BUILT_IN.items())
+        known = ((pattern, values[name]) for pattern, values in entries if name in values)
+        return next(v for p, v in known if fnmatchcase(dataset, p) or fnmatchcase(f"{dataset}/{task}", p))
 
 
 def _checked(content: Any, path: Path) -> dict[str, dict[str, Any]]:
     if not isinstance(content, dict):
-        raise UserError(
-            f"{path} must map dataset names to {{weight, instruction}}, but it holds a {type(content).__name__}."
-        )
+        kind = type(content).__name__
+        raise UserError(f"{path} must map dataset names to {{weight, instruction}}, but it holds a {kind}.")
     for name, values in content.items():
         if not isinstance(values, dict) or not set(values) <= {"weight", "instruction"}:
-            raise UserError(
-                f"{path}: the entry {name!r} must be a mapping with the keys weight and instruction, nothing else."
-            )
+            keys = "with the keys weight and instruction, nothing else"
+            raise UserError(f"{path}: the entry {name!r} must be a mapping {keys}.")
         weight = values.get("weight", 1.0)
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < float("inf"):
             raise UserError(f"{path}: the weight of {name!r} must be a positive number, but it is {weight!r}.")

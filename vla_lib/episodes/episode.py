@@ -1,9 +1,8 @@
-"""A raw episode folder of any layout in; one `Episode` with its streams, times, units and findings out.
+"""One raw episode of any layout, opened: its streams, times, units and findings, and what each stream held when.
 
 All times are UNIX seconds of the robot's clock; the sensor's are corrected by the clock offset that is used and named.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,11 +12,12 @@ import numpy as np
 
 from vla_lib.core.errors import UserError
 from vla_lib.episodes.clocks import ClockOffset, sensor_clock_offset
-from vla_lib.episodes.findings import EXCLUDED, NOTE, Finding
-from vla_lib.episodes.layouts import EpisodeFiles, read_layout
-from vla_lib.episodes.pictures import EXPECTED_VIEWS, Listing, Pictures, read_pictures
+from vla_lib.episodes.findings import Findings
+from vla_lib.episodes.layouts import EXPECTED_VIEWS, EpisodeFiles, read_layout
+from vla_lib.episodes.pictures import Listing, Pictures, read_pictures
 from vla_lib.episodes.robot_log import RobotLog, read_robot_log
 from vla_lib.episodes.sensor_log import SensorLog, read_sensor_log
+from vla_lib.episodes.timeline import newest_at_or_before
 
 Array = np.ndarray[Any, Any]
 
@@ -32,9 +32,7 @@ class Episode:
     pictures: dict[str, Pictures]
     """View key -> pictures, sorted by key."""
     sensor_clock: ClockOffset
-    metadata: dict[str, Any]
-    """The recorder's own metadata.json, where there is one; never trusted."""
-    findings: list[Finding] = field(default_factory=list)
+    findings: Findings
 
     @classmethod
     def open(
@@ -45,37 +43,35 @@ class Episode:
         full_picture_check: bool = False,
         listing: Listing | None = None,
     ) -> "Episode":
-        """Open a raw episode. `views` limits the view keys; empty: all. `listing`: the pictures, where they were listed already.
+        """Open a raw episode. `views` limits the view keys; empty: all. `listing`: its pictures, where already listed.
 
         Raises UserError where there is no usable robot log: without it nothing can be placed.
         """
         files = where if isinstance(where, EpisodeFiles) else read_layout(where)
         if files.robot_log is None:
-            raise UserError(
-                f"{files.path} holds no robot log (a CSV with a clock and six pose columns); it cannot be used."
-            )
-        robot = read_robot_log(files.robot_log)
-        findings = list(robot.findings)
+            needed = "a CSV with a clock and six pose columns"
+            raise UserError(f"{files.path} holds no robot log ({needed}); it cannot be used.")
+        findings = Findings()
+        robot = read_robot_log(files.robot_log, findings)
         for other in files.other_logs:
-            findings.append(
-                Finding(EXCLUDED, "robot", f"{other.name} is a second robot log and is not used", left_out=True)
-            )
+            findings.exclude("robot", f"{other.name} is a second robot log and is not used", left_out=True)
         pictures = read_pictures(files.path, findings, full_picture_check, listing)
-        pictures = _chosen(pictures, views, findings)
+        for view in views or EXPECTED_VIEWS:
+            if view not in pictures:
+                findings.exclude(view, "the view has no pictures", left_out=True)
+        pictures = {view: pictures[view] for view in sorted(pictures) if not views or view in views}
         sensor = read_sensor_log(files.sensor_files, findings)
         clock = sensor_clock_offset(robot, sensor, pictures, sensor_clock_offset_ms)
         if sensor is not None:
             sensor.shift(clock.offset_s)
             if sensor.t_s[-1] < robot.t_s[0] or sensor.t_s[0] > robot.t_s[-1]:
-                away = sensor.t_s[0] - robot.t_s[0]
-                text = (
-                    f"the sensor's time does not overlap the robot's (it starts {away:+.1f} s from it) and is not used"
-                )
-                findings.append(Finding(EXCLUDED, "sensor", text + "; give --sensor-clock-offset-ms", left_out=True))
+                away = f"it starts {sensor.t_s[0] - robot.t_s[0]:+.1f} s from it"
+                text = f"the sensor's time does not overlap the robot's ({away}) and is not used"
+                findings.exclude("sensor", f"{text}; give --sensor-clock-offset-ms", left_out=True)
                 sensor = None
         if files.layout != "F0" and not files.sensor_files:
-            findings.append(Finding(EXCLUDED, "sensor", "there is no sensor file", left_out=True))
-        return cls(files, robot, sensor, pictures, clock, _read_metadata(files.path, findings), findings)
+            findings.exclude("sensor", "there is no sensor file", left_out=True)
+        return cls(files, robot, sensor, pictures, clock, findings)
 
     @property
     def path(self) -> Path:
@@ -104,21 +100,43 @@ class Episode:
         return self.end_s - self.start_s
 
 
-def _chosen(pictures: dict[str, Pictures], views: Sequence[str], findings: list[Finding]) -> dict[str, Pictures]:
-    expected = views or EXPECTED_VIEWS
-    for view in expected:
-        if view not in pictures:
-            findings.append(Finding(EXCLUDED, view, "the view has no pictures", left_out=True))
-    return {view: pictures[view] for view in sorted(pictures) if not views or view in views}
+@dataclass(frozen=True)
+class PictureAt:
+    """The newest picture of one view at an instant."""
+
+    view: str
+    number: int
+    """Of how many pictures of the view; -1: none yet."""
+    path: Path | None
+    age_ms: float
+    """Instant minus picture time; nan where there is none."""
 
 
-def _read_metadata(path: Path, findings: list[Finding]) -> dict[str, Any]:
-    file = path / "metadata.json"
-    if not file.is_file():
-        return {}
-    try:
-        content = json.loads(file.read_text(encoding="utf-8", errors="replace"))
-    except (OSError, ValueError):
-        findings.append(Finding(NOTE, "episode", "metadata.json cannot be read; nothing depends on it"))
-        return {}
-    return content if isinstance(content, dict) else {}
+def pictures_at(episode: Episode, at_s: float) -> list[PictureAt]:
+    """The newest picture at or before `at_s` (UNIX seconds) of every view, sorted by view."""
+    found = []
+    for view, pictures in episode.pictures.items():
+        number = int(newest_at_or_before(pictures.t_s, np.asarray(at_s)))
+        path = episode.path / pictures.paths[number] if number >= 0 else None
+        age_ms = (at_s - float(pictures.t_s[number])) * 1e3 if number >= 0 else float("nan")
+        found.append(PictureAt(view, number, path, age_ms))
+    return found
+
+
+@dataclass(frozen=True)
+class SensorImage:
+    """A-scans over time, thinned for drawing."""
+
+    t_s: Array
+    """(C,) UNIX seconds."""
+    values: Array = field(repr=False)
+    """(1025, C) float32: depth x time."""
+
+
+def sensor_image(episode: Episode, columns: int = 600) -> SensorImage | None:
+    """At most `columns` A-scans, evenly over the stream, as one image (M-mode); None without a sensor."""
+    sensor = episode.sensor
+    if sensor is None or not len(sensor):
+        return None
+    wanted = np.unique(np.linspace(0, len(sensor) - 1, min(columns, len(sensor))).astype(np.int64))
+    return SensorImage(sensor.t_s[wanted], np.ascontiguousarray(sensor.rows(wanted)[:, 1:].T))

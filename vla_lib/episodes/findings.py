@@ -1,10 +1,15 @@
-"""Findings: what was noticed about an episode, each with a weight and a sentence."""
+"""Findings: what was noticed about an episode, each with a weight and a sentence; the gravest decides the verdict.
 
-from dataclasses import dataclass
+good: nothing is left out. usable: some steps, views or streams are excluded, the rest can be trained on. rejected:
+record again.
+"""
+
+from dataclasses import asdict, dataclass
 from typing import Any
 
 NOTE, EXCLUDED, FATAL = "note", "excluded", "fatal"
 """A note changes nothing; `excluded` leaves some data out; `fatal` makes the episode useless."""
+GOOD, USABLE, REJECTED = "good", "usable with exclusions", "rejected"
 
 
 @dataclass(frozen=True)
@@ -20,4 +25,35 @@ class Finding:
     """True where a whole stream or file is not used: such findings end the run's list of what was left out."""
 
     def to_dict(self) -> dict[str, Any]:
-        return dict(vars(self))
+        return asdict(self)
+
+
+class Findings(list[Finding]):
+    """The findings of one episode, in the order in which they were made."""
+
+    def note(self, stream: str, text: str) -> None:
+        self.append(Finding(NOTE, stream, text))
+
+    def exclude(self, stream: str, text: str, left_out: bool = False) -> None:
+        """Some data are not used; `left_out`: a whole stream or file."""
+        self.append(Finding(EXCLUDED, stream, text, left_out))
+
+    def reject(self, stream: str, text: str) -> None:
+        self.append(Finding(FATAL, stream, text))
+
+    @property
+    def verdict(self) -> str:
+        """`good`, `usable with exclusions` or `rejected`."""
+        weights = {finding.weight for finding in self}
+        return REJECTED if FATAL in weights else USABLE if EXCLUDED in weights else GOOD
+
+    @property
+    def reasons(self) -> list[str]:
+        """All sentences, gravest first; notes last."""
+        order = (FATAL, EXCLUDED, NOTE)
+        return [f"{f.stream}: {f.text}" for f in sorted(self, key=lambda f: order.index(f.weight))]
+
+    @property
+    def left_out(self) -> list[str]:
+        """Whole streams or files that are not used."""
+        return [f"{f.stream}: {f.text}" for f in self if f.left_out]

@@ -1,4 +1,4 @@
-"""Poses (mm, degrees) in; rotation matrices, base-frame actions and interpolated poses out.
+"""Poses (mm, degrees) as rotation matrices, base-frame actions, and poses between the rows of a log.
 
 Convention of the rig (Mecademic Euler angles, mobile XYZ): `R = Rx(alpha) @ Ry(beta) @ Rz(gamma)`, intrinsic, degrees.
 An action is the motion from one pose to the next, seen in the base frame: displacement in mm and a rotation vector in
@@ -15,6 +15,7 @@ Array = np.ndarray[Any, Any]
 
 GRIPPER_CLOSED = 1.0
 """The needle tool has no gripper: the seventh number of every action is this constant."""
+SAME_ROTATION_DEG = 0.005
 
 
 def rotation(angles_deg: Array) -> Rotation:
@@ -23,7 +24,7 @@ def rotation(angles_deg: Array) -> Rotation:
 
 
 def euler_deg(turned: Rotation) -> Array:
-    """Euler angles (M, 3) in degrees, beta in [-90, 90]; at beta = +-90 gamma is set to 0 (the pair is not unique there)."""
+    """Angles (M, 3) in degrees, beta in [-90, 90]; at beta = +-90 gamma is set to 0 (the pair is not unique there)."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # scipy's gimbal-lock warning; the rotation itself is exact
         return np.asarray(turned.as_euler("XYZ", degrees=True)).reshape(-1, 3)
@@ -44,36 +45,24 @@ def pose_to_matrix(pose: Array) -> Array:
     return matrix
 
 
-def matrix_to_pose(matrix: Array) -> Array:
-    """(..., 4, 4) homogeneous matrix (mm) -> (..., 6) pose in mm and degrees, beta in [-90, 90]."""
-    matrix = np.asarray(matrix, float)
-    angles = euler_deg(Rotation.from_matrix(matrix[..., :3, :3].reshape(-1, 3, 3)))
-    return np.concatenate([matrix[..., :3, 3], angles.reshape(*matrix.shape[:-2], 3)], axis=-1)
+def delta_action(pose_a: Array, pose_b: Array, euler: bool = False) -> Array:
+    """The action (..., 7) from pose_a (..., 6) to pose_b (..., 6): mm, rotation vector in degrees, gripper.
 
-
-def delta_action(pose_a: Array, pose_b: Array) -> Array:
-    """The action (..., 7) that leads from pose_a (..., 6) to pose_b (..., 6): mm, rotation vector in degrees, gripper."""
+    `euler`: wrap-corrected differences of the angles in place of the vector, for comparison with older systems only.
+    """
     pose_a, pose_b = np.broadcast_arrays(np.asarray(pose_a, float), np.asarray(pose_b, float))
-    turn = (rotation(pose_b[..., 3:]) * rotation(pose_a[..., 3:]).inv()).as_rotvec(degrees=True)
+    turn = wrap_deg(pose_b[..., 3:] - pose_a[..., 3:])
+    if not euler:
+        turn = (rotation(pose_b[..., 3:]) * rotation(pose_a[..., 3:]).inv()).as_rotvec(degrees=True)
     gripper = np.full((*pose_a.shape[:-1], 1), GRIPPER_CLOSED)
     return np.concatenate([pose_b[..., :3] - pose_a[..., :3], turn.reshape(*pose_a.shape[:-1], 3), gripper], axis=-1)
-
-
-def delta_euler_action(pose_a: Array, pose_b: Array) -> Array:
-    """As `delta_action`, but with wrap-corrected Euler differences in degrees: for comparison with older systems only."""
-    pose_a, pose_b = np.broadcast_arrays(np.asarray(pose_a, float), np.asarray(pose_b, float))
-    gripper = np.full((*pose_a.shape[:-1], 1), GRIPPER_CLOSED)
-    return np.concatenate(
-        [pose_b[..., :3] - pose_a[..., :3], wrap_deg(pose_b[..., 3:] - pose_a[..., 3:]), gripper], axis=-1
-    )
 
 
 def apply_action(pose: Array, action: Array) -> Array:
     """Inverse of `delta_action`: pose (..., 6) moved by action (..., 6 or 7) -> pose (..., 6), beta in [-90, 90]."""
     pose, action = np.asarray(pose, float), np.asarray(action, float)
     lead = np.broadcast_shapes(pose.shape[:-1], action.shape[:-1])
-    pose = np.broadcast_to(pose, (*lead, 6))
-    action = np.broadcast_to(action, (*lead, action.shape[-1]))
+    pose, action = np.broadcast_to(pose, (*lead, 6)), np.broadcast_to(action, (*lead, action.shape[-1]))
     turn = Rotation.from_rotvec(action[..., 3:6].reshape(-1, 3), degrees=True)
     angles = euler_deg(turn * rotation(pose[..., 3:])).reshape(*lead, 3)
     return np.concatenate([pose[..., :3] + action[..., :3], angles], axis=-1)
@@ -92,16 +81,15 @@ def interpolate(t_s: Array, pose: Array, at_s: Array) -> tuple[Array, Rotation]:
     angles wherever that describes the same rotation, so that a state never jumps where the log does not.
     """
     t_s, pose, at_s = np.asarray(t_s, float), np.asarray(pose, float), np.asarray(at_s, float)
-    after = np.clip(np.searchsorted(t_s, at_s, side="right"), 1, max(len(t_s) - 1, 1))
-    after = np.minimum(after, len(t_s) - 1)
+    after = np.clip(np.searchsorted(t_s, at_s, side="right"), min(1, len(t_s) - 1), len(t_s) - 1)
     before = np.maximum(after - 1, 0)
     span = np.where(after > before, t_s[after] - t_s[before], 1.0)
     part = np.clip((at_s - t_s[before]) / span, 0.0, 1.0)[:, None]
     first = rotation(pose[before, 3:])
     turn = (rotation(pose[after, 3:]) * first.inv()).as_rotvec()
-    turned = Rotation.from_rotvec(turn * part) * first  # the slerp of scipy, without building it over all rows
+    turned = Rotation.from_rotvec(turn * part) * first  # scipy's Slerp would be built over all rows of the log
     place = pose[before, :3] + part * (pose[after, :3] - pose[before, :3])
     linear = wrap_deg(pose[before, 3:] + part * wrap_deg(pose[after, 3:] - pose[before, 3:]))
     away = np.linalg.norm((rotation(linear) * turned.inv()).as_rotvec(degrees=True), axis=-1)
-    angles = np.where((away < 0.005)[:, None], linear, euler_deg(turned))
+    angles = np.where((away < SAME_ROTATION_DEG)[:, None], linear, euler_deg(turned))
     return np.concatenate([place, angles], axis=1), turned

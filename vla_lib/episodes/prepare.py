@@ -1,58 +1,148 @@
-"""One raw episode and settings in; `data.pkl` and `sensor.npy` written beside it (or under an output root), and a report row out.
+"""One raw episode becomes `data.pkl` and `sensor.npy` beside it (or under an output root), and a report.
 
-Files appear whole or not at all; a lock keeps two runs from writing the same episode; an unchanged episode is left alone.
+Files appear whole or not at all; a lock keeps two runs from writing the same episode; an unchanged episode is left
+alone.
 """
 
 import contextlib
-import fcntl
-import os
+import hashlib
+import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from annotated_types import Ge, Gt, Le
+from filelock import FileLock
+from pydantic import Field
 
 from vla_lib.core.errors import UserError
 from vla_lib.core.files import atomic_path
-from vla_lib.episodes.data_pkl import CHANNELS, DATA_NAME, SCHEMA, SENSOR_NAME, check_content, read_pickle, write_pickle
+from vla_lib.core.settings import Settings, settings
+from vla_lib.episodes.data_pkl import DATA_NAME, SCHEMA, SENSOR_NAME, check_content, read_checked, write_pickle
 from vla_lib.episodes.episode import Episode
-from vla_lib.episodes.findings import EXCLUDED, NOTE, Finding
-from vla_lib.episodes.fingerprint import fingerprint, sensor_signature
-from vla_lib.episodes.layouts import EpisodeFiles
+from vla_lib.episodes.findings import FATAL, NOTE, REJECTED, Finding, Findings
+from vla_lib.episodes.layouts import CHANNELS, EpisodeFiles
 from vla_lib.episodes.pictures import Listing, list_pictures
-from vla_lib.episodes.rates import Rates, measure
+from vla_lib.episodes.quality import Rates, judge, measure, summary_row
+from vla_lib.episodes.sensor_file import NpzFile
 from vla_lib.episodes.sensor_log import SensorLog
 from vla_lib.episodes.steps import Steps, build_steps, image_index, sensor_index, stream_gaps, window_full
-from vla_lib.episodes.verdict import REJECTED, Verdict, judge, rejected, summary_row
 
 Array = np.ndarray[Any, Any]
 
 LOCK_NAME = ".data.pkl.lock"
-# ends of the findings that only reading every sample can make
-BYTES_FINDINGS = (
-    "differ between the windows that share them; the first window's stand", "hold values that are no numbers",
-)  # fmt: skip
+CODE_VERSION = 1
+"""Raised whenever the same inputs and settings give other values: part of the fingerprint."""
+DIFFER = "differ between the windows that share them; the first window's stand"
+NO_NUMBERS = "hold values that are no numbers"
+"""Ends of the two findings that only reading every sample can make."""
+
+
+@settings
+class PreprocessSettings(Settings):
+    """Prepare raw episodes for training: measure, judge, write data.pkl. Nothing raw is changed or deleted."""
+
+    dataset_root: Path | None = None
+    """Folder that holds the dataset folders. Default: the folder that holds the first of --dataset-dirs."""
+    dataset_dirs: tuple[Path, ...] = ()
+    """Only these dataset (or episode) folders; default: everything below --dataset-root."""
+    action_hz: Annotated[float, Gt(0), Le(1000)] = 10.0  # Actions a second: step k lasts from k/hz to (k+1)/hz
+    rotation: Annotated[str, Field(pattern="^(rotvec|euler)$")] = "rotvec"
+    """rotvec: rotation vector in the base frame, degrees. euler: wrap-corrected Euler differences, only to compare."""
+    sensor_clock_offset_ms: Annotated[float, Ge(-1e12), Le(1e12)] | None = None
+    """How far the sensor's clock is ahead of the robot's, in ms. Default: estimated where the data allow, else 0."""
+    views: tuple[str, ...] = ()  # View keys to keep, such as View1_left View5; default: all
+    sensor_window_size: Annotated[int, Ge(1)] = 65  # Samples of a full sensor window; steps without one are counted
+    overwrite: bool = False  # Prepare unchanged episodes again too
+    report_only: bool = False  # Measure and judge only; write nothing beside the episodes
+    check_pictures: bool = False  # Look at the end of every picture file, not only of suspiciously small ones
+    strict: bool = False  # Exit with status 3 where anything was left out
+    workers: Annotated[int, Ge(0)] = 0  # Processes; 0: one per core
+    output_root: Path | None = None
+    """Write below this folder instead of beside the raw episodes (picture folders become links)."""
+    report: Path | None = None  # Write all measurements and verdicts as JSON to this file
+    quiet: bool = False  # Print the progress only, no line an episode
+
+    def __post_init__(self) -> None:
+        if self.dataset_root is None and not self.dataset_dirs:
+            ways = "name the folder of the datasets with --dataset-root, or datasets with --dataset-dirs"
+            raise UserError(f"No data given: {ways}.")
+
+    @property
+    def root(self) -> Path:
+        """The folder below which datasets are told apart."""
+        return self.dataset_root if self.dataset_root is not None else self.dataset_dirs[0].resolve().parent
 
 
 @dataclass(frozen=True)
-class PrepareSettings:
-    """What decides the values in data.pkl."""
+class EpisodeJob:
+    """One raw episode to be prepared, as it is sent to a worker."""
 
-    action_hz: float = 10.0
-    rotation: str = "rotvec"
-    sensor_clock_offset_ms: float | None = None
-    views: tuple[str, ...] = ()
-    """View keys to keep; empty: all."""
-    full_picture_check: bool = False
+    files: EpisodeFiles
+    key: str
+    """Episode path below the root."""
+    out: Path
+    instruction: str
+    settings: PreprocessSettings
+
+    def open(self, listing: Listing | None = None) -> Episode:
+        """The opened episode. Raises UserError where it has no usable robot log."""
+        chosen = self.settings
+        return Episode.open(self.files, chosen.sensor_clock_offset_ms, chosen.views, chosen.check_pictures, listing)
+
+    def fingerprint(self, listing: Listing | None = None) -> str:
+        """32 hex digits that change when anything that data.pkl depends on does: what a data.pkl of this job carries.
+
+        Robot logs count by content, sensor files by the checksums that their directory holds, pictures by name and
+        size: copying a dataset elsewhere changes nothing, and no large file has to be read. Raises OSError.
+        """
+        chosen = self.settings
+        values = {
+            "action_hz": chosen.action_hz,
+            "rotation": chosen.rotation,
+            "sensor_clock_offset_ms": chosen.sensor_clock_offset_ms,
+            "views": chosen.views,
+            "full_picture_check": chosen.check_pictures,
+            "instruction": self.instruction,
+            "dataset": self.files.dataset,
+            "task": self.files.task,
+        }
+        versions = [SCHEMA, CODE_VERSION, self.files.layout]
+        digest = hashlib.sha256(json.dumps([*versions, values], sort_keys=True).encode())
+        for log in (self.files.robot_log, *self.files.other_logs):
+            if log is not None:
+                digest.update(log.name.encode() + hashlib.sha256(log.read_bytes()).digest())
+        digest.update(self.sensor_signature().encode())
+        digest.update(repr((listing or list_pictures(self.files.path)).rows).encode())
+        return digest.hexdigest()[:32]
+
+    def sensor_signature(self) -> str:
+        """What identifies the sensor files' content without reading it."""
+        parts = []
+        for path in self.files.sensor_files:
+            try:
+                parts.append(f"{path.name} {NpzFile(path).signature}")
+            except UserError:
+                parts.append(f"{path.name} unreadable, {path.stat().st_size} bytes")
+        return "\n".join(parts)
+
+    def failed(self, status: str, text: str) -> "Report":
+        """The report of an episode that cannot be used at all."""
+        findings = Findings([Finding(FATAL, "episode", text)])
+        summary = summary_row(self.key, self.files.layout, findings, None, None)
+        return Report(self.key, status, REJECTED, [text], [], summary, [])
 
 
 @dataclass
 class Report:
     """What happened to one episode; plain values, so that it crosses processes and goes into JSON."""
 
-    key: str  # episode path below the root
-    status: str  # written, unchanged, reported, rejected or failed
+    key: str
+    """Episode path below the root."""
+    status: str
+    """`written`, `unchanged`, `reported`, `rejected` or `failed`."""
     verdict: str
     reasons: list[str]
     left_out: list[str]
@@ -65,176 +155,113 @@ class Report:
         return dict(vars(self))
 
 
-def prepare_episode(
-    files: EpisodeFiles,
-    key: str,
-    out: Path,
-    settings: PrepareSettings,
-    instruction: str,
-    window: int = 65,
-    overwrite: bool = False,
-    report_only: bool = False,
-) -> Report:
-    """Prepare one episode into the folder `out`. Bad input becomes a report, never an exception.
+def prepare_episode(job: EpisodeJob) -> Report:
+    """Prepare one episode into its folder `out`. Bad input becomes a report, never an exception.
 
     Raises OSError where `out` cannot be written: that concerns the whole run.
     """
-    if report_only:
-        return _inspect(files, key, settings, window)
-    with folder_lock(out):
-        _sweep(out)
-        listing = list_pictures(files.path)
-        print_of = inputs_of(files, settings, instruction, listing)
-        if not overwrite:
-            kept = _unchanged(out, print_of, window)
-            if kept is not None:
-                return Report(
-                    key,
-                    "unchanged",
-                    kept["verdict"],
-                    kept["reasons"],
-                    kept["left_out"],
-                    kept["summary"] | {"episode": key},
-                    kept["rates"],
-                )
-        try:
-            episode = _open(files, settings, listing)
-            return _write(episode, key, out, settings, instruction, window, print_of, overwrite)
-        except UserError as error:
-            (out / DATA_NAME).unlink(missing_ok=True)  # what was prepared from other inputs must not stand for these
-            return _failed(files, key, str(error))
-
-
-def inputs_of(files: EpisodeFiles, settings: PrepareSettings, instruction: str, listing: Listing | None = None) -> str:
-    """The fingerprint that a data.pkl of these raw files and settings carries."""
-    return fingerprint(
-        files, asdict(settings) | {"instruction": instruction, "dataset": files.dataset, "task": files.task}, listing
-    )
-
-
-def _failed(files: EpisodeFiles, key: str, text: str) -> Report:
-    verdict = rejected(text)
-    summary = summary_row(key, files.layout, verdict, None, None, float("nan"))
-    return Report(key, "rejected", verdict.level, [text], [], summary, [])
-
-
-def _open(files: EpisodeFiles, settings: PrepareSettings, listing: Listing | None = None) -> Episode:
-    return Episode.open(files, settings.sensor_clock_offset_ms, settings.views, settings.full_picture_check, listing)
-
-
-def _inspect(files: EpisodeFiles, key: str, settings: PrepareSettings, window: int) -> Report:
     try:
-        return _study(_open(files, settings), key, "reported", settings, window).report
+        if job.settings.report_only:
+            return _Study(job, job.open(), "reported").report
+        with folder_lock(job.out):
+            return _prepare(job)
     except UserError as error:
-        return _failed(files, key, str(error))
+        return job.failed("rejected", str(error))
 
 
-@dataclass
+def _prepare(job: EpisodeJob) -> Report:
+    for name in (DATA_NAME, SENSOR_NAME):
+        for left in job.out.glob(f".{name}.*.partial"):  # what a killed run left unfinished
+            left.unlink(missing_ok=True)
+    listing = list_pictures(job.files.path)
+    fingerprint = job.fingerprint(listing)
+    before = None if job.settings.overwrite else _readable(job.out)
+    now = {"fingerprint": fingerprint, "sensor_window_size": job.settings.sensor_window_size}
+    if before and now.items() <= before["metadata"].items() and _sensor_whole(job.out, before):
+        known = before["metadata"]["report"]
+        return Report(job.key, "unchanged", **known | {"summary": known["summary"] | {"episode": job.key}})
+    try:
+        return _write(job, job.open(listing), fingerprint, before)
+    except UserError:
+        (job.out / DATA_NAME).unlink(missing_ok=True)  # what was prepared from other inputs must not stand for these
+        raise
+
+
+def _readable(out: Path) -> dict[str, Any] | None:
+    try:
+        return read_checked(out / DATA_NAME)
+    except UserError:
+        return None
+
+
+def _sensor_whole(out: Path, content: dict[str, Any]) -> bool:
+    """Whether sensor.npy is there as a data.pkl's content expects it."""
+    if content["sensor_data"] is None:
+        return True
+    try:
+        stream = np.load(out / SENSOR_NAME, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return False
+    return bool(stream.shape == (len(content["sensor_data"]["force"]), CHANNELS))
+
+
 class _Study:
     """All that is derived from an opened episode before anything is written."""
 
-    episode: Episode
-    steps: Steps
-    rates: Rates
-    verdict: Verdict
-    report: Report
+    def __init__(self, job: EpisodeJob, episode: Episode, status: str):
+        self.job, self.episode, self.status = job, episode, status
+        gaps = stream_gaps(episode)
+        self.steps: Steps = build_steps(episode, job.settings.action_hz, job.settings.rotation == "euler", gaps)
+        self.rates: Rates = measure(episode, gaps)
+        self.judge()
 
-
-def _study(episode: Episode, key: str, status: str, settings: PrepareSettings, window: int) -> _Study:
-    gaps = stream_gaps(episode)
-    steps = build_steps(episode, settings.action_hz, settings.rotation == "euler", gaps)
-    rates = measure(episode, gaps)
-    return _judged(episode, key, status, steps, rates, window)
-
-
-def _judged(episode: Episode, key: str, status: str, steps: Steps, rates: Rates, window: int) -> _Study:
-    full = _full(episode, steps, window)
-    extra = []
-    if episode.sensor is not None and not full.all():
-        extra.append(
-            Finding(
-                NOTE,
-                "sensor",
-                f"{int((~full).sum())} of {len(steps)} steps have no full window of {window} samples behind them",
-            )
+    def judge(self) -> None:
+        """Findings and report, of what is known by now."""
+        window, steps, sensor = self.job.settings.sensor_window_size, self.steps, self.episode.sensor
+        full = np.zeros(len(steps), bool)
+        extra = []
+        if sensor is not None:
+            ends = sensor_index(sensor.t_s, steps.t_s)
+            full = window_full(ends, sensor.t_s, steps.t_s, window, sensor.hz, steps.gaps.get("sensor", []))
+            if not full.all():
+                text = f"steps have no full window of {window} samples behind them"
+                extra = [Finding(NOTE, "sensor", f"{(~full).sum()} of {len(steps)} {text}")]
+        self.findings = judge(self.episode, steps, self.rates, extra)
+        duration_s = self.episode.duration_s
+        summary = summary_row(self.job.key, self.episode.layout, self.findings, self.rates, steps, duration_s)
+        self.report = Report(
+            key=self.job.key,
+            status=self.status,
+            verdict=self.findings.verdict,
+            reasons=self.findings.reasons,
+            left_out=self.findings.left_out,
+            summary=summary | {"full_windows": int(full.sum())},
+            rates=[row.to_dict() for row in self.rates.streams],
         )
-    verdict = judge(episode, steps, rates, extra)
-    summary = summary_row(key, episode.layout, verdict, rates, steps, episode.duration_s)
-    summary["full_windows"] = int(full.sum())
-    report = Report(
-        key, status, verdict.level, verdict.reasons, verdict.left_out, summary, [row.to_dict() for row in rates.streams]
-    )
-    return _Study(episode, steps, rates, verdict, report)
 
 
-def _full(episode: Episode, steps: Steps, window: int) -> Array:
-    sensor = episode.sensor
-    if sensor is None:
-        return np.zeros(len(steps), bool)
-    return window_full(
-        sensor_index(sensor.t_s, steps.t_s), sensor.t_s, steps.t_s, window, sensor.hz, steps.gaps.get("sensor", [])
-    )
-
-
-def _unchanged(out: Path, print_of: str, window: int) -> dict[str, Any] | None:
-    """The stored report of an episode that need not be prepared again."""
-    try:
-        content = read_pickle(out / DATA_NAME)
-        check_content(content, out / DATA_NAME)
-    except UserError:
-        return None
-    metadata = content["metadata"]
-    if metadata.get("fingerprint") != print_of or metadata.get("sensor_window_size") != window:
-        return None
-    if content["sensor_data"] is not None and not _sensor_stands(
-        out / SENSOR_NAME, len(content["sensor_data"]["force"])
-    ):
-        return None
-    return metadata.get("report")
-
-
-def _sensor_stands(path: Path, samples: int) -> bool:
-    try:
-        return np.load(path, mmap_mode="r", allow_pickle=False).shape == (samples, CHANNELS)
-    except (OSError, ValueError, EOFError):
-        return False
-
-
-def _write(
-    episode: Episode,
-    key: str,
-    out: Path,
-    settings: PrepareSettings,
-    instruction: str,
-    window: int,
-    print_of: str,
-    overwrite: bool,
-) -> Report:
-    study = _study(episode, key, "written", settings, window)
-    if study.verdict.level == REJECTED:
+def _write(job: EpisodeJob, episode: Episode, fingerprint: str, before: dict[str, Any] | None) -> Report:
+    out = job.out
+    study = _Study(job, episode, "written")
+    if study.report.verdict == REJECTED:
         study.report.status = "rejected"
         (out / DATA_NAME).unlink(missing_ok=True)
         return study.report
-    signature = sensor_signature(episode.files)
-    force = None if overwrite or episode.sensor is None else _old_force(out, signature, len(episode.sensor))
-    with contextlib.ExitStack() as stack:
-        if episode.sensor is not None and force is None:
-            known = len(episode.findings)
-            try:
-                force = _write_sensor(stack.enter_context(_sensor_file(out)), episode)
-            except UserError as error:
-                stack.pop_all()
-                _sweep(out)
-                episode.sensor = None
-                episode.findings.append(Finding(EXCLUDED, "sensor", f"the stream is not used: {error}", left_out=True))
-                study = _study(episode, key, "written", settings, window)
-            if len(episode.findings) > known:  # the bytes told something that the times did not
-                study = _judged(episode, key, "written", study.steps, study.rates, window)
-        content = _content(study, settings, instruction, force)
-        content["metadata"] |= {"fingerprint": print_of, "sensor_window_size": window, "report": _stored(study.report)}
-        content["metadata"] |= {"num_full_windows": study.report.summary["full_windows"], "sensor_signature": signature}
-        check_content(content, out / DATA_NAME)
-        (out / DATA_NAME).unlink(missing_ok=True)  # never an old data.pkl beside a new sensor.npy
+    force = _known_force(job, episode, before)
+    if episode.sensor is not None and force is None:
+        known = len(episode.findings)
+        try:
+            with atomic_path(out / SENSOR_NAME) as partial:
+                force = _write_sensor(partial, episode.sensor, episode.findings)
+                (out / DATA_NAME).unlink(missing_ok=True)  # never an old data.pkl beside a new sensor.npy
+        except UserError as error:
+            episode.sensor = None
+            episode.findings.exclude("sensor", f"the stream is not used: {error}", left_out=True)
+            study = _Study(job, episode, "written")
+        if len(episode.findings) > known:  # the bytes told something that the times did not
+            study.judge()
+    content = _content(study, fingerprint, force)
+    check_content(content, out / DATA_NAME)
     if episode.path.resolve() != out.resolve():
         _link_pictures(episode, out)
     write_pickle(out / DATA_NAME, content)
@@ -243,22 +270,18 @@ def _write(
     return study.report
 
 
-def _stored(report: Report) -> dict[str, Any]:
-    stored = report.to_dict()
-    del stored["key"], stored["status"]
-    return stored
+def _known_force(job: EpisodeJob, episode: Episode, before: dict[str, Any] | None) -> Array | None:
+    """The force (S,) of a sensor.npy that was already made from these very files; None where it must be written."""
+    if not before or before["sensor_data"] is None or not _sensor_whole(job.out, before):
+        return None
+    metadata, force = before["metadata"], before["sensor_data"]["force"]
+    if metadata.get("sensor_signature") != job.sensor_signature() or metadata.get("sensor_bytes_findings", True):
+        return None
+    return force if episode.sensor is not None and len(force) == len(episode.sensor) else None
 
 
-@contextlib.contextmanager
-def _sensor_file(out: Path) -> Iterator[Path]:
-    with atomic_path(out / SENSOR_NAME) as temporary:
-        yield temporary
-
-
-def _write_sensor(path: Path, episode: Episode) -> Array:
-    """Stream all samples into an .npy file; returns their force (S,). Raises UserError where the sensor files break off."""
-    sensor = episode.sensor
-    assert sensor is not None
+def _write_sensor(path: Path, sensor: SensorLog, findings: Findings) -> Array:
+    """Stream all samples into an .npy file; returns their force (S,). Raises UserError where the files break off."""
     force = np.empty(len(sensor), np.float32)
     done = differ = holes = 0
     with open(path, "wb") as stream:
@@ -269,87 +292,68 @@ def _write_sensor(path: Path, episode: Episode) -> Array:
                 raise UserError("the sensor files hold more samples than their times")
             force[done : done + len(block)] = block[:, 0]
             differ += disagree
-            with np.errstate(all="ignore"):
-                if not np.isfinite(block.sum()):
-                    holes += int((~np.isfinite(block)).any(axis=1).sum())
-            stream.write(memoryview(np.ascontiguousarray(block, "<f4")).cast("B"))
+            with np.errstate(all="ignore"):  # one sum tells whether a block has to be looked at
+                holes += 0 if np.isfinite(block.sum()) else int((~np.isfinite(block)).any(axis=1).sum())
+            stream.write(np.ascontiguousarray(block, "<f4").data)
             done += len(block)
     if done != len(sensor):
         raise UserError(f"the sensor files end after {done} of {len(sensor)} samples")
-    _sensor_findings(episode, differ, holes)
+    for count, text in ((differ, DIFFER), (holes, NO_NUMBERS)):
+        if count:
+            findings.exclude("sensor", f"{count} samples {text}")
     return force
 
 
-def _sensor_findings(episode: Episode, differ: int, holes: int) -> None:
-    if differ:
-        text = f"{differ} samples {BYTES_FINDINGS[0]}"
-        episode.findings.append(Finding(EXCLUDED, "sensor", text))
-    if holes:
-        episode.findings.append(Finding(EXCLUDED, "sensor", f"{holes} samples {BYTES_FINDINGS[1]}"))
-
-
-def _old_force(out: Path, signature: str, samples: int) -> Array | None:
-    """The force (S,) of a sensor.npy that was already made from these very files; None where it must be written."""
-    try:
-        content = read_pickle(out / DATA_NAME)
-        check_content(content, out / DATA_NAME)
-    except UserError:
-        return None
-    sensor, metadata = content["sensor_data"], content["metadata"]
-    if sensor is None or metadata.get("sensor_signature") != signature or metadata.get("sensor_bytes_findings", True):
-        return None
-    force: Array = sensor["force"]
-    return force if len(force) == samples and _sensor_stands(out / SENSOR_NAME, samples) else None
-
-
-def _content(study: _Study, settings: PrepareSettings, instruction: str, force: Array | None) -> dict[str, Any]:
-    episode, steps, rates, verdict = study.episode, study.steps, study.rates, study.verdict
-    sensor: SensorLog | None = episode.sensor
-    clock = episode.sensor_clock
+def _content(study: _Study, fingerprint: str, force: Array | None) -> dict[str, Any]:
+    job, episode, steps, rates, report = study.job, study.episode, study.steps, study.rates, study.report
+    sensor, clock, pictures = episode.sensor, episode.sensor_clock, episode.pictures
+    metadata = {
+        "episode_name": episode.name,
+        "dataset": episode.files.dataset,
+        "task": episode.files.task,
+        "layout": episode.layout,
+        "robot_hz": rates["robot"].hz,
+        "robot_pose_hz": rates["robot"].distinct_hz,
+        "action_hz": job.settings.action_hz,
+        "rotation": job.settings.rotation,
+        "num_actions": len(steps),
+        "num_valid": int(steps.valid.sum()),
+        "num_robot_states": len(episode.robot.t_s),
+        "duration_seconds": episode.duration_s,
+        "has_sensor": sensor is not None,
+        "sensor_hz": sensor.hz if sensor is not None else None,
+        "sensor_times_reconstructed": sensor is not None and sensor.reconstructed,
+        "camera_hz": {view: rates[view].hz for view in pictures},
+        "clock_offsets": {
+            "sensor": asdict(clock) | {"sentence": clock.sentence()},
+            "robot_receive_lag_s": episode.robot.clock_lag_s,
+        },
+        "gaps": {stream: [list(span) for span in spans] for stream, spans in steps.gaps.items()},
+        "sensor_bytes_findings": any(finding.text.endswith((DIFFER, NO_NUMBERS)) for finding in study.findings),
+        "verdict": report.verdict,
+        "findings": [finding.to_dict() for finding in study.findings],
+        "schema_version": SCHEMA,
+        "fingerprint": fingerprint,
+        "sensor_window_size": job.settings.sensor_window_size,
+        "report": {name: value for name, value in vars(report).items() if name not in ("key", "status")},
+        "num_full_windows": report.summary["full_windows"],
+        "sensor_signature": job.sensor_signature(),
+    }
+    sensor_data = None
+    if sensor is not None:
+        index = sensor_index(sensor.t_s, steps.t_s)
+        sensor_data = {"force": force, "timestamp": sensor.t_s, "index": index, "array": SENSOR_NAME}
     return {
         "action": steps.action,
         "timestamp": steps.t_s,
         "valid": steps.valid,
         "state": steps.state,
-        "image": {view: list(pictures.paths) for view, pictures in episode.pictures.items()},
-        "image_timestamp": {view: pictures.t_s for view, pictures in episode.pictures.items()},
-        "image_index": {view: image_index(pictures, steps.t_s) for view, pictures in episode.pictures.items()},
-        "sensor_data": None
-        if sensor is None
-        else {
-            "force": force,
-            "timestamp": sensor.t_s,
-            "index": sensor_index(sensor.t_s, steps.t_s),
-            "array": SENSOR_NAME,
-        },
-        "instruction": instruction,
-        "metadata": {
-            "episode_name": episode.name,
-            "dataset": episode.files.dataset,
-            "task": episode.files.task,
-            "layout": episode.layout,
-            "robot_hz": rates["robot"].hz,
-            "robot_pose_hz": rates["robot"].distinct_hz,
-            "action_hz": settings.action_hz,
-            "rotation": settings.rotation,
-            "num_actions": len(steps),
-            "num_valid": int(steps.valid.sum()),
-            "num_robot_states": len(episode.robot.t_s),
-            "duration_seconds": episode.duration_s,
-            "has_sensor": sensor is not None,
-            "sensor_hz": sensor.hz if sensor is not None else None,
-            "sensor_times_reconstructed": bool(sensor is not None and sensor.reconstructed),
-            "camera_hz": {view: rates[view].hz for view in episode.pictures},
-            "clock_offsets": {
-                "sensor": asdict(clock) | {"sentence": clock.sentence()},
-                "robot_receive_lag_s": episode.robot.clock_lag_s,
-            },
-            "gaps": {stream: [[float(b), float(e)] for b, e in spans] for stream, spans in steps.gaps.items()},
-            "sensor_bytes_findings": any(finding.text.endswith(BYTES_FINDINGS) for finding in verdict.findings),
-            "verdict": verdict.level,
-            "findings": [finding.to_dict() for finding in verdict.findings],
-            "schema_version": SCHEMA,
-        },
+        "image": {view: one.paths for view, one in pictures.items()},
+        "image_timestamp": {view: one.t_s for view, one in pictures.items()},
+        "image_index": {view: image_index(one, steps.t_s) for view, one in pictures.items()},
+        "sensor_data": sensor_data,
+        "instruction": job.instruction,
+        "metadata": metadata,
     }
 
 
@@ -358,22 +362,14 @@ def _link_pictures(episode: Episode, out: Path) -> None:
     folders = {path.split("/")[0] for pictures in episode.pictures.values() for path in pictures.paths}
     for folder in sorted(folders):
         link, target = out / folder, (episode.path / folder).resolve()
-        if link.is_symlink():
-            if link.resolve() == target:
-                continue
+        if link.is_symlink() and link.resolve() != target:
             link.unlink()
+        if link.is_symlink():
+            continue
         if link.exists():
-            raise UserError(
-                f"{link} is in the way: below an output root it must be a link to {target}; remove it or choose another root."
-            )
-        os.symlink(target, link, target_is_directory=True)
-
-
-def _sweep(out: Path) -> None:
-    """Remove what a killed run left unfinished (only while the lock is held)."""
-    for name in (DATA_NAME, SENSOR_NAME):
-        for left in out.glob(f".{name}.*.partial"):
-            left.unlink(missing_ok=True)
+            needed = f"below an output root it must be a link to {target}; remove it or choose another root"
+            raise UserError(f"{link} is in the way: {needed}.")
+        link.symlink_to(target, target_is_directory=True)
 
 
 @contextlib.contextmanager
@@ -381,20 +377,8 @@ def folder_lock(folder: Path) -> Iterator[None]:
     """Hold the folder's lock: one run at a time prepares an episode; a killed run's lock is free at once."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / LOCK_NAME
-    while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    with FileLock(path):  # whoever waited for a lock file that is gone asks again
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX)
-            with contextlib.suppress(FileNotFoundError):
-                if os.fstat(handle).st_ino == os.stat(path).st_ino:
-                    break
-        except BaseException:
-            os.close(handle)
-            raise
-        os.close(handle)  # another run removed this lock file while we waited for it
-    try:
-        yield
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            path.unlink()
-        os.close(handle)
+            yield
+        finally:
+            path.unlink(missing_ok=True)

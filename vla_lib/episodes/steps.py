@@ -1,7 +1,7 @@
-"""An opened episode in; the action grid out: times, states, actions, and which steps can be trusted.
+"""The action grid of an opened episode: times, states, actions, and which steps can be trusted.
 
-Step k begins at `t_k = start + k / hz`. Its action is the motion of the interpolated pose from t_k to t_k + 1/hz, so neither
-uneven rows nor a drifting match enters. Steps exist only where the robot log covers them; idle tails have none.
+Step k begins at `t_k = start + k / hz`. Its action is the motion of the interpolated pose from t_k to t_k + 1/hz, so
+neither uneven rows nor a drifting match enters. Steps exist only where the robot log covers them; idle tails have none.
 """
 
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ import numpy as np
 from vla_lib.core.errors import UserError
 from vla_lib.episodes.episode import Episode
 from vla_lib.episodes.pictures import Pictures
-from vla_lib.episodes.poses import delta_action, delta_euler_action, interpolate
+from vla_lib.episodes.poses import delta_action, interpolate
 from vla_lib.episodes.robot_log import RobotLog
 from vla_lib.episodes.timeline import Span, find_gaps, grid, newest_at_or_before, overlaps
 
@@ -61,38 +61,27 @@ def pose_rows(robot: RobotLog) -> Array:
     return np.union1d(np.union1d(first, resting), [0, len(robot.t_s) - 1])
 
 
-def robot_gaps(robot: RobotLog) -> list[Span]:
-    """Spans between usable rows that are too long to interpolate across."""
-    usual = float(np.median(np.diff(robot.t_s)))
-    return find_gaps(robot.t_s, max(3 * usual, ROBOT_GAP_S))
-
-
-def picture_gaps(pictures: Pictures, end_s: float) -> list[Span]:
-    """Spans in which a view's newest picture is too old: three missed pictures, half a second at least."""
-    usual = float(np.median(np.diff(pictures.t_s))) if len(pictures) > 1 else PICTURE_GAP_S
-    longest = max(3 * usual, PICTURE_GAP_S)
-    gaps = find_gaps(pictures.t_s, longest)
-    if len(pictures) and end_s - pictures.t_s[-1] > longest:
-        gaps.append((float(pictures.t_s[-1]), end_s))
-    return gaps
-
-
-def sensor_gaps(episode: Episode) -> list[Span]:
-    """Spans without sensor samples, the end of the stream included where it stops before the robot does."""
-    if episode.sensor is None:
-        return []
-    gaps = list(episode.sensor.gaps)
-    last = float(episode.sensor.t_s[-1])
-    if episode.end_s - last > SENSOR_LATE_S:
-        gaps.append((last, episode.end_s))
-    return gaps
-
-
 def stream_gaps(episode: Episode) -> dict[str, list[Span]]:
-    """Stream name -> gaps, for the robot, the sensor and every view; streams without gaps are left out."""
-    gaps = {"robot": robot_gaps(episode.robot), "sensor": sensor_gaps(episode)}
-    gaps |= {view: picture_gaps(pictures, episode.end_s) for view, pictures in episode.pictures.items()}
+    """Stream name -> spans (s) without data, for the robot, the sensor and every view; streams without are left out.
+
+    Robot: too long to interpolate across. A view: three missed pictures, half a second at least. Sensor and views also
+    where they stop before the robot does.
+    """
+    robot = episode.robot
+    usual = float(np.median(np.diff(robot.t_s)))
+    gaps = {"robot": find_gaps(robot.t_s, max(3 * usual, ROBOT_GAP_S))}
+    if episode.sensor is not None:
+        gaps["sensor"] = [*episode.sensor.gaps, *_early_end(episode.sensor.t_s, episode.end_s, SENSOR_LATE_S)]
+    for view, pictures in episode.pictures.items():
+        usual = float(np.median(np.diff(pictures.t_s))) if len(pictures) > 1 else PICTURE_GAP_S
+        longest = max(3 * usual, PICTURE_GAP_S)
+        gaps[view] = [*find_gaps(pictures.t_s, longest), *_early_end(pictures.t_s, episode.end_s, longest)]
     return {stream: spans for stream, spans in gaps.items() if spans}
+
+
+def _early_end(t_s: Array, end_s: float, longest_s: float) -> list[Span]:
+    last = float(t_s[-1])
+    return [(last, end_s)] if end_s - last > longest_s else []
 
 
 def build_steps(
@@ -106,20 +95,16 @@ def build_steps(
     robot = episode.robot
     t_s = grid(episode.start_s, episode.end_s, hz)
     if not len(t_s):
-        raise UserError(
-            f"{episode.path}: the robot log lasts {episode.duration_s:.3f} s, less than one step of {1 / hz:g} s."
-        )
+        lasts = f"lasts {episode.duration_s:.3f} s, less than one step of {1 / hz:g} s"
+        raise UserError(f"{episode.path}: the robot log {lasts}.")
     if len(t_s) > MOST_STEPS:
-        raise UserError(
-            f"{episode.path}: the robot log seems to last {episode.duration_s:.0f} s; its times cannot be right."
-        )
+        lasts = f"seems to last {episode.duration_s:.0f} s; its times cannot be right"
+        raise UserError(f"{episode.path}: the robot log {lasts}.")
     rows = pose_rows(robot)
     ends = np.append(t_s, episode.start_s + len(t_s) / hz)
     pose, turned = interpolate(robot.t_s[rows], robot.pose[rows], ends)
-    if euler:
-        action = delta_euler_action(pose[:-1], pose[1:])
-    else:
-        action = delta_action(pose[:-1], pose[1:])
+    action = delta_action(pose[:-1], pose[1:], euler)
+    if not euler:  # of the exact rotations: the poses' angles are rounded to the log's branch
         action[:, 3:6] = (turned[1:] * turned[:-1].inv()).as_rotvec(degrees=True)
     joints = np.stack([np.interp(t_s, robot.t_s[rows], robot.joints[rows, k]) for k in range(6)], axis=1)
     valid = np.ones(len(t_s), bool)
@@ -141,15 +126,15 @@ def image_index(pictures: Pictures, t_s: Array) -> Array:
 
 
 def sensor_index(sensor_t_s: Array, t_s: Array) -> Array:
-    """(N,) int64: one past the newest sample at or before each step, so that `[index - n : index]` never sees the future."""
+    """(N,) int64: one past the newest sample at or before each step: `[index - n : index]` never sees the future."""
     return (newest_at_or_before(sensor_t_s, t_s) + 1).astype(np.int64)
 
 
 def window_full(index: Array, sensor_t_s: Array, t_s: Array, length: int, hz: float, gaps: list[Span]) -> Array:
     """(N,) bool: whether `length` samples without a gap end at each step.
 
-    A window is not full where the stream has fewer samples before the step, where its newest sample is older than 50 ms,
-    or where a gap lies inside.
+    A window is not full where the stream has fewer samples before the step, where its newest sample is older than
+    50 ms, or where a gap lies inside.
     """
     index = np.asarray(index)
     full = index >= length

@@ -1,10 +1,12 @@
-"""Raw stamps in; a strictly increasing time axis, gaps, and newest-at-or-before indices out. Seconds, float64, throughout."""
+"""Times of a stream, in float64 seconds: a strictly rising axis out of raw stamps, gaps, and what was newest when."""
 
 from bisect import bisect_right
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+
+from vla_lib.episodes.findings import Findings
 
 Array = np.ndarray[Any, Any]
 Span = tuple[float, float]
@@ -29,28 +31,33 @@ class Cleaned:
     """How often the clock stepped back between two neighbouring rows."""
     largest_step_back_s: float
 
+    def report(self, stream: str, entries: str, findings: Findings, known: int = 0) -> None:
+        """Say what is left out of a stream of `entries`; `known`: how many unusable ones another finding names."""
+        if self.unusable > known:
+            findings.note(stream, f"{self.unusable - known} {entries} with an impossible time are left out")
+        if self.backward_steps:
+            steps, longest_ms = self.backward_steps, self.largest_step_back_s * 1e3
+            text = f"the clock steps back {steps} time(s), by up to {longest_ms:.0f} ms"
+            findings.exclude(stream, f"{text}; {self.backwards} {entries} are left out")
+        if self.repeats:
+            findings.note(stream, f"{self.repeats} {entries} repeat the time of the one before and are left out")
+
 
 def longest_rising(t_s: Array) -> Array:
     """Indices (K,) of the longest never-falling subsequence of t_s: what is left when the fewest rows are dropped."""
     t_s = np.asarray(t_s, float)
-    if len(t_s) < 2 or not np.any(np.diff(t_s) < 0):
+    if not np.any(np.diff(t_s) < 0):
         return np.arange(len(t_s))
-    tails: list[float] = []
+    tails: list[float] = []  # patience sorting: the smallest end of a rising chain of each length, and its row
     places: list[int] = []
     parent = np.full(len(t_s), -1, np.int64)
     for row, value in enumerate(t_s.tolist()):
         at = bisect_right(tails, value)
         parent[row] = places[at - 1] if at else -1
-        if at == len(tails):
-            tails.append(value)
-            places.append(row)
-        else:
-            tails[at], places[at] = value, row
-    chain = []
-    row = places[-1]
-    while row >= 0:
-        chain.append(row)
-        row = int(parent[row])
+        tails[at : at + 1], places[at : at + 1] = [value], [row]
+    chain = [places[-1]]
+    while parent[chain[-1]] >= 0:
+        chain.append(int(parent[chain[-1]]))
     return np.asarray(chain[::-1], np.int64)
 
 
@@ -66,18 +73,15 @@ def clean_times(t_s: Array) -> Cleaned:
         finite &= np.abs(np.where(finite, t_s, middle) - middle) <= FAR_S
     rows = np.flatnonzero(finite)
     steps = np.diff(t_s[rows])
-    rising = longest_rising(t_s[rows])
-    kept = rows[rising]
-    fresh = np.ones(len(kept), bool)
-    fresh[1:] = np.diff(t_s[kept]) > 0
-    back = steps[steps < 0]
+    kept = rows[longest_rising(t_s[rows])]
+    fresh = np.diff(t_s[kept], prepend=-np.inf) > 0
     return Cleaned(
         keep=kept[fresh],
-        unusable=int(len(t_s) - len(rows)),
-        backwards=int(len(rows) - len(kept)),
+        unusable=len(t_s) - len(rows),
+        backwards=len(rows) - len(kept),
         repeats=int((~fresh).sum()),
-        backward_steps=int(len(back)),
-        largest_step_back_s=float(-back.min()) if len(back) else 0.0,
+        backward_steps=int((steps < 0).sum()),
+        largest_step_back_s=abs(float(steps.min(initial=0.0))),
     )
 
 
@@ -89,8 +93,7 @@ def newest_at_or_before(t_s: Array, at_s: Array) -> Array:
 def find_gaps(t_s: Array, longest_s: float) -> list[Span]:
     """Spans between neighbouring times that are longer than `longest_s`."""
     t_s = np.asarray(t_s, float)
-    holes = np.flatnonzero(np.diff(t_s) > longest_s)
-    return [(float(t_s[k]), float(t_s[k + 1])) for k in holes]
+    return [(float(t_s[k]), float(t_s[k + 1])) for k in np.flatnonzero(np.diff(t_s) > longest_s)]
 
 
 def overlaps(start_s: Array, end_s: Array, spans: list[Span]) -> Array:
@@ -102,6 +105,6 @@ def overlaps(start_s: Array, end_s: Array, spans: list[Span]) -> Array:
 
 
 def grid(start_s: float, end_s: float, hz: float) -> Array:
-    """Times start + k/hz (N,) of all steps that end at or before `end_s`; each from the start, so that nothing drifts."""
+    """Times start + k/hz (N,) of all steps that end by `end_s`; each from the start, so that nothing drifts."""
     steps = int(np.floor((end_s - start_s) * hz + 1e-6)) if end_s > start_s else 0
-    return start_s + np.arange(max(steps, 0)) / hz
+    return start_s + np.arange(steps) / hz

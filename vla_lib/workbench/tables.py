@@ -7,7 +7,7 @@ from typing import Any
 import pandas as pd
 from IPython.display import HTML
 
-from vla_lib.episodes.verdict import verdict_table
+from vla_lib.episodes.quality import verdict_table
 
 WRAPPING_EM = {"reasons": 24, "problem": 24, "episode": 12, "clock": 12, "used by": 12, "not better than": 12}
 STYLE = "@media print {.fit-table {max-height:none !important; overflow:visible !important}}"

@@ -90,10 +90,9 @@ def _inspected(values: Values) -> Check:
 def _prepared(values: Values) -> Check:
     from vla_lib import preprocess
     from vla_lib.episodes import load_prepared
-    from vla_lib.episodes.pipeline import raw_state
 
-    jobs = preprocess.plan(settings_of(preprocess.Settings, values))
-    now = raw_state(jobs)
+    jobs = preprocess.make_jobs(settings_of(preprocess.Settings, values))
+    now = preprocess.raw_state(jobs)
 
     def current(job: Any) -> bool:
         try:

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from vla_lib.core.errors import UserError
 from vla_lib.episodes import Episode, EpisodeFiles, build_steps, find_episodes, load_prepared
-from vla_lib.episodes.instants import sensor_image
+from vla_lib.episodes.episode import sensor_image
 from vla_lib.workbench import runs
 from vla_lib.workbench.notebook import dataset_path, interactive, shown
 from vla_lib.workbench.plots.episodes import overview

@@ -9,8 +9,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from vla_lib.core.errors import UserError
-from vla_lib.episodes.episode import Episode
-from vla_lib.episodes.instants import PictureAt, SensorImage, pictures_at, sensor_image
+from vla_lib.episodes.episode import Episode, PictureAt, SensorImage, pictures_at, sensor_image
 from vla_lib.episodes.steps import Steps
 from vla_lib.workbench.plots.style import COLOURS, Panels, panels, picture, plot, say
 

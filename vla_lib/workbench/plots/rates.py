@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 
 from vla_lib.episodes.clocks import STAGGER_S, force_curve
 from vla_lib.episodes.episode import Episode
-from vla_lib.episodes.rates import Rates, distinct_hz, intervals_ms, measure
-from vla_lib.episodes.verdict import GOOD, REJECTED, USABLE
+from vla_lib.episodes.findings import GOOD, REJECTED, USABLE
+from vla_lib.episodes.quality import Rates, distinct_hz, intervals_ms, measure
 from vla_lib.workbench.plots.episodes import TIME
 from vla_lib.workbench.plots.style import COLOURS, PALE, Panels, diagonal, legend, panels, plot, say
 

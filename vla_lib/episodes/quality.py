@@ -1,0 +1,242 @@
+"""The quality of an opened episode: what was measured of each stream, and the verdict with its reasons in words."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from vla_lib.episodes.episode import Episode
+from vla_lib.episodes.findings import GOOD, REJECTED, USABLE, Finding, Findings
+from vla_lib.episodes.robot_log import RobotLog
+from vla_lib.episodes.steps import Steps, stream_gaps
+from vla_lib.episodes.timeline import Span
+
+Array = np.ndarray[Any, Any]
+NAN = float("nan")
+
+LEAST_VALID_S = 0.8
+"""One chunk of eight actions at 10 Hz: less cannot be trained on."""
+LEAST_VALID_PART = 0.5
+STILL_MM = 0.5
+FAR_START_S = 2.0
+EXPECTED_SENSOR_HZ = (600.0, 700.0)
+OLD_POSE_PART = 0.9
+CLOCK_OFF_S = 0.02
+
+
+@dataclass(frozen=True)
+class StreamRate:
+    """What was measured of one stream; nan where there was nothing to measure."""
+
+    stream: str
+    count: int
+    """Usable entries (rows, samples, pictures)."""
+    hz: float
+    """1 / median interval."""
+    mean_hz: float
+    """Entries over the whole span, gaps included."""
+    distinct_hz: float
+    """Changes of the content a second while it changes (robot: refreshes of the controller); nan where not measured."""
+    jitter_p50_ms: float
+    """Median of |interval - median interval|."""
+    jitter_p99_ms: float
+    jitter_max_ms: float
+    gaps: tuple[Span, ...]
+    repeats: int
+    """Entries that repeat the time of the one before."""
+    backward_steps: int
+    start_s: float
+    """First entry, seconds after the first robot row."""
+    end_s: float
+    """Last entry, seconds after the last robot row (positive: goes on after the motion)."""
+    clock_offset_s: float
+    """Taken off this stream's times."""
+    clock: str
+    """How its times relate to the robot's."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return vars(self) | {"gaps": [list(gap) for gap in self.gaps]}
+
+
+@dataclass(frozen=True)
+class Rates:
+    """All streams of one episode."""
+
+    streams: list[StreamRate]
+
+    def __getitem__(self, stream: str) -> StreamRate:
+        return next(row for row in self.streams if row.stream == stream)
+
+    def __contains__(self, stream: str) -> bool:
+        return any(row.stream == stream for row in self.streams)
+
+
+def intervals_ms(t_s: Array) -> Array:
+    """Intervals between neighbouring times in ms."""
+    return np.diff(np.asarray(t_s, float)) * 1e3
+
+
+def distinct_hz(robot: RobotLog) -> float:
+    """Distinct poses a second, rests left out: how often the controller refreshes under the published rows."""
+    steps = np.diff(robot.t_s[robot.changed])
+    row_s = float(np.median(np.diff(robot.t_s)))
+    moving = steps[steps <= max(5 * row_s, 0.1)]
+    return float(len(moving) / moving.sum()) if moving.sum() > 0 else NAN
+
+
+def measure(episode: Episode, gaps: Mapping[str, list[Span]] | None = None) -> Rates:
+    """Measure every stream of an opened episode. `gaps`: its gaps, where they are known already."""
+    gaps = stream_gaps(episode) if gaps is None else gaps
+    robot, sensor = episode.robot, episode.sensor
+
+    def row(
+        stream: str, t_s: Array, repeats: int, clock: str, backward: int = 0, distinct: float = NAN, offset: float = 0.0
+    ) -> StreamRate:
+        steps = np.diff(t_s)
+        steps = steps[steps > 0]
+        usual = float(np.median(steps)) if len(steps) else NAN
+        away_ms = np.abs(steps - usual) * 1e3 if len(steps) else np.array([NAN])
+        return StreamRate(
+            stream=stream,
+            count=len(t_s),
+            hz=1.0 / usual,
+            mean_hz=float((len(t_s) - 1) / (t_s[-1] - t_s[0])) if len(steps) else NAN,
+            distinct_hz=distinct,
+            jitter_p50_ms=float(np.median(away_ms)),
+            jitter_p99_ms=float(np.percentile(away_ms, 99)),
+            jitter_max_ms=float(away_ms.max()),
+            gaps=tuple((float(b), float(e)) for b, e in gaps.get(stream, [])),
+            repeats=repeats,
+            backward_steps=backward,
+            start_s=float(t_s[0] - episode.start_s),
+            end_s=float(t_s[-1] - episode.end_s),
+            clock_offset_s=offset,
+            clock=clock,
+        )
+
+    clean = robot.cleaned
+    reference = f"reference ({robot.clock})"
+    rows = [row("robot", robot.t_s, clean.repeats, reference, clean.backward_steps, distinct_hz(robot))]
+    if sensor is not None:
+        clean = sensor.cleaned
+        clock = episode.sensor_clock.how
+        clock += ", sample times rebuilt from window times" if sensor.reconstructed else ""
+        offset_s = sensor.clock_offset_s
+        rows.append(row("sensor", sensor.t_s, clean.repeats, clock, clean.backward_steps, offset=offset_s))
+    for view, pictures in episode.pictures.items():
+        rows.append(row(view, pictures.t_s, int((np.diff(pictures.t_s) == 0).sum()), "assumed equal"))
+    return Rates(rows)
+
+
+def judge(episode: Episode, steps: Steps, rates: Rates | None = None, extra: Iterable[Finding] = ()) -> Findings:
+    """All findings about one opened episode: its own, `extra` ones, and those that its measured streams give."""
+    rates = rates or measure(episode, steps.gaps)
+    findings = Findings([*episode.findings, *extra])
+    _judge_robot(episode, steps, rates["robot"], findings)
+    if "sensor" in rates:
+        _judge_sensor(episode, rates["sensor"], findings)
+    _judge_pictures(episode, rates, findings)
+    valid = int(steps.valid.sum())
+    invalid = len(steps) - valid
+    if invalid:
+        streams = ", ".join(sorted(steps.gaps))
+        findings.exclude("episode", f"{invalid} of {len(steps)} steps are invalid (gaps in {streams})")
+    if valid / steps.hz < LEAST_VALID_S - 1e-9:
+        lasts = f"{valid / steps.hz:.1f} s, {LEAST_VALID_S} s are needed"
+        findings.reject("episode", f"only {valid} steps are valid: {lasts}")
+    elif valid < LEAST_VALID_PART * len(steps):
+        findings.reject("episode", f"{invalid} of {len(steps)} steps lie across gaps: more than half")
+    return findings
+
+
+def _gaps(row: StreamRate, episode: Episode, findings: Findings) -> None:
+    origin, more = episode.start_s, ", ..." if len(row.gaps) > 3 else ""
+    if row.gaps:
+        shown = ", ".join(f"{begin - origin:.2f}-{end - origin:.2f} s" for begin, end in row.gaps[:3])
+        findings.exclude(row.stream, f"{len(row.gaps)} gap(s) at {shown}{more}")
+
+
+def _judge_robot(episode: Episode, steps: Steps, robot: StreamRate, findings: Findings) -> None:
+    _gaps(robot, episode, findings)
+    if robot.distinct_hz < OLD_POSE_PART * robot.mean_hz:
+        rates = f"rows come at {robot.mean_hz:.0f} Hz but poses change at {robot.distinct_hz:.0f} Hz"
+        findings.note("robot", f"{rates}: repeated rows are old poses")
+    if robot.hz < steps.hz:
+        asked = f"fewer than the {steps.hz:g} actions a second asked for"
+        findings.reject("robot", f"rows come at {robot.hz:.1f} Hz, {asked}")
+    travelled = float(np.linalg.norm(steps.action[:, :3], axis=1).sum())
+    turned = float(np.linalg.norm(steps.action[:, 3:6], axis=1).sum())
+    if travelled < STILL_MM and turned < STILL_MM:
+        findings.reject("robot", f"the arm stands still ({travelled:.2f} mm, {turned:.2f} degrees in all)")
+
+
+def _judge_sensor(episode: Episode, sensor: StreamRate, findings: Findings) -> None:
+    clock = episode.sensor_clock
+    estimated = clock.how.startswith("estimated")
+    if estimated and abs(clock.offset_s) > CLOCK_OFF_S:
+        findings.exclude("sensor", f"its clock is off: {clock.sentence()}")
+    _gaps(sensor, episode, findings)
+    low, high = EXPECTED_SENSOR_HZ
+    if not low <= sensor.hz <= high:
+        findings.exclude("sensor", f"samples come at {sensor.hz:.0f} Hz, {low:.0f}-{high:.0f} are expected")
+    if abs(sensor.start_s) > FAR_START_S and not estimated:
+        findings.exclude("sensor", f"it begins {sensor.start_s:+.1f} s from the robot")
+
+
+def _judge_pictures(episode: Episode, rates: Rates, findings: Findings) -> None:
+    overlapping = 0
+    for view in episode.pictures:
+        row = rates[view]
+        _gaps(row, episode, findings)
+        if row.start_s > FAR_START_S:
+            findings.exclude(view, f"its first picture comes {row.start_s:.1f} s after the robot's first row")
+        if row.start_s < episode.duration_s and row.end_s > -episode.duration_s:
+            overlapping += 1
+        else:
+            findings.exclude(view, "no picture was taken while the robot moved")
+    if not overlapping:
+        findings.reject("episode", "no view has pictures from the time of the motion")
+
+
+def summary_row(
+    key: str, layout: str, findings: Findings, rates: Rates | None, steps: Steps | None, duration_s: float = NAN
+) -> dict[str, Any]:
+    """One row of the table of all episodes (plain values)."""
+    robot = rates["robot"] if rates else None
+    sensor = rates["sensor"] if rates and "sensor" in rates else None
+    cameras = [row.hz for row in rates.streams if row.stream.startswith("View")] if rates else []
+    return {
+        "episode": key,
+        "layout": layout,
+        "verdict": findings.verdict,
+        "seconds": duration_s,
+        "steps": len(steps) if steps is not None else 0,
+        "valid": int(steps.valid.sum()) if steps is not None else 0,
+        "robot_hz": robot.hz if robot else NAN,
+        "pose_hz": robot.distinct_hz if robot else NAN,
+        "sensor_hz": sensor.hz if sensor else NAN,
+        "camera_hz": float(np.median(cameras)) if cameras else NAN,
+        "views": len(cameras),
+        "sensor_offset_ms": sensor.clock_offset_s * 1e3 if sensor else NAN,
+        "sensor_clock": sensor.clock if sensor else "",
+        "reasons": "; ".join(findings.reasons),
+    }
+
+
+def verdict_table(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
+    """All episodes in one table: the ones to record again first, then those with exclusions, then the good ones."""
+    frame = pd.DataFrame([dict(row) for row in rows])
+    if frame.empty:
+        return frame
+    order = {REJECTED: 0, USABLE: 1, GOOD: 2}
+    rank = frame["verdict"].map(order)
+    return frame.assign(rank=rank).sort_values(["rank", "episode"], ignore_index=True).drop(columns="rank")
+
+
+def rate_table(rates: Rates) -> pd.DataFrame:
+    """One episode's streams in one table; gaps as their number and total length."""
+    frame = pd.DataFrame([row.to_dict() for row in rates.streams])
+    gaps = frame.pop("gaps")
+    return frame.assign(gaps=gaps.map(len), gap_s=gaps.map(lambda spans: float(sum(e - b for b, e in spans))))
