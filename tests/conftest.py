@@ -11,12 +11,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # one test process a core: thread
 # a background job of a shell ignores it, and so would every process that a test interrupts
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-LONG = (
-    "test_browser.py",
-    "test_flow.py",
-    "test_cancelling.py",
-    "test_interruption.py",
-)  # begun first: none is left for the end
+# begun first: none is left for the end
+LONG = ("test_browser.py", "test_flow.py", "test_cancelling.py", "test_interruption.py", "test_types.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
