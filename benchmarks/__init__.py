@@ -1,1 +1,1 @@
-"""Benchmarks, one module a room: each gives rows that compare two ways of doing the same thing, measured side by side in one run."""
+"""Benchmarks, a module a room: rows that compare two ways of doing the same thing, side by side in one run."""

@@ -1,24 +1,31 @@
-"""Benchmarks: prints ratios of two ways of doing the same thing, measured side by side in one run."""
+"""Runs benchmarks: prints ratios of two ways of doing the same thing, measured side by side in one run.
+
+python -m benchmarks --rooms episodes needle_rig --fast
+"""
 
 import importlib
 import json
+import os
 import platform
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
+import psutil
+import torch
 import tyro
 
 from vla_lib.core import frontdoor
 from vla_lib.core.errors import UserError
 from vla_lib.core.files import write_json
+from vla_lib.core.settings import Settings, settings
 
-ROOMS = ("episodes", "features", "runtime", "sim", "training")
+ROOMS = ("episodes", "features", "runtime", "needle_rig", "training")
 ALL = (*ROOMS, "gpu")
 
 
-@dataclass(frozen=True)
-class Settings:
+@settings
+class BenchmarkSettings(Settings):
     """Run the benchmarks of some rooms, or of all."""
 
     rooms: tuple[str, ...] = ROOMS
@@ -36,20 +43,17 @@ class Settings:
             raise UserError(f"There is no benchmark {', '.join(sorted(unknown))}; there are {', '.join(ALL)}.")
 
 
-def main(settings: Settings) -> dict[str, Any]:
+def main(settings: BenchmarkSettings) -> dict[str, Any]:
     """Run and print each row as it is measured; returns machine and rows."""
     results: dict[str, Any] = {"machine": machine(), "rows": []}
     print(json.dumps(results["machine"]), flush=True)
     for room in settings.rooms:
         given = {"dataset_root": settings.dataset_root} if room == "training" else {}
         for row in importlib.import_module(f"benchmarks.{room}").rows(fast=settings.fast, **given):
-            results["rows"].append({"room": room, **asdict(row)})
+            results["rows"].append({"room": room, **asdict(row), "ratio": row.ratio})
+            figures = f"{row.ours:.4g} against {row.baseline:.4g} {row.unit}, ratio {row.ratio:.3g}"
             target = f", target {row.target}" if row.target else ""
-            note = f"  ({row.note})" if row.note else ""
-            print(
-                f"{room:10} {row.name}: {row.ours:.4g} against {row.baseline:.4g} {row.unit}, ratio {row.ratio:.3g}{target}{note}",
-                flush=True,
-            )
+            print(f"{room:10} {row.name}: {figures}{target}{f'  ({row.note})' if row.note else ''}", flush=True)
     if settings.output is not None:
         write_json(settings.output, results)
     return results
@@ -57,13 +61,11 @@ def main(settings: Settings) -> dict[str, Any]:
 
 def machine() -> dict[str, Any]:
     """What the figures were measured on."""
-    import os
-
-    import psutil
-    import torch
-
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return {
-        "cpu": _cpu_name(),
+        "cpu": names[0] if names else platform.processor(),
         "cores": os.cpu_count(),
         "memory_GB": round(psutil.virtual_memory().total / 1e9),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
@@ -72,15 +74,5 @@ def machine() -> dict[str, Any]:
     }
 
 
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    names = (
-        [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-        if info.exists()
-        else []
-    )
-    return names[0] if names else platform.processor()
-
-
 if __name__ == "__main__":
-    frontdoor.start(Settings, main)
+    frontdoor.start(BenchmarkSettings, main)

@@ -8,7 +8,6 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +15,7 @@ import numpy as np
 import pandas as pd
 import psutil
 
-from benchmarks.rows import BenchRow
+from benchmarks.rows import BenchRow, seconds
 from vla_lib.episodes import Episode, build_steps, find_episodes, find_prepared, load_prepared
 from vla_lib.episodes.steps import image_index, sensor_index
 from vla_lib.preprocess import Settings, make_jobs, run_jobs
@@ -28,9 +27,9 @@ VIEWS = (("View1", "41182735"), ("View2", "49429257"), ("View3", "44377151"), ("
 def rows(fast: bool = False) -> list[BenchRow]:
     """All rows. `fast`: shorter episodes and fewer of them (about 10 s instead of a minute)."""
     with tempfile.TemporaryDirectory() as name:
-        folder, seconds = Path(name), 10.0 if fast else 30.0
-        write_raw(folder / "raw" / "part1" / "recv_all_20251020_000000", seconds, windows=False)
-        write_raw(folder / "raw" / "New_dataset" / "Red_point" / "episode_20251020_000000", seconds / 3, windows=True)
+        folder, length_s = Path(name), 10.0 if fast else 30.0
+        write_raw(folder / "raw" / "part1" / "recv_all_20251020_000000", length_s, windows=False)
+        write_raw(folder / "raw" / "New_dataset" / "Red_point" / "episode_20251020_000000", length_s / 3, windows=True)
         found = [prepare_row(folder, "part1", "F1"), prepare_row(folder, "New_dataset", "F2")]
         run_jobs(make_jobs(Settings(folder / "raw")), 1, show=False)
         found += [
@@ -38,13 +37,13 @@ def rows(fast: bool = False) -> list[BenchRow]:
             *open_rows(folder, 200 if fast else 1000),
         ]
         shutil.rmtree(folder / "many")
-        return [*found, workers_row(folder, 4 if fast else 24, seconds)]
+        return [*found, workers_row(folder, 4 if fast else 24, length_s)]
 
 
-def write_raw(path: Path, seconds: float, windows: bool) -> None:
+def write_raw(path: Path, length_s: float, windows: bool) -> None:
     """One raw episode: 100 Hz rows, five views at 5 Hz (names only), a 650 Hz sensor; `windows`: as F2 stores it."""
     path.mkdir(parents=True)
-    t = np.arange(0, seconds, 0.01)
+    t = np.arange(0, length_s, 0.01)
     pose = np.stack([180 + 3 * np.sin(t), np.cos(t), 150 - 0.5 * t, 3 * np.sin(t), np.cos(t), 12 + t], axis=1)
     stamps = T0 + t
     columns = ["recv_timestamp", "origin_timestamp", "send_timestamp", "force" if windows else "force_placeholder"]
@@ -54,31 +53,19 @@ def write_raw(path: Path, seconds: float, windows: bool) -> None:
     for number, (view, serial) in enumerate(VIEWS):
         folder = path / (f"images/{view}" if windows else f"{view}/left" if serial else view)
         folder.mkdir(parents=True)
-        for at in T0 + 0.01 * number + np.arange(0, seconds, 0.2):
-            name = (
-                f"{at:.6f}.jpg"
-                if windows
-                else f"zed_{serial}_left_{at:.3f}.jpg"
-                if serial
-                else f"oak_CAM_A_{at:.3f}.jpg"
-            )
-            (folder / name).write_bytes(b"\xff\xd8 a picture \xff\xd9")
-    count = int(seconds * 650)
+        for at in T0 + 0.01 * number + np.arange(0, length_s, 0.2):
+            f1 = f"zed_{serial}_left_{at:.3f}.jpg" if serial else f"oak_CAM_A_{at:.3f}.jpg"
+            (folder / (f"{at:.6f}.jpg" if windows else f1)).write_bytes(b"\xff\xd8 a picture \xff\xd9")
+    count = int(length_s * 650)
     values = np.random.default_rng(0).random((count, 1026), np.float32)
     times = T0 + np.arange(count) / 650
     if windows:
         ends = np.arange(650, count + 1, 130)
-        np.savez(
-            path / "sensor_data.npz", timestamps=times[ends - 1], data=np.stack([values[e - 650 : e] for e in ends])
-        )
+        data = np.stack([values[end - 650 : end] for end in ends])
+        np.savez(path / "sensor_data.npz", timestamps=times[ends - 1], data=data)
     else:
-        np.savez(
-            path / "sensor_data_1.npz",
-            timestamps=times,
-            send_timestamps=times,
-            forces=values[:, 0],
-            alines=values[:, 1:],
-        )
+        parts = {"timestamps": times, "send_timestamps": times, "forces": values[:, 0], "alines": values[:, 1:]}
+        np.savez(path / "sensor_data_1.npz", **parts)
 
 
 def sample_row(path: Path) -> BenchRow:
@@ -101,9 +88,9 @@ def sample_row(path: Path) -> BenchRow:
         return steps.state[step], steps.action[step : step + 8], pictures, window
 
     same = all(np.array_equal(prepared()[k], raw()[k]) for k in (0, 1, 3))
-    ours, baseline = best(prepared, 20) * 1e3, best(raw, 5) * 1e3
+    ours, baseline = min(seconds(prepared, 20, warm=1)) * 1e3, min(seconds(raw, 5, warm=1)) * 1e3
     note = f"open and read one sample; same values: {same}"
-    return BenchRow("episodes.sample", ours, baseline, "ms", baseline / ours, ">= 100 times", note)
+    return BenchRow("episodes.sample", ours, baseline, "ms", ">= 100 times", note, less=True)
 
 
 def open_rows(folder: Path, count: int) -> list[BenchRow]:
@@ -122,25 +109,10 @@ def open_rows(folder: Path, count: int) -> list[BenchRow]:
     took = (time.perf_counter() - start) * 1000 / len(opened)
     grown = (psutil.Process().memory_info().rss - before) / len(opened) / 1e3
     size = source.stat().st_size / 1e3
+    found, held = f"{count} episodes found, opened and checked on one core", f"data.pkl is {size:.0f} KB"
     return [
-        BenchRow(
-            "episodes.open",
-            took,
-            2.0,
-            "s per 1000",
-            2.0 / took,
-            "< 2 s",
-            f"{count} episodes found, opened and checked on one core",
-        ),
-        BenchRow(
-            "episodes.memory",
-            grown,
-            100.0,
-            "KB an episode",
-            100.0 / max(grown, 1e-3),
-            "< 100 KB",
-            f"data.pkl is {size:.0f} KB",
-        ),
+        BenchRow("episodes.open", took, 2.0, "s per 1000", "< 2 s", found, less=True),
+        BenchRow("episodes.memory", max(grown, 1e-3), 100.0, "KB an episode", "< 100 KB", held, less=True),
     ]
 
 
@@ -163,47 +135,27 @@ def prepare_row(folder: Path, dataset: str, layout: str) -> BenchRow:
 
     copies, prepares = [], []
     for _ in range(4):  # alternating, so that both meet the same disk
-        copies.append(timed(copy))
+        copies += seconds(copy)
         shutil.rmtree(folder / "copy")
-        prepares.append(timed(prepare))
+        prepares += seconds(prepare)
         shutil.rmtree(folder / "out")
     ours, baseline = min(prepares), min(copies)
     size = sum(path.stat().st_size for path in files) / 1e6
     note = f"{layout}, {size:.0f} MB; baseline: copying robot log and sensor file, flushed to disk as well"
-    return BenchRow(
-        f"episodes.prepare_{layout}", ours, baseline, "s", baseline / ours, ">= 0.5 (twice the time of copying)", note
-    )
+    target = ">= 0.5 (twice the time of copying)"
+    return BenchRow(f"episodes.prepare_{layout}", ours, baseline, "s", target, note, less=True)
 
 
-def workers_row(folder: Path, count: int, seconds: float) -> BenchRow:
+def workers_row(folder: Path, count: int, length_s: float) -> BenchRow:
     """Prepare several episodes with two processes and with one; the start of the processes counts."""
     for number in range(count):
-        write_raw(folder / "several" / "part1" / f"recv_all_20251020_{number:06d}", seconds, windows=False)
+        write_raw(folder / "several" / "part1" / f"recv_all_20251020_{number:06d}", length_s, windows=False)
     took: dict[int, list[float]] = {1: [], 2: []}
     for workers in (1, 2, 1, 2):
         os.sync()  # what the run before left for the disk to do is not this run's
         jobs = make_jobs(Settings(folder / "several", output_root=folder / "out"))
-        took[workers].append(timed(partial(run_jobs, jobs, workers, show=False)))
+        took[workers] += seconds(partial(run_jobs, jobs, workers, show=False))
         shutil.rmtree(folder / "out")
     one, two = min(took[1]), min(took[2])
-    note = f"{count} episodes of {seconds:g} s; two processes, their start included, against one"
-    return BenchRow("episodes.two_processes", two, one, "s", one / two, "nearly 2 times", note)
-
-
-def timed(work: Callable[[], object]) -> float:
-    """Seconds of one call."""
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
-
-
-def best(work: Callable[[], object], times: int) -> float:
-    """Seconds of the quickest of several calls, after one for warming up."""
-    work()
-    return min(timed(work) for _ in range(times))
-
-
-if __name__ == "__main__":
-    for row in rows():
-        figures = f"{row.ours:9.3f} {row.baseline:9.3f} {row.unit:<14} {row.ratio:7.2f}x"
-        print(f"{row.name:<26} {figures}  {row.target}  ({row.note})")
+    note = f"{count} episodes of {length_s:g} s; two processes, their start included, against one"
+    return BenchRow("episodes.two_processes", two, one, "s", "nearly 2 times", note, less=True)

@@ -1,6 +1,7 @@
-"""Benchmark rows of the feature cache, with the tiny model on the CPU: building against the plain way, serving, opening.
+"""Benchmark rows of the feature cache, with the tiny model on the CPU: building, serving, opening.
 
-The plain way is what the cache replaces: the whole model with lm_head and all hidden states, one sample at a time, at every action step.
+The plain way is what the cache replaces: the whole model with lm_head and all hidden states, one sample at a time, at
+every action step.
 """
 
 import tempfile
@@ -10,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.rows import BenchRow
+from benchmarks.rows import BenchRow, seconds
 
 VIEWS = ("View1_left", "View2_left", "View3_left", "View4_left", "View5")
 INSTRUCTION = "Insert into the white square silicone with a white circle sticker attached"
@@ -28,7 +29,7 @@ def rows(fast: bool = False) -> list[BenchRow]:
 def build_row(
     root: Path, name: str, plain_samples: int, extractor: Any = None, plain: Any = None
 ) -> tuple[BenchRow, float]:
-    """Action steps a second that a build makes features for, against the plain way; returns the row and the plain rate."""
+    """Action steps a second that a build makes features for, against the plain way; and the plain rate."""
     from vla_lib.features import preflight
     from vla_lib.features.builder import build_share
     from vla_lib.features.cache import cache_folder
@@ -52,26 +53,23 @@ def build_row(
     build_share(root, planned[:1], extractor, binding, folder, settings)  # warm: worker start-up, kernels, page cache
     start = time.perf_counter()
     statistics = build_share(root, planned, extractor, binding, folder, settings)
-    seconds = time.perf_counter() - start
+    took = time.perf_counter() - start
     _write_binding(folder, binding)
-    ours = sum(len(episode) for episode in episodes) / seconds
+    ours = sum(len(episode) for episode in episodes) / took
     baseline = plain_way(plain or plain_model(checkpoint), extractor, episodes[0], plain_samples)
-    parts = [
-        f"{part} {100 * statistics[key] / seconds:.0f} %"
-        for part, key in (("forward", "forward_s"), ("waiting for pictures", "wait_s"))
-    ]
-    parts.append(
-        f"{statistics['read_s']:.1f} s decoding and resizing in {statistics['workers']} workers, {statistics['write_s']:.1f} s writing behind"
+    share = {part: 100 * statistics[f"{part}_s"] / took for part in ("forward", "wait")}
+    note = (
+        f"{name}, {len(extractor.views)} views, {statistics['ticks']} ticks in {took:.1f} s: "
+        f"forward {share['forward']:.0f} %, waiting for pictures {share['wait']:.0f} %, {statistics['read_s']:.1f} s "
+        f"decoding and resizing in {statistics['workers']} workers, {statistics['write_s']:.1f} s writing behind"
     )
-    note = f"{name}, {len(extractor.views)} views, {statistics['ticks']} ticks in {seconds:.1f} s: {', '.join(parts)}"
     target = ">= 20" if extractor.device.type == "cuda" else ">= 5"
-    return BenchRow(
-        f"features.build ({extractor.device.type})", ours, baseline, "action steps/s", ours / baseline, target, note
-    ), baseline
+    name = f"features.build ({extractor.device.type})"
+    return BenchRow(name, ours, baseline, "action steps/s", target, note), baseline
 
 
 def serve_rows(root: Path, plain_rate: float) -> list[BenchRow]:
-    """Samples a second out of the cache, in shuffled batches of 64, against computing them the plain way; and against memory itself."""
+    """Samples a second out of the cache, in batches of 64: against the plain way, and memory itself."""
     import torch
 
     from vla_lib.episodes import find_prepared, load_prepared
@@ -87,23 +85,16 @@ def serve_rows(root: Path, plain_rate: float) -> list[BenchRow]:
             found = [cache.episode(episodes[number]) for number in numbers]
             gather(found, [int(one.newest(step)) for one, step in zip(found, steps, strict=True)])
 
-    rate = 64 * len(picks) / timed(serve, repeats=3, warm=1)
+    rate = 64 * len(picks) / float(np.median(seconds(serve, 3, warm=1)))
     tokens = torch.cat([cache.episode(episode).tokens for episode in episodes]).clone()
     index = [torch.from_numpy(rng.integers(0, len(tokens), 64)) for _ in picks]
-    memory = 64 * len(picks) / timed(lambda: [tokens[one] for one in index], repeats=3, warm=1)
+    memory = 64 * len(picks) / float(np.median(seconds(lambda: [tokens[one] for one in index], 3, warm=1)))
     size = tokens[0].numel() * tokens.element_size()
     note = f"batches of 64, {size / 1e3:.0f} kB a sample, {rate * size / 1e9:.2f} GB/s"
+    held = "baseline: one indexed read of all tokens held in memory"
     return [
-        BenchRow("features.serve", rate, plain_rate, "samples/s", rate / plain_rate, ">= 5", note),
-        BenchRow(
-            "features.random_access",
-            rate,
-            memory,
-            "samples/s",
-            rate / memory,
-            "near 1",
-            "baseline: one indexed read of all tokens held in memory",
-        ),
+        BenchRow("features.serve", rate, plain_rate, "samples/s", ">= 5", note),
+        BenchRow("features.random_access", rate, memory, "samples/s", "near 1", held),
     ]
 
 
@@ -146,16 +137,14 @@ def open_row(count: int) -> BenchRow:
             for stub in stubs:
                 cache.episode(stub)
 
-        mapped = timed(ours, repeats=3, warm=1)
-        baseline = timed(whole, repeats=1, warm=0)
+        mapped = float(np.median(seconds(ours, 3, warm=1)))
+        baseline = seconds(whole)[0]
     note = f"{count} episodes, every file mapped and its fingerprint checked; baseline: torch.load of each"
-    return BenchRow(
-        f"features.open_{count}", mapped, baseline, "s", baseline / mapped, "< 1 s for 1,000 episodes", note
-    )
+    return BenchRow(f"features.open_{count}", mapped, baseline, "s", "< 1 s for 1,000 episodes", note, less=True)
 
 
 def plain_way(model: Any, extractor: Any, episode: Any, samples: int) -> float:
-    """Samples a second: per action step read the pictures, run the plain processor and the whole model, keep all hidden states."""
+    """Samples a second with the plain processor and the whole model, all hidden states kept, at every action step."""
     import torch
     from PIL import Image
 
@@ -200,27 +189,11 @@ def make_dataset(
     for number in range(episodes):
         folder = root / "part1" / f"episode_{number:03d}"
         t = 1_700_000_000.0 + np.arange(steps) / 10.0
-        content: dict[str, Any] = {
-            "image": {},
-            "image_timestamp": {},
-            "image_index": {},
-            "sensor_data": None,
-            "instruction": INSTRUCTION,
-        }
-        content |= {
-            "action": np.zeros((steps, 7), np.float32),
-            "timestamp": t,
-            "valid": np.ones(steps, bool),
-            "state": np.zeros((steps, 12), np.float32),
-        }
-        names = {
-            "episode_name": folder.name,
-            "dataset": "part1",
-            "layout": "F0",
-            "fingerprint": str(number),
-            "action_hz": 10.0,
-            "sensor_hz": 0.0,
-        }
+        content: dict[str, Any] = {"image": {}, "image_timestamp": {}, "image_index": {}, "sensor_data": None}
+        content |= {"instruction": INSTRUCTION, "timestamp": t, "valid": np.ones(steps, bool)}
+        content |= {"action": np.zeros((steps, 7), np.float32), "state": np.zeros((steps, 12), np.float32)}
+        names = {"episode_name": folder.name, "dataset": "part1", "layout": "F0", "fingerprint": str(number)}
+        names |= {"action_hz": 10.0, "sensor_hz": 0.0}
         content["metadata"] = {"schema_version": 1, "num_actions": steps, **names}
         for view in views:
             times = t[0] + np.arange(int(steps / 10 * camera_hz)) / camera_hz
@@ -242,22 +215,3 @@ def _write_binding(folder: Path, binding: dict[str, Any]) -> None:
     from vla_lib.core.files import write_json
 
     write_json(folder / "binding.json", binding)
-
-
-def timed(call: Any, repeats: int, warm: int) -> float:
-    """Median seconds of a call, the GPU's work included."""
-    import torch
-
-    def wait() -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-
-    times = []
-    for turn in range(warm + repeats):
-        wait()
-        start = time.perf_counter()
-        call()
-        wait()
-        if turn >= warm:
-            times.append(time.perf_counter() - start)
-    return float(np.median(times))

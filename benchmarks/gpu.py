@@ -1,4 +1,7 @@
-"""Benchmark rows of the feature cache on a GPU: a model of Qwen2.5-VL-3B's sizes with random weights, so nothing is downloaded; its MFU."""
+"""Benchmark rows of the feature cache on a GPU: a model of Qwen2.5-VL-3B's sizes, and its share of the GPU's peak.
+
+Its weights are random, so nothing is downloaded.
+"""
 
 import json
 import tempfile
@@ -6,17 +9,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.features import INSTRUCTION, VIEWS, build_row, make_dataset, timed
-from benchmarks.rows import BenchRow
+import numpy as np
+
+from benchmarks.features import INSTRUCTION, VIEWS, build_row, make_dataset
+from benchmarks.rows import BenchRow, seconds
 from vla_lib.core.errors import UserError
 
 H200_PEAK_TFLOPS = 989.0  # dense bf16 of H100 and H200, NVIDIA's data sheet
 
 
 def rows(fast: bool = False, views: int = 5) -> list[BenchRow]:
-    """Forward throughput and MFU (eager and compiled), and the whole build against the plain way. Needs about 20 GB of a GPU's memory.
+    """Forward throughput as a share of the peak, and the whole build against the plain way.
 
-    Raises UserError where there is no GPU.
+    Needs about 20 GB of a GPU's memory. Raises UserError where there is no GPU.
     """
     import torch
 
@@ -24,66 +29,38 @@ def rows(fast: bool = False, views: int = 5) -> list[BenchRow]:
         raise UserError("The benchmark `gpu` needs a CUDA GPU, and torch finds none here; `vla doctor` says more.")
     checkpoint, processor, config = large_checkpoint()
     used, batch_size = VIEWS[:views], 2 if fast else 8
-    result = []
     pictures = [torch.randint(0, 255, (3, 360, 640), dtype=torch.uint8) for _ in range(views * batch_size)]
     ticks = [tuple(range(tick * views, tick * views + views)) for tick in range(batch_size)]
     peak = matmul_tflops()
-    for compiled in (False, True):
-        try:
-            extractor = large_extractor(checkpoint, processor, config, used, compiled)
-            shown = [
-                torch.from_numpy(extractor.recipe.prepare(picture.permute(1, 2, 0).numpy())) for picture in pictures
-            ]
-            seconds = timed(partial(extractor.forward, shown, ticks, INSTRUCTION), repeats=6, warm=3)
-        except Exception as error:  # torch.compile needs a compiler on the machine; the eager row stands without it
-            print(f"compiled={compiled} did not run: {type(error).__name__}: {str(error)[:300]}", flush=True)
-            continue
-        flop = flop_per_tick(config, extractor, used) * batch_size
-        rate = flop / seconds / 1e12
-        share = rate / H200_PEAK_TFLOPS
-        note = f"{batch_size} ticks of {views} views at 640x360 in {seconds * 1e3:.0f} ms, {flop / batch_size / 1e12:.1f} TFLOP a tick; "
-        note += f"of a large matmul here ({peak:.0f} TFLOP/s): {100 * rate / peak:.0f} %; memory {torch.cuda.max_memory_allocated() / 2**30:.0f} GiB"
-        name = f"features.mfu{'.compiled' if compiled else ''}"
-        result.append(BenchRow(name, rate, H200_PEAK_TFLOPS, "TFLOP/s", share, "0.5 of the data sheet's peak", note))
-        if compiled:
-            continue
-        with tempfile.TemporaryDirectory() as folder:
-            make_dataset(Path(folder), episodes=3, steps=150, size=(1280, 720), views=used)
-            result.append(
-                build_row(
-                    Path(folder),
-                    "3B sizes",
-                    plain_samples=8,
-                    extractor=extractor,
-                    plain=large_plain(checkpoint, config),
-                )[0]
-            )
-    return result
+    extractor = large_extractor(checkpoint, processor, config, used)
+    shown = [torch.from_numpy(extractor.recipe.prepare(picture.permute(1, 2, 0).numpy())) for picture in pictures]
+    took = float(np.median(seconds(partial(extractor.forward, shown, ticks, INSTRUCTION), 6, warm=3)))
+    flop = flop_per_tick(config, extractor, used) * batch_size
+    rate = flop / took / 1e12
+    note = (
+        f"{batch_size} ticks of {views} views at 640x360 in {took * 1e3:.0f} ms, "
+        f"{flop / batch_size / 1e12:.1f} TFLOP a tick; of a large matmul here ({peak:.0f} TFLOP/s): "
+        f"{100 * rate / peak:.0f} %; memory {torch.cuda.max_memory_allocated() / 2**30:.0f} GiB"
+    )
+    result = [BenchRow("features.mfu", rate, H200_PEAK_TFLOPS, "TFLOP/s", "0.5 of the data sheet's peak", note)]
+    with tempfile.TemporaryDirectory() as folder:
+        make_dataset(Path(folder), episodes=3, steps=150, size=(1280, 720), views=used)
+        plain = large_plain(checkpoint, config)
+        return [*result, build_row(Path(folder), "3B sizes", 8, extractor, plain)[0]]
 
 
 def large_checkpoint() -> tuple[Any, Any, dict[str, Any]]:
-    """The tiny checkpoint's tokenizer and processor, and the sizes of Qwen2.5-VL-3B (its published config.json) around its token ids."""
+    """The tiny checkpoint and its processor, and Qwen2.5-VL-3B's published sizes with its token ids."""
     from vla_lib.features.vlm import load_processor, open_checkpoint
 
     checkpoint = open_checkpoint("tiny")
     ids = json.loads((checkpoint.folder / "config.json").read_text())
     rope = {"rope_type": "default", "rope_theta": 1000000.0, "mrope_section": [16, 24, 24]}
-    text = {
-        "vocab_size": 151936,
-        "hidden_size": 2048,
-        "intermediate_size": 11008,
-        "num_hidden_layers": 36,
-        "num_attention_heads": 16,
-    }
+    text = {"vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 11008}
+    text |= {"num_hidden_layers": 36, "num_attention_heads": 16}
     text |= {"num_key_value_heads": 2, "max_position_embeddings": 128000, "rope_parameters": rope}
-    vision = {
-        "depth": 32,
-        "hidden_size": 1280,
-        "num_heads": 16,
-        "intermediate_size": 3420,
-        "out_hidden_size": 2048,
-        "patch_size": 14,
-    }
+    vision = {"depth": 32, "hidden_size": 1280, "num_heads": 16, "intermediate_size": 3420}
+    vision |= {"out_hidden_size": 2048, "patch_size": 14}
     vision |= {"spatial_merge_size": 2, "window_size": 112, "fullatt_block_indexes": [7, 15, 23, 31]}
     names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
     config = {
@@ -95,9 +72,7 @@ def large_checkpoint() -> tuple[Any, Any, dict[str, Any]]:
     return checkpoint, load_processor(checkpoint), config
 
 
-def large_extractor(
-    checkpoint: Any, processor: Any, config: dict[str, Any], views: tuple[str, ...], compiled: bool
-) -> Any:
+def large_extractor(checkpoint: Any, processor: Any, config: dict[str, Any], views: tuple[str, ...]) -> Any:
     """A 3B-sized extractor with random weights on the GPU: 18 of 36 layers, bfloat16, 4x6 tokens a view."""
     import torch
     from transformers import AutoConfig, AutoModel
@@ -111,9 +86,7 @@ def large_extractor(
         model = AutoModel.from_config(
             AutoConfig.for_model("qwen2_5_vl", **half), dtype=torch.bfloat16, attn_implementation="sdpa"
         )
-    vlm = Vlm(
-        speed_up(model, "cuda:0", compiled), processor, "qwen2_5_vl", 36, 18, config["text_config"]["hidden_size"]
-    )
+    vlm = Vlm(speed_up(model, "cuda:0"), processor, "qwen2_5_vl", 36, 18, config["text_config"]["hidden_size"])
     return FeatureExtractor(vlm, FeatureForm(processor, views, "grid:4x6", 360, 640))
 
 
@@ -130,7 +103,7 @@ def large_plain(checkpoint: Any, config: dict[str, Any]) -> Any:
 
 
 def flop_per_tick(config: dict[str, Any], extractor: Any, views: tuple[str, ...]) -> float:
-    """Floating-point operations of one tick of 640x360 pictures: two per weight and token, and the attention products."""
+    """Floating-point operations of one tick of 640x360 pictures: two a weight and token, and attention."""
     text, vision = config["text_config"], config["vision_config"]
     rows_, cols = extractor.recipe.token_grid(360, 640)
     patches, tokens = 4 * rows_ * cols, rows_ * cols
@@ -157,4 +130,4 @@ def matmul_tflops(size: int = 8192) -> float:
     import torch
 
     a, b = (torch.randn(size, size, device="cuda:0", dtype=torch.bfloat16) for _ in range(2))
-    return 2 * size**3 / timed(lambda: a @ b, repeats=20, warm=5) / 1e12
+    return 2 * size**3 / float(np.median(seconds(lambda: a @ b, 20, warm=5))) / 1e12

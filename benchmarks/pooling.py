@@ -1,13 +1,13 @@
-"""The ablation behind the default pooling: scenes of the simulated rig in, how well each grid of tokens tells where things are out.
+"""The ablation behind the default pooling: how well each grid of tokens tells where things are in the rig's scenes.
 
     python -m benchmarks.pooling --scenes 600
 
-Random phantoms and tool poses are drawn, features of every view extracted once as single tokens, pooled to each grid, and a ridge
-regression (fitted on four fifths of the scenes) predicts the target, the needle tip and the offset between them (mm).
+Random phantoms and tool poses are drawn, features of every view extracted once as single tokens, pooled to each grid,
+and a ridge regression (fitted on four fifths of the scenes) predicts the target, the needle tip and the offset between
+them.
 """
 
 import argparse
-import contextlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -17,27 +17,24 @@ STRENGTHS = np.logspace(-6, 2, 9)
 
 
 def scenes(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(pictures (count, 5, 180, 320, 3) uint8, target (count, 2) mm, tip (count, 3) mm); each scene is another phantom."""
-    with contextlib.suppress(ImportError):
-        import triton  # noqa: F401  (its LLVM must be loaded before Mesa's, which drawing loads; the other way round crashes the process)
-    from needle_rig.render import PictureMaker, through_jpeg
-    from needle_rig.world import VIEWS, sample_world
+    """(pictures (count, 5, 180, 320, 3) uint8, target (count, 2) mm, tip (count, 3) mm) of other phantoms."""
+    from needle_rig.render import open_scene, through_jpeg
+    from needle_rig.world import ASKED_DEPTH_MM, VIEWS, sample_world
 
-    rng, maker = np.random.default_rng(seed), PictureMaker(320, 180, VIEWS)
+    rng, scene = np.random.default_rng(seed), open_scene(320, 180)
     pictures = np.zeros((count, len(VIEWS), 180, 320, 3), np.uint8)
     target, tip = np.zeros((count, 2)), np.zeros((count, 3))
     for number in range(count):
         world = sample_world(100_000 + number)
-        maker.show(world)
+        scene.show(world)
         along = rng.uniform()  # somewhere between the goal and the start of an approach, 3 mm off it
-        place = (
-            np.asarray(world.goal_mm) + (np.asarray(world.start_mm) - world.goal_mm) * along + [*rng.normal(0, 3, 2), 0]
-        )
+        goal = np.array([*world.target_xy_mm, world.membrane_z_mm - ASKED_DEPTH_MM])
+        place = goal + (np.asarray(world.start_mm) - goal) * along + [*rng.normal(0, 3, 2), 0]
         place[2] = max(place[2], world.surface_z_mm - 1)
-        drawn = maker.pictures(place, np.asarray(world.start_rotvec_deg) * along)
-        pictures[number] = [through_jpeg(drawn[view]) for view in VIEWS]
+        turn = np.asarray(world.start_rotvec_deg) * along
+        pictures[number] = [through_jpeg(scene.picture(view, place, turn)) for view in VIEWS]
         target[number], tip[number] = world.target_xy_mm, place
-    maker.close()
+    scene.close()
     return pictures, target, tip
 
 
@@ -66,7 +63,10 @@ def tokens(pictures: np.ndarray, model: str, layer: int) -> np.ndarray:
 def error_by_grid(
     found: np.ndarray, target: np.ndarray, tip: np.ndarray, views: Sequence[int]
 ) -> list[dict[str, float | str]]:
-    """One row a grid: median error (mm) of target, tip and offset on the last fifth of the scenes; the strength that serves the offset best."""
+    """One row a grid: median error (mm) of target, tip and offset on the last fifth of the scenes.
+
+    The ridge's strength is the one that serves the offset best.
+    """
     import torch
     import torch.nn.functional as F
 
@@ -82,10 +82,8 @@ def error_by_grid(
         for strength in STRENGTHS:
             weights = np.linalg.solve(kernel[:train] + strength * np.eye(train), truth[:train] - mean)
             wrong = kernel[train:] @ weights + mean - truth[train:]
-            medians = [
-                float(np.median(np.linalg.norm(wrong[:, part], axis=1)))
-                for part in (slice(0, 2), slice(2, 5), slice(5, 7))
-            ]
+            parts = (wrong[:, 0:2], wrong[:, 2:5], wrong[:, 5:7])
+            medians = [float(np.median(np.linalg.norm(part, axis=1))) for part in parts]
             best = medians if best is None or medians[2] < best[2] else best
         result.append({"grid": f"{grid[0]}x{grid[1]}", "target_mm": best[0], "tip_mm": best[1], "offset_mm": best[2]})
     return result
@@ -101,8 +99,5 @@ if __name__ == "__main__":
     kept = tokens(drawn, given.vl_model, given.vl_layer)
     for chosen in (range(5), (0, 1, 4)):
         for row in error_by_grid(kept, target_mm, tip_mm, chosen):
-            print(
-                f"{len(chosen)} views, "
-                + ", ".join(f"{k} {v:.2f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()),
-                flush=True,
-            )
+            cells = (f"{k} {v:.2f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items())
+            print(f"{len(chosen)} views, {', '.join(cells)}", flush=True)

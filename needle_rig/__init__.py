@@ -5,9 +5,9 @@
     rig = gymnasium.make("needle_rig/NeedleInsertion-v0"); observation, info = rig.reset(seed=1)
     observation, reward, terminated, truncated, info = rig.step(action)
 
-`python -m needle_rig --dataset-root OUT` records demonstrations as raw episodes. Lengths are mm, forces mN, angles degrees
-(radians only where a name says so), times seconds. Nothing here imports vla_lib: what writes the truth of a test shares
-neither code nor assumptions with what reads it.
+`python -m needle_rig --dataset-root OUT` records demonstrations as raw episodes. Lengths are mm, forces mN, angles
+degrees (radians only where a name says so), times seconds. Nothing here imports vla_lib: what writes the truth of a
+test shares neither code nor assumptions with what reads it.
 """
 
 import gymnasium

@@ -1,7 +1,8 @@
-"""The scripted demonstrator: what a policy could measure in, a smooth velocity of the tip out, at human speeds (2 to 6 mm/s).
+"""The scripted demonstrator: moves the tip smoothly, at human speeds (2 to 6 mm/s), by what a policy could measure.
 
-It acts on the state, the target's place and yaw (from the cameras) and the OCT distance (from the sensor), and on nothing older, so a
-policy without memory can imitate it. Injected pushes lead it off its path and it recovers: states off the path are in the recordings.
+It acts on the state, the target's place and yaw (from the cameras) and the OCT distance (from the sensor), and on
+nothing older, so a policy without memory can imitate it. Injected pushes lead it off its path and it recovers: states
+off the path are in the recordings.
 """
 
 from dataclasses import dataclass
@@ -9,25 +10,25 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.spatial.transform import Rotation
 
+from needle_rig.environment import NeedleInsertion
 from needle_rig.tissue import RANGE_MM
 from needle_rig.world import ASKED_DEPTH_MM, LAYER_THICKNESS_MM, World
 
 SPEED_MM_S = 5.0
 TURN_DEG_S = 12.0
 HOVER_MM = 4.0  # waits at this height over the surface until it is above the target
-HOVER_SLOPE = (
-    0.4  # and this much higher for every mm beside it: low enough that height does not tell whether the target is below
-)
+# and this much higher for every mm beside it: low enough that height does not tell whether the target is below
+HOVER_SLOPE = 0.4
 DONE_DEPTH_MM = 0.08
 HOLD_S = 1.6  # longer than the rest that the judgement asks for
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What the demonstrator sees: tip (3,) mm, orientation as rotation vector (3,) deg, target, and the remaining way by OCT (or None)."""
+    """What the demonstrator sees: its own pose, the target, and the remaining way by OCT (None out of its range)."""
 
-    position_mm: np.ndarray
-    rotvec_deg: np.ndarray
+    position_mm: np.ndarray  # (3,) of the tip
+    rotvec_deg: np.ndarray  # (3,)
     target_xy_mm: tuple[float, float]
     target_yaw_deg: float
     surface_z_mm: float
@@ -35,14 +36,13 @@ class Measured:
 
 
 def measure(world: World, position_mm: np.ndarray, rotvec_deg: np.ndarray, punctured: bool) -> Measured:
-    """What can be seen of a world. The remaining way comes from the membrane's echo, and after the puncture from the deeper layer's."""
+    """What can be seen of a world. The remaining way comes from the membrane's echo, after the puncture the layer's."""
     distance = float(position_mm[2]) - world.membrane_z_mm
-    if punctured:
-        remaining = (distance + world.layer_mm) - (
-            LAYER_THICKNESS_MM - ASKED_DEPTH_MM
-        )  # the layer's nominal thickness is what it knows
-    else:
-        remaining = max(distance, 0.0) + ASKED_DEPTH_MM if distance < RANGE_MM else None
+    remaining: float | None = None
+    if punctured:  # the layer's nominal thickness is what it knows
+        remaining = (distance + world.layer_mm) - (LAYER_THICKNESS_MM - ASKED_DEPTH_MM)
+    elif distance < RANGE_MM:
+        remaining = max(distance, 0.0) + ASKED_DEPTH_MM
     return Measured(position_mm, rotvec_deg, world.target_xy_mm, world.target_yaw_deg, world.surface_z_mm, remaining)
 
 
@@ -79,46 +79,25 @@ def _smooth(x: float) -> float:
 
 
 class Pushes:
-    """Disturbances of one demonstration: smooth velocity pulses at random moments, one to three just before the
-    insertion, one after the puncture. They are short: what they do cannot be learnt, how they are corrected can.
+    """Disturbances of one demonstration: smooth velocity pulses at random moments.
 
-    A pulse of `seconds` shifts the tip by (6,) `shift` (mm, deg) against the demonstrator, who corrects it while it lasts.
+    One to three come just before the insertion, one after the puncture in half of the demonstrations. They are short:
+    what they do cannot be learnt, how they are corrected can.
     """
 
     def __init__(self, rng: np.random.Generator, rate_hz: float = 0.15):
         self._rng, self._rate_hz = rng, rate_hz
-        self._pulse: tuple[float, float, np.ndarray] | None = None
+        self._pulse: tuple[float, float, np.ndarray] | None = None  # start s, duration s, shift (6,) mm and deg
         self._next_s = rng.exponential(1 / rate_hz) if rate_hz else np.inf
-        self._near = (
-            int(rng.integers(1, 4)) if rate_hz else 0
-        )  # pushes just before the insertion that are still to come
+        self._near = int(rng.integers(1, 4)) if rate_hz else 0  # still to come just before the insertion
         self._behind = rate_hz > 0 and rng.uniform() < 0.5
         self._wander = np.zeros(3)
 
     def velocity(self, t_s: float, dt_s: float, seen: Measured, resting: bool) -> np.ndarray:
         """(6,) added velocity at time t; also a slow wander of 0.15 mm/s, as of a hand."""
         height = seen.position_mm[2] - seen.surface_z_mm
-        lateral = np.hypot(*(seen.position_mm[:2] - np.asarray(seen.target_xy_mm)))
         if self._pulse is None:
-            if height > 1.0 and self._near and height < HOVER_MM + 1 and lateral < 1.5:
-                self._near -= 1
-                self._start(
-                    t_s, 0.35, lateral_mm=self._rng.uniform(1.0, 5.0), up_mm=self._rng.uniform(-0.5, 1.0), turn_deg=4.0
-                )
-            elif height > 2.0 and t_s >= self._next_s:
-                self._next_s = t_s + 1.0 + self._rng.exponential(1 / self._rate_hz)
-                self._start(
-                    t_s, 0.4, lateral_mm=self._rng.uniform(2.0, 6.0), up_mm=self._rng.uniform(-1.0, 2.0), turn_deg=6.0
-                )
-            elif resting and self._behind:
-                self._behind = False
-                self._start(
-                    t_s,
-                    0.4,
-                    lateral_mm=0.1,
-                    up_mm=self._rng.choice([-1, 1]) * self._rng.uniform(0.25, 0.55),
-                    turn_deg=1.0,
-                )
+            self._begin_pulse(t_s, height, seen, resting)
         self._wander += dt_s / 0.5 * -self._wander
         if self._rate_hz:
             self._wander += 0.15 * np.sqrt(2 * dt_s / 0.5) * self._rng.standard_normal(3)
@@ -134,19 +113,32 @@ class Pushes:
                 added += shift / seconds * (1 - np.cos(2 * np.pi * phase))  # integrates to the shift
         return added
 
+    def _begin_pulse(self, t_s: float, height: float, seen: Measured, resting: bool) -> None:
+        rng = self._rng
+        lateral = np.hypot(*(seen.position_mm[:2] - np.asarray(seen.target_xy_mm)))
+        if height > 1.0 and self._near and height < HOVER_MM + 1 and lateral < 1.5:
+            self._near -= 1
+            seconds, lateral_mm, up_mm, turn_deg = 0.35, rng.uniform(1.0, 5.0), rng.uniform(-0.5, 1.0), 4.0
+        elif height > 2.0 and t_s >= self._next_s:
+            self._next_s = t_s + 1.0 + rng.exponential(1 / self._rate_hz)
+            seconds, lateral_mm, up_mm, turn_deg = 0.4, rng.uniform(2.0, 6.0), rng.uniform(-1.0, 2.0), 6.0
+        elif resting and self._behind:
+            self._behind = False
+            seconds, lateral_mm, up_mm, turn_deg = 0.4, 0.1, rng.choice([-1, 1]) * rng.uniform(0.25, 0.55), 1.0
+        else:
+            return
+        angle = rng.uniform(0, 2 * np.pi)
+        place = [lateral_mm * np.cos(angle), lateral_mm * np.sin(angle), up_mm]
+        self._pulse = t_s, seconds, np.hstack([place, rng.uniform(-1, 1, 3) * turn_deg * np.array([0.3, 0.3, 1.0])])
+
     @property
     def active(self) -> bool:
         """Whether a pulse is running."""
         return self._pulse is not None
 
-    def _start(self, t_s: float, seconds: float, lateral_mm: float, up_mm: float, turn_deg: float) -> None:
-        angle = self._rng.uniform(0, 2 * np.pi)
-        shift = np.array([lateral_mm * np.cos(angle), lateral_mm * np.sin(angle), up_mm, 0, 0, 0])
-        shift[3:] = self._rng.uniform(-1, 1, 3) * turn_deg * np.array([0.3, 0.3, 1.0])
-        self._pulse = (t_s, seconds, shift)
 
-
-def demonstrator_action(rig) -> np.ndarray:
-    """(7,) action of the demonstrator, without pushes, for a `NeedleInsertion` in its present state: a reference that reads the rig's truth."""
+def demonstrator_action(rig: NeedleInsertion) -> np.ndarray:
+    """(7,) action of the demonstrator, without pushes, for the rig as it is now: a reference that reads its truth."""
+    assert rig.world is not None, "reset the rig first"
     seen = measure(rig.world, rig.arm.pose[:3], rig.arm.pose[3:], rig.tissue.punctured)
     return np.concatenate([velocity(seen) / rig.action_hz, [1.0]])

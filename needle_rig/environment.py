@@ -1,4 +1,4 @@
-"""The rig as a policy meets it: a gymnasium environment that acts at 10 Hz and is judged by what no observation contains.
+"""The rig as a policy meets it: a gymnasium environment that acts at 10 Hz, judged by what no observation contains.
 
     rig = gymnasium.make("needle_rig/NeedleInsertion-v0", max_time_s=20)
     observation, info = rig.reset(seed=7)
@@ -20,8 +20,8 @@ Observation:
     timestamp           () float64, now
 All times are seconds on one clock that starts at `START_S` (UNIX-like), so they look as recorded ones do.
 
-Reward: 1 at success, else 0. Terminated: judged (see judge.py); truncated: judged at the time limit. Info: the judgement,
-`time_s`, `seed`, and the hidden `truth`; for evaluation, never for a policy.
+Reward: 1 at success, else 0. Terminated: judged (see judge.py); truncated: judged at the time limit. Info: the
+judgement, `time_s`, `seed`, and the hidden `truth`; for evaluation, never for a policy.
 """
 
 from typing import Any
@@ -30,14 +30,13 @@ import gymnasium
 import numpy as np
 from gymnasium.spaces import Box, Dict
 
-from needle_rig.arm import SPEED_LIMIT_MM_S, TICK_HZ, TURN_LIMIT_DEG_S, Arm, Motion, states
+from needle_rig.arm import POSE_REFRESH_HZ, SPEED_LIMIT_MM_S, TICK_HZ, TURN_LIMIT_DEG_S, Arm, Motion, states
 from needle_rig.judge import Judge
-from needle_rig.render import PictureMaker, check_gl, through_jpeg
+from needle_rig.render import check_gl, open_scene, through_jpeg
 from needle_rig.tissue import CHANNELS, Tissue
-from needle_rig.world import DEFAULT_TASK, VIEWS, RigError, World, sample_world, stream, task_of
+from needle_rig.world import DEFAULT_TASK, VIEWS, RigError, World, latest, sample_world, stream, task_of
 
 START_S = 1_700_000_000.0
-POSE_REFRESH_HZ = 60.0
 WINDOW = 650  # sensor samples of an observation; at a reset the arm rests for as long, so that it is full
 
 
@@ -65,24 +64,25 @@ class NeedleInsertion(gymnasium.Env[dict[str, Any], np.ndarray]):
         self.views, self.render_mode = tuple(views), render_mode
         self.ticks = round(TICK_HZ / action_hz)
         if abs(self.ticks * action_hz - TICK_HZ) > 1e-6 or not 1 <= self.ticks <= WINDOW:
-            raise RigError(
-                f"The rig samples at 650 Hz and cannot act at {action_hz:g} Hz; choose a rate that divides 650, such as 10."
-            )
+            told = f"The rig samples at 650 Hz and cannot act at {action_hz:g} Hz"
+            raise RigError(f"{told}; choose a rate that divides 650, such as 10.")
         if camera_hz <= 0 or max_time_s <= 0:
             raise RigError(
                 f"The rig cannot run with camera_hz {camera_hz:g}, max_time_s {max_time_s:g}; both must be above 0."
             )
         task_of(task)
+        if unknown := set(self.views) - set(VIEWS):
+            raise RigError(f"The rig has no view {unknown.pop()!r}; its views are {', '.join(VIEWS)}.")
         if self.views:
             check_gl()
-        self._maker = PictureMaker(picture_width, picture_height, self.views)
-        self.action_space, self.observation_space = self._spaces()
+        self._scene = open_scene(picture_width, picture_height) if self.views else None
+        self.action_space, self.observation_space = self._spaces(picture_width, picture_height)
         self.world: World | None = None
 
-    def _spaces(self) -> tuple[Box, Dict]:
+    def _spaces(self, width: int, height: int) -> tuple[Box, Dict]:
         reach = np.repeat([SPEED_LIMIT_MM_S, TURN_LIMIT_DEG_S, 0.0], (3, 3, 1)) / self.action_hz
         action = Box((-reach).astype(np.float32), (reach + np.eye(7)[6]).astype(np.float32))
-        picture = Box(0, 255, (self._maker.height, self._maker.width, 3), np.uint8)
+        picture = Box(0, 255, (height, width, 3), np.uint8)
         pose = np.repeat([180.0, 1000.0, 180.0], (6, 3, 3)).astype(np.float32)
         # bounds of the times and the sensor are no physics: wide enough for any rollout, and finite as gymnasium asks
         time = Box(0.0, 1e10, (), np.float64)
@@ -100,8 +100,8 @@ class NeedleInsertion(gymnasium.Env[dict[str, Any], np.ndarray]):
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[dict, dict]:
         """Put the needle over the phantom of `seed`; returns (observation, info).
 
-        Without a seed the phantom is drawn from the generator that the last seed began: the same sequence after the same
-        seed. `options={"world": World}` puts another world in the place of the seed's.
+        Without a seed the phantom is drawn from the generator that the last seed began: the same sequence after the
+        same seed. `options={"world": World}` puts another world in the place of the seed's.
         """
         super().reset(seed=seed)
         self.seed = int(self.np_random.integers(1 << 31)) if seed is None else seed
@@ -114,10 +114,10 @@ class NeedleInsertion(gymnasium.Env[dict[str, Any], np.ndarray]):
         self._refresh_phase_s = rng.uniform(0, 1 / POSE_REFRESH_HZ)
         self._pictures: dict[str, np.ndarray] = {}
         self._picture_t_s: dict[str, float] = {}
-        self._motions: list[Motion] = []
-        self._forces: list[np.ndarray] = []
+        self._path: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
         self._sensor = np.empty((0, CHANNELS), np.float32)
-        self._maker.show(self.world)
+        if self._scene:
+            self._scene.show(self.world)
         observation = self._observe(self.arm.move_to(self.arm.command, WINDOW))
         return observation, self._info()
 
@@ -142,33 +142,29 @@ class NeedleInsertion(gymnasium.Env[dict[str, Any], np.ndarray]):
         return observation, float(self.judge.success), terminated, time_out and not terminated, self._info()
 
     def render(self) -> np.ndarray | None:
-        """The newest pictures of all views side by side, (H, views * W, 3) uint8; None without render_mode "rgb_array"."""
+        """The newest pictures of all views side by side, (H, views * W, 3) uint8; None without `render_mode`."""
         if self.render_mode is None or not self.views:
             return None
         return np.concatenate([self._pictures[view] for view in self.views], axis=1)
 
     def close(self) -> None:
-        """Free the drawing context of this thread."""
-        self._maker.close()
+        """Free the drawing context."""
+        if self._scene:
+            self._scene.close()
 
     def path(self) -> dict[str, np.ndarray]:
         """What happened since the reset, at 650 Hz: t_s (n,), position_mm (n, 3), force_mN (n,) true."""
-        return {
-            "t_s": np.concatenate([motion.t_s for motion in self._motions]),
-            "position_mm": np.concatenate([motion.position_mm for motion in self._motions]),
-            "force_mN": np.concatenate(self._forces),
-        }
+        t_s, position_mm, force_mN = (np.concatenate(part) for part in zip(*self._path, strict=True))
+        return {"t_s": t_s, "position_mm": position_mm, "force_mN": force_mN}
 
     def _observe(self, motion: Motion) -> dict[str, Any]:
         force, punctured = self.tissue.sense(motion)
         self.judge.watch(motion, self.tissue)
-        self._motions.append(motion)
-        self._forces.append(force)
+        self._path.append((motion.t_s, motion.position_mm, force))
         samples = self.tissue.measure(motion.position_mm[:, 2], force, punctured)
         self._sensor = np.concatenate([self._sensor, samples])[-WINDOW:]
         now = float(motion.t_s[-1])
-        refreshed = np.floor((now - self._refresh_phase_s) * POSE_REFRESH_HZ) / POSE_REFRESH_HZ + self._refresh_phase_s
-        k = int(np.clip(np.searchsorted(motion.t_s, refreshed), 0, len(motion.t_s) - 1))
+        k = _tick_of(motion, latest(now, POSE_REFRESH_HZ, self._refresh_phase_s))
         self._take_pictures(motion, now)
         return {
             "pictures": {view: picture.copy() for view, picture in self._pictures.items()},  # not shared between steps
@@ -182,19 +178,18 @@ class NeedleInsertion(gymnasium.Env[dict[str, Any], np.ndarray]):
 
     def _take_pictures(self, motion: Motion, now: float) -> None:
         for view in self.views:
-            phase = self._camera_phase_s[view]
-            newest = np.floor((now - phase) * self.camera_hz) / self.camera_hz + phase
-            taken = self._picture_t_s.get(view)
-            if taken is not None and newest <= taken + 1e-9:
-                continue
-            if newest < motion.t_s[0]:  # before the first frame: the needle is at rest
-                newest = max(newest, 0.0)
-            k = int(np.clip(np.searchsorted(motion.t_s, newest), 0, len(motion.t_s) - 1))
-            picture = self._maker.picture(view, motion.position_mm[k], motion.rotvec_deg[k])
-            self._pictures[view] = through_jpeg(picture)
-            self._picture_t_s[view] = float(newest)
+            # a first picture from before the reset would show the needle at rest as well
+            newest = max(latest(now, self.camera_hz, self._camera_phase_s[view]), 0.0)
+            if self._scene and newest > self._picture_t_s.get(view, -1.0) + 1e-9:
+                k = _tick_of(motion, newest)
+                picture = self._scene.picture(view, motion.position_mm[k], motion.rotvec_deg[k])
+                self._pictures[view], self._picture_t_s[view] = through_jpeg(picture), newest
 
     def _info(self) -> dict[str, Any]:
         assert self.world is not None
         judgement = self.judge.to_dict() | {"time_s": self.steps / self.action_hz, "seed": self.seed}
         return judgement | {"truth": self.world.to_dict()}
+
+
+def _tick_of(motion: Motion, t_s: float) -> int:
+    return int(np.clip(np.searchsorted(motion.t_s, t_s), 0, len(motion.t_s) - 1))

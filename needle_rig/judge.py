@@ -1,10 +1,13 @@
-"""The judgement of a rollout: stretches of motion in; success, or the named reason of failure, out.
+"""The judgement of a rollout: success, or the named reason of failure.
 
-A rollout is judged once, where the needle comes to rest behind the membrane (its depth within `REST_DEPTH_MM` and its place within
-`REST_LATERAL_MM` for `REST_S`), or at the time limit. Success: it rests within LATERAL_TOLERANCE_MM of the target's axis and within
-DEPTH_TOLERANCE_MM of the asked depth behind the resting membrane, and the force never passed FORCE_LIMIT_MN. So a needle that creeps
-through the right depth without stopping there has not succeeded, nor has one that stops elsewhere first.
+A rollout is judged once, where the needle comes to rest behind the membrane (its depth within `REST_DEPTH_MM` and its
+place within `REST_LATERAL_MM` for `REST_S`), or at the time limit. Success: it rests within LATERAL_TOLERANCE_MM of the
+target's axis and within DEPTH_TOLERANCE_MM of the asked depth behind the resting membrane, and the force never passed
+FORCE_LIMIT_MN. So a needle that creeps through the right depth without stopping there has not succeeded, nor has one
+that stops elsewhere first.
 """
+
+from typing import Any
 
 import numpy as np
 
@@ -41,14 +44,6 @@ class Judge:
         """Whether the rollout is decided."""
         return self.success or bool(self.reason)
 
-    def lateral_mm(self) -> float:
-        """Distance of the tip from the target's axis."""
-        return float(np.hypot(*(self._tail[-1, :2] - self.world.target_xy_mm)))
-
-    def depth_mm(self) -> float:
-        """Depth of the tip behind the resting membrane; negative before it."""
-        return float(self.world.membrane_z_mm - self._tail[-1, 2])
-
     def watch(self, motion: Motion, tissue: Tissue) -> None:
         """Take a stretch of motion, after the tissue sensed it."""
         if self.done:
@@ -69,33 +64,38 @@ class Judge:
                 self.success = not self.reason
 
     def time_out(self) -> None:
-        """Judge an undecided rollout where it is: success where it stayed in place for `REST_S`, else what is missing."""
+        """Judge an undecided rollout: success where it has stayed in place for `REST_S`, else what is missing."""
         if self.done:
             return
         self.reason = self._misplaced(self._tail[-1]) if self.punctured else "no puncture"
-        if not self.reason and (
-            self._behind < len(self._tail) or any(self._misplaced(place) for place in self._tail[::10])
-        ):
+        left = self._behind < len(self._tail) or any(self._misplaced(place) for place in self._tail[::10])
+        if not self.reason and left:
             self.reason = "did not rest"
         self.success = not self.reason
 
     def _misplaced(self, place_mm: np.ndarray) -> str:
         """What is wrong with resting at a place behind the membrane; "" where nothing is."""
-        depth_error = self.world.membrane_z_mm - place_mm[2] - ASKED_DEPTH_MM
-        if np.hypot(*(place_mm[:2] - self.world.target_xy_mm)) > LATERAL_TOLERANCE_MM:
+        lateral, depth_error = self._errors(place_mm)
+        if lateral > LATERAL_TOLERANCE_MM:
             return "beside the target"
         if abs(depth_error) > DEPTH_TOLERANCE_MM:
             return "too deep" if depth_error > 0 else "too shallow"
         return ""
 
-    def to_dict(self) -> dict:
+    def _errors(self, place_mm: np.ndarray) -> tuple[float, float]:
+        """Distance from the target's axis, and depth behind the resting membrane beyond the asked one; both mm."""
+        lateral = np.hypot(*(place_mm[:2] - self.world.target_xy_mm))
+        return float(lateral), float(self.world.membrane_z_mm - place_mm[2]) - ASKED_DEPTH_MM
+
+    def to_dict(self) -> dict[str, Any]:
         """The judgement so far, JSON-able."""
+        lateral, depth_error = self._errors(self._tail[-1])
         return {
             "success": self.success,
             "reason": self.reason,
-            "lateral_mm": self.lateral_mm(),
-            "depth_mm": self.depth_mm(),
-            "depth_error_mm": self.depth_mm() - ASKED_DEPTH_MM,
+            "lateral_mm": lateral,
+            "depth_mm": float(self.world.membrane_z_mm - self._tail[-1, 2]),
+            "depth_error_mm": depth_error,
             "punctured": self.punctured,
             "peak_force_mN": self.peak_force_mN,
         }

@@ -1,13 +1,15 @@
-"""The drawn scene: a `World` and tool poses in, a MuJoCo model with its five cameras out. Lengths are mm; nothing here has dynamics.
+"""The drawn scene: a MuJoCo model with five cameras, dressed as a `World`. Lengths are mm; nothing here has dynamics.
 
-A silicone block stands on a bench; a round white sticker with a coloured ring and a blue yaw bar marks the target. The needle hangs from a
-green hub. Views 1 to 4 look from four sides at 40 degrees of elevation, View5 rides on the tool. The membrane is not drawn at all.
+A silicone block stands on a bench; a round white sticker with a coloured ring and a blue yaw bar marks the target. The
+needle hangs from a green hub. Views 1 to 4 look from four sides at 40 degrees of elevation, View5 rides on the tool.
+The membrane is not drawn at all.
 """
 
 import colorsys
 
 import mujoco
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy.spatial.transform import Rotation
 
 from needle_rig.world import CENTRE_XY_MM, SURFACE_Z_MM, VIEWS, World
@@ -21,17 +23,12 @@ _HAND_FOVY_DEG = 46.0
 _HAND_PLACE_MM = (-38.0, 0.0, 42.0)  # in the tool frame, which begins at the tip
 _HAND_LOOKS_AT_MM = (4.0, 0.0, -6.0)
 
-# Marks on the silicone (x, y, radius in mm, on the phantom), so that its surface is not a blank: they do not move with the target.
+# Marks on the silicone (x, y, radius in mm, on the phantom), so that its surface is not blank; the target moves, they
+# do not.
 _SPECKS = (
-    (-22, -20, 1.1),
-    (-23, 6, 0.8),
-    (-13, 23, 1.0),
-    (3, -23, 0.9),
-    (16, -22, 1.2),
-    (23, -5, 0.8),
-    (22, 17, 1.1),
-    (4, 23, 0.8),
-)
+    ((-22, -20, 1.1), (-23, 6, 0.8), (-13, 23, 1.0), (3, -23, 0.9))
+    + ((16, -22, 1.2), (23, -5, 0.8), (22, 17, 1.1), (4, 23, 0.8))
+)  # fmt: skip
 
 _XML = """
 <mujoco model="needle insertion rig">
@@ -57,7 +54,8 @@ _XML = """
   </asset>
   <worldbody>
     <!-- near things first: what lies behind them is then rejected by depth before it is shaded -->
-    <light name="lamp" pos="{cx} {cy} 300" dir="0 0 -1" directional="true" diffuse="0.7 0.7 0.7" specular="0.2 0.2 0.2" castshadow="false"/>
+    <light name="lamp" pos="{cx} {cy} 300" dir="0 0 -1" directional="true" diffuse="0.7 0.7 0.7"
+           specular="0.2 0.2 0.2" castshadow="false"/>
     <body name="target" mocap="true" pos="{cx} {cy} {sz}">
       <geom type="cylinder" size="7.6 0.05" pos="0 0 0.05" material="paper"/>
       <geom type="box" size="7.5 2.2 0.05" pos="12.5 0 0.10" material="bar"/>
@@ -71,7 +69,7 @@ _XML = """
       <geom type="cylinder" size="2.2 4" pos="0 0 18" material="hub"/>
       <geom type="box" size="1.2 0.5 4" pos="2.6 0 18" material="paper"/>
       <geom type="cylinder" size="5 12" pos="0 0 34" material="holder"/>
-      <camera name="View5" pos="{hx} {hy} {hz}" fovy="{hand_fovy}"/>
+      <camera name="View5" pos="{hand}" fovy="{hand_fovy}"/>
     </body>
     <body name="phantom" mocap="true" pos="{cx} {cy} {sz}">
       <geom type="box" size="26 26 10" pos="0 0 -10" material="silicone"/>
@@ -90,7 +88,7 @@ _XML = """
 
 
 def _look(place: np.ndarray, at: np.ndarray) -> Rotation:
-    """A MuJoCo camera's rotation (x right, y up, looks along -z) at `place` that looks at `at` with the world's up upwards."""
+    """The rotation of a MuJoCo camera (x right, y up, looks along -z) at `place` that looks at `at`, upright."""
     back = (place - at) / np.linalg.norm(place - at)
     right = np.cross([0.0, 0.0, 1.0], back)
     right /= np.linalg.norm(right)
@@ -105,11 +103,9 @@ def camera_poses() -> list[tuple[np.ndarray, Rotation]]:
     """Nominal place (mm; View5 in the tool frame) and rotation of each of the five cameras."""
     at = np.array([*CENTRE_XY_MM, SURFACE_Z_MM + LOOK_AT_HEIGHT_MM])
     poses = []
-    for azimuth in np.radians(CAMERA_AZIMUTHS_DEG):
-        e = np.radians(CAMERA_ELEVATION_DEG)
-        place = at + CAMERA_DISTANCE_MM * np.array(
-            [np.cos(azimuth) * np.cos(e), np.sin(azimuth) * np.cos(e), np.sin(e)]
-        )
+    e = np.radians(CAMERA_ELEVATION_DEG)
+    for a in np.radians(CAMERA_AZIMUTHS_DEG):
+        place = at + CAMERA_DISTANCE_MM * np.array([np.cos(a) * np.cos(e), np.sin(a) * np.cos(e), np.sin(e)])
         poses.append((place, _look(place, at)))
     hand = np.asarray(_HAND_PLACE_MM)
     poses.append((hand, _look(hand, np.asarray(_HAND_LOOKS_AT_MM))))
@@ -117,56 +113,47 @@ def camera_poses() -> list[tuple[np.ndarray, Rotation]]:
 
 
 class Scene:
-    """The MuJoCo model and data. `show` dresses it as a world, `place_tool` moves the needle."""
+    """The MuJoCo model, its data and a drawing context, which belongs to the thread that made it.
 
-    def __init__(self):
+    `show` dresses it as a world, `place_tool` moves the needle, `picture` draws.
+    """
+
+    def __init__(self, width: int, height: int):
         cx, cy = CENTRE_XY_MM
-        tiles = "\n".join(
-            f'<geom type="box" size="20 20 0.2" pos="{40 * i} {40 * j} 5" material="tile"/>'
-            for i in range(-2, 3)
-            for j in range(-2, 3)
-            if (i + j) % 2 == 0 and (i, j) != (0, 0)
-        )
-        specks = "\n".join(
-            f'<geom type="cylinder" size="{r} 0.05" pos="{x} {y} 0" material="speck"/>' for x, y, r in _SPECKS
-        )
+        chessboard = [(40 * i, 40 * j) for i in range(-2, 3) for j in range(-2, 3) if (i + j) % 2 == 0 and (i or j)]
+        tile = '<geom type="box" size="20 20 0.2" pos="{} {} 5" material="tile"/>'
+        tiles = "\n".join(tile.format(x, y) for x, y in chessboard)
+        speck = '<geom type="cylinder" size="{r} 0.05" pos="{x} {y} 0" material="speck"/>'
+        specks = "\n".join(speck.format(x=x, y=y, r=r) for x, y, r in _SPECKS)
         cameras = "\n".join(f'<camera name="{view}" fovy="{_FOVY_DEG}"/>' for view in VIEWS[:4])
-        self.model = mujoco.MjModel.from_xml_string(
-            _XML.format(
-                cx=cx, cy=cy, sz=SURFACE_Z_MM, bench=SURFACE_Z_MM - 31, start=SURFACE_Z_MM + 20, cameras=cameras, tiles=tiles, specks=specks,
-                hx=_HAND_PLACE_MM[0], hy=_HAND_PLACE_MM[1], hz=_HAND_PLACE_MM[2], hand_fovy=_HAND_FOVY_DEG,
-            )
-        )  # fmt: skip
+        heights = {"sz": SURFACE_Z_MM, "bench": SURFACE_Z_MM - 31, "start": SURFACE_Z_MM + 20}
+        hand = {"hand": " ".join(map(str, _HAND_PLACE_MM)), "hand_fovy": _HAND_FOVY_DEG}
+        xml = _XML.format(cx=cx, cy=cy, cameras=cameras, tiles=tiles, specks=specks, **heights, **hand)
+        self.model = mujoco.MjModel.from_xml_string(xml)
         self.data = mujoco.MjData(self.model)
+        self._renderer = mujoco.Renderer(self.model, height, width)
+        for effect in ("SHADOW", "REFLECTION", "SKYBOX"):  # three passes that the views do without
+            self._renderer.scene.flags[getattr(mujoco.mjtRndFlag, f"mjRND_{effect}")] = 0
         self._bench_rgb = {name: self.model.material(name).rgba[:3].copy() for name in ("bench", "tile")}
-        self._mocap = {name: self.model.body(name).mocapid[0] for name in ("phantom", "target", "tool")}
-        self._camera = {view: self.model.camera(view).id for view in VIEWS}
 
     def show(self, world: World) -> None:
         """Colours, light, cameras, phantom and target of `world`."""
         looks, model = world.looks, self.model
-        model.material("silicone").rgba[:3] = looks["silicone_rgb"]
-        model.material("ring").rgba[:3] = colorsys.hsv_to_rgb(looks["ring_hue"], 0.9, 0.85)
+        model.material("silicone").rgba[:3] = looks.silicone_rgb
+        model.material("ring").rgba[:3] = colorsys.hsv_to_rgb(looks.ring_hue, 0.9, 0.85)
         for name, rgb in self._bench_rgb.items():
-            model.material(name).rgba[:3] = np.clip(rgb * looks["table_level"], 0, 1)
+            model.material(name).rgba[:3] = np.clip(rgb * looks.table_level, 0, 1)
         lamp = model.light("lamp")
-        direction = -np.asarray(looks["light_mm"])
-        lamp.dir[:] = direction / np.linalg.norm(direction)
-        lamp.diffuse[:] = 0.7 * looks["light_level"] * np.asarray(looks["light_rgb"])
-        model.vis.headlight.ambient[:] = looks["ambient_level"]
+        lamp.dir[:] = -looks.light_mm / np.linalg.norm(looks.light_mm)
+        lamp.diffuse[:] = 0.7 * looks.light_level * looks.light_rgb
+        model.vis.headlight.ambient[:] = looks.ambient_level
         for i, (view, (place, turn)) in enumerate(zip(VIEWS, camera_poses(), strict=True)):
-            camera = self._camera[view]
-            model.cam_pos[camera] = place + looks["camera_place_mm"][i]
-            model.cam_quat[camera] = _wxyz(turn * Rotation.from_rotvec(looks["camera_turn_deg"][i], degrees=True))
-        x, y = np.asarray(CENTRE_XY_MM) + looks["phantom_xy_mm"]
-        self._put(
-            "phantom", (x, y, world.surface_z_mm), Rotation.from_euler("Z", looks["phantom_yaw_deg"], degrees=True)
-        )
-        self._put(
-            "target",
-            (*world.target_xy_mm, world.surface_z_mm),
-            Rotation.from_euler("Z", world.target_yaw_deg, degrees=True),
-        )
+            camera = model.camera(view)
+            camera.pos[:] = place + looks.camera_place_mm[i]
+            camera.quat[:] = _wxyz(turn * Rotation.from_rotvec(looks.camera_turn_deg[i], degrees=True))
+        (x, y), z = np.asarray(CENTRE_XY_MM) + looks.phantom_xy_mm, world.surface_z_mm
+        self._put("phantom", (x, y, z), Rotation.from_euler("Z", looks.phantom_yaw_deg, degrees=True))
+        self._put("target", (*world.target_xy_mm, z), Rotation.from_euler("Z", world.target_yaw_deg, degrees=True))
         self.place_tool(np.asarray(world.start_mm), np.asarray(world.start_rotvec_deg))
 
     def place_tool(self, position_mm: np.ndarray, rotvec_deg: np.ndarray) -> None:
@@ -175,13 +162,16 @@ class Scene:
         mujoco.mj_kinematics(self.model, self.data)
         mujoco.mj_camlight(self.model, self.data)
 
-    def project(self, view: str, point_mm: np.ndarray, width: int, height: int) -> tuple[float, float, float]:
-        """Pixel (column, row) and distance in mm along the view's axis of a point of the base frame, for plots and tests."""
-        camera = self._camera[view]
-        x, y, z = self.data.cam_xmat[camera].reshape(3, 3).T @ (np.asarray(point_mm) - self.data.cam_xpos[camera])
-        focal = 0.5 * height / np.tan(np.radians(self.model.cam_fovy[camera]) / 2)
-        return width / 2 - focal * x / z, height / 2 + focal * y / z, -z
+    def picture(self, view: str, position_mm: np.ndarray, rotvec_deg: np.ndarray) -> np.ndarray:
+        """One (H, W, 3) uint8 picture with the tip at (3,) mm, rotation vector (3,) degrees."""
+        self.place_tool(position_mm, rotvec_deg)
+        self._renderer.update_scene(self.data, camera=view)
+        return self._renderer.render()
 
-    def _put(self, name: str, place, turn: Rotation) -> None:
-        self.data.mocap_pos[self._mocap[name]] = place
-        self.data.mocap_quat[self._mocap[name]] = _wxyz(turn)
+    def close(self) -> None:
+        """Free the drawing context; twice does no harm."""
+        self._renderer.close()
+
+    def _put(self, name: str, place: ArrayLike, turn: Rotation) -> None:
+        mocap = self.model.body(name).mocapid[0]
+        self.data.mocap_pos[mocap], self.data.mocap_quat[mocap] = place, _wxyz(turn)

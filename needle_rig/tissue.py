@@ -1,9 +1,10 @@
-"""The tissue: tip positions at 650 Hz in; puncture, needle force (mN) and OCT A-scans (1025 bins of 7.5 um) out.
+"""What the needle's tip meets at 650 Hz: puncture, force (mN) and OCT A-scans (1025 bins of 7.5 um).
 
-An analytic model. Gel gives friction in proportion to the inserted length; the membrane gives a stiff, slightly hardening spring until it
-is indented by `puncture_indent_mm`, then the force drops to friction; the deeper layer is stiff again. The A-scan looks along the needle
-from the tip: the membrane is a narrow bright peak at the true tip-to-membrane distance, the deeper layer a broad, dimmer one with a
-trailing edge that stays visible after the puncture; speckle is fixed to the tissue, light is attenuated with depth, noise is added.
+An analytic model. Gel gives friction in proportion to the inserted length; the membrane gives a stiff, slightly
+hardening spring until it is indented by `puncture_indent_mm`, then the force drops to friction; the deeper layer is
+stiff again. The A-scan looks along the needle from the tip: the membrane is a narrow bright peak at the true
+tip-to-membrane distance, the deeper layer a broad, dimmer one with a trailing edge that stays visible after the
+puncture; speckle is fixed to the tissue, light is attenuated with depth, noise is added.
 """
 
 import numpy as np
@@ -51,12 +52,8 @@ class Tissue:
         down_mm_s = (before - z) * TICK_HZ
         self._last_z_mm = float(z[-1])
         inserted = np.maximum(world.surface_z_mm - z, 0.0)
-        friction = np.where(
-            inserted > 0, world.friction_mN * np.minimum(inserted, 1.0) + world.friction_mN_per_mm * inserted, 0.0
-        )
-        friction = friction * (
-            0.6 + 0.4 * np.tanh(down_mm_s)
-        )  # what is left of it when the needle rests, less when it is drawn back
+        friction = world.friction_mN * np.minimum(inserted, 1.0) + world.friction_mN_per_mm * inserted
+        friction *= 0.6 + 0.4 * np.tanh(down_mm_s)  # some of it is left at rest, less when the needle is drawn back
         indent = np.where(punctured, 0.0, np.maximum(depth, 0.0))
         membrane = world.stiffness_mN_per_mm * indent * (1 + indent)
         layer = _LAYER_STIFFNESS_MN_MM * np.maximum(depth - world.layer_mm, 0.0)
@@ -65,20 +62,18 @@ class Tissue:
         return force, punctured
 
     def measure(self, position_z_mm: np.ndarray, force_mN: np.ndarray, punctured: np.ndarray) -> np.ndarray:
-        """(n, 1026) float32 samples, force first: what the sensor reports for (n,) tip heights, true forces and puncture states."""
+        """(n, 1026) float32 samples, force first, for (n,) tip heights, true forces and states of the membrane."""
         n = len(position_z_mm)
         out = np.empty((n, CHANNELS), np.float32)
-        out[:, 0] = (
-            force_mN + self.world.force_bias_mN + _FORCE_NOISE_MN * self._rng.standard_normal(n, dtype=np.float32)
-        )
+        noise = _FORCE_NOISE_MN * self._rng.standard_normal(n, dtype=np.float32)
+        out[:, 0] = force_mN + self.world.force_bias_mN + noise
         scan = out[:, 1:]
         start = np.rint((self._top_mm - position_z_mm) / (BIN_MM / _FINE)).astype(np.int64)
         start = np.clip(start, 0, len(self._profile) - _FINE * BINS)
         windows = np.lib.stride_tricks.sliding_window_view(self._profile, _FINE * (BINS - 1) + 1)[:, ::_FINE]
         scan[:] = windows[start]
-        pressed = np.flatnonzero(
-            ~punctured & (position_z_mm < self.world.membrane_z_mm)
-        )  # the membrane is carried along by the tip
+        # the tip carries the membrane along until it is punctured
+        pressed = np.flatnonzero(~punctured & (position_z_mm < self.world.membrane_z_mm))
         if len(pressed):
             scan[pressed] += _peak(np.arange(BINS) * BIN_MM, 0.0, _MEMBRANE_HEIGHT, _MEMBRANE_SIGMA_MM)
         scan *= np.exp(-np.arange(BINS, dtype=np.float32) * np.float32(BIN_MM / _DECAY_MM))
@@ -90,13 +85,12 @@ class Tissue:
 def _peak(x_mm: np.ndarray, at_mm: float, height: float, sigma_mm: float, tail_mm: float = 0.0) -> np.ndarray:
     past = np.maximum(x_mm - at_mm, 0.0)
     peak = np.exp(-0.5 * ((x_mm - at_mm) / sigma_mm) ** 2)
-    return (height * np.maximum(peak, 0.5 * np.exp(-past / tail_mm) * (past > 0) if tail_mm else 0.0)).astype(
-        np.float32
-    )
+    tail = 0.5 * np.exp(-past / tail_mm) * (past > 0) if tail_mm else 0.0
+    return (height * np.maximum(peak, tail)).astype(np.float32)
 
 
 def _reflectivity(world: World) -> tuple[np.ndarray, float]:
-    """Reflectivity down the needle's axis at a quarter of a bin, from above every start to below the reach; and its top's height in mm."""
+    """Reflectivity along the needle in quarters of a bin, from above every start to below its reach; its top z, mm."""
     top_mm = world.surface_z_mm + 45.0
     depth = np.arange(int((45.0 + 30.0) / (BIN_MM / _FINE))) * (BIN_MM / _FINE)  # mm below the top
     membrane = top_mm - world.membrane_z_mm

@@ -13,16 +13,28 @@ from needle_rig import NeedleInsertion, render
 from needle_rig import world as looks
 from needle_rig.demonstration import demonstrate
 from needle_rig.demonstrator import demonstrator_action
-from needle_rig.render import PictureMaker, through_jpeg
+from needle_rig.render import open_scene, through_jpeg
 from needle_rig.world import VIEWS, RigError, sample_world
 
 
 @pytest.fixture(scope="module")
-def maker():
+def scene():
     render.check_gl()
-    made = PictureMaker()
+    made = open_scene(320, 180)
     yield made
     made.close()
+
+
+def pictures_of(scene, position_mm, rotvec_deg) -> dict[str, np.ndarray]:
+    return {view: scene.picture(view, position_mm, rotvec_deg) for view in VIEWS}
+
+
+def project(scene, view: str, point_mm, width: int, height: int) -> tuple[float, float, float]:
+    """Pixel (column, row) and distance in mm along the view's axis of a point of the base frame."""
+    camera = scene.model.camera(view).id
+    x, y, z = scene.data.cam_xmat[camera].reshape(3, 3).T @ (np.asarray(point_mm) - scene.data.cam_xpos[camera])
+    focal = 0.5 * height / np.tan(np.radians(scene.model.cam_fovy[camera]) / 2)
+    return width / 2 - focal * x / z, height / 2 + focal * y / z, -z
 
 
 def red(picture: np.ndarray) -> np.ndarray:
@@ -32,62 +44,60 @@ def red(picture: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_the_target_is_seen_from_three_sides_or_more_throughout(maker, seed):
+def test_the_target_is_seen_from_three_sides_or_more_throughout(scene, seed):
     world = sample_world(seed)
     shown = demonstrate(world)
-    maker.show(world)
+    scene.show(world)
     for k in np.linspace(0, len(shown.force_mN) - 1, 6).astype(int):
-        pictures = maker.pictures(shown.position_mm[k], shown.rotvec_deg[k])
+        pictures = pictures_of(scene, shown.position_mm[k], shown.rotvec_deg[k])
         assert sum(red(picture).sum() > 60 for picture in pictures.values()) >= 3
 
 
-def test_the_ring_is_drawn_where_the_target_is_and_the_tip_where_the_pose_is(maker):
+def test_the_ring_is_drawn_where_the_target_is_and_the_tip_where_the_pose_is(scene):
     world = sample_world(4)
-    maker.show(world)
+    scene.show(world)
     tip = np.array([world.target_xy_mm[0] - 12, world.target_xy_mm[1] + 2, world.surface_z_mm + 14])
     for view in VIEWS:
-        picture = maker.picture(view, tip, np.zeros(3))
+        picture = scene.picture(view, tip, np.zeros(3))
         rows, columns = np.nonzero(red(picture))
-        scene, _ = maker._stage()
-        column, row, distance = scene.project(view, (*world.target_xy_mm, world.surface_z_mm), 320, 180)
+        column, row, distance = project(scene, view, (*world.target_xy_mm, world.surface_z_mm), 320, 180)
         assert (columns.mean(), rows.mean()) == (pytest.approx(column, abs=4), pytest.approx(row, abs=4))
         assert 20 < distance < 200
     # the needle is the only thing that changes in a fixed view, and it ends at the tip
-    here, away = (maker.picture("View1_left", place, np.zeros(3)).astype(int) for place in (tip, tip + (0, 0, 60)))
+    here, away = (scene.picture("View1_left", place, np.zeros(3)).astype(int) for place in (tip, tip + (0, 0, 60)))
     moved = np.abs(here - away).max(axis=2) > 40
     scene.place_tool(tip, np.zeros(3))
-    column, row, _ = scene.project("View1_left", tip, 320, 180)
+    column, row, _ = project(scene, "View1_left", tip, 320, 180)
     lowest = np.nonzero(moved.any(axis=1))[0].max()
     assert lowest == pytest.approx(row, abs=3)
     assert np.nonzero(moved[lowest - 2])[0].mean() == pytest.approx(column, abs=3)
 
 
-def test_pictures_are_the_same_for_every_membrane(maker):
+def test_pictures_are_the_same_for_every_membrane(scene):
     world = sample_world(6)
     other = replace(world, gel_mm=world.gel_mm + 2.0, layer_mm=2.9, stiffness_mN_per_mm=90.0)
     tip, turn = np.array([*world.target_xy_mm, world.surface_z_mm - 1.0]), np.zeros(3)
     drawn = []
     for shown in (world, other):
-        maker.show(shown)
-        drawn.append(maker.pictures(tip, turn))
+        scene.show(shown)
+        drawn.append(pictures_of(scene, tip, turn))
     assert all(np.array_equal(drawn[0][view], drawn[1][view]) for view in VIEWS)
 
 
-def test_light_and_colours_differ_between_worlds_and_pictures_are_not_blank(maker):
+def test_light_and_colours_differ_between_worlds_and_pictures_are_not_blank(scene):
     means = []
     for seed in range(4):
-        maker.show(sample_world(seed))
-        picture = maker.picture("View2_left", np.array([175.0, 0, 155]), np.zeros(3))
+        scene.show(sample_world(seed))
+        picture = scene.picture("View2_left", np.array([175.0, 0, 155]), np.zeros(3))
         assert picture.shape == (180, 320, 3) and picture.dtype == np.uint8 and picture.std() > 20
         means.append(picture.mean())
     assert np.std(means) > 1
 
 
-def test_cameras_light_and_colours_are_drawn_within_their_stated_ranges_and_fill_them(maker):
+def test_cameras_light_and_colours_are_drawn_within_their_stated_ranges_and_fill_them(scene):
     from needle_rig.scene import camera_poses
 
-    maker.show(sample_world(0))
-    scene, _ = maker._stage()
+    scene.show(sample_world(0))
     model, found = scene.model, {}
     for seed in range(150):
         world = sample_world(seed)
@@ -97,15 +107,15 @@ def test_cameras_light_and_colours_are_drawn_within_their_stated_ranges_and_fill
             turned = (turn.inv() * Rotation.from_quat(np.roll(camera.quat, -1))).as_rotvec(degrees=True)
             found.setdefault(f"place of {view}", []).append(camera.pos - place)
             found.setdefault(f"turn of {view}", []).append(turned)
-        lamp, light = model.light("lamp"), np.array(world.looks["light_mm"])
+        lamp, light = model.light("lamp"), np.array(world.looks.light_mm)
         assert lamp.dir == pytest.approx(-light / np.linalg.norm(light))
         for k, axis in enumerate("xyz"):
             found.setdefault(f"light {axis}", []).append(light[k])
         found.setdefault("light", []).append(lamp.diffuse / 0.7)
         found.setdefault("ambient", []).append(model.vis.headlight.ambient[0])
         found.setdefault("table", []).append(model.material("bench").rgba[0] / 0.40)
-        found.setdefault("phantom", []).append(world.looks["phantom_xy_mm"])
-        found.setdefault("phantom yaw", []).append(world.looks["phantom_yaw_deg"])
+        found.setdefault("phantom", []).append(world.looks.phantom_xy_mm)
+        found.setdefault("phantom yaw", []).append(world.looks.phantom_yaw_deg)
     stated = {f"place of {view}": (-looks.CAMERA_PLACE_JITTER_MM, looks.CAMERA_PLACE_JITTER_MM) for view in VIEWS}
     stated |= {f"turn of {view}": (-looks.CAMERA_TURN_JITTER_DEG, looks.CAMERA_TURN_JITTER_DEG) for view in VIEWS}
     stated |= {f"light {axis}": bounds for axis, bounds in zip("xyz", looks.LIGHT_PLACE_MM, strict=True)}
@@ -135,7 +145,7 @@ def test_the_rig_takes_pictures_at_the_cameras_rate_and_codes_them_as_recorded()
     for _ in range(8):
         same, *_ = again.step(demonstrator_action(again))
     assert np.array_equal(same["pictures"]["View5"], observation["pictures"]["View5"])
-    raw = rig._maker.picture("View5", rig.arm.pose[:3], rig.arm.pose[3:])
+    raw = rig._scene.picture("View5", rig.arm.pose[:3], rig.arm.pose[3:])
     assert 0 < np.abs(through_jpeg(raw).astype(int) - raw).mean() < 4
     rig.close()
     again.close()
@@ -143,7 +153,7 @@ def test_the_rig_takes_pictures_at_the_cameras_rate_and_codes_them_as_recorded()
 
 def test_an_unknown_view_is_refused():
     with pytest.raises(RigError, match="no view 'View9'"):
-        PictureMaker(views=("View9",))
+        NeedleInsertion(views=("View9",))
 
 
 def test_without_egl_the_front_door_says_so_in_one_sentence(tmp_path):

@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 
 from benchmarks import __main__ as bench_front_door
-from benchmarks import sim as bench
+from benchmarks import needle_rig as bench
 from needle_rig import NeedleInsertion
 from needle_rig.demonstrator import demonstrator_action
-from needle_rig.render import PictureMaker
 from needle_rig.world import VIEWS
 from vla_lib.core.files import read_json
 from vla_lib.workbench.plots import rollouts as plots
@@ -66,19 +65,18 @@ def ticking(monkeypatch):
 
 
 def test_pictures_are_counted_and_timed(ticking, monkeypatch):
-    drawn, picture = [], PictureMaker.picture
-    monkeypatch.setattr(
-        PictureMaker, "picture", lambda maker, view, *pose: (drawn.append(view), picture(maker, view, *pose))[1]
-    )
-    row = bench.pictures_row(seconds=0.205)
+    drawn = []
+    picture = SimpleNamespace(show=lambda world: None, picture=lambda view, *_: drawn.append(view), close=lambda: None)
+    monkeypatch.setattr(bench, "open_scene", lambda *_: picture)
+    row = bench.pictures_row(0.205)
     assert drawn == [*VIEWS, *VIEWS * 4]  # all once before the clock starts, then for 20 looks at it
     assert (row.ours, row.ratio, row.unit) == (pytest.approx(20 / 0.22), pytest.approx(20 / 0.22 / 25), "pictures/s")
 
 
 def test_a_recording_is_timed_with_its_tails(ticking, monkeypatch):
-    def record(root, plan, workers, show):
-        assert (plan.episodes_f1, plan.episodes_f2, workers) == (6, 2, 2)
-        return {"plan": {"idle_tail_s": 3.0}, "episodes": [{"seconds": 10.0}] * plan.total}
+    def record(settings, show):
+        assert (settings.episodes_f1, settings.episodes_f2, settings.workers) == (6, 2, 2)
+        return {"episodes": [{"seconds": 10.0}] * 8}
 
     monkeypatch.setattr(bench, "record", record)
     assert bench.recording_row(8, workers=2).ratio == pytest.approx(8 * 13 / 0.01)
@@ -91,11 +89,13 @@ def test_the_rigs_own_time_is_compared_with_the_clocks(ticking):
         *_, terminated, truncated, info = rig.step(demonstrator_action(rig))
         done = terminated or truncated
     row = bench.rig_row()
-    assert (row.name, row.ours) == ("sim.step", pytest.approx(info["time_s"] / 0.01))
+    assert (row.name, row.ours) == ("needle_rig.step", pytest.approx(info["time_s"] / 0.01))
 
 
 def test_the_bench_prints_and_writes_its_rows(tmp_path, capsys):
-    found = bench_front_door.main(bench_front_door.Settings(rooms=("sim",), fast=True, output=tmp_path / "rows.json"))
+    found = bench_front_door.main(
+        bench_front_door.BenchmarkSettings(rooms=("needle_rig",), fast=True, output=tmp_path / "rows.json")
+    )
     assert read_json(tmp_path / "rows.json") == found and found["rows"] and found["machine"]["cores"]
     printed = capsys.readouterr().out
     assert all(row["name"] in printed and row["ratio"] > 0 for row in found["rows"])

@@ -11,13 +11,14 @@ import pytest
 from PIL import Image
 
 from needle_rig import RigError, recorder
-from needle_rig.__main__ import Settings, main
+from needle_rig.__main__ import main
 from needle_rig.arm import euler_poses
 from needle_rig.demonstration import demonstrate
-from needle_rig.recorder import MANIFEST, Plan, jobs_of, record
+from needle_rig.recorder import MANIFEST, record
+from needle_rig.settings import RecordSettings
 from needle_rig.world import sample_world
 
-PLAN = Plan(episodes_f1=1, episodes_f2=1, seed=3, picture_width=64, picture_height=36, camera_hz=2.0, idle_tail_s=2.0)
+TAIL_S = 2.0
 COLUMNS = [
     "joint_1",
     "joint_2",
@@ -34,10 +35,19 @@ COLUMNS = [
 ]
 
 
+def plan(root: Path, **changes) -> RecordSettings:
+    given = {"episodes_f1": 1, "episodes_f2": 1, "seed": 3, "picture_width": 64, "picture_height": 36, "camera_hz": 2.0}
+    return RecordSettings(dataset_root=root, **given | {"idle_tail_s": TAIL_S} | changes)
+
+
+def start_s(entry: dict) -> float:
+    return plan(Path()).episodes()[entry["index"]].start_s
+
+
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("recorded") / "root"
-    record(root, PLAN, workers=2, show=False)
+    record(plan(root), show=False)
     return root
 
 
@@ -116,9 +126,9 @@ def test_streams_start_and_end_as_in_the_lab(recorded, layout):
     first = [stamps(place)[0] - t[0] for place in places]
     assert min(first) >= 0 and max(first) <= 0.21 and np.ptp(first) > 0.01  # staggered
     tails = [stamps(place)[-1] - t[-1] for place in places]
-    assert min(tails) > PLAN.idle_tail_s - 0.6
+    assert min(tails) > TAIL_S - 0.6
     with np.load(next(folder.glob("sensor_data*.npz"))) as sensor:
-        assert sensor["timestamps"][-1] - t[-1] > PLAN.idle_tail_s - 0.3
+        assert sensor["timestamps"][-1] - t[-1] > TAIL_S - 0.3
         begins = sensor["timestamps"][0] - (1.0 if layout == "F2" else 0.0)
     assert begins - t[0] == pytest.approx(0, abs=0.01)
     with Image.open(next(folder.rglob("*.jpg"))) as picture:
@@ -128,9 +138,9 @@ def test_streams_start_and_end_as_in_the_lab(recorded, layout):
 
 def test_the_log_holds_the_pose_of_the_demonstration(recorded):
     folder, entry = episode(recorded, "F1")
-    shown = demonstrate(sample_world(entry["seed"], entry["task"]), tail_s=PLAN.idle_tail_s)
+    shown = demonstrate(sample_world(entry["seed"], entry["task"]), tail_s=TAIL_S)
     log = pd.read_csv(next(folder.glob("robot_state*.csv")))
-    t = log.origin_timestamp.to_numpy() - jobs_of(PLAN)[entry["index"]].start_s
+    t = log.origin_timestamp.to_numpy() - start_s(entry)
     logged = log[COLUMNS[6:]].to_numpy()
     fresh, stale = (np.abs(euler_poses(*shown.at(t - age)) - logged).max() for age in (1 / 120, 0.3))
     assert fresh < 0.3 < stale
@@ -152,7 +162,7 @@ def digests(root: Path) -> dict[str, bytes]:
 
 
 def test_one_process_writes_the_very_same_files_as_two(recorded, tmp_path):
-    record(tmp_path / "root", PLAN, workers=1, show=False)
+    record(plan(tmp_path / "root", workers=1), show=False)
     assert digests(tmp_path / "root") == digests(recorded)
 
 
@@ -162,7 +172,7 @@ def test_the_same_recording_is_recognised_and_kept_even_after_later_stages(copy,
     (copy / "cache").mkdir()
     monkeypatch.setattr(recorder, "_record_one", lambda *_: pytest.fail("recorded again"))
     before = {p: p.stat().st_mtime_ns for p in copy.rglob("*")}
-    manifest = record(copy, PLAN, show=False)
+    manifest = record(plan(copy), show=False)
     assert manifest["state"] == "done" and before == {p: p.stat().st_mtime_ns for p in copy.rglob("*")}
 
 
@@ -170,56 +180,53 @@ def test_a_missing_episode_is_recorded_again_and_an_altered_one_is_refused(copy,
     folder, _ = episode(copy, "F1")
     shutil.rmtree(folder)
     (copy / ".recording-0").mkdir()  # what a killed recording leaves
-    record(copy, PLAN, workers=1, show=False)
+    record(plan(copy, workers=1), show=False)
     assert digests(copy) == digests(recorded) and not (copy / ".recording-0").exists()
     next(folder.rglob("*.jpg")).unlink()
     with pytest.raises(RigError, match="not as it was recorded"):
-        record(copy, PLAN, show=False)
+        record(plan(copy), show=False)
 
 
 def test_anything_else_in_the_root_is_refused(copy, tmp_path):
     with pytest.raises(RigError, match="another recording.*seed 3 there, 4 asked"):
-        record(copy, Plan(**{**PLAN.__dict__, "seed": 4}), show=False)
+        record(plan(copy, seed=4), show=False)
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     (foreign / "notes.txt").write_text("mine")
     with pytest.raises(RigError, match="did not record"):
-        record(foreign, PLAN, show=False)
+        record(plan(foreign), show=False)
     with pytest.raises(RigError, match="is a file"):
-        record(foreign / "notes.txt", PLAN, show=False)
+        record(plan(foreign / "notes.txt"), show=False)
     assert [p.name for p in foreign.iterdir()] == ["notes.txt"]
 
 
 def test_a_full_disk_is_told_before_anything_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(recorder.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 10))
     with pytest.raises(RigError, match="GB are free"):
-        record(tmp_path / "root", PLAN, show=False)
+        record(plan(tmp_path / "root"), show=False)
     assert not (tmp_path / "root").exists()
 
 
-def test_the_front_door_counts_what_it_wrote(copy):
-    settings = Settings(
-        dataset_root=copy,
-        episodes_f1=1,
-        episodes_f2=1,
-        seed=3,
-        picture_width=64,
-        picture_height=36,
-        camera_hz=2.0,
-        idle_tail_s=2.0,
-    )
-    results = main(settings)
-    assert (results["episodes"], results["episodes_f1"], results["episodes_f2"]) == (2, 1, 1)
-    assert results["pictures"] == len(list(copy.rglob("*.jpg")))
-    for bad in (
-        {"episodes_f1": 0, "episodes_f2": 0},
-        {"workers": 0},
-        {"camera_hz": 0.0},
-        {"picture_width": 5000},
-        {"seed": -1},
-    ):
-        with pytest.raises(RigError):
-            Settings(**bad)
+def test_the_front_door_counts_what_it_wrote(copy, capsys):
+    main(plan(copy))
+    (line,) = capsys.readouterr().out.splitlines()
+    pictures = len(list(copy.rglob("*.jpg")))
+    assert line.startswith("2 episodes (1 F1, 1 F2), 0.") and f" {pictures} pictures, " in line and str(copy) in line
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"episodes_f1": 0, "episodes_f2": 0}, "ask for one episode or more"),
+        ({"workers": 0}, "--workers should be greater than or equal to 1, not 0"),
+        ({"camera_hz": 0.0, "seed": -1}, "--seed should be .* 0, not -1; --camera-hz should be .*0.5, not 0.0"),
+        ({"picture_width": 5000}, "--picture-width should be .* 2048, not 5000"),
+        ({"task": "../elsewhere"}, "cannot name a folder"),
+    ],
+)
+def test_what_cannot_be_recorded_is_refused_in_a_sentence(given, told):
+    with pytest.raises(RigError, match=told):
+        RecordSettings(**given)
 
 
 def test_prepared_episodes_hold_what_the_rig_did(copy):
@@ -231,9 +238,8 @@ def test_prepared_episodes_hold_what_the_rig_did(copy):
     for layout in ("F1", "F2"):
         folder, entry = episode(copy, layout)
         prepared = load_prepared(folder)
-        job = jobs_of(PLAN)[entry["index"]]
-        shown = demonstrate(sample_world(entry["seed"], entry["task"]), tail_s=PLAN.idle_tail_s)
-        t = prepared.timestamp - job.start_s
+        shown = demonstrate(sample_world(entry["seed"], entry["task"]), tail_s=TAIL_S)
+        t = prepared.timestamp - start_s(entry)
         poses = euler_poses(*shown.at(t - 1 / 120))  # the controller's pose is half a refresh old on average
         assert np.abs(prepared.state[:, 6:] - poses).max() < 0.25
         moved = np.diff(shown.at(np.append(t, t[-1] + 0.1))[0], axis=0)

@@ -33,7 +33,7 @@ def test_nothing_visible_tells_the_membranes_depth():
     worlds = [sample_world(seed) for seed in range(400)]
     gel = np.array([world.gel_mm for world in worlds])
     visible = np.array(
-        [[*w.target_xy_mm, w.target_yaw_deg, w.surface_z_mm, *w.start_mm, w.looks["light_level"]] for w in worlds]
+        [[*w.target_xy_mm, w.target_yaw_deg, w.surface_z_mm, *w.start_mm, w.looks.light_level] for w in worlds]
     )
     correlations = [np.corrcoef(gel, column)[0, 1] for column in visible.T]
     assert np.abs(correlations).max() < 0.2

@@ -8,7 +8,8 @@ import pytest
 from conftest import CHROMIUM
 from nbformat import v4
 
-from needle_rig import __main__ as simulate
+from needle_rig.recorder import record
+from needle_rig.settings import RecordSettings
 from vla_lib.core.files import read_json, read_jsonl
 from vla_lib.core.run_folder import PROJECT, RunFolder, read_record
 from vla_lib.training.checkpoint import read_checkpoint
@@ -44,8 +45,8 @@ SLIDERS = dict.fromkeys(NOTEBOOKS, ()) | {
 def root(tmp_path_factory) -> Path:
     """A recording of three episodes."""
     folder = tmp_path_factory.mktemp("browser") / "data"
-    simulate.main(
-        simulate.Settings(
+    record(
+        RecordSettings(
             dataset_root=folder, episodes_f1=3, episodes_f2=1, picture_width=160, picture_height=90, idle_tail_s=0.2
         )
     )

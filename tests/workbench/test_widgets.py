@@ -2,7 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from needle_rig import __main__ as simulate
+from needle_rig.recorder import record
+from needle_rig.settings import RecordSettings
 from vla_lib.core.errors import UserError
 from vla_lib.workbench import widgets
 
@@ -11,8 +12,8 @@ from vla_lib.workbench import widgets
 def root(tmp_path_factory) -> Path:
     """Two small recorded episodes."""
     folder = tmp_path_factory.mktemp("widgets") / "data"
-    simulate.main(
-        simulate.Settings(
+    record(
+        RecordSettings(
             dataset_root=folder, episodes_f1=1, episodes_f2=1, picture_width=160, picture_height=90, idle_tail_s=0.5
         )
     )

@@ -76,7 +76,7 @@ def instruction_of(task: str, root: Path | None = None) -> str:
     Default root: the built-in table. Raises UserError where the root's datasets.yaml cannot be understood.
     """
     table = DatasetTable() if root is None else DatasetTable.load(root)
-    return table.instruction(*task_of(task)["folders"])
+    return table.instruction(*task_of(task).folders)
 
 
 class SimRobot:

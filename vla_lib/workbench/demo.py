@@ -5,7 +5,8 @@ import shutil
 from dataclasses import dataclass
 from typing import Any
 
-from needle_rig import __main__ as recorder
+from needle_rig.__main__ import main as record_on_rig
+from needle_rig.settings import RecordSettings
 from vla_lib.core.errors import UserError
 from vla_lib.core.run_folder import runs_root
 from vla_lib.evaluation.sim_robot import check_drawing, rig_errors
@@ -64,6 +65,6 @@ def run(vl_model: str, nproc_per_node: int, size_name: str) -> int:
     def record() -> None:
         print("=== recording on the simulated rig", flush=True)
         with rig_errors():
-            recorder.main(recorder.Settings(dataset_root=plan.root, **size.record))
+            record_on_rig(RecordSettings(dataset_root=plan.root, **size.record))
 
     return run_all.run("demo", "VLA workbench demo", plan, record)
