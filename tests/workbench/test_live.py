@@ -38,7 +38,8 @@ def test_the_view_shows_log_curves_and_end(tmp_path, views):
         append_jsonl(tmp_path / "metrics.jsonl", {**row, "train/gpu_memory_gib": 11.5})
     baselines = {f"val/baseline_{name}_action_loss": 0.4 for name in ("zero", "mean", "persistence")}
     append_jsonl(tmp_path / "metrics.jsonl", {"step": 3, "epoch": 1, "val/action_loss": 0.3, **baselines})
-    script = "from vla_lib.core.progress import Progress\nwith Progress(4, 'train', 'steps') as p: p.update(3); print('loss <3>')"
+    script = "from vla_lib.core.progress import Progress\n"
+    script += "with Progress(4, 'train', 'steps') as p: p.update(3); print('loss <3>')"
     asyncio.run(live.follow(Job([sys.executable, "-c", script], tmp_path)))
     (view,) = views
     assert "loss &lt;3&gt;" in view._log.value and "train 3/4 steps" in view._log.value
@@ -80,7 +81,7 @@ def test_the_stop_button_stops_the_job(tmp_path, views):
 
 
 def test_a_second_view_attaches_leaves_the_job_alone_and_can_stop_it(tmp_path, views):
-    """What a person does whose browser tab was closed: look at the run again from its files, look away, come back, stop it."""
+    """What a person does whose browser tab was closed: look at the run again, look away, come back, stop it."""
     append_jsonl(tmp_path / "metrics.jsonl", {"step": 1, "train/loss_step": 0.5, "train/lr": 1e-4})
     starter = Job([sys.executable, "-c", SLEEPER], tmp_path)
 

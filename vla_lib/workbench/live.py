@@ -1,8 +1,11 @@
-"""A job in, running or ended; its live progress out: bar with ETA, curves and a Stop button in JupyterLab, plain lines headless."""
+"""The live progress of a job: bar with ETA, curves and a Stop button in JupyterLab, plain lines headless."""
 
 import html
 from pathlib import Path
 from typing import Any
+
+import ipywidgets
+from IPython.display import display
 
 from vla_lib.core.files import read_jsonl
 from vla_lib.core.progress import read_line
@@ -17,12 +20,12 @@ LINES = 8  # of the log
 
 
 async def follow(job: Job | Path | str) -> dict[str, Any]:
-    """Start `job` and follow it to its end; returns the supervisor's final status. `status = await follow(job)` in a cell.
+    """Start `job` and follow it to its end; returns the supervisor's final status: `status = await follow(job)`.
 
-    A notebook whose tab was closed meanwhile shows the job again when it is opened again. A job that runs in that folder already, or ended well
-    there with the same command, is shown instead of started a second time. Given a run folder, its job is shown, whoever started it.
-    Interrupting a cell that only shows a job leaves the job alone; Stop stops it. Raises JobFailed or JobCancelled as `Job.watch` does,
-    UserError for a folder without a job.
+    A notebook whose tab was closed meanwhile shows the job again when it is opened again. A job that runs in that
+    folder already, or ended well there with the same command, is shown and not started a second time. Given a run
+    folder, its job is shown, whoever started it. Interrupting a cell that only shows a job leaves the job alone; Stop
+    stops it. Raises JobFailed or JobCancelled as `Job.watch` does, UserError for a folder without a job.
     """
     if not isinstance(job, Job):
         job = Job.attach(dataset_path(str(job)))
@@ -42,12 +45,9 @@ async def follow(job: Job | Path | str) -> dict[str, Any]:
 
 
 class TrainingView:
-    """Widgets of one job: a bar with its ETA, its newest figures and log lines, its curves redrawn every few seconds, a Stop button."""
+    """Widgets of one job: a bar with its ETA, figures and log lines, curves redrawn now and then, a Stop button."""
 
     def __init__(self, job: Job):
-        import ipywidgets
-        from IPython.display import display
-
         self.job = job
         self._lines: list[str] = []
         self._ticks = 0

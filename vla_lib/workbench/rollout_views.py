@@ -1,6 +1,6 @@
 """Rollouts to look at: sliders over paths and film strips, two variants side by side, and a rehearsal while it runs.
 
-A rehearsal is a rollout in real time, in a process of its own: a live view with a Stop button in JupyterLab, plain lines headless.
+A rehearsal is a rollout in real time, in a process of its own: a live view with a Stop button, plain lines headless.
 """
 
 import asyncio
@@ -18,7 +18,7 @@ from IPython.display import HTML, display
 from matplotlib.figure import Figure
 
 from vla_lib.core.errors import UserError
-from vla_lib.evaluation.closed_loop import ClosedLoop
+from vla_lib.evaluation.closed_loop import ClosedLoop, closed_loop
 from vla_lib.evaluation.rehearsal import RehearsalProcess
 from vla_lib.evaluation.rollout import Moment, rig_settings
 from vla_lib.evaluation.settings import RolloutSettings
@@ -62,8 +62,18 @@ def paths_slider(loop: ClosedLoop, most: int = 6) -> HTML:
     return offline_slider((plots.rollout(row, verdict(row)) for row in rows), [verdict(row) for row in rows])
 
 
+def filmed(loop: ClosedLoop | None, count: int, workers: int, frames: int = 8) -> list[dict[str, Any]]:
+    """`count` rollouts, failures first, run again with `frames` moments each: the same seeds give the same rollouts."""
+    seeds = [row["seed"] for row in failures_first(loop, count)] if loop else []
+    if loop is None or not seeds:
+        return []
+    return closed_loop({"filmed": loop.settings}, seeds, workers, frames)["filmed"].rollouts
+
+
 def films_slider(films: Sequence[Mapping[str, Any]]) -> HTML:
     """Film strips of filmed rollouts: two views, A-scan, force and action."""
+    if not films:
+        return sentence("No rollout was filmed.")
     views = list(films[0]["frames"][0].pictures)
     views = [view for view in ("View1_left", "View5") if view in views] or views[:2]
     strips = (plots.film_strip(film, views, verdict(film)) for film in films)
@@ -72,6 +82,8 @@ def films_slider(films: Sequence[Mapping[str, Any]]) -> HTML:
 
 def sensor_slider(films: Sequence[Mapping[str, Any]]) -> HTML:
     """A-scans and force over the time of filmed rollouts."""
+    if not films:
+        return sentence("No rollout was filmed.")
     figures = (plots.sensor(film["sensor"], film["sensor_t_s"]) for film in films)
     return offline_slider(figures, [verdict(film) for film in films])
 
@@ -143,9 +155,9 @@ def _trained_ages(checkpoint: Path) -> str:
 
 
 async def follow(process: RehearsalProcess) -> tuple[dict[str, Any], list[Moment]]:
-    """Follow a rehearsal to its end; returns its record and all moments. `record, moments = await follow(process)` in a cell.
+    """Follow a rehearsal to its end; returns its record and all moments: `record, moments = await follow(process)`.
 
-    Raises JobCancelled where the cell is interrupted (the robot is stopped first), else what `RehearsalProcess.result` raises.
+    Raises JobCancelled where the cell is interrupted (the robot is stopped first), else as `RehearsalProcess.result`.
     """
     view = RehearsalView(process) if interactive() else PlainView()
     moments: list[Moment] = []
@@ -236,7 +248,7 @@ def in_words(seen: Moment) -> str:
 
 
 def moments_slider(moments: Sequence[Moment], count: int = 4) -> HTML:
-    """The static twin of the live view: `count` instants, evenly over the run, the last included; a sentence where there was no tick."""
+    """The static twin of the live view: `count` instants, evenly over the run, the last included."""
     if not moments:
         return sentence("There was no tick: the rehearsal ended before its first one.")
     ends = [int(k) for k in np.unique(np.linspace(1, len(moments), count + 1).round())[1:]]

@@ -2,6 +2,7 @@
 out."""
 
 import math
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,28 @@ from vla_lib.training.settings import TrainingSettings
 from vla_lib.workbench.runs import find_runs
 
 PASSES = 4  # forward and backward, where no former run shows the time
+BATCH = {  # what SampleSet.batch gives: unit, meaning
+    "state": ("deg, mm", "joints 1 to 6, then the tool's pose: x, y, z and angles"),
+    "vl_tokens": ("", "VL features of the newest tick: a grid of tokens for each view, then one for the text"),
+    "vl_mask": ("", "which tokens come from a picture that was there"),
+    "vl_age_s": ("s", "how old these features are"),
+    "sensor": ("sensor's own", "samples up to now, oldest first: force, then 1025 depths of the A-scan"),
+    "sensor_mask": ("", "whether the window is whole; one that is not is zeros"),
+    "action": ("mm, deg", "target: a chunk of motions in the base frame (dx dy dz, rotation vector), gripper"),
+    "action_mask": ("", "which steps of the chunk count"),
+    "previous_action": ("mm, deg", "the motion before, for the persistence baseline alone"),
+}
+BLOCKS = {  # of a Policy
+    "memory": "VL tokens with their view, row and column, for attention to look at",
+    "scene": "VL tokens read at their fixed places, as a few tokens",
+    "state_in": "robot state as a token",
+    "age_in": "age of the VL features as a token",
+    "sensor_encoder": "sensor window as a few tokens",
+    "queries": "one learned token an action of the chunk",
+    "blocks": "transformer over all tokens",
+    "norm": "normalisation before the head",
+    "head": "action tokens to motions",
+}
 
 
 def table(name: str, settings: TrainingSettings, data: TrainingData, nproc_per_node: int) -> pd.DataFrame:
@@ -25,22 +48,46 @@ def table(name: str, settings: TrainingSettings, data: TrainingData, nproc_per_n
     steps = settings.max_steps or math.ceil(len(data.train) / per_step) * settings.epochs
     samples = steps * per_step
     policy, binding = Policy(data.policy_config(settings)), data.binding
-    counts = {part: sum(p.numel() for p in module.parameters()) for part, module in policy.named_children()}
-    largest = sorted(counts, key=lambda part: -counts[part])[:4]
-    parts = ", ".join(f"{part} {counts[part]:,}" for part in largest if counts[part])
-    if settings.live_vlm:
-        parts += f"; LoRA of rank {settings.lora_rank} in {binding['layer']} layers of the VLM besides"
+    lora = (
+        f" and LoRA of rank {settings.lora_rank} in {binding['layer']} layers of the VLM" if settings.live_vlm else ""
+    )
     rows = {
         "training samples": f"{len(data.train):,} of {len(data.split['train'])} episodes",
         "held out": f"{len(data.val or []):,} of {len(data.split['val'])} episodes",
         "VL cache": f"{binding['id']}: {policy.config.tokens} tokens of width {policy.config.token_dim}",
         "views": ", ".join(policy.config.views),
-        "parameters": f"{policy.parameter_count():,}, of which {parts}",
+        "parameters": f"{policy.parameter_count():,}{lora}",
         "optimiser steps": f"{steps:,} of {per_step} samples",
         "estimated time": _estimate(name, settings, samples, nproc_per_node)
         or _measured(settings, data, policy, samples, nproc_per_node),
     }
     return pd.DataFrame(rows.items(), columns=["what", "value"])
+
+
+def batch_table(data: TrainingData, size: int) -> pd.DataFrame:
+    """One row for each key of a batch of `size` training samples: shape, dtype, range, unit and meaning."""
+    rows = []
+    for key, values in data.train.batch(range(min(size, len(data.train)))).items():
+        unit, meaning = BATCH[key]
+        low, high = values.min().item(), values.max().item()
+        span = f"{low:.3g} to {high:.3g}"
+        rows.append((key, tuple(values.shape), str(values.dtype).removeprefix("torch."), span, unit, meaning))
+    return pd.DataFrame(rows, columns=["key", "shape", "dtype", "range", "unit", "meaning"])
+
+
+def model_table(settings: TrainingSettings, data: TrainingData) -> pd.DataFrame:
+    """One row for each block of the policy: parameters, their share, and what the block is for; then their sum."""
+    from vla_lib.policy.policy import Policy
+
+    policy = Policy(data.policy_config(settings))
+    counts: Counter[str] = Counter()
+    for name, parameter in policy.named_parameters():
+        counts[name.partition(".")[0]] += parameter.numel()
+    total = counts.total()
+    rows = [(name, f"{count:,}", f"{100 * count / total:.1f} %", BLOCKS[name]) for name, count in counts.items()]
+    return pd.DataFrame(
+        [*rows, ("all", f"{total:,}", "", "")], columns=["block", "parameters", "share", "what it does"]
+    )
 
 
 def _estimate(name: str, settings: TrainingSettings, samples: int, processes: int) -> str:

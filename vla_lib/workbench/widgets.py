@@ -1,4 +1,4 @@
-"""What a person clicks in JupyterLab, and the static twin of each for headless runs and HTML pages. Both call the same plots."""
+"""What a person clicks in JupyterLab, and the static twin of each for headless runs and HTML pages: the same plots."""
 
 import base64
 import io
@@ -26,7 +26,7 @@ ALL = "all datasets"
 def drawn(figure: Figure, kind: str = "png") -> bytes:
     """The figure as a picture file: `png`, or `jpeg` where several stand in one page (a third of the bytes)."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format=kind, **({"pil_kwargs": {"quality": 85}} if kind == "jpeg" else {}))
+    figure.savefig(buffer, format=kind, pil_kwargs={"quality": 85} if kind == "jpeg" else None)
     return buffer.getvalue()
 
 
@@ -53,7 +53,7 @@ def offline_slider(figures: Iterable[Figure], labels: Sequence[str]) -> HTML:
 
 
 def episode_table(root: Path) -> pd.DataFrame:
-    """All raw episodes below `root`: dataset, task, episode, layout, and the verdict and steps of those that are prepared."""
+    """All raw episodes below `root`, with verdict and steps of those that are prepared."""
     rows = []
     for files in find_episodes(root):
         row: dict[str, Any] = {"dataset": files.dataset, "task": files.task, "episode": files.name}
@@ -70,23 +70,22 @@ def episode_table(root: Path) -> pd.DataFrame:
 
 
 def choose_episode(root: Path, dataset: str = "", episode: str = "") -> EpisodeFiles:
-    """The first episode below `root` of that dataset and with that text in its name. Raises UserError where none fits."""
+    """The first episode below `root` of that dataset with that text in its name. Raises UserError where none fits."""
     found = find_episodes(root)
     fits = [files for files in found if dataset in ("", files.dataset) and episode in files.name]
     if not fits:
         names = ", ".join(sorted({files.dataset for files in found})) or "none at all"
-        raise UserError(
-            f"No episode below {root} has dataset '{dataset}' and '{episode}' in its name; the datasets there are {names}."
-        )
+        wanted = f"dataset '{dataset}' and '{episode}' in its name"
+        raise UserError(f"No episode below {root} has {wanted}; the datasets there are {names}.")
     return fits[0]
 
 
 def best_report(reports: Iterable[Mapping[str, Any]]) -> Mapping[str, Any]:
-    """Preprocessing's report of the episode with the most valid steps. Raises UserError where every one is rejected."""
+    """The report of the episode with the most valid steps. Raises UserError where every one is rejected."""
     kept = [report for report in reports if report["verdict"] != "rejected"]
     if not kept:
         raise UserError(
-            "Every episode is rejected, so there is nothing to go on with; the table of verdicts gives the reasons."
+            "Every episode is rejected, so there is nothing to show; the table of verdicts gives the reasons."
         )
     return max(kept, key=lambda report: report["summary"]["valid"])
 
@@ -110,7 +109,7 @@ class EpisodeView:
 
 
 class EpisodeBrowser:
-    """A root, dropdowns for dataset and episode (with a text filter), a time slider with play, and the drawn instant."""
+    """A root, dropdowns for dataset and episode with a text filter, a time slider with play, the drawn instant."""
 
     def __init__(self, root: Path, action_hz: float = 10.0):
         self.action_hz = action_hz
@@ -145,7 +144,8 @@ class EpisodeBrowser:
             self._files = find_episodes(root)
         except UserError as error:
             self._files, self.message.value = [], str(error)
-        verdicts = episode_table(root).groupby("episode")["verdict"].first() if self._files else {}
+        table = episode_table(root) if self._files else pd.DataFrame(columns=["episode", "verdict"])
+        verdicts = dict(zip(table["episode"], table["verdict"], strict=True))
         self._label = {files.path: f"{files.name}  [{verdicts[files.name]}]" for files in self._files}
         self.dataset.options = [ALL, *sorted({files.dataset for files in self._files})]
         self._list()
@@ -186,8 +186,8 @@ class EpisodeBrowser:
 class CheckpointPicker:
     """The checkpoint in question and those to compare it with, by parameters or, in JupyterLab, from two lists.
 
-    `checkpoint`: a path, or empty for the newest run's best one; `compare_with`: PATH or NAME=PATH each, None where one is all
-    that is wanted. `chosen` is what stands in the lists when it is read; headless it is what was given.
+    checkpoint: a path, or empty for the newest run's best one; compare_with: PATH or NAME=PATH each, None where one is
+    all that is wanted. `chosen` is what the lists hold when it is read; headless it is what was given.
     """
 
     def __init__(self, checkpoint: str = "", compare_with: Sequence[str] | None = None):

@@ -1,6 +1,6 @@
 """One opened episode: pictures, motion, sensor and actions, at an instant and over time.
 
-Times are seconds since the first robot row, and so is an instant `at_s`, drawn as a red line. Invalid steps are shaded grey.
+Times are seconds since the first robot row, and so is an instant `at_s`, drawn as a red line. Invalid steps are shaded.
 """
 
 import numpy as np
@@ -23,9 +23,9 @@ TIME = "time since first robot row (s)"
 def overview(
     episode: Episode, steps: Steps, at_s: float, mmode: SensorImage | None = None, axes: Panels = None
 ) -> Figure:
-    """Everything at one instant: the left view of each camera with its age, motion, sensor, and displacement of each step.
+    """Everything at one instant: left views with their age, motion, sensor, and displacement of each step.
 
-    `mmode`: the thinned A-scans, where they were read already (a slider reads them once). A missing stream is said in its panel.
+    mmode: the thinned A-scans, where they were read already (a slider reads them once).
     """
     shown = [seen for seen in pictures_at(episode, episode.start_s + at_s) if not seen.view.endswith("_right")]
     columns = max(1, len(shown))
@@ -89,7 +89,7 @@ def sensor(
 
 @plot
 def actions(episode: Episode, steps: Steps, at_s: float | None = None, axes: Panels = None) -> Figure:
-    """The motion of every step in the base frame: displacement in mm and, where there is a second panel, rotation in degrees."""
+    """The motion of every step in the base frame: displacement (mm) and, in a second panel, rotation (deg)."""
     title = f"{episode.name}: actions in the base frame"
     figure, found = panels(axes, (10, 4.8), (2, 1), title, sharex=True)
     rows = (("mm", 0, ("dx", "dy", "dz")), ("deg", 3, ("rx", "ry", "rz")))

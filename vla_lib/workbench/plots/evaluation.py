@@ -1,4 +1,4 @@
-"""Open-loop predictions beside the baselines: errors by step and dimension, predicted against true, chunks over the recorded path."""
+"""Open-loop predictions beside the baselines: errors, predicted against true, chunks over the recorded path."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -69,7 +69,7 @@ def predicted_against_true(found: OpenLoop, axes: Panels = None) -> Figure:
 def chunks_over_path(
     found: OpenLoop, episode: str, every: int = 8, samples: np.ndarray | None = None, axes: Panels = None
 ) -> Figure:
-    """The recorded motion of one held-out episode (mm from its start) and every few predicted chunks, from where they begin.
+    """The recorded motion of a held-out episode (mm from its start), and predicted chunks from where they begin.
 
     samples: (S, N, H, 7) other chunks of the episode's N samples, as a diffusion policy draws them from other noise.
     """

@@ -1,4 +1,4 @@
-"""Cached vision-language features: coverage, sizes, colours over the pictures, similarity, and whether they tell where the tool is."""
+"""Cached VL features: coverage, sizes, colours beneath pictures, similarity, and whether they locate the tool."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -44,8 +44,7 @@ def coverage(table: Sequence[Mapping[str, Any]], axes: Panels = None) -> Figure:
 def pooling_sizes(binding: Mapping[str, Any], ticks: int, token_grid: tuple[int, int], axes: Panels = None) -> Figure:
     """Size of the cache under each pooling option, the chosen one dark.
 
-    binding: of the cache (dtype, views, hidden_size, pooling); ticks: of the whole dataset; token_grid: (rows, columns) of image
-    tokens a picture.
+    binding: of the cache; ticks: of the whole dataset; token_grid: (rows, columns) of image tokens a picture.
     """
     options = {"mean": 1, "grid:2x3": 6, "grid:4x6": 24, "grid:8x12": 96, "tokens": token_grid[0] * token_grid[1]}
     chosen, views, hidden_size = binding["pooling"], len(binding["views"]), binding["hidden_size"]
@@ -69,7 +68,7 @@ def pooling_sizes(binding: Mapping[str, Any], ticks: int, token_grid: tuple[int,
 
 @plot
 def pca_maps(features: EpisodeFeatures, frames: Frames, ticks: Sequence[int], axes: Panels = None) -> Figure:
-    """Each view's grid of tokens as colours (first three principal components over the shown ticks) beneath its picture."""
+    """Each view's tokens as colours (first three principal components over the shown ticks) beneath its picture."""
     views = features.layout.views
     colours = _pca_colours(features, list(ticks))
     title = f"{features.key}\ntoken features: first three principal components as red, green, blue"
@@ -179,7 +178,7 @@ def probe(result: Probe | None, axes: Panels = None) -> Figure:
 
 
 def position_probe(episodes: Sequence[PreparedEpisode], features: Sequence[EpisodeFeatures]) -> Probe | None:
-    """A linear probe from the features to the tool's position (mm) on held-out episodes; None with fewer than four episodes."""
+    """A linear probe from features to the tool's position on held-out episodes; None with fewer than four episodes."""
     chosen = _spread(len(episodes), PROBE_EPISODES)
     if len(chosen) < 4:
         return None
@@ -190,8 +189,9 @@ def position_probe(episodes: Sequence[PreparedEpisode], features: Sequence[Episo
 def fit_probe(episodes: Sequence[EpisodeFeatures], positions_mm: Sequence[np.ndarray]) -> Probe:
     """Fit features -> position on three of four episodes and predict every fourth.
 
-    positions_mm: per episode (ticks, 3), the tool's position at each tick. The ridge strength is chosen on a quarter of the training
-    episodes, never on the held-out ones. Ticks that lack a picture are left out. Raises ValueError for fewer than four episodes.
+    positions_mm: per episode (ticks, 3), the tool's position at each tick. The ridge strength is chosen on a quarter of
+    the training episodes, never on the held-out ones. Ticks that lack a picture are left out. Raises ValueError for
+    fewer than four episodes.
     """
     if len(episodes) < 4:
         raise ValueError(f"a probe with held-out episodes needs four episodes or more, got {len(episodes)}")
@@ -212,7 +212,7 @@ def fit_probe(episodes: Sequence[EpisodeFeatures], positions_mm: Sequence[np.nda
 
 
 def seen_ticks(features: EpisodeFeatures, wanted: int) -> list[int]:
-    """`wanted` ticks, evenly over those at which some view was seen (the first picture may come after the first step)."""
+    """`wanted` ticks, evenly over those at which some view was seen: the first pictures come after the first step."""
     seen = np.flatnonzero(features.mask[:, features.layout.view_id >= 0].any(1).numpy())
     return seen[_spread(len(seen), wanted)].tolist() if len(seen) else [0]
 
@@ -259,7 +259,7 @@ def _flat(episode: EpisodeFeatures) -> np.ndarray:
 def _ridge(
     x: np.ndarray, y: np.ndarray, train: np.ndarray, test: np.ndarray, strengths: np.ndarray
 ) -> list[np.ndarray]:
-    """Predictions on `test` for each strength, by the dual form (fewer rows than columns); columns centred, one common scale."""
+    """Predictions on `test` for each strength; by the dual form, for there are fewer rows than columns."""
     mean, target = x[train].mean(0), y[train].mean(0)
     a, b = x[train] - mean, x[test] - mean
     kernel = a @ a.T
@@ -270,7 +270,7 @@ def _ridge(
 
 
 def _pca_colours(features: EpisodeFeatures, ticks: list[int]) -> dict[str, np.ndarray]:
-    """View -> (ticks, rows, cols, 3) in 0..1; components over the known tokens of the shown ticks, scaled to their 2nd..98th percentile."""
+    """View -> (ticks, rows, cols, 3) in 0..1, scaled to the 2nd..98th percentile of the known tokens."""
     layout = features.layout
     images = layout.view_id >= 0
     tokens = features.tokens[ticks][:, images].float().numpy().astype(np.float64)

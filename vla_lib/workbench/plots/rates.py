@@ -1,4 +1,4 @@
-"""What was measured of the streams: intervals, timelines with gaps, clock evidence; verdicts of all episodes; the check of data.pkl."""
+"""Measured streams: intervals, timelines with gaps, clock evidence; all verdicts; the check of data.pkl."""
 
 import copy
 from collections.abc import Mapping, Sequence
@@ -62,7 +62,7 @@ def timeline(episode: Episode, rates: Rates | None = None, axes: Panels = None) 
 
 @plot
 def offset_evidence(episode: Episode, axes: Panels = None) -> Figure:
-    """What speaks for the sensor clock's offset: where streams begin, and how the force traces agree where both exist."""
+    """What speaks for the sensor clock's offset: where streams begin, and how the two force traces agree."""
     title = f"{episode.name}: sensor clock {episode.sensor_clock.sentence()}"
     figure, (starts, forces) = panels(axes, (11, 3.0), "ab", title, width_ratios=(1.3, 1))
     _starts(starts, episode)
@@ -106,15 +106,15 @@ def verdicts(summaries: Sequence[Mapping[str, Any]], axes: Panels = None) -> Fig
     table = pd.DataFrame(list(summaries), columns=None if summaries else ["verdict", "seconds", "valid", "steps"])
     figure, (counts, validity, rates) = panels(axes, (11, 3.2), "abc", width_ratios=(1, 1.3, 1.7))
     levels = (GOOD, USABLE, REJECTED)
-    heights = [int((table["verdict"] == level).sum()) for level in levels]
-    bars = counts.bar([level.replace(" with ", "\nwith\n") for level in levels], heights)
-    for bar, level in zip(bars, levels, strict=True):
-        bar.set_color(COLOURS[level])
+    heights = [int((table["verdict"] == name).sum()) for name in levels]
+    bars = counts.bar([name.replace(" with ", "\nwith\n") for name in levels], heights)
+    for bar, name in zip(bars, levels, strict=True):
+        bar.set_color(COLOURS[name])
     counts.bar_label(bars)
     counts.set(ylabel="episodes", title="verdicts")
     for level, part in table.groupby("verdict"):
         share = 100 * part["valid"] / part["steps"].clip(lower=1)
-        validity.scatter(part["seconds"], share, s=14, color=COLOURS[str(level)], label=level)
+        validity.scatter(part["seconds"], share, s=14, color=COLOURS[str(level)], label=str(level))
     validity.set(xlabel="duration of the motion (s)", ylabel="valid steps (%)", title="validity", ylim=(-4, 104))
     legend(validity, 2)
     measured = {text: table[name].dropna() for name, text in RATES.items() if name in table}

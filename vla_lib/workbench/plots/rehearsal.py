@@ -17,7 +17,7 @@ MODES = ("act", "wait", "hold", "retreat", "stop")
 
 @plot
 def moment(moments: Sequence[Moment], force_limit_mN: float, axes: Panels = None) -> Figure:
-    """The newest picture of every view; A-scans, force, actions and age of the VL features of the last 10 s; latencies of the whole run."""
+    """Newest pictures; sensor, actions and age of the VL features of the last 10 s; latencies of the whole run."""
     pictures: dict[str, np.ndarray] = {}
     for seen in moments:
         pictures |= seen.pictures
@@ -41,7 +41,7 @@ def moment(moments: Sequence[Moment], force_limit_mN: float, axes: Panels = None
 
 @plot
 def timing(log: RunLog, axes: Panels = None) -> Figure:
-    """Lateness of a run's ticks, durations of expert and VLM, and the age of the features with the mode of each tick."""
+    """Lateness of a run's ticks, durations of expert and VLM, and the age of the features in each mode."""
     figure, (late, duration, age) = panels(axes, (10, 5.4), "ab;cc")
     _lateness(late, log.ticks)
     expert = [tick.expert_ms for tick in log.ticks]

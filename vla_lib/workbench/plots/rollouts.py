@@ -1,6 +1,6 @@
-"""Rollouts on the simulated rig: single ones with the rig's truth, many about their targets, variants side by side, film strips.
+"""Rollouts on the simulated rig: single ones with the rig's truth, many about their targets, variants, film strips.
 
-A rollout is a record of `evaluation.rollout.judged` with its `path` (t_s (n,), position_mm (n, 3), force_mN (n,)) and the rig's `truth`.
+A rollout is a record of `evaluation.rollout.judged` with its `path` (t_s (n,), position_mm (n, 3), force_mN (n,)).
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,8 +16,8 @@ from vla_lib.evaluation.sim_robot import BIN_MM, DEPTH_TOLERANCE_MM, FORCE_LIMIT
 from vla_lib.workbench.plots.style import BLACK, COLOURS, SERIES, Panels, legend, panels, picture, plot, say
 
 Rollout = Mapping[str, Any]
-LIMIT = {"color": COLOURS["limit"], "lw": 1, "ls": "--"}
-TOLERANCE = {"color": COLOURS["tolerance"], "alpha": 0.25, "lw": 0}
+LIMIT: dict[str, Any] = {"color": COLOURS["limit"], "lw": 1, "ls": "--"}
+TOLERANCE: dict[str, Any] = {"color": COLOURS["tolerance"], "alpha": 0.25, "lw": 0}
 
 
 @plot
@@ -74,7 +74,7 @@ def _above(panel: Axes, position_mm: np.ndarray, target: np.ndarray) -> None:
 
 @plot
 def from_above(rows: Sequence[Rollout], axes: Panels = None) -> Figure:
-    """Many rollouts, each about its own target: paths from above, and height over the membrane against lateral distance."""
+    """Many rollouts, each about its own target: paths from above, and height over the membrane by distance."""
     figure, (above, side) = panels(axes, (10, 4.6), "ab")
     above.add_patch(Circle((0, 0), LATERAL_TOLERANCE_MM, **TOLERANCE))
     side.axhline(0, color=COLOURS["membrane"], lw=1, label="membrane")
@@ -95,7 +95,7 @@ def from_above(rows: Sequence[Rollout], axes: Panels = None) -> Figure:
 
 @plot
 def sensor(samples: np.ndarray, t_s: np.ndarray, most: int = 1500, axes: Panels = None) -> Figure:
-    """Sensor samples (n, 1026), force first, over time (n,) s: A-scans as an image of depth (mm) and time, force (mN) below."""
+    """Sensor samples (n, 1026), force first, over time (n,) s: A-scans as an image, force (mN) below."""
     keep = np.linspace(0, len(t_s) - 1, min(most, len(t_s))).astype(int)
     figure, (scans, force) = panels(axes, (9, 5), (2, 1), sharex=True, height_ratios=(3, 1))
     image = a_scans(scans, samples[keep], t_s[keep])
@@ -156,7 +156,7 @@ def success(found: Mapping[str, ClosedLoop], axes: Panels = None) -> Figure:
 
 @plot
 def errors(found: Mapping[str, ClosedLoop], axes: Panels = None) -> Figure:
-    """Where the needle ended (lateral and depth error of punctured rollouts), and shares of peak forces and times to success."""
+    """Where the needle ended (of punctured rollouts), and shares of peak forces and times to success."""
     figure, (ends, force, took) = panels(axes, (11, 3.8), "abc", width_ratios=(1.4, 1, 1))
     box = (0, -DEPTH_TOLERANCE_MM), LATERAL_TOLERANCE_MM, 2 * DEPTH_TOLERANCE_MM
     ends.add_patch(Rectangle(*box, **TOLERANCE, label="tolerance"))
@@ -182,7 +182,7 @@ def errors(found: Mapping[str, ClosedLoop], axes: Panels = None) -> Figure:
 
 @plot
 def paired(one: ClosedLoop, other: ClosedLoop, names: Sequence[str], axes: Panels = None) -> Figure:
-    """Two variants on the same phantoms: who succeeds where the target lies, and how far from its axis each one ends."""
+    """Two variants on the same phantoms: who succeeds where, and how far from the target's axis each one ends."""
     figure, (where, distance) = panels(axes, (10, 4.8), "ab")
     pairs = list(zip(one.rollouts, other.rollouts, strict=True))
     outcomes = {
@@ -209,7 +209,7 @@ def paired(one: ClosedLoop, other: ClosedLoop, names: Sequence[str], axes: Panel
 
 @plot
 def film_strip(row: Rollout, views: Sequence[str], title: str = "", axes: Panels = None) -> Figure:
-    """A rollout with frames: a column a frame; pictures of `views`, below them A-scan, force and action."""
+    """A rollout with frames: a column a frame, with pictures of `views`, A-scan, force and action."""
     frames, lines = row["frames"], len(views) + 1
     size = (min(11, 1.45 * len(frames) + 0.4), 0.9 * len(views) + 1.9)
     heights = [1.0] * len(views) + [0.8]

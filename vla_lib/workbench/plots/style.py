@@ -7,8 +7,8 @@
         panel.set(xlabel="lateness of a tick (ms)", ylabel="ticks")
         return figure
 
-A plot takes data and returns a Figure. Given `axes=`, it draws into those, so that plots compose; else it makes a figure of its own.
-Figures are made without pyplot: nothing keeps them, so nothing has to be closed.
+A plot takes data and returns a Figure. Given `axes=`, it draws into those, so that plots compose; else it makes a
+figure of its own. Figures are made without pyplot: nothing keeps them, so nothing has to be closed.
 """
 
 import functools
@@ -17,6 +17,7 @@ from typing import Any, ParamSpec, TypeAlias
 
 import matplotlib as mpl
 import numpy as np
+from cycler import cycler
 from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -34,7 +35,8 @@ COLOURS = {
     "data": BLUE, "median": VERMILLION, "gap": VERMILLION, "invalid": GREY, "instant": VERMILLION,
     "policy": BLUE, "VL masked": PURPLE, "sensor masked": GREEN, "recorded": BLACK,
     "zero": GREY, "mean": ORANGE, "persistence": VERMILLION,
-    "force": ORANGE, "limit": VERMILLION, "tolerance": GREEN, "target": VERMILLION, "membrane": PURPLE, "reference": GREY,
+    "force": ORANGE, "limit": VERMILLION, "tolerance": GREEN, "target": VERMILLION, "membrane": PURPLE,
+    "reference": GREY,
     "success": BLUE, "failure": VERMILLION,
     "good": GREEN, "usable with exclusions": ORANGE, "rejected": VERMILLION,
     "covered": GREEN, "stale": ORANGE, "missing": PALE,
@@ -42,12 +44,12 @@ COLOURS = {
     "expert": BLUE, "VLM": ORANGE, "GPU memory": PURPLE,
 }  # fmt: skip
 
-# Names of episodes and datasets may be Korean; the first of these that is installed stands in for letters that DejaVu lacks
+# Names of episodes and datasets may be Korean; the first of these that is installed draws what DejaVu lacks
 KOREAN = ("Noto Sans CJK KR", "Noto Sans KR", "NanumGothic", "Malgun Gothic", "AppleGothic")
 
 
 @functools.cache
-def _look() -> dict[str, Any]:
+def _look() -> Any:  # matplotlib types it as a literal of all its settings
     korean = [name for name in KOREAN if name in font_manager.get_font_names()][:1]
     return {
         "font.family": ["DejaVu Sans", *korean],
@@ -66,7 +68,7 @@ def _look() -> dict[str, Any]:
         "legend.frameon": False,
         "legend.handlelength": 1.4,
         "legend.columnspacing": 1.2,
-        "axes.prop_cycle": mpl.cycler(color=SERIES),
+        "axes.prop_cycle": cycler(color=SERIES),
     }
 
 

@@ -1,4 +1,4 @@
-"""How a training run goes: its curves from the rows of metrics.jsonl, also while they grow, and what it drew its samples from."""
+"""How a training run goes: curves from the rows of metrics.jsonl, also while they grow, and what it drew."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,7 +18,7 @@ GPU = "train/gpu_memory_gib"
 
 @plot
 def training_curves(rows: Sequence[Row], axes: Panels = None) -> Figure:
-    """Loss of each optimiser step, held-out error beside the baselines, learning rate, time waited for data and GPU memory."""
+    """Loss of each step, held-out error beside the baselines, learning rate, time waited for data, GPU memory."""
     steps = [row for row in rows if any(name in row for name in LOSSES)]
     figure, found = panels(axes, (10, 6), (2, 2))
     loss, held_out, rate, waiting = found
