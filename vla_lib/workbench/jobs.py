@@ -24,6 +24,7 @@ import psutil
 
 from vla_lib.core.errors import UserError
 from vla_lib.core.files import read_json
+from vla_lib.core.settings import Settings
 
 GRACE_S = 20.0  # longer than a checkpoint takes
 LOG_TAIL_LINES = 15
@@ -46,8 +47,8 @@ class JobCancelled(Exception):
         return [f"JobCancelled: {self}"]
 
 
-def flags(settings: Any) -> list[str]:
-    """The command-line flags that make a front door's settings, a dataclass: of each value that is not its default."""
+def flags(settings: Settings) -> list[str]:
+    """The command-line flags that make a front door's settings: one of each value that is not its default."""
     words: list[str] = []
     for field in dataclasses.fields(settings):
         flag, value = field.name.replace("_", "-"), getattr(settings, field.name)
@@ -95,7 +96,7 @@ class Job:
     def torchrun(
         cls,
         module: str,
-        settings: Any,
+        settings: Settings,
         run_dir: Path,
         nproc_per_node: int = 1,
         log: str = "train.log",

@@ -1,16 +1,18 @@
-"""What a training will be, before it starts: its settings and data in; a table of sizes, steps and the estimated time
-out."""
+"""What a training run will be, before it starts: sizes, steps and the estimated time in one table."""
 
 import math
+import time
 from collections import Counter
-from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 
 from vla_lib.core.progress import clock
 from vla_lib.core.run_folder import read_record, read_results
+from vla_lib.policy.policy import Policy
 from vla_lib.training.data import TrainingData
+from vla_lib.training.device import uses_bf16, uses_gpu
 from vla_lib.training.settings import TrainingSettings
 from vla_lib.workbench.runs import find_runs
 
@@ -42,8 +44,6 @@ BLOCKS = {  # of a Policy
 def table(name: str, settings: TrainingSettings, data: TrainingData, nproc_per_node: int) -> pd.DataFrame:
     """Rows (what, value) for the notebook `name`; the time is estimated from the newest finished run of that
     notebook with as many processes, or from a few steps taken here."""
-    from vla_lib.policy.policy import Policy
-
     per_step = settings.batch_size * settings.grad_accum_steps * nproc_per_node
     steps = settings.max_steps or math.ceil(len(data.train) / per_step) * settings.epochs
     samples = steps * per_step
@@ -103,14 +103,8 @@ def _estimate(name: str, settings: TrainingSettings, samples: int, processes: in
     return ""
 
 
-def _measured(settings: TrainingSettings, data: TrainingData, policy: Any, samples: int, processes: int) -> str:
+def _measured(settings: TrainingSettings, data: TrainingData, policy: Policy, samples: int, processes: int) -> str:
     """From a few forward and backward passes here, on the device of the run, reading included."""
-    import time
-
-    import torch
-
-    from vla_lib.training.device import uses_bf16, uses_gpu
-
     if settings.live_vlm:
         return "no finished run of stage 2 to go by; the first steps will tell"
     device = torch.device("cuda" if uses_gpu(settings) else "cpu")
