@@ -43,12 +43,14 @@ class Settings:
 
     @classmethod
     def of(cls, parameters: Mapping[str, Any], **more: Any) -> Self:
-        """Settings from a notebook's parameters and `more`; parameters that are the notebook's own (`nproc_per_node`) are left out.
+        """Settings from a notebook's parameters and `more`; parameters that are the notebook's own (`nproc_per_node`) are
+        left out.
 
-        A notebook writes a path that is not given as "", and means a relative one from the project's folder, wherever it runs.
+        A notebook writes a path that is not given as "", and means a relative one from the project's folder, wherever it
+        runs. `auto` stands for the setting's default.
         """
-        kinds = get_type_hints(cls)
-        given = {field.name: parameters[field.name] for field in fields(cls) if field.name in parameters} | more
+        kinds, names = get_type_hints(cls), {field.name for field in fields(cls)}
+        given = {name: value for name, value in parameters.items() if name in names and value != "auto"} | more
         for name, value in given.items():
             if isinstance(value, str | Path) and Path in (kinds.get(name), *get_args(kinds.get(name))):
                 given[name] = PROJECT / Path(value).expanduser() if str(value) else None

@@ -3,40 +3,18 @@ through it."""
 
 import atexit
 import os
-from collections.abc import Mapping
-from dataclasses import fields
 from pathlib import Path
-from types import NoneType
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, TypeVar
 
 from vla_lib.core.errors import UserError
 from vla_lib.core.run_folder import PROJECT, RunFolder, write_results
+from vla_lib.core.settings import Settings
 from vla_lib.workbench import parameters as nb_parameters
 from vla_lib.workbench.jobs import JobCancelled
 from vla_lib.workbench.runs import data_state
 
 RUN_DIR_VARIABLE = "VLA_RUN_DIR"
-S = TypeVar("S")
-
-
-def settings_of(kind: type[S], parameters: Mapping[str, Any], **more: Any) -> S:
-    """A stage's settings from a notebook's parameters, those that the settings know; `more` counts more. A path is
-    meant from the project's folder; "" and "auto" mean None where the settings may be that. Raises UserError where the
-    settings refuse a value."""
-    hints, found = get_type_hints(kind), {}
-    for name in parameters.keys() & {field.name for field in fields(kind)}:  # type: ignore[arg-type]
-        value, kinds = parameters[name], get_args(hints[name]) or (hints[name],)
-        if NoneType in kinds and value in ("", "auto"):
-            value = None
-        elif Path in kinds:
-            value = dataset_path(value)
-        elif float in kinds and isinstance(value, str):
-            try:
-                value = float(value)
-            except ValueError:
-                raise UserError(f"{name} is {value!r}; give a number, or auto.") from None
-        found[name] = tuple(value) if isinstance(value, list) else value
-    return kind(**(found | more))
+S = TypeVar("S", bound=Settings)
 
 
 class NotebookRun:
@@ -53,8 +31,8 @@ class NotebookRun:
         self._folder = folder
 
     def settings(self, kind: type[S], **more: Any) -> S:
-        """A stage's settings from the notebook's parameters, see `settings_of`."""
-        return settings_of(kind, self.parameters, **more)
+        """A stage's settings from the notebook's parameters and `more`. Raises UserError where a value is refused."""
+        return kind.of(self.parameters, **more)
 
     def add_results(self, **values: Any) -> dict[str, Any]:
         """Merge `values` into the run's results.json; returns all results."""

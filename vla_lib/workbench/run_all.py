@@ -16,14 +16,24 @@ import pandas as pd
 from vla_lib.core.errors import UserError
 from vla_lib.core.progress import clock
 from vla_lib.core.run_folder import RunFolder, read_record, read_results, write_results
+from vla_lib.core.settings import Settings
 from vla_lib.episodes import find_episodes
+from vla_lib.episodes.prepare import PreprocessSettings
+from vla_lib.features.settings import CacheSettings
+from vla_lib.training.settings import AsyncSettings, DiffusionSettings
 from vla_lib.workbench import pages, runs, up_to_date
 from vla_lib.workbench.headless import RunResult, run_notebook
-from vla_lib.workbench.notebook import settings_of, shown
+from vla_lib.workbench.notebook import shown
 from vla_lib.workbench.parameters import notebook_path, read_parameters, resolve
 
 INSPECT, PREPARE, CACHE, EVALUATE = "01_inspect_episodes", "02_detect_hz", "03_cache_vl_features", "06_evaluate"
 ASYNC, DIFFUSION = "04_train_async", "05_train_diffusion"
+SETTINGS: dict[str, type[Settings]] = {
+    PREPARE: PreprocessSettings,
+    CACHE: CacheSettings,
+    ASYNC: AsyncSettings,
+    DIFFUSION: DiffusionSettings,
+}
 HANDED_ON = ("dataset_root", "cache_id", "checkpoint", "compare_with", "resume_run")  # from step to step
 
 
@@ -52,13 +62,10 @@ class FlowPlan:
 
     def settings(self, notebook: str) -> Any:
         """The settings of the stage that a notebook starts. Raises UserError where a value is refused."""
-        from vla_lib import build_vl_cache, preprocess, train_async, train_diffusion
-
-        doors = {PREPARE: preprocess, CACHE: build_vl_cache, ASYNC: train_async, DIFFUSION: train_diffusion}
         values = resolve(notebook_path(notebook), self.parameters(notebook))
         if (processes := values.get("nproc_per_node", 1)) < 1:
             raise UserError(f"nproc_per_node is {processes}; give 1 or more processes.")
-        return settings_of(doors[notebook].Settings, values)
+        return SETTINGS[notebook].of(values)
 
     def check(self) -> None:
         """Everything that can be refused before the first step. Raises UserError with the remedy."""

@@ -12,8 +12,10 @@ from typing import Any
 
 from vla_lib.core.errors import UserError
 from vla_lib.core.run_folder import read_record, read_results
+from vla_lib.episodes.prepare import PreprocessSettings
+from vla_lib.features.settings import CacheSettings
 from vla_lib.workbench import runs
-from vla_lib.workbench.notebook import dataset_path, settings_of
+from vla_lib.workbench.notebook import dataset_path
 
 Values = dict[str, Any]
 
@@ -91,7 +93,7 @@ def _prepared(values: Values) -> Check:
     from vla_lib import preprocess
     from vla_lib.episodes import load_prepared
 
-    jobs = preprocess.make_jobs(settings_of(preprocess.Settings, values))
+    jobs = preprocess.make_jobs(PreprocessSettings.of(values))
     now = preprocess.raw_state(jobs)
 
     def current(job: Any) -> bool:
@@ -108,10 +110,9 @@ def _prepared(values: Values) -> Check:
 
 
 def _cached(notebook: str, values: Values) -> Found:
-    from vla_lib import build_vl_cache
     from vla_lib.features.builder import plan
 
-    preflight, *_ = plan(settings_of(build_vl_cache.Settings, values))
+    preflight, *_ = plan(CacheSettings.of(values))
     name, count, todo = preflight.binding["id"], len(preflight.episodes), len(preflight.todo())
     facts = {"binding_id": name}
     if todo:
