@@ -314,7 +314,7 @@ def test_parameters_of_a_flow_reach_the_steps_that_they_mean(runs_folder):
     ):
         with pytest.raises(UserError, match=remedy):
             assign(words, NOTEBOOKS)
-    with pytest.raises(UserError, match="must be above 0"):
+    with pytest.raises(UserError, match="--lr is -1.0; it should be greater than 0"):
         FlowPlan(Path("data"), {"04_train_async": {"lr": -1.0}}).check()
 
 
