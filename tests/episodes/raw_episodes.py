@@ -86,13 +86,13 @@ class Raw:
         if self.sensor and self.layout != "F0":
             self._sensor(path)
         if self.layout == "F2":
-            told = {
+            metadata = {
                 "camera_views": ["View5", "View1"],
                 "sensor_hz": 650,
                 "camera_frames_count": 0,
                 "robot_states_count": -3,
             }
-            (path / "metadata.json").write_text(json.dumps(told))
+            (path / "metadata.json").write_text(json.dumps(metadata))
         return path
 
     def _robot(self, path: Path) -> None:

@@ -284,7 +284,7 @@ def test_a_root_that_cannot_be_written_is_told_with_the_remedy(root, monkeypatch
         prepare_all(root)
 
 
-def test_an_output_root_leaves_the_data_set_alone(root, tmp_path):
+def test_an_output_root_leaves_the_dataset_alone(root, tmp_path):
     before = everything(root)
     prepare_all(root, output_root=tmp_path / "out")
     assert everything(root) == before and find_prepared(root) == []
@@ -293,7 +293,7 @@ def test_an_output_root_leaves_the_data_set_alone(root, tmp_path):
     assert statuses(prepare_all(root, output_root=tmp_path / "out")) == ["unchanged", "unchanged"]
 
 
-def test_an_output_root_inside_the_data_set_is_not_taken_for_recordings(root):
+def test_an_output_root_inside_the_dataset_is_not_taken_for_recordings(root):
     prepare_all(root, output_root=root / "prepared")
     assert len(find_episodes(root)) == 2 and len(find_prepared(root)) == 2
 
@@ -349,7 +349,7 @@ def test_report_only_writes_nothing(root):
     assert results["good"] == 2 and find_prepared(root) == [] and not list(root.rglob(".*"))
 
 
-def test_data_set_folders_decide_names(root):
+def test_dataset_folders_decide_names(root):
     results = main(Settings(dataset_dirs=(root / "part1",), workers=1, quiet=True))
     assert results["written"] == 2 and load_prepared(find_prepared(root)[0]).dataset == "part1"
     assert main(Settings(dataset_root=root / "part1", workers=1, quiet=True))["unchanged"] == 2
@@ -402,7 +402,7 @@ def test_data_pkl_keeps_its_contract(prepared):
     )
     assert content["image_index"]["View5"].dtype == np.int32 and isinstance(content["image"]["View5"][0], str)
     assert content["sensor_data"]["array"] == "sensor.npy" and content["sensor_data"]["timestamp"].dtype == np.float64
-    told = set(content["metadata"])
+    keys = set(content["metadata"])
     assert {
         "episode_name",
         "dataset",
@@ -412,7 +412,7 @@ def test_data_pkl_keeps_its_contract(prepared):
         "action_hz",
         "num_actions",
         "num_robot_states",
-    } <= told
+    } <= keys
     assert {
         "duration_seconds",
         "has_sensor",
@@ -422,7 +422,7 @@ def test_data_pkl_keeps_its_contract(prepared):
         "findings",
         "schema_version",
         "fingerprint",
-    } <= told
+    } <= keys
 
 
 def test_a_pickle_that_tries_to_execute_is_refused(prepared, tmp_path, monkeypatch):

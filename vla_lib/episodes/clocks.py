@@ -18,8 +18,7 @@ from vla_lib.episodes.sensor_log import SensorLog
 
 Array = np.ndarray[Any, Any]
 
-STAGGER_S = 0.5
-"""Streams of one recording may begin this far apart without any clock being wrong."""
+STAGGER_S = 0.5  # streams of one recording may begin this far apart without any clock being wrong
 START_UNCERTAINTY_S = 0.2
 FORCE_SEARCH_S = 3.0
 FORCE_STEP_S = 0.005
@@ -31,15 +30,11 @@ class ClockOffset:
     """The offset that is used, and the evidence."""
 
     offset_s: float
-    how: str
-    """`given`, `estimated from forces`, `estimated from starts`, `assumed` or `no sensor`."""
-    start_difference_s: float | None
-    """First sensor sample minus first robot row, before any correction."""
-    camera_start_difference_s: float | None
-    """Earliest picture minus first robot row."""
+    how: str  # `given`, `estimated from forces`, `estimated from starts`, `assumed` or `no sensor`
+    start_difference_s: float | None  # first sensor sample minus first robot row, before any correction
+    camera_start_difference_s: float | None  # earliest picture minus first robot row
     uncertainty_s: float | None
-    correlation: float | None = None
-    """Of the two force traces at the best offset, where both were recorded."""
+    correlation: float | None = None  # of the two force traces at the best offset, where both were recorded
 
     def sentence(self) -> str:
         """What was used and why, in words."""

@@ -24,8 +24,7 @@ from vla_lib.core.files import atomic_path
 DATA_NAME = "data.pkl"
 SENSOR_NAME = "sensor.npy"
 SCHEMA = 1
-PROTOCOL = 4
-"""Protocol 4 needs only numpy's `_reconstruct`, `ndarray` and `dtype` to come back."""
+PROTOCOL = 4  # protocol 4 needs only numpy's `_reconstruct`, `ndarray` and `dtype` to come back
 KEYS = {"action", "timestamp", "valid", "state", "image", "image_timestamp", "image_index"}
 KEYS |= {"sensor_data", "instruction", "metadata"}
 _ADMITTED = {
@@ -101,7 +100,8 @@ def _array(value: Any, shape: tuple[int | None, ...], kind: str, name: str) -> A
     if len(value.shape) != len(shape) or any(n not in (None, m) for n, m in zip(shape, value.shape, strict=True)):
         shown = "(" + ", ".join("n" if n is None else str(n) for n in shape) + ")"
         raise ValueError(f"{name} has shape {value.shape}, {shown} is needed")
-    _require(value.dtype.kind in kind, f"{name} has dtype {value.dtype}")
+    if value.dtype.kind not in kind:  # no `_require`: to name a dtype takes longer than to check it
+        raise ValueError(f"{name} has dtype {value.dtype}")
     return value
 
 
@@ -117,6 +117,8 @@ def _check(content: dict[str, Any]) -> None:
     _require(isinstance(metadata, dict), "metadata is no dict")
     version = metadata["schema_version"]
     _require(version == SCHEMA, f"it has schema version {version}, this code reads {SCHEMA}")
+    for name in ("dataset", "layout", "action_hz", "sensor_hz", "fingerprint"):
+        _require(name in metadata, f"metadata has no {name}")
     _require(isinstance(content["instruction"], str), "instruction is no text")
     steps = len(_array(content["action"], (None, 7), "f", "action"))
     times = _array(content["timestamp"], (steps,), "f", "timestamp")

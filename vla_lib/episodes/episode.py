@@ -29,8 +29,7 @@ class Episode:
     files: EpisodeFiles
     robot: RobotLog
     sensor: SensorLog | None
-    pictures: dict[str, Pictures]
-    """View key -> pictures, sorted by key."""
+    pictures: dict[str, Pictures]  # view key -> pictures, sorted by key
     sensor_clock: ClockOffset
     findings: Findings
 
@@ -105,11 +104,9 @@ class PictureAt:
     """The newest picture of one view at an instant."""
 
     view: str
-    number: int
-    """Of how many pictures of the view; -1: none yet."""
+    number: int  # of how many pictures of the view; -1: none yet
     path: Path | None
-    age_ms: float
-    """Instant minus picture time; nan where there is none."""
+    age_ms: float  # instant minus picture time; nan where there is none
 
 
 def pictures_at(episode: Episode, at_s: float) -> list[PictureAt]:
@@ -127,10 +124,8 @@ def pictures_at(episode: Episode, at_s: float) -> list[PictureAt]:
 class SensorImage:
     """A-scans over time, thinned for drawing."""
 
-    t_s: Array
-    """(C,) UNIX seconds."""
-    values: Array = field(repr=False)
-    """(1025, C) float32: depth x time."""
+    t_s: Array  # (C,) UNIX seconds
+    values: Array = field(repr=False)  # (1025, C) float32: depth x time
 
 
 def sensor_image(episode: Episode, columns: int = 600) -> SensorImage | None:

@@ -16,10 +16,8 @@ GOOD, USABLE, REJECTED = "good", "usable with exclusions", "rejected"
 class Finding:
     """One sentence about one stream."""
 
-    weight: str
-    """`note`, `excluded` or `fatal`."""
-    stream: str
-    """`robot`, `sensor`, a view key such as `View1_left`, or `episode`."""
+    weight: str  # `note`, `excluded` or `fatal`
+    stream: str  # `robot`, `sensor`, a view key such as `View1_left`, or `episode`
     text: str
     left_out: bool = False
     """True where a whole stream or file is not used: such findings end the run's list of what was left out."""

@@ -18,8 +18,7 @@ POSES = tuple(tuple(f"{prefix}{axis}" for axis in "xyzabr") for prefix in ("pose
 JOINTS = tuple(tuple(f"{prefix}{number}" for number in range(1, 7)) for prefix in ("joint_", "joint_angle_", "j"))
 FORCES = ("force", "force_mn", "force_n")
 # Sensor files. Where no key has one of the names, one that contains `time` or `force` will do, or the right shape.
-CHANNELS = 1026
-"""Of a sample: force, then 1025 depth bins of the A-scan."""
+CHANNELS = 1026  # of a sample: force, then 1025 depth bins of the A-scan
 TIME_KEYS = ("timestamps", "timestamp", "times", "time", "recv_timestamps", "recv_timestamp", "t")
 FORCE_KEYS = ("forces", "force", "force_data", "forces_data")
 ALINE_KEYS = ("alines", "aline", "a_lines", "a_line", "ascans", "ascan", "oct", "oct_data", "fpi")
@@ -31,8 +30,7 @@ VIEW_FOLDER = re.compile(r"^view[ _-]?(\d)(?!\d)", re.IGNORECASE)
 SERIALS = {"41182735": 1, "49429257": 2, "44377151": 3, "49045152": 4}
 HAND_EYE = 5
 EXPECTED_VIEWS = ("View1_left", "View2_left", "View3_left", "View4_left", "View5")
-MAX_DEPTH = 5
-"""Levels searched below a root: dataset / task / episode, and room for two more."""
+MAX_DEPTH = 5  # levels searched below a root: dataset / task / episode, and room for two more
 SKIPPED_FOLDERS = {"cache", "__pycache__", "runs", "wandb"}
 
 
@@ -42,8 +40,7 @@ class RobotColumns:
 
     clock: tuple[str, ...]
     pose: tuple[str, ...]
-    joints: tuple[str, ...]
-    """Six names, or none."""
+    joints: tuple[str, ...]  # six names, or none
     force: str | None
 
 
@@ -70,17 +67,12 @@ class EpisodeFiles:
     """Where the parts of one raw episode lie."""
 
     path: Path
-    dataset: str
-    """The top folder of the dataset below the root."""
-    task: str
-    """Folders between dataset and episode (`Needle_insertion`), or empty."""
-    layout: str
-    """`F0`..`F3`, judged by columns and folders."""
+    dataset: str  # the top folder of the dataset below the root
+    task: str  # folders between dataset and episode (`Needle_insertion`), or empty
+    layout: str  # `F0`..`F3`, judged by columns and folders
     robot_log: Path | None
-    other_logs: tuple[Path, ...]
-    """Further CSV files with robot columns: reported, not used."""
-    sensor_files: tuple[Path, ...]
-    """All .npz files of the episode."""
+    other_logs: tuple[Path, ...]  # further CSV files with robot columns: reported, not used
+    sensor_files: tuple[Path, ...]  # all .npz files of the episode
 
     @property
     def name(self) -> str:

@@ -18,14 +18,12 @@ from vla_lib.episodes.layouts import HAND_EYE, SERIALS, VIEW_FOLDER
 from vla_lib.episodes.timeline import FAR_S
 
 Array = np.ndarray[Any, Any]
-Row = tuple[float, str, int]
-"""Time, relative path, size in bytes."""
+Row = tuple[float, str, int]  # time, relative path, size in bytes
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp")
 _TIME = re.compile(r"(\d{8,}(?:\.\d+)?)\.\w+$")
 _SERIAL = re.compile(r"(?:^|_)(\d{8})(?:_|$)")
-SMALL_PART = 0.6
-"""A picture smaller than this part of its view's median size is checked for being cut off."""
+SMALL_PART = 0.6  # a picture smaller than this part of its view's median size is checked for being cut off
 
 
 @dataclass
@@ -33,10 +31,8 @@ class Pictures:
     """All pictures of one view, by time."""
 
     view: str
-    paths: list[str] = field(repr=False)
-    """Relative to the episode folder, posix."""
-    t_s: Array = field(repr=False)
-    """(n,) float64 UNIX seconds, rising."""
+    paths: list[str] = field(repr=False)  # relative to the episode folder, posix
+    t_s: Array = field(repr=False)  # (n,) float64 UNIX seconds, rising
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -46,10 +42,8 @@ class Pictures:
 class Listing:
     """What lies in the picture folders, before any judgement."""
 
-    rows: dict[str, list[Row]] = field(default_factory=dict)
-    """View key -> rows, sorted by time."""
-    nameless: dict[str, int] = field(default_factory=dict)
-    """Folder -> pictures without a time in their names."""
+    rows: dict[str, list[Row]] = field(default_factory=dict)  # view key -> rows, sorted by time
+    nameless: dict[str, int] = field(default_factory=dict)  # folder -> pictures without a time in their names
 
 
 def list_pictures(episode: Path) -> Listing:

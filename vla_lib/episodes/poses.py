@@ -13,8 +13,7 @@ from scipy.spatial.transform import Rotation
 
 Array = np.ndarray[Any, Any]
 
-GRIPPER_CLOSED = 1.0
-"""The needle tool has no gripper: the seventh number of every action is this constant."""
+GRIPPER_CLOSED = 1.0  # the needle tool has no gripper: the seventh number of every action is this constant
 SAME_ROTATION_DEG = 0.005
 
 

@@ -33,8 +33,7 @@ from vla_lib.episodes.steps import Steps, build_steps, image_index, sensor_index
 Array = np.ndarray[Any, Any]
 
 LOCK_NAME = ".data.pkl.lock"
-CODE_VERSION = 1
-"""Raised whenever the same inputs and settings give other values: part of the fingerprint."""
+CODE_VERSION = 1  # raised whenever the same inputs and settings give other values: part of the fingerprint
 DIFFER = "differ between the windows that share them; the first window's stand"
 NO_NUMBERS = "hold values that are no numbers"
 """Ends of the two findings that only reading every sample can make."""
@@ -81,8 +80,7 @@ class EpisodeJob:
     """One raw episode to be prepared, as it is sent to a worker."""
 
     files: EpisodeFiles
-    key: str
-    """Episode path below the root."""
+    key: str  # episode path below the root
     out: Path
     instruction: str
     settings: PreprocessSettings
@@ -139,17 +137,13 @@ class EpisodeJob:
 class Report:
     """What happened to one episode; plain values, so that it crosses processes and goes into JSON."""
 
-    key: str
-    """Episode path below the root."""
-    status: str
-    """`written`, `unchanged`, `reported`, `rejected` or `failed`."""
+    key: str  # episode path below the root
+    status: str  # `written`, `unchanged`, `reported`, `rejected` or `failed`
     verdict: str
     reasons: list[str]
     left_out: list[str]
-    summary: dict[str, Any]
-    """The row of the table of all episodes."""
-    rates: list[dict[str, Any]]
-    """One measured row per stream."""
+    summary: dict[str, Any]  # the row of the table of all episodes
+    rates: list[dict[str, Any]]  # one measured row per stream
 
     def to_dict(self) -> dict[str, Any]:
         return dict(vars(self))
@@ -236,7 +230,7 @@ class _Study:
             reasons=self.findings.reasons,
             left_out=self.findings.left_out,
             summary=summary | {"full_windows": int(full.sum())},
-            rates=[row.to_dict() for row in self.rates.streams],
+            rates=[row.to_dict() for row in self.rates.values()],
         )
 
 
@@ -258,7 +252,7 @@ def _write(job: EpisodeJob, episode: Episode, fingerprint: str, before: dict[str
             episode.sensor = None
             episode.findings.exclude("sensor", f"the stream is not used: {error}", left_out=True)
             study = _Study(job, episode, "written")
-        if len(episode.findings) > known:  # the bytes told something that the times did not
+        if len(episode.findings) > known:  # the bytes showed something that the times did not
             study.judge()
     content = _content(study, fingerprint, force)
     check_content(content, out / DATA_NAME)

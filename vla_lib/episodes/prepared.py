@@ -68,6 +68,14 @@ class PreparedEpisode:
         """The episode folder."""
         content = self._read()
         self.metadata: dict[str, Any] = content["metadata"]
+        self.name: str = self.path.name
+        self.dataset: str = str(self.metadata["dataset"])  # the dataset folder below the root
+        self.task: str = str(self.metadata.get("task", ""))  # folder between dataset and episode, or empty
+        self.layout: str = str(self.metadata["layout"])
+        self.action_hz: float = float(self.metadata["action_hz"])
+        self.sensor_hz: float = float(self.metadata["sensor_hz"] or 0.0)
+        self.fingerprint: str = str(self.metadata["fingerprint"])
+        """Identifies the inputs and settings that data.pkl was made from."""
         self.instruction: str = content["instruction"]
         self.views: list[str] = sorted(content["image"])
         """View keys, sorted."""
@@ -85,37 +93,6 @@ class PreparedEpisode:
 
     def __repr__(self) -> str:
         return f"PreparedEpisode({str(self.path)!r}, {len(self)} steps)"
-
-    @property
-    def name(self) -> str:
-        return self.path.name
-
-    @property
-    def dataset(self) -> str:
-        """Name of the dataset folder below the root."""
-        return str(self.metadata["dataset"])
-
-    @property
-    def task(self) -> str:
-        """Folder between dataset and episode, or empty."""
-        return str(self.metadata.get("task", ""))
-
-    @property
-    def layout(self) -> str:
-        return str(self.metadata["layout"])
-
-    @property
-    def fingerprint(self) -> str:
-        """Identifies the inputs and settings that data.pkl was made from."""
-        return str(self.metadata["fingerprint"])
-
-    @property
-    def action_hz(self) -> float:
-        return float(self.metadata["action_hz"])
-
-    @property
-    def sensor_hz(self) -> float:
-        return float(self.metadata["sensor_hz"] or 0.0)
 
     @cached_property
     def _steps(self) -> _Steps:

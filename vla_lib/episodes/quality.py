@@ -16,8 +16,7 @@ from vla_lib.episodes.timeline import Span
 Array = np.ndarray[Any, Any]
 NAN = float("nan")
 
-LEAST_VALID_S = 0.8
-"""One chunk of eight actions at 10 Hz: less cannot be trained on."""
+LEAST_VALID_S = 0.8  # one chunk of eight actions at 10 Hz: less cannot be trained on
 LEAST_VALID_PART = 0.5
 STILL_MM = 0.5
 FAR_START_S = 2.0
@@ -31,46 +30,28 @@ class StreamRate:
     """What was measured of one stream; nan where there was nothing to measure."""
 
     stream: str
-    count: int
-    """Usable entries (rows, samples, pictures)."""
-    hz: float
-    """1 / median interval."""
-    mean_hz: float
-    """Entries over the whole span, gaps included."""
+    count: int  # usable entries (rows, samples, pictures)
+    hz: float  # 1 / median interval
+    mean_hz: float  # entries over the whole span, gaps included
     distinct_hz: float
     """Changes of the content a second while it changes (robot: refreshes of the controller); nan where not measured."""
-    jitter_p50_ms: float
-    """Median of |interval - median interval|."""
+    jitter_p50_ms: float  # median of |interval - median interval|
     jitter_p99_ms: float
     jitter_max_ms: float
     gaps: tuple[Span, ...]
-    repeats: int
-    """Entries that repeat the time of the one before."""
+    repeats: int  # entries that repeat the time of the one before
     backward_steps: int
-    start_s: float
-    """First entry, seconds after the first robot row."""
-    end_s: float
-    """Last entry, seconds after the last robot row (positive: goes on after the motion)."""
-    clock_offset_s: float
-    """Taken off this stream's times."""
-    clock: str
-    """How its times relate to the robot's."""
+    start_s: float  # first entry, seconds after the first robot row
+    end_s: float  # last entry, seconds after the last robot row (positive: goes on after the motion)
+    clock_offset_s: float  # taken off this stream's times
+    clock: str  # how its times relate to the robot's
 
     def to_dict(self) -> dict[str, Any]:
         return vars(self) | {"gaps": [list(gap) for gap in self.gaps]}
 
 
-@dataclass(frozen=True)
-class Rates:
-    """All streams of one episode."""
-
-    streams: list[StreamRate]
-
-    def __getitem__(self, stream: str) -> StreamRate:
-        return next(row for row in self.streams if row.stream == stream)
-
-    def __contains__(self, stream: str) -> bool:
-        return any(row.stream == stream for row in self.streams)
+Rates = dict[str, StreamRate]
+"""Stream name -> what was measured of it: the robot first, then the sensor, then every view."""
 
 
 def intervals_ms(t_s: Array) -> Array:
@@ -127,7 +108,7 @@ def measure(episode: Episode, gaps: Mapping[str, list[Span]] | None = None) -> R
         rows.append(row("sensor", sensor.t_s, clean.repeats, clock, clean.backward_steps, offset=offset_s))
     for view, pictures in episode.pictures.items():
         rows.append(row(view, pictures.t_s, int((np.diff(pictures.t_s) == 0).sum()), "assumed equal"))
-    return Rates(rows)
+    return {row.stream: row for row in rows}
 
 
 def judge(episode: Episode, steps: Steps, rates: Rates | None = None, extra: Iterable[Finding] = ()) -> Findings:
@@ -205,8 +186,8 @@ def summary_row(
 ) -> dict[str, Any]:
     """One row of the table of all episodes (plain values)."""
     robot = rates["robot"] if rates else None
-    sensor = rates["sensor"] if rates and "sensor" in rates else None
-    cameras = [row.hz for row in rates.streams if row.stream.startswith("View")] if rates else []
+    sensor = rates.get("sensor") if rates else None
+    cameras = [row.hz for row in rates.values() if row.stream.startswith("View")] if rates else []
     return {
         "episode": key,
         "layout": layout,
@@ -237,6 +218,6 @@ def verdict_table(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
 
 def rate_table(rates: Rates) -> pd.DataFrame:
     """One episode's streams in one table; gaps as their number and total length."""
-    frame = pd.DataFrame([row.to_dict() for row in rates.streams])
+    frame = pd.DataFrame([row.to_dict() for row in rates.values()])
     gaps = frame.pop("gaps")
     return frame.assign(gaps=gaps.map(len), gap_s=gaps.map(lambda spans: float(sum(e - b for b, e in spans))))

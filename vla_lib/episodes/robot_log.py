@@ -25,16 +25,12 @@ class RobotLog:
     """All usable rows of one robot log; times strictly increase."""
 
     path: Path
-    t_s: Array
-    """(T,) float64, UNIX seconds of the robot host: when the row was published."""
-    pose: Array
-    """(T, 6) float64: x y z in mm, alpha beta gamma in degrees (intrinsic XYZ)."""
-    joints: Array
-    """(T, 6) float64 degrees; zeros where the log has no joints."""
+    t_s: Array  # (T,) float64, UNIX seconds of the robot host: when the row was published
+    pose: Array  # (T, 6) float64: x y z in mm, alpha beta gamma in degrees (intrinsic XYZ)
+    joints: Array  # (T, 6) float64 degrees; zeros where the log has no joints
     force: Array | None
     """(T,) the log's own force column where it carries a signal (a placeholder of zeros is None)."""
-    clock: str
-    """The column that gave the times."""
+    clock: str  # the column that gave the times
     clock_lag_s: float | None
     """Median of receive time minus robot time, where both are logged: network delay plus clock difference."""
     cleaned: Cleaned = field(repr=False)

@@ -19,8 +19,7 @@ from vla_lib.episodes.layouts import ALINE_KEYS, CHANNELS, FORCE_KEYS, TIME_KEYS
 
 Array = np.ndarray[Any, Any]
 
-BLOCK_ROWS = 512
-"""Rows read at a time: 2 MB, so that the work stays in the processor's cache."""
+BLOCK_ROWS = 512  # rows read at a time: 2 MB, so that the work stays in the processor's cache
 _NO_NPZ = (OSError, zipfile.BadZipFile, ValueError, EOFError, struct.error, NotImplementedError, RuntimeError)
 
 
@@ -31,8 +30,7 @@ class Member:
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
     fortran: bool
-    offset: int | None
-    """Byte where the values begin in the file; None where they are compressed."""
+    offset: int | None  # byte where the values begin in the file; None where they are compressed
 
 
 class NpzFile:
@@ -117,8 +115,7 @@ class SensorKeys:
     """Which keys of a file hold what."""
 
     time: str
-    body: str
-    """Windows (N, W, 1026) or samples (N, 1026), force first; with `force`: A-lines (N, 1025)."""
+    body: str  # windows (N, W, 1026) or samples (N, 1026), force first; with `force`: A-lines (N, 1025)
     force: str | None = None
 
 

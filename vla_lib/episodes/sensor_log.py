@@ -31,15 +31,11 @@ class SensorLog:
     """The whole sensor stream of an episode, in the robot's time."""
 
     files: list[SensorFile]
-    t_s: Array
-    """(S,) float64 UNIX seconds, clock offset already taken off."""
-    hz: float
-    """Rate from the median interval."""
-    gaps: list[Span]
-    """Spans without samples (in windows: within which samples were lost)."""
+    t_s: Array  # (S,) float64 UNIX seconds, clock offset already taken off
+    hz: float  # rate from the median interval
+    gaps: list[Span]  # spans without samples (in windows: within which samples were lost)
     cleaned: Cleaned = field(repr=False)
-    clock_offset_s: float = 0.0
-    """How far the sensor's clock was ahead of the robot's; taken off already."""
+    clock_offset_s: float = 0.0  # how far the sensor's clock was ahead of the robot's; taken off already
 
     def __len__(self) -> int:
         return len(self.t_s)
@@ -140,10 +136,8 @@ def _opened(paths: Sequence[Path], findings: Findings) -> Iterator[SensorFile]:
 class Stitched:
     """How a stack of V windows becomes one stream of S samples."""
 
-    new: Array
-    """(V,) number of last rows of each window that no earlier window holds."""
-    t_s: Array
-    """(S,) rebuilt time of each sample."""
+    new: Array  # (V,) number of last rows of each window that no earlier window holds
+    t_s: Array  # (S,) rebuilt time of each sample
     hz: float
     gaps: list[Span]
 

@@ -31,16 +31,11 @@ class Steps:
     """The action grid of one episode (N steps)."""
 
     hz: float
-    t_s: Array
-    """(N,) float64 UNIX seconds, exactly start + k / hz."""
-    state: Array
-    """(N, 12) float32: joints (deg), pose (mm, deg) at t_k."""
-    action: Array
-    """(N, 7) float32: mm, degrees, gripper."""
-    valid: Array
-    """(N,) bool: no stream has a gap across the step."""
-    gaps: dict[str, list[Span]]
-    """Stream -> spans without data, in seconds."""
+    t_s: Array  # (N,) float64 UNIX seconds, exactly start + k / hz
+    state: Array  # (N, 12) float32: joints (deg), pose (mm, deg) at t_k
+    action: Array  # (N, 7) float32: mm, degrees, gripper
+    valid: Array  # (N,) bool: no stream has a gap across the step
+    gaps: dict[str, list[Span]]  # stream -> spans without data, in seconds
 
     def __len__(self) -> int:
         return len(self.t_s)

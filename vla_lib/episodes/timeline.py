@@ -19,16 +19,11 @@ FAR_S = 6 * 3600.0
 class Cleaned:
     """What `clean_times` found: which rows to keep, in order, and why the others go."""
 
-    keep: Array = field(repr=False)
-    """(K,) int64: rows to keep; their stamps strictly increase."""
-    unusable: int
-    """Rows whose stamp is no number or lies hours away from all others."""
-    backwards: int
-    """Rows whose stamp lies behind that of an earlier row that is kept (a clock that stepped)."""
-    repeats: int
-    """Rows that carry the same stamp as the row before."""
-    backward_steps: int
-    """How often the clock stepped back between two neighbouring rows."""
+    keep: Array = field(repr=False)  # (K,) int64: rows to keep; their stamps strictly increase
+    unusable: int  # rows whose stamp is no number or lies hours away from all others
+    backwards: int  # rows whose stamp lies behind that of an earlier row that is kept (a clock that stepped)
+    repeats: int  # rows that carry the same stamp as the row before
+    backward_steps: int  # how often the clock stepped back between two neighbouring rows
     largest_step_back_s: float
 
     def report(self, stream: str, entries: str, findings: Findings, known: int = 0) -> None:

@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from vla_lib.episodes.clocks import STAGGER_S, force_curve
+from vla_lib.episodes.clocks import STAGGER_S, force_curve, search_center_s
 from vla_lib.episodes.episode import Episode
 from vla_lib.episodes.findings import GOOD, REJECTED, USABLE
 from vla_lib.episodes.quality import Rates, distinct_hz, intervals_ms, measure
@@ -43,7 +43,7 @@ def intervals(episode: Episode, axes: Panels = None) -> Figure:
 @plot
 def timeline(episode: Episode, rates: Rates | None = None, axes: Panels = None) -> Figure:
     """When each stream runs, against the robot's motion (grey), with its gaps in red."""
-    streams = (rates or measure(episode)).streams
+    streams = list((rates or measure(episode)).values())
     figure, (panel,) = panels(axes, (10, 0.36 * len(streams) + 1.4))
     panel.axvspan(0, episode.duration_s, color=PALE, lw=0, zorder=0)
     last = max(episode.duration_s, *(row.end_s + episode.duration_s for row in streams))
@@ -91,7 +91,7 @@ def _force_agreement(panel: Axes, episode: Episode) -> None:
         clock, recorded = episode.sensor_clock, copy.copy(episode.sensor)
         recorded.t_s = recorded.t_s + clock.offset_s  # as recorded, before the correction
         start = clock.start_difference_s or 0.0
-        curve = force_curve(episode.robot, recorded, start if abs(start) > STAGGER_S else 0.0)
+        curve = force_curve(episode.robot, recorded, search_center_s(start))
     if curve is None:
         panel.set_axis_off()
         return say(panel, "the robot log holds no force,\nso forces cannot be compared")
