@@ -228,7 +228,7 @@ def test_the_plots_tell_units_and_counts(tmp_path):
     assert all("(" in axis.get_xlabel() for axis in timing(log).axes)
     tick, pictures = Tick(5, 0.5, 0.0, reason="stale sensor"), {"View5": np.zeros((9, 16, 3), np.uint8)}
     frame = Moment(tick, 0.1, np.full((5, 1026), 7.0), 0.4 + np.arange(5) / 50, pictures)
-    strip = plots.film_strip(record | {"frames": [frame] * 3}, views=("View5",))
+    strip = plots.frame_strip(record | {"frames": [frame] * 3}, views=("View5",))
     assert len(strip.axes) == 6 and "7 mN\nstale sensor" in strip.axes[-1].get_xlabel()
 
 

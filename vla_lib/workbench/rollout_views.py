@@ -1,4 +1,4 @@
-"""Rollouts to look at: sliders over paths and film strips, two variants side by side, and a rehearsal while it runs.
+"""Rollouts to look at: sliders over paths and frames, two variants side by side, and a rehearsal while it runs.
 
 A rehearsal is a rollout in real time, in a process of its own: a live view with a Stop button, plain lines headless.
 """
@@ -62,30 +62,30 @@ def paths_slider(loop: ClosedLoop, most: int = 6) -> HTML:
     return offline_slider((plots.rollout(row, verdict(row)) for row in rows), [verdict(row) for row in rows])
 
 
-def filmed(loop: ClosedLoop | None, count: int, workers: int, frames: int = 8) -> list[dict[str, Any]]:
+def with_frames(loop: ClosedLoop | None, count: int, workers: int, frames: int = 8) -> list[dict[str, Any]]:
     """`count` rollouts, failures first, run again with `frames` moments each: the same seeds give the same rollouts."""
     seeds = [row["seed"] for row in failures_first(loop, count)] if loop else []
     if loop is None or not seeds:
         return []
-    return closed_loop({"filmed": loop.settings}, seeds, workers, frames)["filmed"].rollouts
+    return closed_loop({"again": loop.settings}, seeds, workers, frames)["again"].rollouts
 
 
-def films_slider(films: Sequence[Mapping[str, Any]]) -> HTML:
-    """Film strips of filmed rollouts: two views, A-scan, force and action."""
-    if not films:
-        return sentence("No rollout was filmed.")
-    views = list(films[0]["frames"][0].pictures)
+def frames_slider(rows: Sequence[Mapping[str, Any]]) -> HTML:
+    """Rollouts frame by frame: two views, A-scan, force and action."""
+    if not rows:
+        return sentence("There is no rollout to show frame by frame.")
+    views = list(rows[0]["frames"][0].pictures)
     views = [view for view in ("View1_left", "View5") if view in views] or views[:2]
-    strips = (plots.film_strip(film, views, verdict(film)) for film in films)
-    return offline_slider(strips, [verdict(film) for film in films])
+    strips = (plots.frame_strip(row, views, verdict(row)) for row in rows)
+    return offline_slider(strips, [verdict(row) for row in rows])
 
 
-def sensor_slider(films: Sequence[Mapping[str, Any]]) -> HTML:
-    """A-scans and force over the time of filmed rollouts."""
-    if not films:
-        return sentence("No rollout was filmed.")
-    figures = (plots.sensor(film["sensor"], film["sensor_t_s"]) for film in films)
-    return offline_slider(figures, [verdict(film) for film in films])
+def sensor_slider(rows: Sequence[Mapping[str, Any]]) -> HTML:
+    """A-scans and force of rollouts over time."""
+    if not rows:
+        return sentence("There is no rollout to show frame by frame.")
+    figures = (plots.sensor(row["sensor"], row["sensor_t_s"]) for row in rows)
+    return offline_slider(figures, [verdict(row) for row in rows])
 
 
 class PairView:

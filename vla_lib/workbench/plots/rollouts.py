@@ -1,4 +1,4 @@
-"""Rollouts on the simulated rig: single ones with the rig's truth, many about their targets, variants, film strips.
+"""Rollouts on the simulated rig: single ones with the rig's truth, many about their targets, variants, frames.
 
 A rollout is a record of `evaluation.rollout.judged` with its `path` (t_s (n,), position_mm (n, 3), force_mN (n,)).
 """
@@ -171,7 +171,8 @@ def errors(found: Mapping[str, ClosedLoop], axes: Panels = None) -> Figure:
     ends.set(
         xlabel="distance from the target's axis (mm)", ylabel="depth error (mm), above 0: too deep", xlim=(0, None)
     )
-    legend(ends, 3)
+    if axes is None:  # of all panels: names of variants may be long
+        figure.legend(*ends.get_legend_handles_labels(), loc="outside upper center", ncols=3)
     force.axvline(FORCE_LIMIT_MN, **LIMIT)
     force.set(xlabel="peak force (mN), dashed: limit", ylabel="share of rollouts", ylim=(0, 1.02))
     if not took.lines:
@@ -208,7 +209,7 @@ def paired(one: ClosedLoop, other: ClosedLoop, names: Sequence[str], axes: Panel
 
 
 @plot
-def film_strip(row: Rollout, views: Sequence[str], title: str = "", axes: Panels = None) -> Figure:
+def frame_strip(row: Rollout, views: Sequence[str], title: str = "", axes: Panels = None) -> Figure:
     """A rollout with frames: a column a frame, with pictures of `views`, A-scan, force and action."""
     frames, lines = row["frames"], len(views) + 1
     size = (min(11, 1.45 * len(frames) + 0.4), 0.9 * len(views) + 1.9)
