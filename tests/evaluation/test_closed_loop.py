@@ -1,4 +1,5 @@
-"""Closed loop on the simulated rig: judgement, figures, seeds, processes. The scripted demonstrator reads the rig's truth: a reference for tests."""
+"""Closed loop on the simulated rig: judgement, figures, seeds, processes. The scripted demonstrator reads the rig's
+truth: a reference for tests."""
 
 import numpy as np
 import pytest
@@ -28,7 +29,8 @@ from vla_lib.workbench.rollout_views import failures_first
 
 
 class Scripted:
-    """The demonstrator as an expert, with a constant error `bias` (7,) of every action; `asked` keeps what it answered."""
+    """The demonstrator as an expert, with a constant error `bias` (7,) of every action; `asked` keeps what it
+    answered."""
 
     sensor_window = 65
 
@@ -85,7 +87,8 @@ def test_rollouts_are_deterministic_by_the_seed():
 
 
 def test_trap_36_a_small_open_loop_error_can_miss_the_goal():
-    """An error of 0.08 mm a step is far below that of the mean predictor, and yet the needle stops too deep, on every phantom."""
+    """An error of 0.08 mm a step is far below that of the mean predictor, and yet the needle stops too deep, on every
+    phantom."""
     bias = np.array([0, 0, -0.08, 0, 0, 0, 0])
     for seed in range(3, 6):
         record, expert = scripted(seed)

@@ -1,4 +1,5 @@
-"""Rehearsals in real time: the same runner, a process of its own, a Stop that gets through. Logic only: counts and reasons, never milliseconds."""
+"""Rehearsals in real time: the same runner, a process of its own, a Stop that gets through. Logic only: counts and
+reasons, never milliseconds."""
 
 import asyncio
 

@@ -1,4 +1,5 @@
-"""Evaluation of several checkpoints: what is tried, what is refused, contact apart; no model runs here (tests/workbench/test_flow.py runs all of it)."""
+"""Evaluation of several checkpoints: what is tried, what is refused, contact apart; no model runs here
+(tests/workbench/test_flow.py runs all of it)."""
 
 import dataclasses
 
@@ -128,7 +129,8 @@ def test_what_cannot_be_evaluated_is_refused(write, tmp_path):
 
 
 class Recorded:
-    """What `phases` reads of a prepared episode: 20 steps of 65 samples after 1 s of rest at -2 mN, pushed from step 10 on."""
+    """What `phases` reads of a prepared episode: 20 steps of 65 samples after 1 s of rest at -2 mN, pushed from step 10
+    on."""
 
     has_sensor, sensor_hz = True, 650.0
     sensor_index = 650 + 65 * np.arange(20)

@@ -1,4 +1,5 @@
-"""A robot without physics on the test's own clock, experts and VLMs that are told what to do, shared by the tests of the runtime room."""
+"""A robot without physics on the test's own clock, experts and VLMs that are told what to do, shared by the tests of
+the runtime room."""
 
 from collections.abc import Callable
 
@@ -17,7 +18,8 @@ START = (50.0, 50.0, 50.0, 0.0, 0.0, 0.0)
 
 
 class PlainRobot:
-    """Does what it is told at once, samples at 650 Hz, and keeps everything; `edit(t_s, fields)` may spoil an observation."""
+    """Does what it is told at once, samples at 650 Hz, and keeps everything; `edit(t_s, fields)` may spoil an
+    observation."""
 
     def __init__(self, clock, pose=START, edit: Callable[[float, dict], None] | None = None):
         self.clock, self.pose, self.edit = clock, np.array(pose, float), edit
@@ -69,7 +71,8 @@ class PlainExpert:
 
 
 class Setup:
-    """One simulated run, its parts at hand; `latencies_s`: "vlm" and "expert" -> list of durations in s (the last one goes on)."""
+    """One simulated run, its parts at hand; `latencies_s`: "vlm" and "expert" -> list of durations in s (the last one
+    goes on)."""
 
     def __init__(
         self, expert=None, compute=tokens_of, edit=None, pose=START, latencies_s=None, latency=None, seed=0, **changes

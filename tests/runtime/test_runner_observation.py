@@ -1,4 +1,5 @@
-"""What the policy sees in a run is what it saw in training: a recorded episode is played back and every observation compared."""
+"""What the policy sees in a run is what it saw in training: a recorded episode is played back and every observation
+compared."""
 
 import sys
 from pathlib import Path

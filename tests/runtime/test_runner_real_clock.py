@@ -1,4 +1,5 @@
-"""The real clock: the same loop with a thread, a process, a watchdog. Logic only: counts and reasons, never milliseconds."""
+"""The real clock: the same loop with a thread, a process, a watchdog. Logic only: counts and reasons, never
+milliseconds."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -99,7 +100,8 @@ def test_a_slow_vlm_thread_makes_features_stale_and_stops():
 
 
 def assert_stopped_within_one_tick_of_the_limit(log, reason: str, hold_ticks: int):
-    """Counted in ticks, whatever the machine does: every held tick lies within the budget, and the first one beyond it stopped."""
+    """Counted in ticks, whatever the machine does: every held tick lies within the budget, and the first one beyond it
+    stopped."""
     held = [tick for tick in log.ticks if tick.mode == "hold" and tick.reason == reason]
     stop = log.ticks[-1]
     assert (log.ended, stop.mode, stop.reason) == (reason, "stop", reason)

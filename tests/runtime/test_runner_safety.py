@@ -16,7 +16,8 @@ def first(log, mode):
 
 
 def assert_held_then_stopped(setup, log, reason: str, limit_reached_s: float):
-    """Held from the first tick at or after the limit, stopped within one tick of the hold's budget, and nothing moved since."""
+    """Held from the first tick at or after the limit, stopped within one tick of the hold's budget, and nothing moved
+    since."""
     hold, stop = first(log, "hold"), first(log, "stop")
     assert (hold.reason, stop.reason, log.ended, log.stopped) == (reason, reason, reason, True)
     assert limit_reached_s - 1e-9 <= hold.t_s <= limit_reached_s + PERIOD + 1e-9

@@ -105,7 +105,8 @@ def evaluate_open_loop(
     actions = np.concatenate([np.asarray(episode.action)[episode.valid] for episode in trained])
     policy.to(device)
 
-    methods: dict[str, Input] = {"policy": "nothing"} | (inputs_of(policy.config) if masked else {})
+    methods: dict[str, Input] = {"policy": "nothing"}
+    methods |= inputs_of(policy.config) if masked else {}
     predicted: dict[str, list[np.ndarray]] = {name: [] for name in methods}
     truth: dict[str, list[np.ndarray]] = {name: [] for name in ("action", "action_mask", "previous_action")}
     with Progress(len(samples), "open loop", "samples") as progress:
@@ -141,11 +142,12 @@ def sampled_chunks(checkpoint: Path, dataset_root: Path, episode: str, count: in
     samples = sample_set([_episode(dataset_root, episode)], dataset_root, info)
     batch = samples.batch(np.arange(len(samples)))
     observation = {key: batch[key] for key in OBSERVATION if key in batch}
+    drawn = []
     with torch.inference_mode():
-        noise = [
-            policy.head.noise(len(samples), torch.Generator().manual_seed(number))[:, :1] for number in range(count)
-        ]
-        drawn = [policy.predict(observation, noise=one) for one in noise]
+        for number in range(count):
+            noise = policy.head.noise(len(samples), torch.Generator().manual_seed(number))
+            # of one chunk: the policy's own answer is the median of several
+            drawn.append(policy.predict(observation, noise=None if noise is None else noise[:, :1]))
     return torch.stack(drawn).float().numpy()
 
 
@@ -229,19 +231,17 @@ def error_table(metrics: Mapping[str, Metrics]) -> pd.DataFrame:
         "path_error_mm": "path error of a chunk (mm)",
     }
     table = pd.DataFrame(metrics).loc[list(columns)].astype(float).T.rename(columns=columns)
-    table["R2 (mean)"] = [pd.DataFrame(found["dimensions"]).loc["r2"].mean() for found in metrics.values()]
+    dimensions = {name: pd.DataFrame(found["dimensions"]).loc["r2"].astype(float) for name, found in metrics.items()}
+    table["R2 (mean)"] = pd.DataFrame(dimensions).mean()
     return table.rename_axis("method").reset_index()
 
 
 def phase_table(found: OpenLoop) -> pd.DataFrame:
     """`error_table` of each phase (contact, free motion, and where the force is not known), one below the other."""
-    tables = []
-    for phase, metrics in found.by_phase().items():
-        table = error_table(metrics)
-        table.insert(0, "phase", phase)
-        table.insert(1, "steps", int((found.phase == phase).sum()))
-        tables.append(table)
-    return pd.concat(tables)
+    tables = {phase: error_table(metrics) for phase, metrics in found.by_phase().items()}
+    table = pd.concat(tables, names=["phase"]).reset_index("phase")
+    table.insert(1, "steps", table["phase"].map(pd.Series(found.phase).value_counts()))
+    return table
 
 
 def dimension_table(metrics: Mapping[str, Metrics]) -> pd.DataFrame:
