@@ -35,12 +35,11 @@ SAMPLES = 13  # 20 ms at 650 Hz, as the runner's force limit
 
 @dataclass(frozen=True)
 class OpenLoop:
-    """Predictions of one checkpoint on M samples: chunks (M, H, 7) of `policy`, of the policy with an input masked
-    (where asked for) and of each baseline, `target`, `mask` (M, H), and where they come from."""
+    """Predictions of one checkpoint on M samples, the true chunks, and where they come from."""
 
-    chunks: dict[str, np.ndarray]
-    target: np.ndarray
-    mask: np.ndarray
+    chunks: dict[str, np.ndarray]  # (M, H, 7) of `policy`, of it with an input masked (if asked for), of each baseline
+    target: np.ndarray  # (M, H, 7)
+    mask: np.ndarray  # (M, H) bool
     episode: np.ndarray  # (M,) key of the episode
     dataset: np.ndarray  # (M,)
     step: np.ndarray  # (M,)

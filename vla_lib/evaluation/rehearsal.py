@@ -103,8 +103,7 @@ def rehearse(
     dry_run: Path | None = None,
     go_on: bool = False,
 ) -> dict[str, Any]:
-    """One rollout in real time; returns the record of `evaluation.rollout.judged`, plus `log` (RunLog) and `path` at
-    650 Hz.
+    """One rollout in real time; the record of `evaluation.rollout.judged`, plus `log` (RunLog) and `path` at 650 Hz.
 
     `dry_run`: a JSON-lines file that gets the actions instead of the robot. `go_on`: run for `max_time_s` even after
     the rollout is decided. Raises UserError where the checkpoint, its VLM or EGL is missing.

@@ -1,5 +1,4 @@
-"""One closed-loop rollout: a checkpoint tries the phantom of a seed on the simulated rig, and is judged by what
-happened.
+"""One closed-loop rollout: a checkpoint tries the phantom of a seed on the simulated rig, and is judged.
 
 The rig, the clock and the latencies are deterministic by the seed: the same settings and seed give the same rollout.
 """
@@ -45,15 +44,13 @@ SENSOR_STRIDE = 13  # moments keep the sensor at 50 Hz
 
 @dataclass(frozen=True)
 class Moment:
-    """One tick as a watcher sees it: its log entry and the action period; the sensor at 50 Hz, newest sample last, (n,
-    1026) with times (n,) in s of the run (below 0 in the rest before the start); and the newest picture (H, W, 3) of
-    each view, where they are kept."""
+    """One tick as a watcher sees it."""
 
-    tick: Tick
-    period_s: float
-    sensor: np.ndarray
-    sensor_t_s: np.ndarray
-    pictures: dict[str, np.ndarray]
+    tick: Tick  # its log entry
+    period_s: float  # of an action
+    sensor: np.ndarray  # (n, 1026) at 50 Hz, the newest sample last
+    sensor_t_s: np.ndarray  # (n,) s of the run, below 0 in the rest before the start
+    pictures: dict[str, np.ndarray]  # the newest (H, W, 3) of each view, empty where they are not kept
 
     @property
     def newest_sample(self) -> np.ndarray:

@@ -8,9 +8,9 @@ from annotated_types import Ge, Gt
 from pydantic import BeforeValidator
 from tyro.conf import arg
 
-from needle_rig.world import DEFAULT_TASK
 from vla_lib.core.errors import UserError
 from vla_lib.core.settings import Settings, settings
+from vla_lib.evaluation.sim_robot import DEFAULT_TASK
 
 Count = Annotated[int, Ge(0)]
 Positive = Annotated[int, Ge(1)]

@@ -11,41 +11,23 @@ from typing import Any
 
 import numpy as np
 
-from needle_rig import NeedleInsertion, RigError
-from needle_rig.recorder import MANIFEST
-from needle_rig.render import check_gl, prepare_gl
-from needle_rig.tissue import BIN_MM
-from needle_rig.world import (
-    DEFAULT_TASK,
-    DEPTH_TOLERANCE_MM,
-    FORCE_LIMIT_MN,
-    LATERAL_TOLERANCE_MM,
-    VIEWS,
-    WORKSPACE_MM,
-    task_of,
-)
+# "X as X" hands a name on: to the other rooms these are this module's
+from needle_rig import NeedleInsertion as NeedleInsertion
+from needle_rig import RigError
+from needle_rig.recorder import MANIFEST as MANIFEST
+from needle_rig.render import check_gl
+from needle_rig.render import prepare_gl as prepare_gl
+from needle_rig.tissue import BIN_MM as BIN_MM
+from needle_rig.world import DEFAULT_TASK as DEFAULT_TASK
+from needle_rig.world import DEPTH_TOLERANCE_MM as DEPTH_TOLERANCE_MM
+from needle_rig.world import FORCE_LIMIT_MN as FORCE_LIMIT_MN
+from needle_rig.world import LATERAL_TOLERANCE_MM as LATERAL_TOLERANCE_MM
+from needle_rig.world import VIEWS as VIEWS
+from needle_rig.world import WORKSPACE_MM, task_of
 from vla_lib.core.errors import UserError
 from vla_lib.episodes.datasets import DatasetTable
 from vla_lib.runtime.clock import Clock
 from vla_lib.runtime.robot_io import Observation
-
-__all__ = [
-    "BIN_MM",
-    "DEFAULT_TASK",
-    "DEPTH_TOLERANCE_MM",
-    "FORCE_LIMIT_MN",
-    "LATERAL_TOLERANCE_MM",
-    "MANIFEST",
-    "NeedleInsertion",
-    "SimRobot",
-    "VIEWS",
-    "check_drawing",
-    "instruction_of",
-    "make_rig",
-    "prepare_gl",
-    "rig_errors",
-    "sim_limits",
-]
 
 
 @contextlib.contextmanager

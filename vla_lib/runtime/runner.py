@@ -80,8 +80,7 @@ class Runner:
                 self.log.event(0.0, "warning", warning)
 
     def request_stop(self, reason: str = safety.OPERATOR) -> bool:
-        """Stop the robot now, from any thread; the run ends at its next tick. Returns whether the robot took the stop;
-        see `log.events`."""
+        """Stop the robot now, from any thread; the run ends at its next tick. Returns whether the robot took it."""
         with self._lock:
             first = not self._stop_reason
             self._stop_reason = self._stop_reason or reason
@@ -98,8 +97,7 @@ class Runner:
             self.log.event(self.clock.now() - self._begin_s, "stop failed", f"{type(error).__name__}: {error}")
 
     def run(self, max_s: float, until: Callable[[], str] | None = None) -> RunLog:
-        """Run for `max_s` seconds, until `until()` returns a reason, or until safety ends it. The robot is stopped at
-        the end, whatever happens.
+        """Run for `max_s` seconds, until `until()` gives a reason or safety ends it; the robot is stopped in any case.
 
         Raises what `watch` or a wrong setting (UserError) raises; failures of robot, policy and VLM end the run with a
         named reason.
@@ -272,8 +270,7 @@ class Runner:
         return limited
 
     def _place(self, tick: Tick) -> np.ndarray:
-        """(6,) pose from which the next action goes: the commanded one, behind which an arm lags; the measured one
-        where nothing moves."""
+        """(6,) pose from which the next action goes: the commanded one (an arm lags), the measured if none moves."""
         moves = getattr(self.io, "moves", True)
         return self._commanded if moves and self._commanded is not None else np.array(tick.pose)
 
@@ -311,14 +308,14 @@ class Runner:
             self.io.send_action(action)
         except Exception as error:
             return self._stop(tick, f"{safety.ROBOT_FAILED}: {type(error).__name__}: {error}")
-        tick.action = tuple(float(value) for value in action)
+        tick.action = tuple(action.tolist())
         if self._stop_reason:  # the stop came in between: it is the last word
             self._stop_robot()
             return self._stop(tick, self._stop_reason)
         if moves:
             self._commanded = apply_action(self._place(tick), action)
         if self._commanded is not None:
-            tick.commanded = tuple(float(value) for value in self._commanded)
+            tick.commanded = tuple(self._commanded.tolist())
 
     def _stop(self, tick: Tick, reason: str) -> None:
         tick.mode, tick.reason = "stop", reason
