@@ -1,6 +1,8 @@
 """Closed loop on the simulated rig: judgement, figures, seeds, processes. The scripted demonstrator reads the rig's
 truth: a reference for tests."""
 
+from functools import cache
+
 import numpy as np
 import pytest
 import torch
@@ -29,8 +31,7 @@ from vla_lib.workbench.rollout_views import failures_first
 
 
 class Scripted:
-    """The demonstrator as an expert, with a constant error `bias` (7,) of every action; `asked` keeps what it
-    answered."""
+    """The demonstrator as an expert, with a constant error `bias` (7,) of every action; `asked` keeps its answers."""
 
     sensor_window = 65
 
@@ -46,8 +47,14 @@ def no_vlm(pictures, instruction):
     return torch.zeros(1, 2), torch.ones(1, dtype=torch.bool)
 
 
-def scripted(seed, bias=0.0, latencies=None, steps_per_chunk=1, rig=None):
-    rig = rig or NeedleInsertion(views=())
+@cache
+def blind_rig():
+    """One rig without cameras for all tests: each rollout resets it."""
+    return NeedleInsertion(views=())
+
+
+def scripted(seed, bias=0.0, latencies=None, steps_per_chunk=1):
+    rig = blind_rig()
     expert = Scripted(rig, bias)
     settings = RunnerSettings(steps_per_chunk=steps_per_chunk)
     return run_on_rig(rig, expert, no_vlm, seed, settings, SafetyLimits(**sim_limits()), latencies), expert
@@ -55,14 +62,13 @@ def scripted(seed, bias=0.0, latencies=None, steps_per_chunk=1, rig=None):
 
 @pytest.mark.parametrize("steps_per_chunk", (1, 2))
 def test_the_demonstrator_succeeds_through_the_runner(steps_per_chunk):
-    latencies, rig = {"vlm": Latency(90, 30), "expert": Latency(10, 5)}, NeedleInsertion(views=())
-    records = [scripted(seed, 0.0, latencies, steps_per_chunk, rig)[0] for seed in range(40, 45)]
+    latencies = {"vlm": Latency(90, 30), "expert": Latency(10, 5)}
+    records = [scripted(seed, 0.0, latencies, steps_per_chunk)[0] for seed in range(40, 45)]
     assert [record["success"] for record in records] == [True] * 5, [record["reason"] for record in records]
     for record in records:
         assert record["lateral_mm"] < 0.5 and abs(record["depth_error_mm"]) < 0.3 and 3 < record["time_s"] < 20
-        assert (
-            record["runner"]["modes"].get("hold", 0) == 0 and record["runner"]["limited"] == {}
-        )  # trap 35: no limit is in its way
+        assert record["runner"]["modes"].get("hold", 0) == 0
+        assert record["runner"]["limited"] == {}  # trap 35: no limit is in its way
         path = record["path"]
         assert np.array(path["position_mm"]).shape == (len(path["t_s"]), 3) and len(path["force_mN"]) == len(
             path["t_s"]
@@ -70,7 +76,7 @@ def test_the_demonstrator_succeeds_through_the_runner(steps_per_chunk):
 
 
 def test_a_one_second_window_is_full_from_the_first_step():
-    rig = NeedleInsertion(views=())
+    rig = blind_rig()
     expert = Scripted(rig)
     expert.sensor_window = 650
     record = run_on_rig(rig, expert, no_vlm, 41, RunnerSettings(), SafetyLimits(**sim_limits()))
@@ -79,9 +85,8 @@ def test_a_one_second_window_is_full_from_the_first_step():
 
 def test_rollouts_are_deterministic_by_the_seed():
     latencies = {"vlm": Latency(50, 80)}
-    rig = NeedleInsertion(views=())
-    first, again = (scripted(7, latencies=latencies, rig=rig)[0] for _ in range(2))
-    other, _ = scripted(8, latencies=latencies, rig=rig)
+    first, again = (scripted(7, latencies=latencies)[0] for _ in range(2))
+    other, _ = scripted(8, latencies=latencies)
     assert first == again
     assert first["path"] != other["path"]
 
@@ -102,7 +107,7 @@ def test_trap_36_a_small_open_loop_error_can_miss_the_goal():
 
 
 def test_pressing_on_is_stopped_by_the_runner_or_judged():
-    rig = NeedleInsertion(views=())
+    rig = blind_rig()
 
     class Presser(Scripted):
         def __call__(self, features, age_s, state, window):
@@ -140,7 +145,7 @@ def test_the_rigs_lag_at_full_speed_is_far_from_not_following():
 
 def test_the_rig_follows_the_clock_and_stands_after_a_stop():
     clock = SimulatedClock()
-    robot = SimRobot(NeedleInsertion(views=()), clock, seed=5)
+    robot = SimRobot(blind_rig(), clock, seed=5)
     first = robot.read_observation()
     assert len(first.sensor) == 650 and robot.rig.steps == 0
     robot.send_action(np.array([0.5, 0, 0, 0, 0, 0, 1]))
@@ -213,9 +218,8 @@ def test_the_plots_tell_units_and_counts(tmp_path):
     assert "2 of 3" in [text.get_text() for text in figure.axes[0].texts]
     assert "no puncture" in [text.get_text() for text in figure.axes[1].get_legend().get_texts()]
     figure = plots.errors(found)
-    assert [len(line.get_xdata()) for line in figure.axes[0].lines] == [
-        2
-    ]  # the rollout without a puncture has no place
+    # the rollout without a puncture has no place
+    assert [len(line.get_xdata()) for line in figure.axes[0].lines] == [2]
     assert all("(" in axis.get_xlabel() for axis in figure.axes)
     settled = closed.ClosedLoop(
         found["all inputs"].settings, [r | {"truth": {"target_xy_mm": (170.0, 1.0)}} for r in rows]

@@ -132,10 +132,8 @@ def test_the_benchmark_counts_every_tick():
     late, beside = bench.lateness_row(log, "diffusion"), bench.concurrency_row(log, "diffusion")
     assert 3.0 < late.ours < 9.0 and late.ratio == pytest.approx(5.0 / late.ours)
     assert "31 ticks" in late.note and "max 9.00 ms; 1 missed deadlines, 3 skipped, 1 held" in late.note
-    assert (beside.ours, beside.baseline) == (
-        6.0,
-        5.0,
-    ) and "10 of 30 expert calls fell into VLM work; 2 VLM ticks" in beside.note
+    assert (beside.ours, beside.baseline) == (6.0, 5.0)
+    assert "10 of 30 expert calls fell into VLM work; 2 VLM ticks" in beside.note
 
 
 def test_the_benchmark_rehearses_an_untrained_policy_of_each_model_on_all_views(monkeypatch):
@@ -164,10 +162,7 @@ def test_what_cannot_be_rehearsed_is_told(checkpoint):
     with pytest.raises(UserError, match="choose simulated rig or dry run"):
         rollout_views.prepare(checkpoint, None, "real arm")
     settings, table = rollout_views.prepare(checkpoint, None, "dry run", max_time_s=3.0)
-    assert (settings.picture_width, settings.picture_height, settings.max_time_s) == (
-        640,
-        360,
-        3.0,
-    )  # not the rig's own: as large as its VLM asks
+    # not the rig's own pictures: as large as its VLM asks
+    assert (settings.picture_width, settings.picture_height, settings.max_time_s) == (640, 360, 3.0)
     told = dict(table.itertuples(index=False))
     assert told["speed"] == "15 mm/s, 45 deg/s" and told["age of VL features in training"] == "0 to 200 ms"

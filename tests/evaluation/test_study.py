@@ -52,26 +52,12 @@ def test_checkpoints_are_named_and_the_first_is_tried_in_all_ways(write, tmp_pat
     how |= {"execution": "chunk of n", "chunk_steps": 2, "max_time_s": 9.0}
     settings = EvaluateSettings(given, closed_loop_seeds=2, masked=True, latency_sweep=True, **how)
     found = variants(settings)
-    assert list(found) == [
-        "all",
-        "blind",
-        "all, VL masked",
-        "all, sensor masked",
-        "all, VLM delay 0 ms",
-        "all, VLM delay 300 ms",
-        "all, VLM delay 600 ms",
-    ]
+    more = ("VL masked", "sensor masked", "VLM delay 0 ms", "VLM delay 300 ms", "VLM delay 600 ms")
+    assert list(found) == ["all", "blind", *(f"all, {name}" for name in more)]
     how |= {"picture_width": 160, "camera_hz": 4.0}
     assert all({name: getattr(variant, name) for name in how} == how for variant in found.values())
-    assert [v.vlm_latency_ms for v in found.values()] == [
-        0,
-        200,
-        0,
-        0,
-        0,
-        300,
-        600,
-    ]  # each as trained, unless told otherwise
+    # each as trained, unless told otherwise
+    assert [variant.vlm_latency_ms for variant in found.values()] == [0, 200, 0, 0, 0, 300, 600]
     assert found["all, VLM delay 0 ms"] == found["all"]  # tried once
     blind = variants(dataclasses.replace(settings, checkpoints=(given[1],), latency_sweep=False))
     assert list(blind) == ["blind", "blind, sensor masked"]  # there is no VL to mask

@@ -71,9 +71,8 @@ def test_trap_34_sent_actions_are_base_frame_motions_in_mm_and_degrees(setup):
     assert run.robot.pose == pytest.approx(np.array(log.ticks[-1].commanded), abs=1e-4)
     assert run.robot.pose[:3] - pose[:3] == pytest.approx(20 * step[:3])  # a tool frame would have turned it
     assert rotation_angle_deg(np.array(pose), run.robot.pose) == pytest.approx(20 * np.linalg.norm(step[3:]), rel=1e-6)
-    assert (
-        np.abs(log.ticks[-1].commanded[3:] - (np.array(pose[3:]) + 20 * step[3:])).max() > 1
-    )  # Euler angles are not added
+    added = np.array(pose[3:]) + 20 * step[3:]
+    assert np.abs(log.ticks[-1].commanded[3:] - added).max() > 1  # Euler angles are not added
 
 
 def chunk(value: float) -> np.ndarray:
@@ -105,9 +104,8 @@ def test_the_buffer_gives_whole_windows_that_end_now():
     samples[:, 0] = np.arange(260)
     times = np.arange(260) / 650
     for begin in range(0, 260, 37):
-        new = buffer.append(
-            samples[max(0, begin - 20) : begin + 37], times[max(0, begin - 20) : begin + 37]
-        )  # repeats samples
+        read = slice(max(0, begin - 20), begin + 37)  # repeats samples
+        new = buffer.append(samples[read], times[read])
         assert len(new) == min(37, 260 - begin)
         now = times[min(begin + 36, 259)]
         window = buffer.window(30, now)
@@ -115,9 +113,8 @@ def test_the_buffer_gives_whole_windows_that_end_now():
     assert len(buffer) == 100 and buffer.newest_s == times[-1]
     assert buffer.window(30, times[-1] + 0.06) is None  # too old
     buffer.append(samples[:5], times[-1] + 0.07 + np.arange(1, 6) / 650)
-    assert (
-        buffer.window(30, times[-1] + 0.08) is None and buffer.window(5, times[-1] + 0.08) is not None
-    )  # a gap inside
+    assert buffer.window(30, times[-1] + 0.08) is None  # a gap inside
+    assert buffer.window(5, times[-1] + 0.08) is not None
     with pytest.raises(UserError, match="does not fit"):
         buffer.window(101, 0.0)
     with pytest.raises(UserError, match="shape"):

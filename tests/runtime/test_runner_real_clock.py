@@ -70,9 +70,8 @@ def test_a_vlm_process_that_dies_stops_the_run(how):
     finally:
         vlm.close()
     assert log.ended.startswith("VLM worker died: RuntimeError: the VLM process ended") and log.stopped
-    assert (
-        sum(known) <= 2 and len(robot.stops) == 1
-    )  # the tick in which it became known, if any, and the one that stopped
+    assert sum(known) <= 2  # the tick in which it became known, if any, and the one that stopped
+    assert len(robot.stops) == 1
 
 
 def test_a_vlm_that_cannot_be_made_says_why():
@@ -121,9 +120,8 @@ def test_a_silent_sensor_stops_the_robot_in_real_time():
     assert_stopped_within_one_tick_of_the_limit(log, "stale sensor", 3)
     hold = next(tick for tick in log.ticks if tick.reason == "stale sensor")
     assert hold.sensor_age_s > 0.3
-    assert all(
-        tick.sensor_age_s <= 0.3 for tick in log.ticks if tick.step < hold.step
-    )  # the first tick beyond the age was held
+    # the first tick beyond the age was held
+    assert all(tick.sensor_age_s <= 0.3 for tick in log.ticks if tick.step < hold.step)
 
 
 def test_nan_actions_stop_the_robot_in_real_time():

@@ -127,10 +127,8 @@ def test_the_vlm_is_shown_the_policys_views_and_no_old_picture(setup):
         return tokens_of(pictures, instruction)
 
     def edit(t_s, fields):
-        fields["pictures"]["View9"], fields["picture_timestamps"]["View9"] = (
-            np.zeros((2, 2, 3)),
-            0.0,
-        )  # not the policy's, and old
+        fields["pictures"]["View9"] = np.zeros((2, 2, 3))  # not the policy's, and old
+        fields["picture_timestamps"]["View9"] = 0.0
         if 0.85 < t_s < 1.15:  # three ticks, one of them the VLM's
             fields["picture_timestamps"]["View5"] = 999.5
 
@@ -142,14 +140,12 @@ def test_the_vlm_is_shown_the_policys_views_and_no_old_picture(setup):
 def test_a_robot_that_does_not_follow_holds_then_stops(setup):
     run = setup(expert=PlainExpert((0.5, 0, 0, 0, 0, 0)))
     send = run.robot.send_action
-    run.robot.send_action = lambda action: send(
-        action if run.clock.now() < 0.95 else np.zeros(7)
-    )  # it is stuck from 1 s on
+    # it is stuck from 1 s on
+    run.robot.send_action = lambda action: send(action if run.clock.now() < 0.95 else np.zeros(7))
     log = run.run(10)
     hold = first(log, "hold")
-    assert hold.reason == log.ended == "robot does not follow" and hold.t_s == pytest.approx(
-        2.1
-    )  # eleven steps of 0.5 mm were sent
+    assert hold.reason == log.ended == "robot does not follow"
+    assert hold.t_s == pytest.approx(2.1)  # eleven steps of 0.5 mm were sent
     assert log.ticks[-1].t_s == pytest.approx(hold.t_s + run.limits.hold_s)
 
 
