@@ -1,6 +1,8 @@
 """The real clock: the same loop with a thread, a process, a watchdog. Logic only: counts and reasons, never
 milliseconds."""
 
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -77,6 +79,15 @@ def test_a_vlm_process_that_dies_stops_the_run(how):
 def test_a_vlm_that_cannot_be_made_says_why():
     with pytest.raises(RuntimeError, match="ValueError: no such weights"):
         vlm_process(make_broken)
+
+
+def test_a_process_of_ones_own_dies_with_its_parent():
+    code = "import time; from vla_lib.core.pool import OneProcess; print(OneProcess().pid, flush=True); time.sleep(60)"
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    worker = psutil.Process(int(parent.stdout.readline()))
+    parent.kill()
+    parent.communicate()
+    worker.wait(timeout=60)
 
 
 def test_a_slow_vlm_thread_makes_features_stale_and_stops():
