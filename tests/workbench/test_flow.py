@@ -272,7 +272,7 @@ def test_run_all_does_again_what_new_data_ask_for_and_stops_at_the_first_failure
     assert states(runs_folder) == done
     assert len(set(runs_folder.iterdir()) - lab_book) == 1 + len(done)  # nothing was evaluated
     said = capsys.readouterr().out
-    assert "=== 03_cache_vl_features runs: 1 of 27 episodes are missing" in said
+    assert "=== 03_cache_vl_features runs: 1 of 21 episodes are missing" in said
     lines = said[said.index("\nerror: ") :].splitlines()[1:]
     failed = max(runs_folder.glob("*-04_train_async"))
     order = [

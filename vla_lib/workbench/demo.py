@@ -38,7 +38,7 @@ SIZES = {
         free_bytes=14e9,
     ),
     "small": Size(
-        record={"episodes_f1": 24, "episodes_f2": 2, "picture_width": 160, "picture_height": 90, "idle_tail_s": 0.5},
+        record={"episodes_f1": 18, "episodes_f2": 2, "picture_width": 160, "picture_height": 90, "idle_tail_s": 0.5},
         cache=QUARTER,
         train={"lr": 1e-3, "epochs": 3, "val_fraction": 0.2, **REGULARISED, **QUARTER},
         evaluate={"closed_loop_seeds": 3, "masked": False, "max_time_s": 4.0, "films": 1},
