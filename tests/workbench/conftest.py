@@ -135,7 +135,8 @@ class Desk:
         return self.page.locator(f"[data-shown='{cell}']")
 
     def picture(self, name: str, height: int = 1000, cell: str = "") -> None:
-        """A screenshot of what is seen, `height` pixels of it, from `cell` on, in $VLA_SCREENSHOTS or below pytest's folder."""
+        """A screenshot of what is seen, `height` pixels of it, from `cell` on, in $VLA_SCREENSHOTS or below pytest's
+        folder."""
         self.page.set_viewport_size({"width": 1300, "height": height})
         self.page.wait_for_timeout(500)
         if cell:

@@ -1,4 +1,5 @@
-"""JupyterLab in Chromium: every notebook runs all its cells on a recording of seconds, its sliders redraw, Stop stops."""
+"""JupyterLab in Chromium: every notebook runs all its cells on a recording of seconds, its sliders redraw, Stop
+stops."""
 
 from pathlib import Path
 from typing import Any

@@ -1,5 +1,5 @@
-"""A training with torchrun, two ranks and loader workers below a notebook. Whatever is ended: no process stays behind, the checkpoint is whole,
-the record true."""
+"""A training with torchrun, two ranks and loader workers below a notebook. Whatever is ended: no process stays behind,
+the checkpoint is whole, the record true."""
 
 import os
 import signal
@@ -60,7 +60,8 @@ def wait_for_training(root: psutil.Process, runs: Path) -> tuple[Path, list[psut
 
 
 def check(run: Path, family: list[psutil.Process], state: str, since: float) -> None:
-    """`since`: when the end was asked for. How long it took is printed, not asserted: it should be below 5 s, on a busy machine it is not."""
+    """`since`: when the end was asked for. How long it took is printed, not asserted: it should be below 5 s, on a busy
+    machine it is not."""
     _, alive = psutil.wait_procs(family, timeout=30)
     assert alive == []
     print(f"no process left after {time.monotonic() - since:.1f} s")

@@ -1,4 +1,5 @@
-"""The whole path once, on a small recording: two commands' worth of work, through papermill and torchrun with two processes."""
+"""The whole path once, on a small recording: two commands' worth of work, through papermill and torchrun with two
+processes."""
 
 import os
 import re
@@ -228,7 +229,8 @@ def vla(*words: str) -> int:
 
 
 def run_all(data: Path, processes: int = 2, **train: float) -> int:
-    """`vla run-all` on the demo's data with the demo's parameters, but those of the training in `train`, in this process."""
+    """`vla run-all` on the demo's data with the demo's parameters, but those of the training in `train`, in this
+    process."""
     size = SIZES["small"]
     given = {"03_cache_vl_features": size.cache, "04_train_async": size.train | train, "06_evaluate": size.evaluate}
     pairs = [["-p", f"{name}.{key}", str(value)] for name, values in given.items() for key, value in values.items()]

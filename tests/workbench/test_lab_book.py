@@ -1,4 +1,5 @@
-"""The lab book's commands: queues of runs that survive failures and go on, runs shown, compared, removed and repeated, the machine looked at."""
+"""The lab book's commands: queues of runs that survive failures and go on, runs shown, compared, removed and repeated,
+the machine looked at."""
 
 import signal
 import subprocess

@@ -194,8 +194,8 @@ class Interrupts:
         threading.Thread(target=self._pass_on, args=(kernels[0],), daemon=True).start()
 
     def _pass_on(self, kernel: psutil.Process) -> None:
-        """Interrupt the kernel once, as soon as it listens: between two cells ipykernel ignores SIGINT. Where it runs no
-        cell for seconds, none is coming any more: then this process, which waits for one, is interrupted again."""
+        """Interrupt the kernel once, as soon as it listens: between two cells ipykernel ignores SIGINT. Where it runs
+        no cell for seconds, none is coming any more: then this process, which waits for one, is interrupted again."""
         deadline = time.monotonic() + PATIENCE_S
         with contextlib.suppress(psutil.Error, OSError):
             while _ignores_interrupts(kernel.pid) and not self._over.wait(0.02):

@@ -1,7 +1,7 @@
 """Whether what a notebook would make is there already, made from the same inputs, and the reason in one line.
 
-Looks at files only: the lab book's records, `data.pkl`, the cache's files, checkpoints. Code is not compared: `vla rerun`
-says what changed there.
+Looks at files only: the lab book's records, `data.pkl`, the cache's files, checkpoints. Code is not compared: `vla
+rerun` says what changed there.
 """
 
 from collections.abc import Callable
@@ -22,8 +22,8 @@ Values = dict[str, Any]
 
 @dataclass(frozen=True)
 class Found:
-    """Whether a step is up to date and `why` (not); the `run` that made what is there; `facts` for later steps; `noted`:
-    for a new run's record."""
+    """Whether a step is up to date and `why` (not); the `run` that made what is there; `facts` for later steps;
+    `noted`: for a new run's record."""
 
     current: bool
     why: str
@@ -44,8 +44,9 @@ class Check:
 
 
 def look(notebook: str, values: Values) -> Found:
-    """Whether a step of the guide's flow is up to date: the newest finished run of the notebook on the same root, with the
-    same parameters and inputs, has made it. `values`: all its parameters. Raises UserError where its inputs cannot be read."""
+    """Whether a step of the guide's flow is up to date: the newest finished run of the notebook on the same root, with
+    the same parameters and inputs, has made it. `values`: all its parameters. Raises UserError where its inputs cannot
+    be read."""
     if values.get("overwrite"):
         return Found(False, "overwrite is asked for")
     if notebook == "03_cache_vl_features":
