@@ -23,8 +23,10 @@ CHROMIUM = shutil.which("chromium")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
 TOKEN = "a-token-of-the-test"
 KERNEL = (
-    "(async () => { const panel = window.jupyterapp.shell.currentWidget; if (!panel || !panel.sessionContext) return '';"
-    " await panel.sessionContext.ready; const session = panel.sessionContext.session; return session && session.kernel ? session.kernel.status : ''; })()"
+    "(async () => { const panel = window.jupyterapp.shell.currentWidget;"
+    " if (!panel || !panel.sessionContext) return ''; await panel.sessionContext.ready;"
+    " const session = panel.sessionContext.session;"
+    " return session && session.kernel ? session.kernel.status : ''; })()"
 )
 NOTEBOOK = "window.jupyterapp.shell.currentWidget.content.model.toJSON()"
 PANEL = "document.querySelector('.jp-MainAreaWidget:not(.lm-mod-hidden) .jp-WindowedPanel-outer')"

@@ -176,11 +176,13 @@ def test_a_killed_rank_is_named_before_the_errors_of_those_that_miss_it(tmp_path
     """Also where an earlier start in the same folder has left another cause in the log."""
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "train.log").write_text(
-        "torch/distributed/elastic\n  rank      : 7 (local_rank: 7)\n  traceback : Signal 11 (SIGSEGV) received by PID 1\n"
+        "torch/distributed/elastic\n  rank      : 7 (local_rank: 7)\n  exitcode  : -11 (pid: 1)\n"
+        "  error_file: <N/A>\n  traceback : Signal 11 (SIGSEGV) received by PID 1\n"
     )
     script = tmp_path / "worker.py"
     script.write_text(
-        "from torch.distributed.elastic.multiprocessing.errors import record\nimport os, signal, time\n@record\ndef main():\n"
+        "from torch.distributed.elastic.multiprocessing.errors import record\n"
+        "import os, signal, time\n@record\ndef main():\n"
         "    print('step 1', flush=True)\n    if os.environ['RANK'] == '1': os.kill(os.getpid(), signal.SIGKILL)\n"
         "    raise RuntimeError('connection closed by peer')\nmain()"
     )

@@ -19,7 +19,11 @@ from vla_lib.workbench import commands, doctor, queue, runs
 from vla_lib.workbench.jobs import Job
 from vla_lib.workbench.parameters import resolve
 
-CELL = "if n == 2 and not __import__('pathlib').Path(flag).exists():\n    raise ValueError('two is broken')\nrun.add_results(step=10 * n); run.finish()"
+CELL = """
+if n == 2 and not __import__('pathlib').Path(flag).exists():
+    raise ValueError('two is broken')
+run.add_results(step=10 * n); run.finish()
+"""
 
 
 def test_a_sweep_survives_a_failing_run_and_goes_on_where_it_was(write_notebook, runs_folder, tmp_path, capsys):
