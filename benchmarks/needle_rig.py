@@ -6,8 +6,7 @@ from pathlib import Path
 
 from benchmarks.rows import BenchRow
 from needle_rig import NeedleInsertion
-from needle_rig.demonstration import demonstrate
-from needle_rig.demonstrator import demonstrator_action
+from needle_rig.demonstrator import demonstrate, demonstrator_action
 from needle_rig.recorder import record
 from needle_rig.render import open_scene
 from needle_rig.settings import RecordSettings

@@ -33,7 +33,7 @@ class Motion:
 
 
 class Arm:
-    """Holds the command and the lagging pose; `advance` moves both."""
+    """Holds the command and the lagging pose; `move_by` and `move_to` move both."""
 
     def __init__(self, position_mm: ArrayLike, rotvec_deg: ArrayLike):
         self.tick = 0

@@ -67,9 +67,8 @@ class NeedleInsertion(gymnasium.Env[dict[str, Any], np.ndarray]):
             told = f"The rig samples at 650 Hz and cannot act at {action_hz:g} Hz"
             raise RigError(f"{told}; choose a rate that divides 650, such as 10.")
         if camera_hz <= 0 or max_time_s <= 0:
-            raise RigError(
-                f"The rig cannot run with camera_hz {camera_hz:g}, max_time_s {max_time_s:g}; both must be above 0."
-            )
+            told = f"camera_hz {camera_hz:g}, max_time_s {max_time_s:g}"
+            raise RigError(f"The rig cannot run with {told}; both must be above 0.")
         task_of(task)
         if unknown := set(self.views) - set(VIEWS):
             raise RigError(f"The rig has no view {unknown.pop()!r}; its views are {', '.join(VIEWS)}.")
@@ -77,7 +76,7 @@ class NeedleInsertion(gymnasium.Env[dict[str, Any], np.ndarray]):
             check_gl()
         self._scene = open_scene(picture_width, picture_height) if self.views else None
         self.action_space, self.observation_space = self._spaces(picture_width, picture_height)
-        self.world: World | None = None
+        self.steps = -1  # until the first reset
 
     def _spaces(self, width: int, height: int) -> tuple[Box, Dict]:
         reach = np.repeat([SPEED_LIMIT_MM_S, TURN_LIMIT_DEG_S, 0.0], (3, 3, 1)) / self.action_hz
@@ -97,7 +96,9 @@ class NeedleInsertion(gymnasium.Env[dict[str, Any], np.ndarray]):
         }
         return action, Dict(parts)
 
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[dict, dict]:
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Put the needle over the phantom of `seed`; returns (observation, info).
 
         Without a seed the phantom is drawn from the generator that the last seed began: the same sequence after the
@@ -105,7 +106,7 @@ class NeedleInsertion(gymnasium.Env[dict[str, Any], np.ndarray]):
         """
         super().reset(seed=seed)
         self.seed = int(self.np_random.integers(1 << 31)) if seed is None else seed
-        self.world = (options or {}).get("world") or sample_world(self.seed, self.task)
+        self.world: World = (options or {}).get("world") or sample_world(self.seed, self.task)
         self.arm = Arm(self.world.start_mm, self.world.start_rotvec_deg)
         self.tissue, self.judge = Tissue(self.world), Judge(self.world)
         self.steps = 0
@@ -121,18 +122,17 @@ class NeedleInsertion(gymnasium.Env[dict[str, Any], np.ndarray]):
         observation = self._observe(self.arm.move_to(self.arm.command, WINDOW))
         return observation, self._info()
 
-    def step(self, action: np.ndarray) -> tuple[dict, float, bool, bool, dict]:
+    def step(self, action: np.ndarray) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
         """Run one action period. Returns observation, reward, terminated, truncated, info.
 
         Raises RigError for an action that is not finite or too short: a rig must never move on one.
         """
-        if self.world is None:
+        if self.steps < 0:
             raise RigError("The rig has no phantom yet; call reset() before step().")
         action = np.asarray(action, float)
         if action.ndim != 1 or action.size < 6 or not np.isfinite(action[:6]).all():
-            raise RigError(
-                f"The rig cannot move on the action {action}; give 6 or 7 finite numbers (mm, degrees, gripper)."
-            )
+            told = f"The rig cannot move on the action {action}"
+            raise RigError(f"{told}; give 6 or 7 finite numbers (mm, degrees, gripper).")
         self.steps += 1
         observation = self._observe(self.arm.move_by(action, self.ticks))
         time_out = self.steps / self.action_hz >= self.max_time_s - 1e-9
@@ -186,7 +186,6 @@ class NeedleInsertion(gymnasium.Env[dict[str, Any], np.ndarray]):
                 self._pictures[view], self._picture_t_s[view] = through_jpeg(picture), newest
 
     def _info(self) -> dict[str, Any]:
-        assert self.world is not None
         judgement = self.judge.to_dict() | {"time_s": self.steps / self.action_hz, "seed": self.seed}
         return judgement | {"truth": self.world.to_dict()}
 

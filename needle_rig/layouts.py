@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from needle_rig.arm import POSE_REFRESH_HZ, TICK_HZ, states
-from needle_rig.demonstration import Demonstration
+from needle_rig.demonstrator import Demonstration
 from needle_rig.render import jpeg
 from needle_rig.settings import PlannedEpisode, RecordSettings
 from needle_rig.world import VIEWS, latest, stream

@@ -21,7 +21,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from needle_rig.demonstration import demonstrate
+from needle_rig.demonstrator import demonstrate
 from needle_rig.layouts import EpisodeWriter
 from needle_rig.render import check_gl, open_scene
 from needle_rig.settings import PlannedEpisode, RecordSettings

@@ -95,10 +95,6 @@ def _look(place: np.ndarray, at: np.ndarray) -> Rotation:
     return Rotation.from_matrix(np.stack([right, np.cross(back, right), back], axis=1))
 
 
-def _wxyz(turn: Rotation) -> np.ndarray:
-    return np.roll(turn.as_quat(), 1)
-
-
 def camera_poses() -> list[tuple[np.ndarray, Rotation]]:
     """Nominal place (mm; View5 in the tool frame) and rotation of each of the five cameras."""
     at = np.array([*CENTRE_XY_MM, SURFACE_Z_MM + LOOK_AT_HEIGHT_MM])
@@ -150,7 +146,9 @@ class Scene:
         for i, (view, (place, turn)) in enumerate(zip(VIEWS, camera_poses(), strict=True)):
             camera = model.camera(view)
             camera.pos[:] = place + looks.camera_place_mm[i]
-            camera.quat[:] = _wxyz(turn * Rotation.from_rotvec(looks.camera_turn_deg[i], degrees=True))
+            camera.quat[:] = (turn * Rotation.from_rotvec(looks.camera_turn_deg[i], degrees=True)).as_quat(
+                scalar_first=True
+            )
         (x, y), z = np.asarray(CENTRE_XY_MM) + looks.phantom_xy_mm, world.surface_z_mm
         self._put("phantom", (x, y, z), Rotation.from_euler("Z", looks.phantom_yaw_deg, degrees=True))
         self._put("target", (*world.target_xy_mm, z), Rotation.from_euler("Z", world.target_yaw_deg, degrees=True))
@@ -174,4 +172,4 @@ class Scene:
 
     def _put(self, name: str, place: ArrayLike, turn: Rotation) -> None:
         mocap = self.model.body(name).mocapid[0]
-        self.data.mocap_pos[mocap], self.data.mocap_quat[mocap] = place, _wxyz(turn)
+        self.data.mocap_pos[mocap], self.data.mocap_quat[mocap] = place, turn.as_quat(scalar_first=True)

@@ -1,7 +1,7 @@
 """What is recorded: the settings of a recording, which are its flags, and the episodes that they plan."""
 
 import dataclasses
-from dataclasses import asdict
+from dataclasses import fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -84,12 +84,9 @@ class RecordSettings:
 
     def plan(self) -> dict[str, Any]:
         """What changes the recorded data and nothing else, as the manifest keeps it: the same plan is the same data."""
-        plan = asdict(self)
-        for name in ("dataset_root", "workers"):
-            del plan[name]
-        # the names that manifests have had from the first
-        renamed = {"task": "task_f2", "disturbances": "pushes"}
-        return {renamed.get(name, name): value for name, value in plan.items()}
+        names = [field.name for field in fields(self) if field.name not in ("dataset_root", "workers")]
+        renamed = {"task": "task_f2", "disturbances": "pushes"}  # as manifests have had them from the first
+        return {renamed.get(name, name): getattr(self, name) for name in names}
 
     def episodes(self) -> list[PlannedEpisode]:
         """The episodes, all of F1 first; deterministic by seed and counts."""

@@ -11,8 +11,7 @@ from scipy.spatial.transform import Rotation
 
 from needle_rig import NeedleInsertion, render
 from needle_rig import world as looks
-from needle_rig.demonstration import demonstrate
-from needle_rig.demonstrator import demonstrator_action
+from needle_rig.demonstrator import demonstrate, demonstrator_action
 from needle_rig.render import open_scene, through_jpeg
 from needle_rig.world import VIEWS, RigError, sample_world
 

@@ -13,7 +13,7 @@ from PIL import Image
 from needle_rig import RigError, recorder
 from needle_rig.__main__ import main
 from needle_rig.arm import euler_poses
-from needle_rig.demonstration import demonstrate
+from needle_rig.demonstrator import demonstrate
 from needle_rig.recorder import MANIFEST, record
 from needle_rig.settings import RecordSettings
 from needle_rig.world import sample_world

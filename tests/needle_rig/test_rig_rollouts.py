@@ -9,8 +9,7 @@ import pytest
 from gymnasium.utils.env_checker import check_env
 
 from needle_rig import NeedleInsertion, RigError
-from needle_rig.demonstration import demonstrate
-from needle_rig.demonstrator import demonstrator_action, measure, velocity
+from needle_rig.demonstrator import demonstrate, demonstrator_action, measure, velocity
 from needle_rig.world import ASKED_DEPTH_MM, FORCE_LIMIT_MN, sample_world
 
 
