@@ -47,21 +47,20 @@ def build_row(
         extractor = FeatureExtractor(load_vlm(checkpoint, processor, 2), form)
     binding = extractor.form.binding(checkpoint, extractor.vlm.layer, 3, str(extractor.dtype).removeprefix("torch."))
     binding["hidden_size"] = extractor.hidden_size
-    folder = cache_folder(root) / binding["id"]
     planned = preflight.plan_build(root, episodes, binding).episodes
     settings = CacheSettings(dataset_root=root)
-    build_share(root, planned[:1], extractor, binding, folder, settings)  # warm: worker start-up, kernels, page cache
+    build_share(settings, binding, planned[:1], extractor)  # warm: worker start-up, kernels, page cache
     start = time.perf_counter()
-    statistics = build_share(root, planned, extractor, binding, folder, settings)
+    statistics = build_share(settings, binding, planned, extractor)
     took = time.perf_counter() - start
-    _write_binding(folder, binding)
+    _write_binding(cache_folder(root) / binding["id"], binding)
     ours = sum(len(episode) for episode in episodes) / took
     baseline = plain_way(plain or plain_model(checkpoint), extractor, episodes[0], plain_samples)
-    share = {part: 100 * statistics[f"{part}_s"] / took for part in ("forward", "wait")}
     note = (
-        f"{name}, {len(extractor.views)} views, {statistics['ticks']} ticks in {took:.1f} s: "
-        f"forward {share['forward']:.0f} %, waiting for pictures {share['wait']:.0f} %, {statistics['read_s']:.1f} s "
-        f"decoding and resizing in {statistics['workers']} workers, {statistics['write_s']:.1f} s writing behind"
+        f"{name}, {len(extractor.views)} views, {statistics.ticks} ticks in {took:.1f} s: "
+        f"forward {100 * statistics.forward_s / took:.0f} %, waiting for pictures "
+        f"{100 * statistics.wait_s / took:.0f} %, {statistics.read_s:.1f} s decoding and resizing in "
+        f"{statistics.workers} workers, {statistics.write_s:.1f} s writing behind"
     )
     target = ">= 20" if extractor.device.type == "cuda" else ">= 5"
     name = f"features.build ({extractor.device.type})"
@@ -73,7 +72,7 @@ def serve_rows(root: Path, plain_rate: float) -> list[BenchRow]:
     import torch
 
     from vla_lib.episodes import find_prepared, load_prepared
-    from vla_lib.features.cache import FeatureCache, gather
+    from vla_lib.features.cache import FeatureCache
 
     cache = FeatureCache.open(root)
     episodes = [load_prepared(folder) for folder in find_prepared(root)]
@@ -83,7 +82,7 @@ def serve_rows(root: Path, plain_rate: float) -> list[BenchRow]:
     def serve() -> None:
         for numbers, steps in picks:
             found = [cache.episode(episodes[number]) for number in numbers]
-            gather(found, [int(one.newest(step)) for one, step in zip(found, steps, strict=True)])
+            torch.stack([one.tokens[int(one.newest(step))] for one, step in zip(found, steps, strict=True)])
 
     rate = 64 * len(picks) / float(np.median(seconds(serve, 3, warm=1)))
     tokens = torch.cat([cache.episode(episode).tokens for episode in episodes]).clone()
@@ -149,7 +148,7 @@ def plain_way(model: Any, extractor: Any, episode: Any, samples: int) -> float:
     from PIL import Image
 
     processor, device, dtype = extractor.vlm.processor, extractor.device, extractor.dtype
-    text = extractor.prompt.render(extractor.views, episode.instruction)
+    text = extractor.form.prompt(extractor.views, episode.instruction)
 
     def sample(step: int) -> None:
         images = [extractor.recipe.shrink(Image.open(episode.picture_path(view, step))) for view in extractor.views]
@@ -170,7 +169,7 @@ def plain_model(checkpoint: Any) -> Any:
     import torch
     from transformers import AutoModelForImageTextToText
 
-    from vla_lib.features.quiet import quiet_transformers
+    from vla_lib.features.vlm import quiet_transformers
 
     with quiet_transformers():
         return AutoModelForImageTextToText.from_pretrained(checkpoint.folder, dtype=torch.float32).eval()

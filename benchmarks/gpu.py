@@ -79,14 +79,16 @@ def large_extractor(checkpoint: Any, processor: Any, config: dict[str, Any], vie
 
     from vla_lib.features.extractor import FeatureExtractor
     from vla_lib.features.form import FeatureForm
-    from vla_lib.features.vlm import Vlm, speed_up
+    from vla_lib.features.vision_tower import speed_up
+    from vla_lib.features.vlm import Vlm
 
     half = {**config, "text_config": {**config["text_config"], "num_hidden_layers": 18}}
     with torch.device("cuda:0"):
         model = AutoModel.from_config(
             AutoConfig.for_model("qwen2_5_vl", **half), dtype=torch.bfloat16, attn_implementation="sdpa"
         )
-    vlm = Vlm(speed_up(model, "cuda:0"), processor, "qwen2_5_vl", 36, 18, config["text_config"]["hidden_size"])
+    speed_up(model)
+    vlm = Vlm(model.eval().requires_grad_(False), processor, "qwen2_5_vl", 36, 18, config["text_config"]["hidden_size"])
     return FeatureExtractor(vlm, FeatureForm(processor, views, "grid:4x6", 360, 640))
 
 
@@ -116,7 +118,7 @@ def flop_per_tick(config: dict[str, Any], extractor: Any, views: tuple[str, ...]
         + (4 * d * 4 * d + 4 * d * vision["out_hidden_size"]) / 4
     )
     seen = 2 * patches * tower + 4 * patches * d * (full * patches + (vision["depth"] - full) * window)
-    ids, *_ = extractor._sequence(tuple(range(len(views))), ((rows_, cols),) * len(views), INSTRUCTION)
+    ids = extractor.prompt(views, ((rows_, cols),) * len(views), INSTRUCTION).ids
     length = ids.shape[1]
     h, g = text["hidden_size"], text["intermediate_size"]
     keys = h * text["num_key_value_heads"] // text["num_attention_heads"]

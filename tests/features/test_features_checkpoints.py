@@ -8,7 +8,7 @@ from PIL import Image
 
 from vla_lib.build_vl_cache import Settings
 from vla_lib.core.errors import UserError
-from vla_lib.features import builder
+from vla_lib.features import preflight
 from vla_lib.features.tiny import FAMILIES, SPECIAL_TOKENS, tiny_checkpoint, write_tiny_checkpoint
 from vla_lib.features.vlm import load_processor, load_vlm, open_checkpoint, resolve_layer
 
@@ -155,11 +155,11 @@ def test_bad_settings_are_refused_at_once(tmp_path, change, sentence):
 
 def test_bad_views_device_and_root(dataset, tmp_path):
     with pytest.raises(UserError, match="No episode has a view View9"):
-        builder.plan(Settings(dataset_root=dataset, views=("View1_left", "View9")))
+        preflight.plan(Settings(dataset_root=dataset, views=("View1_left", "View9")))
     with pytest.raises(UserError, match="different views"):
-        builder.plan(Settings(dataset_root=dataset, views=("View1_left", "View1_left")))
+        preflight.plan(Settings(dataset_root=dataset, views=("View1_left", "View1_left")))
     with pytest.raises(UserError, match="no prepared episodes"):
-        builder.plan(Settings(dataset_root=_empty(tmp_path)))
+        preflight.plan(Settings(dataset_root=_empty(tmp_path)))
 
 
 def _empty(folder):

@@ -31,7 +31,7 @@ def pictures(count, size, seed=0):
 
 def by_hand(model, processor, form, views, images, layer, rows, cols):
     """hidden_states[layer] of the plain forward, averaged over the grid of each picture; last row: the text behind the pictures."""
-    inputs = processor(text=[form.prompt.render(views, INSTRUCTION)], images=images, return_tensors="pt")
+    inputs = processor(text=[form.prompt(views, INSTRUCTION)], images=images, return_tensors="pt")
     with torch.no_grad():
         hidden = model(**inputs, output_hidden_states=True).hidden_states[layer][0]
     where = (inputs["input_ids"][0] == model.config.image_token_id).nonzero()[:, 0]
@@ -109,11 +109,11 @@ def test_trap_30_multimodal_positions_reach_the_model(extractor_for, name):
 
     extractor.vlm.model.get_rope_index = without_types
     try:
-        extractor._sequence.cache_clear()
+        extractor.prompt.cache_clear()
         changed, _ = extractor.extract({"a": image}, INSTRUCTION)
     finally:
         del extractor.vlm.model.get_rope_index
-        extractor._sequence.cache_clear()
+        extractor.prompt.cache_clear()
     rows, cols = flat[0][1, 0], flat[0][2, 0]
     assert len(set((rows - cols).tolist())) > 3  # height and width positions differ within the picture
     assert (changed - tokens).abs().max() > 1e-2
@@ -122,11 +122,11 @@ def test_trap_30_multimodal_positions_reach_the_model(extractor_for, name):
 def test_trap_16_prompt_names_views_and_instruction_once():
     processor = load_processor(open_checkpoint("tiny"))
     form = FeatureForm(processor, ["View1_left", "View5"], "mean", 360, 640)
-    template, text = form.prompt.template(), form.prompt.render(form.views, INSTRUCTION)
+    template, text = form.template(form.views), form.prompt(form.views, INSTRUCTION)
     assert template.count("{instruction}") == 1 and "View1_left" in template and "View5" in template
     assert text == template.replace("{instruction}", INSTRUCTION)
     with pytest.raises(UserError, match="special token"):
-        form.prompt.render(form.views, "look <|image_pad|>")
+        form.prompt(form.views, "look <|image_pad|>")
 
 
 @pytest.mark.parametrize("pooling", ["mean", "tokens", "grid:4x6"])

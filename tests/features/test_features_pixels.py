@@ -1,5 +1,7 @@
 """Picture preprocessing equals the checkpoint's image processor; pooling and layout tell which token is where."""
 
+from dataclasses import asdict
+
 import numpy as np
 import pytest
 import torch
@@ -8,10 +10,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from vla_lib.core.errors import UserError
-from vla_lib.features.attention import windowed_attention
-from vla_lib.features.patch_embed import LinearPatchEmbed
-from vla_lib.features.pixels import PixelRecipe
-from vla_lib.features.pooling import Pooling, TokenLayout, layout_for, pool
+from vla_lib.features.binding import Pooling, TokenLayout
+from vla_lib.features.extractor import pool
+from vla_lib.features.form import PixelRecipe
+from vla_lib.features.vision_tower import LinearPatchEmbed, windowed_attention
 from vla_lib.features.vlm import load_processor, open_checkpoint
 
 
@@ -22,10 +24,12 @@ def image_processor(request):
 
 @pytest.mark.parametrize("size", [(320, 180), (640, 360), (57, 43), (1280, 720), (200, 300)])
 def test_equals_the_image_processor_on_the_shrunk_picture(image_processor, size):
-    recipe = PixelRecipe.of(image_processor, 360, 640)
+    recipe = PixelRecipe(image_processor, 360, 640)
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8))
     plain = image_processor(images=[recipe.shrink(picture)], return_tensors="pt")
-    patches, grid = recipe.patchify(torch.from_numpy(recipe.prepare(picture))[None])
+    patches, grid = recipe.patchify(
+        torch.from_numpy(recipe.prepare(picture))[None], image_processor.temporal_patch_size
+    )
     assert plain["image_grid_thw"].tolist() == [[1, *grid]]
     torch.testing.assert_close(patches, plain["pixel_values"], atol=2e-6, rtol=0)
     assert recipe.token_grid(size[1], size[0]) == (grid[0] // 2, grid[1] // 2)
@@ -34,7 +38,7 @@ def test_equals_the_image_processor_on_the_shrunk_picture(image_processor, size)
 @given(st.integers(1, 2500), st.integers(1, 2500))
 @settings(max_examples=100, deadline=None)
 def test_shrinks_to_fit_and_never_enlarges(height, width):
-    recipe = PixelRecipe(360, 640, 14, 2, 2, 56 * 56, 28 * 28 * 1280, (0.5,) * 3, (0.5,) * 3, 1 / 255, 3)
+    recipe = PixelRecipe(None, 360, 640)
     high, wide = recipe.fitted_size(height, width)
     assert 1 <= high <= min(360, height) and 1 <= wide <= min(640, width)
     if height <= 360 and width <= 640:
@@ -44,7 +48,7 @@ def test_shrinks_to_fit_and_never_enlarges(height, width):
 
 
 def test_file_array_and_picture_give_the_same_bytes(image_processor, tmp_path):
-    recipe = PixelRecipe.of(image_processor, 90, 160)
+    recipe = PixelRecipe(image_processor, 90, 160)
     array = np.random.default_rng(1).integers(0, 255, (180, 320, 3), dtype=np.uint8)
     Image.fromarray(array).save(tmp_path / "a.png")
     one, two, three = (recipe.prepare(source) for source in (tmp_path / "a.png", array, Image.fromarray(array)))
@@ -81,7 +85,7 @@ def test_unknown_pooling_is_refused(text):
 def test_pooling_keeps_place_and_constants(rows, cols, high, wide):
     """A constant picture stays constant; with whole cells, the mean of the cells is the picture's mean."""
     pooling = Pooling("grid", rows, cols)
-    layout = layout_for(pooling, ("a",), 360, 640, 28)
+    layout = pooling.layout(("a",), 360, 640, 28)
     tokens = torch.arange(high * wide, dtype=torch.float32).view(1, -1, 1)
     pooled, mask = pool(torch.cat([tokens, torch.ones_like(tokens)], -1), (high, wide), pooling, layout)
     assert pooled.shape == (1, rows * cols, 2) and mask.all() and (pooled[..., 1] == 1).all()
@@ -98,7 +102,7 @@ def test_layout_tells_view_row_and_column_of_every_token():
     assert layout.row.tolist() == [0, 0, 0, 1, 1, 1] * 2 + [-1]
     assert layout.col.tolist() == [0, 1, 2] * 4 + [-1]
     assert layout.view_slice("b") == slice(6, 12)
-    assert TokenLayout.from_dict(layout.to_dict()) == layout
+    assert TokenLayout.from_dict(asdict(layout)) == layout
 
 
 def test_tokens_pooling_refuses_a_picture_larger_than_its_room():

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from vla_lib.features.binding import TokenLayout
 from vla_lib.features.cache import EpisodeFeatures
-from vla_lib.features.pooling import TokenLayout
 from vla_lib.workbench.plots import features as plots
 
 LAYOUT = TokenLayout(("a", "b"), 2, 3)

@@ -6,14 +6,14 @@ so a policy needs both inputs, and its held-out error tells whether it uses them
 """
 
 import pickle
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from vla_lib.features.binding import make_binding
+from vla_lib.features.binding import TokenLayout, make_binding
 from vla_lib.features.cache import cache_folder, feature_file, write_features
-from vla_lib.features.pooling import TokenLayout
 
 VIEWS = ("View1_left", "View5")
 ROWS, COLS, DIM = 4, 6, 24
@@ -85,7 +85,7 @@ def test_binding(layout: TokenLayout, stride: int, **changes) -> dict:
         "tick_stride": stride,
         "dtype": "float16",
         "transformers": "5",
-        "layout": layout.to_dict(),
+        "layout": asdict(layout),
     } | changes
     import vla_lib.features.binding as bindings
 

@@ -134,7 +134,7 @@ def test_it_trains_is_resumed_and_its_checkpoint_predicts_alike_everywhere(seen,
     results = train(stage2(seen, tmp_path, model))
     with monkeypatch.context() as patched:
         patched.setattr(
-            FeatureExtractor, "look", None
+            FeatureExtractor, "encode", None
         )  # the vision tower has run over every picture once, and never does again
         step = loop.Trainer._step
 
@@ -253,9 +253,7 @@ def test_vision_tokens_are_read_in_parts_masked_where_unreadable_and_made_again_
     for tick, row in enumerate(parts.ticks):
         for view, place in enumerate(row):
             if place >= 0:
-                torch.testing.assert_close(
-                    parts.picture(place, "cpu").tokens, whole.picture(whole.ticks[tick][view], "cpu").tokens
-                )
+                torch.testing.assert_close(parts.pictures[place].tokens, whole.pictures[whole.ticks[tick][view]].tokens)
 
 
 def test_the_loss_falls(seen, tmp_path):

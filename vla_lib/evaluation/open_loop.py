@@ -18,8 +18,8 @@ from vla_lib.core.progress import Progress
 from vla_lib.episodes import PreparedEpisode, load_prepared
 from vla_lib.evaluation.metrics import DIMENSIONS, UNITS, Metrics, baseline_chunks, open_loop_metrics
 from vla_lib.features.cache import FeatureCache
-from vla_lib.features.computed import ComputedFeatures
 from vla_lib.features.extractor import FeatureExtractor
+from vla_lib.features.vision_cache import ComputedFeatures
 from vla_lib.policy.config import PolicyConfig
 from vla_lib.runtime.expert import Input, hidden
 from vla_lib.training.checkpoint import load_policy

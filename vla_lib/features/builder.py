@@ -1,289 +1,233 @@
-"""Build settings in, a complete feature cache out: planned by the first rank, shared over all, resumable, atomic episode by episode."""
+"""Builds a feature cache: planned by the first rank, shared over all, resumable, atomic episode by episode."""
 
 import os
-import queue
-import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from datetime import timedelta
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
+from torch.distributed import HashStore, Store, TCPStore  # type: ignore[attr-defined]  # documented, not in __all__
 
 from vla_lib.core.errors import UserError
 from vla_lib.core.files import append_jsonl, write_json
 from vla_lib.core.progress import Progress
-from vla_lib.features import binding as bindings
-from vla_lib.features import preflight as preflights
+from vla_lib.core.run_folder import write_results
+from vla_lib.episodes import load_prepared
 from vla_lib.features.cache import cache_folder, feature_file, read_binding, write_features
-from vla_lib.features.extractor import FeatureExtractor, default_device, default_dtype
-from vla_lib.features.form import FeatureForm
-from vla_lib.features.ranks import Ranks
-from vla_lib.features.reader import Batch, plan_batches, read_ahead
+from vla_lib.features.extractor import FeatureExtractor
+from vla_lib.features.preflight import PlannedEpisode, Preflight, device_of, plan, share_out
+from vla_lib.features.reader import backing_off, plan_batches, read_ahead, tick_steps
 from vla_lib.features.settings import CacheSettings
-from vla_lib.features.vlm import load_processor, load_vlm, open_checkpoint, resolve_layer
 
 STALE_PARTIAL_S = 600.0
 
 
-def plan(settings: CacheSettings, device: str | None = None) -> tuple[preflights.Preflight, Any, FeatureForm, Any]:
-    """Look at data, checkpoint and cache without loading the model: (preflight, checkpoint, form, processor)."""
-    root = Path(settings.dataset_root)
-    episodes = preflights.load_episodes(root)
-    checkpoint = open_checkpoint(settings.vl_model)
-    processor = load_processor(checkpoint)
-    views = preflights.choose_views(episodes, settings.views)
-    form = FeatureForm(processor, views, settings.vl_pooling, settings.image_resize_height, settings.image_resize_width)
-    dtype = default_dtype(device or _device(settings)) if settings.dtype == "auto" else settings.dtype
-    binding = form.binding(checkpoint, resolve_layer(settings.vl_layer, checkpoint.depth), settings.tick_stride, dtype)
-    return preflights.plan_build(root, episodes, binding), checkpoint, form, processor
+@dataclass
+class Statistics:
+    """What a rank did: counts, seconds by stage (`read_s` in workers, `write_s` behind the model), findings."""
+
+    episodes: int = 0
+    ticks: int = 0
+    pictures: int = 0
+    bytes: int = 0
+    read_s: float = 0.0
+    wait_s: float = 0.0
+    forward_s: float = 0.0
+    write_s: float = 0.0
+    batch_size: int = 0
+    workers: int = 0
+    findings: list[str] = field(default_factory=list)
 
 
 def build(settings: CacheSettings) -> dict[str, Any]:
-    """Build (or finish) the cache that `settings` ask for; returns counts, seconds by stage, findings and the binding's id.
+    """Build (or finish) the cache that `settings` ask for; returns counts, seconds, findings and the binding's id.
 
-    Under torchrun every rank calls this; all return the same results. Raises UserError for bad input before a model is loaded.
+    Under torchrun every rank calls this; all return the same results. Raises UserError for bad input before a model is
+    loaded.
     """
-    with Ranks() as ranks:
-        root, device, start = Path(settings.dataset_root), _device(settings), time.perf_counter()
-        found = _first_plans(ranks, settings, device)
-        binding, folder = found.binding, cache_folder(root) / found.binding["id"]
-        todo = found.todo(settings.overwrite)
-        if settings.preflight_only or not todo:
-            return _finish(ranks, settings, found, [_statistics()], start)
-        share = preflights.share_out(todo, ranks.world)[ranks.rank]
-        checkpoint = open_checkpoint(settings.vl_model)
-        processor = load_processor(checkpoint)
-        form = FeatureForm(
-            processor,
-            binding["views"],
-            binding["pooling"],
-            binding["image_resize_height"],
-            binding["image_resize_width"],
-        )
-        bindings.check(
-            binding,
-            form.binding(checkpoint, binding["layer"], binding["tick_stride"], binding["dtype"]),
-            "The first rank's plan",
-        )
-        extractor = FeatureExtractor(load_vlm(checkpoint, processor, binding["layer"], device, binding["dtype"]), form)
-        if ranks.first:
-            print(
-                f"model {checkpoint.name}, {binding['layer']} of {checkpoint.depth} layers, {binding['dtype']} on {device}, {ranks.world} rank(s)",
-                flush=True,
-            )
+    start = time.perf_counter()
+    # Several ranks exchange small objects only, by gloo, so that two may share a GPU; one may wait long for the others.
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    ranks = PartialState(cpu=several, timeout=timedelta(hours=24))
+    found = _plan_of_the_first(ranks, settings)
+    binding, todo = found.binding, found.todo(settings.overwrite)
+    statistics = Statistics(batch_size=settings.batch_size)
+    if todo and not settings.preflight_only:
+        extractor = FeatureExtractor.from_binding(binding, device_of(settings))
+        if ranks.is_main_process:
+            layers = f"{binding['layer']} of {binding['depth']} layers, {binding['dtype']} on {extractor.device}"
+            print(f"model {binding['model']}, {layers}, {ranks.num_processes} rank(s)", flush=True)
+        share = share_out(todo, ranks.num_processes)[ranks.process_index]
         total = sum(episode.ticks for episode in todo)
-        with Progress(total, "features", "ticks", show=ranks.first) as progress:
-            told = _Told(ranks, progress, settings.run_dir, total)
-            statistics = build_share(root, share, extractor, binding, folder, settings, ranks.local_world, told.ticks)
-            told.wait_for_all()
-        return _finish(ranks, settings, found, ranks.gather(statistics), start)
+        with Progress(total, "features", "ticks", show=ranks.is_main_process) as progress:
+            ticks = _Ticks(ranks, progress, settings.run_dir)
+            statistics = build_share(settings, binding, share, extractor, ticks.add)
+            ticks.wait_for_all()
+    results = _results(settings, found, gather_object([statistics]), time.perf_counter() - start)
+    if ranks.is_main_process:
+        _report(results)
+        if settings.run_dir is not None:
+            write_results(settings.run_dir, results)
+    ranks.wait_for_everyone()
+    ranks.destroy_process_group()
+    return results
 
 
 def build_share(
-    root: Path,
-    share: list[preflights.PlannedEpisode],
-    extractor: FeatureExtractor,
-    binding: dict[str, Any],
-    folder: Path,
     settings: CacheSettings,
-    local_world: int = 1,
-    on_ticks: Callable[[int], None] = lambda count: None,
-) -> dict[str, Any]:
-    """Compute and write one rank's episodes; returns its statistics."""
-    from vla_lib.episodes import load_prepared
+    binding: dict[str, Any],
+    share: list[PlannedEpisode],
+    extractor: FeatureExtractor,
+    add_ticks: Callable[[int], None] = lambda count: None,
+) -> Statistics:
+    """Compute and write one rank's episodes; returns what was done. `add_ticks` hears of each episode's ticks.
 
-    statistics = _statistics()
-    episodes = [load_prepared(planned.path) for planned in share]
-    steps = [preflights.tick_steps(episode, binding["tick_stride"]) for episode in episodes]
-    plans = [
-        batch
-        for number, episode in enumerate(episodes)
-        for batch in plan_batches(number, episode, steps[number], binding["views"], settings.batch_size)
-    ]
-    workers = _workers(settings, local_world, extractor.device.type)
-    forward = BackingOff(extractor, settings.batch_size)
-    done: dict[int, dict[str, Any]] = {}
-    with Writer() as writer:
-        asked = time.perf_counter()
-        for batch in read_ahead(plans, extractor.recipe, root, workers, pin=extractor.device.type == "cuda"):
-            ready = time.perf_counter()
-            statistics["wait_s"] += ready - asked
-            statistics["read_s"] += batch.seconds
-            episode = episodes[batch.episode]
-            store = done.setdefault(batch.episode, _empty(len(steps[batch.episode]), extractor))
-            last = batch.first + len(batch.ticks)
-            store["tokens"][batch.first : last], store["mask"][batch.first : last] = forward(batch, episode.instruction)
-            store["left"] -= len(batch.ticks)
-            store["findings"] += batch.failures
-            asked = time.perf_counter()
-            statistics["forward_s"] += asked - ready
-            statistics["pictures"] += len(batch.shapes)
-            statistics["ticks"] += len(batch.ticks)
-            if not store["left"]:
-                planned, ready_store = share[batch.episode], done.pop(batch.episode)
-                findings = sorted(set(ready_store["findings"]))
-                statistics["findings"] += findings
-                statistics["episodes"] += 1
-                tick_step = torch.tensor(list(steps[batch.episode]), dtype=torch.int64)
-                path, parts = feature_file(folder, planned.key), (ready_store["tokens"], ready_store["mask"], tick_step)
-                writer.put(
-                    lambda path=path, episode=episode, key=planned.key, parts=parts, findings=findings: write_features(
-                        path, binding, episode, key, *parts, findings
-                    )
-                )
-                asked = time.perf_counter()
-            on_ticks(len(batch.ticks))
-    statistics |= {"write_s": writer.seconds, "bytes": writer.bytes, "batch_size": forward.limit, "workers": workers}
+    Raises UserError where the features cannot be written or a single tick does not fit into memory.
+    """
+    start, root, folder = time.perf_counter(), settings.dataset_root, cache_folder(settings.dataset_root)
+    left, statistics = list(share), Statistics(workers=_workers(settings, extractor.device.type))
+
+    def compute(batch_size: int) -> None:
+        """Compute the episodes that are left; each is taken from the list when its features go to be written."""
+        if batch_size < settings.batch_size:
+            print(f"out of memory: going on with {batch_size} ticks at a time", flush=True)
+        statistics.batch_size = batch_size
+        planned, episodes = list(left), [load_prepared(one.path) for one in left]
+        steps = [tick_steps(episode, binding["tick_stride"]) for episode in episodes]
+        plans = [
+            plan
+            for number, episode in enumerate(episodes)
+            for plan in plan_batches(number, episode, steps[number], binding["views"], batch_size)
+        ]
+        ahead = read_ahead(plans, extractor.recipe, root, statistics.workers, extractor.device.type == "cuda")
+        for number, batches in groupby(ahead, key=lambda batch: batch.plan.episode):
+            episode, key = episodes[number], planned[number].key
+            parts, findings = [], set[str]()
+            for batch in batches:
+                begin = time.perf_counter()
+                parts.append(extractor.forward(batch.pictures(extractor.device), batch.ticks, episode.instruction))
+                statistics.forward_s += time.perf_counter() - begin
+                statistics.read_s += batch.seconds
+                statistics.pictures += len(batch.shapes)
+                findings.update(batch.findings)
+            tokens, mask = (torch.cat(part) for part in zip(*parts, strict=True))
+            tick_step = torch.tensor(steps[number], dtype=torch.int64)
+            path = feature_file(folder / binding["id"], key)
+            writer.put(path, binding, episode, key, tokens, mask, tick_step, sorted(findings))
+            left.remove(planned[number])
+            statistics.findings += sorted(findings)
+            statistics.episodes += 1
+            statistics.ticks += len(tick_step)
+            add_ticks(len(tick_step))
+
+    with _Writer(statistics) as writer:
+        backing_off(compute, settings.batch_size)()
+    statistics.wait_s = time.perf_counter() - start - statistics.forward_s
     return statistics
 
 
-class BackingOff:
-    """Calls the extractor on a batch; when memory runs out it halves the number of ticks that go through together, and goes on."""
+class _Writer:
+    """Writes one episode's features while the model computes the next one's. A context manager.
 
-    def __init__(self, extractor: FeatureExtractor, limit: int):
-        self.extractor, self.limit = extractor, limit
+    Raises UserError where a write failed, at the next call or at the end.
+    """
 
-    def __call__(self, batch: Batch, instruction: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens (ticks, T, D) and mask (ticks, T) of a batch; ticks that show the same pictures are computed once."""
-        different = list(dict.fromkeys(batch.ticks))
-        parts, start = [], 0
-        while start < len(different):
-            chunk = different[start : start + self.limit]
-            try:
-                parts.append(self._chunk(batch, chunk, instruction))
-            except torch.OutOfMemoryError:
-                if self.limit == 1 or len(chunk) == 1:
-                    raise UserError(
-                        "One tick alone does not fit into the GPU's memory; take smaller pictures (--image-resize-height/width), fewer --views, "
-                        "a lower --vl-layer, or free the GPU."
-                    ) from None
-                self.limit = max(1, min(self.limit, len(chunk)) // 2)
-                print(f"out of memory: going on with {self.limit} ticks at a time", flush=True)
-            else:
-                start += len(chunk)
-                continue
-            if torch.cuda.is_available():  # outside the handler: its traceback holds the failed pass's tensors
-                torch.cuda.empty_cache()
-        place = {tick: number for number, tick in enumerate(different)}
-        order = [place[tick] for tick in batch.ticks]
-        return torch.cat([part[0] for part in parts])[order], torch.cat([part[1] for part in parts])[order]
+    def __init__(self, statistics: Statistics):
+        self.statistics, self._pool = statistics, ThreadPoolExecutor(1)
+        self._writing: Future[None] | None = None
 
-    def _chunk(self, batch: Batch, ticks: list[tuple[int, ...]], instruction: str) -> tuple[torch.Tensor, torch.Tensor]:
-        used = sorted({number for tick in ticks for number in tick if number >= 0})
-        renumber = {-1: -1, **{number: place for place, number in enumerate(used)}}
-        pictures = batch.pictures(self.extractor.device)
-        chosen = [pictures[number] for number in used]
-        return self.extractor.forward(
-            chosen, [tuple(renumber[number] for number in tick) for tick in ticks], instruction
-        )
+    def put(self, *features: Any) -> None:
+        """Write these arguments of `write_features`, when the last ones are written."""
+        self._wait()
+        self._writing = self._pool.submit(self._write, *features)
 
+    def _write(self, *features: Any) -> None:
+        begin = time.perf_counter()
+        self.statistics.bytes += write_features(*features)
+        self.statistics.write_s += time.perf_counter() - begin
 
-class Writer:
-    """Writes behind the model in a thread; an error there ends the build at the next call. Use as a context manager."""
-
-    def __init__(self) -> None:
-        self.seconds, self.bytes = 0.0, 0
-        self._error: BaseException | None = None
-        self._jobs: queue.Queue[Callable[[], int] | None] = queue.Queue(maxsize=2)
-        self._thread = threading.Thread(target=self._work, name="feature-writer", daemon=True)
-
-    def put(self, job: Callable[[], int]) -> None:
-        """Queue a job that writes and returns its bytes; waits while two are queued."""
-        self._raise()
-        self._jobs.put(job)
-
-    def _work(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            start = time.perf_counter()
-            try:
-                if self._error is None:
-                    self.bytes += job()
-            except BaseException as error:  # handed to the main thread
-                self._error = error
-            self.seconds += time.perf_counter() - start
-
-    def _raise(self) -> None:
-        if isinstance(self._error, OSError):
+    def _wait(self) -> None:
+        writing, self._writing = self._writing, None
+        try:
+            if writing is not None:
+                writing.result()
+        except OSError as error:
             raise UserError(
-                f"The features cannot be written: {self._error}; free some space or check the folder, then run again."
-            ) from self._error
-        if self._error is not None:
-            raise self._error
+                f"The features cannot be written: {error}; free some space or check the folder, then run again."
+            ) from error
 
-    def __enter__(self) -> "Writer":
-        self._thread.start()
+    def __enter__(self) -> "_Writer":
         return self
 
-    def __exit__(self, kind: Any, *_: object) -> None:
-        self._jobs.put(None)
-        self._thread.join()
-        if kind is None:
-            self._raise()
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown()
+        self._wait()
 
 
-class _Told:
-    """Counts ticks over all ranks; the first rank shows them and writes them to metrics.jsonl."""
+class _Ticks:
+    """Counts ticks over all ranks; the first one shows them and writes them to metrics.jsonl."""
 
-    def __init__(self, ranks: Ranks, progress: Progress, run_dir: Path | None, total: int):
-        self.ranks, self.progress, self.run_dir, self.total = ranks, progress, run_dir, total
-        self._shown, self._start, self._last = 0, time.perf_counter(), 0.0
+    def __init__(self, ranks: PartialState, progress: Progress, run_dir: Path | None):
+        self.ranks, self.progress, self.run_dir = ranks, progress, run_dir
+        self._start, self._row_s = time.perf_counter(), 0.0
+        self._counter: Store = HashStore()
+        if ranks.num_processes > 1:  # the store at which torchrun's processes met
+            address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            self._counter = TCPStore(*address, is_master=False)
 
-    def ticks(self, count: int) -> None:
-        self.ranks.add("ticks", count)
-        self.show()
-
-    def show(self, force: bool = False) -> None:
-        if not self.ranks.first:
+    def add(self, count: int) -> None:
+        """Add this rank's ticks; 0 to see those of the others."""
+        now = self._counter.add("vla/ticks", count)
+        if not self.ranks.is_main_process or now == self.progress.done:
             return
-        now = self.ranks.add("ticks", 0)
-        self.progress.update(now - self._shown)
-        self._shown, seconds = now, time.perf_counter() - self._start
-        if self.run_dir is not None and (force or seconds - self._last >= 1.0):
-            self._last = seconds
-            row = {
-                "time": time.time(),
-                "features/ticks": now,
-                "features/ticks_total": self.total,
-                "features/ticks_per_s": now / max(seconds, 1e-9),
-            }
-            append_jsonl(Path(self.run_dir) / "metrics.jsonl", row)
+        self.progress.update(now - self.progress.done)
+        seconds = time.perf_counter() - self._start
+        if self.run_dir is not None and (now == self.progress.total or seconds - self._row_s >= 1.0):
+            self._row_s = seconds
+            row = {"time": time.time(), "features/ticks": now, "features/ticks_total": self.progress.total}
+            append_jsonl(self.run_dir / "metrics.jsonl", {**row, "features/ticks_per_s": now / seconds})
 
     def wait_for_all(self) -> None:
-        self.ranks.add("finished", 1)
-        while self.ranks.first and self.ranks.add("finished", 0) < self.ranks.world:
-            self.show()
+        """Show on the first rank what the others do, until nothing is left to do."""
+        while self.ranks.is_main_process and self.progress.done < self.progress.total:
             time.sleep(0.2)
-        self.show(force=True)
+            self.add(0)
 
 
-def _first_plans(ranks: Ranks, settings: CacheSettings, device: str) -> preflights.Preflight:
-    """The first rank's preflight on every rank (what is missing must be judged once, before anyone writes)."""
-    found: Any = None
-    if ranks.first:
+def _plan_of_the_first(ranks: PartialState, settings: CacheSettings) -> Preflight:
+    """The first rank's preflight on every rank: what is missing must be judged once, before anyone writes."""
+    found: Preflight | UserError | None = None
+    if ranks.is_main_process:
         try:
-            found = plan(settings, device)[0]
+            found = plan(settings)[0]
             print(found.text(settings.overwrite), flush=True)
             if not settings.preflight_only:
                 found.check_space(settings.overwrite)
-                _prepare_folder(Path(settings.dataset_root), found.binding)
+                _prepare_folder(cache_folder(settings.dataset_root) / found.binding["id"], found.binding)
         except UserError as error:
             found = error
-    found = ranks.share(found)
+    (found,) = broadcast_object_list([found])
     if isinstance(found, UserError):
         raise found
+    assert found is not None
     return found
 
 
-def _prepare_folder(root: Path, binding: dict[str, Any]) -> None:
-    folder = cache_folder(root) / binding["id"]
+def _prepare_folder(folder: Path, binding: dict[str, Any]) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if (folder / "binding.json").exists():
             read_binding(folder)
+        elif any(folder.iterdir()):
+            raise UserError(f"{folder} exists but holds no binding.json, so it is not ours; move it away.")
         else:
-            if any(folder.iterdir()):
-                raise UserError(f"{folder} exists but holds no binding.json, so it is not ours; move it away.")
             write_json(folder / "binding.json", binding)
         for partial in folder.glob(".*.partial"):  # left by a killed build
             if time.time() - partial.stat().st_mtime > STALE_PARTIAL_S:
@@ -294,65 +238,38 @@ def _prepare_folder(root: Path, binding: dict[str, Any]) -> None:
         ) from None
 
 
-def _finish(
-    ranks: Ranks, settings: CacheSettings, found: preflights.Preflight, statistics: list[dict[str, Any]], start: float
-) -> dict[str, Any]:
-    summed = {
-        name: sum(one[name] for one in statistics)
-        for name in ("episodes", "ticks", "pictures", "bytes", "read_s", "wait_s", "forward_s", "write_s")
-    }
-    findings = sorted(finding for one in statistics for finding in one["findings"])
-    results = {
+def _results(settings: CacheSettings, found: Preflight, ranks: list[Statistics], seconds: float) -> dict[str, Any]:
+    summed = ("episodes", "ticks", "pictures", "bytes", "read_s", "wait_s", "forward_s", "write_s")
+    return {
         "binding_id": found.binding["id"],
         "cache_folder": str(cache_folder(settings.dataset_root) / found.binding["id"]),
-        **summed,
-        "seconds": time.perf_counter() - start,
-        "ranks": ranks.world,
-        "batch_size": min(one["batch_size"] or settings.batch_size for one in statistics),
+        **{name: sum(getattr(one, name) for one in ranks) for name in summed},
+        "seconds": seconds,
+        "ranks": len(ranks),
+        "batch_size": min(one.batch_size for one in ranks),
         "already_covered": len(found.episodes) - len(found.todo(settings.overwrite)),
-        "findings": findings,
+        "findings": sorted(finding for one in ranks for finding in one.findings),
         "preflight": found.to_dict(),
     }
-    if ranks.first:
-        for finding in findings:
-            print(f"picture left out: {finding}", flush=True)
-        print(
-            f"{summed['episodes']} episodes, {summed['ticks']} ticks written ({summed['bytes'] / 1e6:.1f} MB), {results['already_covered']} were there; "
-            f"{len(findings)} unreadable pictures; {results['seconds']:.1f} s (reading {summed['read_s']:.1f} in workers, waiting {summed['wait_s']:.1f}, "
-            f"forward {summed['forward_s']:.1f}, writing {summed['write_s']:.1f} behind)",
-            flush=True,
-        )
-        if settings.run_dir is not None:
-            write_json(Path(settings.run_dir) / "results.json", results)
-    return results
 
 
-def _statistics() -> dict[str, Any]:
-    numbers = dict.fromkeys(("episodes", "ticks", "pictures", "bytes", "batch_size", "workers"), 0)
-    return {**numbers, **dict.fromkeys(("read_s", "wait_s", "forward_s", "write_s"), 0.0), "findings": []}
+def _report(results: dict[str, Any]) -> None:
+    for finding in results["findings"]:
+        print(f"picture left out: {finding}")
+    print(
+        "{episodes} episodes, {ticks} ticks written ({MB:.1f} MB), {already_covered} were there; {unreadable} "
+        "unreadable pictures; {seconds:.1f} s (reading {read_s:.1f} in workers, waiting {wait_s:.1f}, forward {forward_s:.1f}, "
+        "writing {write_s:.1f} behind)".format(
+            **results, MB=results["bytes"] / 1e6, unreadable=len(results["findings"])
+        ),
+        flush=True,
+    )
 
 
-def _empty(ticks: int, extractor: FeatureExtractor) -> dict[str, Any]:
-    tokens = torch.empty(ticks, extractor.layout.tokens, extractor.hidden_size, dtype=extractor.dtype)
-    return {
-        "tokens": tokens,
-        "mask": torch.empty(ticks, extractor.layout.tokens, dtype=torch.bool),
-        "left": ticks,
-        "findings": [],
-    }
-
-
-def _device(settings: CacheSettings) -> str:
-    if settings.device == "auto":
-        return default_device()
-    if settings.device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"--device {settings.device}: this machine has no usable GPU; take auto or cpu.")
-    return settings.device
-
-
-def _workers(settings: CacheSettings, local_world: int, device_type: str) -> int:
+def _workers(settings: CacheSettings, device_type: str) -> int:
     """Given, or: on a GPU up to 8 of this rank's cores, on a CPU half of them (the model needs the others)."""
     if settings.num_workers >= 0:
         return settings.num_workers
-    cores = (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1) // local_world
-    return min(8, cores) if device_type == "cuda" else min(8, cores // 2)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return min(8, cores if device_type == "cuda" else cores // 2)

@@ -1,7 +1,7 @@
-"""A dataset root in, memory-mapped vision-language features of its episodes out. Imports torch, not transformers.
+"""The cached features of a dataset root, read memory-mapped; and the housekeeping of its caches. Needs no transformers.
 
-On disk: `<root>/cache/qwen_vl_features/<binding id>/binding.json` and one `<dataset>__<task>__<episode>.pt` an episode, opened with
-`weights_only=True, mmap=True`, so that an epoch of random access costs the pages it touches and no more.
+On disk: `<root>/cache/qwen_vl_features/<binding id>/binding.json` and one `<dataset>__<task>__<episode>.pt` an episode,
+opened with `weights_only=True, mmap=True`, so that an epoch of random access costs the pages it touches and no more.
 """
 
 import hashlib
@@ -10,19 +10,24 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from vla_lib.core.errors import UserError
 from vla_lib.core.files import atomic_path, read_json
+from vla_lib.episodes import PreparedEpisode, find_prepared, load_prepared
 from vla_lib.features import binding as bindings
-from vla_lib.features.pooling import TokenLayout
+from vla_lib.features.binding import TokenLayout
 
 BUILD_HINT = "Build it with `python -m vla_lib.build_vl_cache --dataset-root {root}`."
+VISION = "vision"  # folder of the vision tower's tokens within a binding's, where a stage-2 run made them
+HEADER = ("schema", "binding", "episode", "fingerprint", "instruction", "steps", "findings", "sha256")
+# What a missing, cut off or foreign file raises when it is loaded and its entries are taken.
+DAMAGES = (OSError, RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError, pickle.UnpicklingError)
 
 
 def cache_folder(root: str | Path) -> Path:
@@ -35,9 +40,6 @@ def episode_key(root: str | Path, episode_dir: str | Path) -> str:
     return Path(episode_dir).resolve().relative_to(Path(root).resolve()).as_posix()
 
 
-VISION = "vision"  # folder of the vision tower's tokens within a binding's, where a stage-2 training made them
-
-
 def feature_file(folder: Path, key: str) -> Path:
     """The file of the episode `key` within a binding's folder."""
     return folder / (key.replace("/", "__") + ".pt")
@@ -47,29 +49,19 @@ def feature_file(folder: Path, key: str) -> Path:
 class EpisodeFeatures:
     """Features of one episode.
 
-    tokens: (ticks, T, D), memory-mapped; mask: (ticks, T) bool, False where the view's picture was missing or corrupt (the tokens are
-    zero there); tick_step: (ticks,) int64, the action step that each tick belongs to, ascending.
+    tokens: (ticks, T, D), memory-mapped; mask: (ticks, T) bool, False where the view's picture was missing or corrupt
+    (the tokens are zero there); tick_step: (ticks,) int64, the action step that each tick belongs to, ascending.
     """
 
-    tokens: torch.Tensor
-    mask: torch.Tensor
-    tick_step: torch.Tensor
+    tokens: Tensor
+    mask: Tensor
+    tick_step: Tensor
     layout: TokenLayout
     key: str
     header: Mapping[str, Any]
 
-    @cached_property
-    def raw(self) -> np.ndarray:
-        """(ticks, bytes of one tick) uint8 view of `tokens`: what gathering copies, whatever the number type."""
-        return self.tokens.view(torch.uint8).flatten(1).numpy()
-
-    @cached_property
-    def raw_mask(self) -> np.ndarray:
-        """(ticks, T) bool view of `mask`."""
-        return self.mask.numpy()
-
     def newest(self, steps: np.ndarray | Sequence[int] | int, latency_steps: int = 0) -> np.ndarray:
-        """Number of the newest tick that was at step - `latency_steps` or before, -1 where there is none yet; the shape of `steps`."""
+        """Number of the newest tick at step - `latency_steps` or before, -1 where there is none; shaped as `steps`."""
         return np.searchsorted(self.tick_step.numpy(), np.asarray(steps) - latency_steps, side="right") - 1
 
 
@@ -87,8 +79,8 @@ class FeatureCache:
     ) -> "FeatureCache":
         """Open the binding `binding_id` (None: the only one there).
 
-        expect: binding fields that the reader relies on, such as {"tick_stride": 3}. Raises UserError where there is no such cache, where
-        there are several to choose from, or where the binding is not what is expected (naming both sides).
+        expect: binding fields that the reader relies on, such as {"tick_stride": 3}. Raises UserError where there is no
+        such cache, where there are several to choose from, or where the binding is not what is expected (naming both).
         """
         root = Path(dataset_root)
         base = cache_folder(root)
@@ -101,25 +93,19 @@ class FeatureCache:
         if chosen not in found:
             raise UserError(f'There is no cache "{chosen}" under {base}; there are: {", ".join(found)}.')
         binding = read_binding(base / chosen)
-        if expect:
-            bindings.check(binding, expect, f'The cache "{chosen}"')
+        bindings.check(binding, expect or {}, f'The cache "{chosen}"')
         return cls(root, base / chosen, binding)
 
-    def has(self, episode: Any) -> bool:
-        """Whether `episode` (PreparedEpisode) has a file here (its freshness is checked by `episode`)."""
-        return feature_file(self.folder, episode_key(self.root, episode.path)).is_file()
-
-    def episode(self, episode: Any) -> EpisodeFeatures:
-        """Features of a PreparedEpisode. Raises UserError where they are absent, unreadable, or were made from other data."""
-        features = self._open.get(str(episode.path))
-        if features is None:
-            key = episode_key(self.root, episode.path)
-            features = self._open[str(episode.path)] = read_features(
-                feature_file(self.folder, key), self.binding, key, self.root
-            )
+    def episode(self, episode: PreparedEpisode) -> EpisodeFeatures:
+        """Features of an episode. Raises UserError where they are absent, unreadable, or were made from other data."""
+        path = str(episode.path)
+        if path not in self._open:
+            self._open[path] = read_features(self.folder, self.binding, episode_key(self.root, path), self.root)
+        features = self._open[path]
         if reason := stale_reason(features.header, episode):
             raise UserError(
-                f'The features of {features.key} in cache "{self.binding["id"]}" are stale: {reason}. {BUILD_HINT.format(root=self.root)}'
+                f'The features of {features.key} in cache "{self.binding["id"]}" are stale: {reason}. '
+                f"{BUILD_HINT.format(root=self.root)}"
             )
         return features
 
@@ -127,23 +113,9 @@ class FeatureCache:
         return {**self.__dict__, "_open": {}}  # worker processes map the files anew
 
 
-def gather(features: Sequence[EpisodeFeatures], ticks: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens (B, T, D) and mask (B, T) of one tick each of B episodes; a tick of -1 gives zeros and a mask of False."""
-    first = features[0].tokens
-    tokens = torch.empty((len(ticks), *first.shape[1:]), dtype=first.dtype)
-    mask = torch.empty((len(ticks), first.shape[1]), dtype=torch.bool)
-    rows, known = tokens.view(torch.uint8).flatten(1).numpy(), mask.numpy()
-    for place, (episode, tick) in enumerate(zip(features, ticks, strict=True)):
-        if tick < 0:
-            rows[place], known[place] = 0, False
-        else:
-            rows[place], known[place] = episode.raw[tick], episode.raw_mask[tick]
-    return tokens, mask
-
-
 def read_binding(folder: Path) -> dict[str, Any]:
     """The binding of a cache folder. Raises UserError where it is none of ours or was altered."""
-    binding = read_json(folder / "binding.json")
+    binding: dict[str, Any] = read_json(folder / "binding.json")
     bindings.check_own(binding, str(folder / "binding.json"))
     if binding["id"] != folder.name:
         raise UserError(f'{folder} holds the binding "{binding["id"]}"; give the folder back its name.')
@@ -151,9 +123,19 @@ def read_binding(folder: Path) -> dict[str, Any]:
 
 
 def write_features(
-    path: Path, binding: Mapping[str, Any], episode: Any, key: str, tokens, mask, tick_step, findings: list[str]
+    path: Path,
+    binding: Mapping[str, Any],
+    episode: PreparedEpisode,
+    key: str,
+    tokens: Tensor,
+    mask: Tensor,
+    tick_step: Tensor,
+    findings: list[str],
 ) -> int:
-    """Write one episode's features atomically; returns the bytes. The content holds no time and no host, so equal features are equal files."""
+    """Write one episode's features atomically; returns the bytes.
+
+    The content holds no time and no host, so equal features are equal files.
+    """
     value = {
         "schema": bindings.SCHEMA,
         "binding": binding["id"],
@@ -172,32 +154,27 @@ def write_features(
     return path.stat().st_size
 
 
-def read_features(path: Path, binding: Mapping[str, Any], key: str, root: Path) -> EpisodeFeatures:
-    """Open one file, memory-mapped. Raises UserError where it is absent, unreadable, or belongs to another episode or binding."""
-    hint = BUILD_HINT.format(root=root)
+def read_features(folder: Path, binding: Mapping[str, Any], key: str, root: str | Path) -> EpisodeFeatures:
+    """Map one episode's file. Raises UserError where it is absent, unreadable, or of another episode or binding."""
+    hint, path = BUILD_HINT.format(root=root), feature_file(folder, key)
     try:
         value = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
-        header = {
-            name: value[name]
-            for name in ("schema", "binding", "episode", "fingerprint", "instruction", "steps", "findings", "sha256")
-        }
-        features = EpisodeFeatures(
-            value["tokens"], value["mask"], value["tick_step"], TokenLayout.from_dict(binding["layout"]), key, header
-        )
+        header = {name: value[name] for name in HEADER}
+        layout = TokenLayout.from_dict(binding["layout"])
+        features = EpisodeFeatures(value["tokens"], value["mask"], value["tick_step"], layout, key, header)
     except FileNotFoundError:
         raise UserError(f'The episode {key} has no features in cache "{binding["id"]}". {hint}') from None
-    except (RuntimeError, OSError, KeyError, TypeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        raise UserError(
-            f"{path} is damaged ({str(error).splitlines()[0][:120] if str(error) else type(error).__name__}). {hint}"
-        ) from None
+    except DAMAGES as error:
+        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
+        raise UserError(f"{path} is damaged ({reason}). {hint}") from None
     if (header["binding"], header["episode"]) != (binding["id"], key):
         found = f'"{header["episode"]}" of cache "{header["binding"]}"'
         raise UserError(f'{path} holds the features of {found}, asked for was "{key}" of "{binding["id"]}". {hint}')
     return features
 
 
-def stale_reason(header: Mapping[str, Any], episode: Any) -> str:
-    """Why features with this header do not belong to `episode` (a PreparedEpisode), naming both sides; "" where they do."""
+def stale_reason(header: Mapping[str, Any], episode: PreparedEpisode) -> str:
+    """Why features with this header do not belong to `episode`, naming both sides; "" where they do."""
     if header["fingerprint"] != episode.fingerprint:
         return f"made from data.pkl {header['fingerprint'][:12]}, it is now {episode.fingerprint[:12]}"
     if header["instruction"] != episode.instruction:
@@ -205,7 +182,19 @@ def stale_reason(header: Mapping[str, Any], episode: Any) -> str:
     return ""
 
 
-def checksum(tokens: torch.Tensor, mask: torch.Tensor, tick_step: torch.Tensor) -> str:
+def coverage_state(folder: Path, binding: Mapping[str, Any], root: str | Path, episode: PreparedEpisode) -> str:
+    """`covered`, `stale` (from other data, or unreadable) or `missing` for one episode."""
+    key = episode_key(root, episode.path)
+    if not feature_file(folder, key).is_file():
+        return "missing"
+    try:
+        header = read_features(folder, binding, key, root).header
+    except UserError:
+        return "stale"
+    return "stale" if stale_reason(header, episode) else "covered"
+
+
+def checksum(tokens: Tensor, mask: Tensor, tick_step: Tensor) -> str:
     """SHA-256 over the three tensors' bytes."""
     digest = hashlib.sha256()
     for tensor in (tokens, mask, tick_step):
@@ -217,104 +206,62 @@ def checksum(tokens: torch.Tensor, mask: torch.Tensor, tick_step: torch.Tensor) 
 
 
 def list_bindings(root: str | Path, runs: str | Path | None = None) -> list[dict[str, Any]]:
-    """One row a binding: id, settings, episodes, bytes, age, coverage of the prepared episodes, and the runs that name it.
+    """One row a binding: id, settings, bytes, age, coverage of the prepared episodes, and the runs that name it.
 
-    `covered`: prepared episodes with fresh features; `stale`: with features from other data; `missing`: with none. A folder that is not
-    ours or was altered is listed with its `problem`. runs: the folder of run folders to search (None: none).
+    `covered`: prepared episodes with fresh features; `stale`: with features from other data; `missing`: with none. A
+    folder that is not ours or was altered is listed with its `problem`. runs: the folder of run folders (None: none).
     """
-    from vla_lib.episodes import find_prepared, load_prepared
-
     episodes = [load_prepared(folder) for folder in find_prepared(root)]
+    names = ("model", "layer", "dtype", "pooling", "views", "tick_stride", "image_resize_height", "image_resize_width")
     rows = []
     for folder in sorted(path for path in cache_folder(root).glob("*") if path.is_dir()):
         files = sorted(folder.glob("*.pt"))
-        row: dict[str, Any] = {
-            "id": folder.name,
-            "files": len(files),
-            "bytes": sum(file.stat().st_size for file in folder.rglob("*.pt")),
-        }
-        row["age_s"] = time.time() - max((file.stat().st_mtime for file in files), default=folder.stat().st_mtime)
+        newest = max((file.stat().st_mtime for file in files), default=folder.stat().st_mtime)
+        size = sum(file.stat().st_size for file in folder.rglob("*.pt"))
+        row = {"id": folder.name, "files": len(files), "bytes": size, "age_s": time.time() - newest, "problem": ""}
+        rows.append(row)
         try:
             binding = read_binding(folder)
         except UserError as error:
-            rows.append({**row, "problem": str(error)})
+            row["problem"] = str(error)
             continue
-        counts = {"covered": 0, "stale": 0, "missing": 0}
-        for episode in episodes:
-            counts[coverage_state(folder, binding, root, episode)] += 1
-        names = (
-            "model",
-            "layer",
-            "pooling",
-            "views",
-            "tick_stride",
-            "image_resize_height",
-            "image_resize_width",
-            "dtype",
-        )
-        rows.append(
-            {
-                **row,
-                **{name: binding[name] for name in names},
-                **counts,
-                "episodes": len(episodes),
-                "problem": "",
-                "used_by": _users(folder.name, runs),
-            }
-        )
+        states = [coverage_state(folder, binding, root, episode) for episode in episodes]
+        row |= {name: binding[name] for name in names}
+        row |= {state: states.count(state) for state in ("covered", "stale", "missing")}
+        row |= {"episodes": len(episodes), "used_by": _users(folder.name, runs)}
     return rows
-
-
-def coverage_state(folder: Path, binding: Mapping[str, Any], root: str | Path, episode: Any) -> str:
-    """`covered`, `stale` (from other data, or unreadable) or `missing` for one PreparedEpisode."""
-    key = episode_key(root, episode.path)
-    path = feature_file(folder, key)
-    if not path.is_file():
-        return "missing"
-    try:
-        header = read_features(path, binding, key, Path(root)).header
-    except UserError:
-        return "stale"
-    return "stale" if stale_reason(header, episode) else "covered"
 
 
 def verify(root: str | Path, binding_id: str) -> dict[str, Any]:
     """Read every file of a binding whole and compare its checksum: {"files", "bytes", "bad": [sentence, ...]}."""
     cache = FeatureCache.open(root, binding_id)
-    bad, size = [], 0
-    files = sorted(cache.folder.glob("*.pt"))
+    files, bad = sorted(cache.folder.glob("*.pt")), []
     for path in files:
-        size += path.stat().st_size
         try:
             key = torch.load(path, weights_only=True, mmap=True)["episode"]
-            features = read_features(path, cache.binding, key, cache.root)
             if feature_file(cache.folder, key) != path:
                 bad.append(f"{path.name} holds the features of {key}")
-            elif checksum(features.tokens, features.mask, features.tick_step) != features.header["sha256"]:
-                bad.append(
-                    f"{path.name} does not have the checksum that it was written with; remove it and build again"
-                )
+                continue
+            features = read_features(cache.folder, cache.binding, key, root)
+            if checksum(features.tokens, features.mask, features.tick_step) != features.header["sha256"]:
+                bad.append(f"{path.name} does not have the checksum it was written with; remove it and build again")
         except UserError as error:
             bad.append(str(error))
         except Exception as error:  # a damaged zip or pickle fails in many ways; each is a finding
             bad.append(f"{path.name} is damaged ({type(error).__name__}); remove it and build again")
-    return {"files": len(files), "bytes": size, "bad": bad}
+    return {"files": len(files), "bytes": sum(path.stat().st_size for path in files), "bad": bad}
 
 
 def remove(root: str | Path, binding_id: str) -> int:
-    """Delete one binding and return the bytes freed. Raises UserError for a folder that is not ours or holds foreign files."""
+    """Delete one binding and return the bytes freed. Raises UserError for a folder that is not ours or holds foreign
+    files."""
     folder = cache_folder(root) / binding_id
     if folder.parent != cache_folder(root) or not (folder / "binding.json").is_file():
         raise UserError(f'There is no cache "{binding_id}" under {cache_folder(root)}; `vla cache ls` lists them.')
     read_binding(folder)
-    ours = ("binding.json", VISION)
-    foreign = [
-        path.name for path in folder.iterdir() if path.suffix not in (".pt", ".partial") and path.name not in ours
-    ]
-    if foreign:
-        raise UserError(
-            f"{folder} holds files that are not ours ({', '.join(sorted(foreign)[:3])}); move them away first."
-        )
+    names = sorted(path.name for path in folder.iterdir() if path.suffix not in (".pt", ".partial"))
+    if foreign := [name for name in names if name not in ("binding.json", VISION)]:
+        raise UserError(f"{folder} holds files that are not ours ({', '.join(foreign[:3])}); move them away first.")
     freed = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     shutil.rmtree(folder)
     return freed
@@ -322,9 +269,8 @@ def remove(root: str | Path, binding_id: str) -> int:
 
 def _users(binding_id: str, runs: str | Path | None) -> list[str]:
     """Names of the run folders whose records name this binding."""
-    users = set()
-    for pattern in ("*/run.json", "*/results.json", "*/settings.json") if runs else ():
-        for path in Path(runs).glob(pattern):
-            if binding_id in path.read_text(encoding="utf-8", errors="replace"):
-                users.add(path.parent.name)
-    return sorted(users)
+    if runs is None:
+        return []
+    names = ("*/run.json", "*/results.json", "*/settings.json")
+    files = [path for name in names for path in Path(runs).glob(name)]
+    return sorted({p.parent.name for p in files if binding_id in p.read_text(encoding="utf-8", errors="replace")})

@@ -1,23 +1,31 @@
-"""Prepared episodes and a binding in, the plan of a build out: what is there, what is missing, bytes, free space. No model is loaded."""
+"""What a cache build would do: what is there, what is missing, bytes, free space. No model is loaded."""
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from vla_lib.core.errors import UserError
+from vla_lib.episodes import PreparedEpisode, find_prepared, load_prepared
+from vla_lib.features.binding import TokenLayout
 from vla_lib.features.cache import cache_folder, coverage_state, episode_key
-from vla_lib.features.pooling import TokenLayout
+from vla_lib.features.extractor import default_device, default_dtype
+from vla_lib.features.form import FeatureForm
+from vla_lib.features.reader import tick_steps
+from vla_lib.features.settings import CacheSettings
+from vla_lib.features.vlm import load_processor, open_checkpoint, resolve_layer
 
 STANDARD_VIEWS = ("View1_left", "View2_left", "View3_left", "View4_left", "View5")
-HEADER_BYTES = 4096
+HEADER_BYTES = 4096  # of one episode's file, about
 SPARE_BYTES = 64 << 20  # left free beyond what the build writes
 
 
 @dataclass(frozen=True)
 class PlannedEpisode:
-    """One episode: `ticks` to compute, `state` of what is in the cache ("covered", "stale", "missing"), views that it lacks."""
+    """One episode: `ticks` to compute, `state` in the cache ("covered", "stale" or "missing"), views it lacks."""
 
     path: Path
     key: str
@@ -36,60 +44,46 @@ class Preflight:
     binding: dict[str, Any]
     episodes: list[PlannedEpisode]
     free_bytes: int
-    others: list[str] = field(default_factory=list)
+    others: list[str]
 
     def todo(self, overwrite: bool = False) -> list[PlannedEpisode]:
         """The episodes to compute."""
         return [episode for episode in self.episodes if overwrite or episode.state != "covered"]
 
     def table(self) -> list[dict[str, Any]]:
-        """One row a dataset: episodes, ticks, what is there and what is not, bytes of the whole."""
-        rows: dict[str, dict[str, Any]] = {}
-        for episode in self.episodes:
-            row = rows.setdefault(
-                episode.dataset,
-                {
-                    "dataset": episode.dataset,
-                    "episodes": 0,
-                    "ticks": 0,
-                    "covered": 0,
-                    "stale": 0,
-                    "missing": 0,
-                    "MB": 0.0,
-                    "lack a view": 0,
-                },
-            )
-            row["episodes"] += 1
-            row["ticks"] += episode.ticks
-            row[episode.state] += 1
-            row["MB"] += episode.bytes / 1e6
-            row["lack a view"] += bool(episode.missing_views)
-        return list(rows.values())
+        """One row a dataset: episodes, ticks, what is there and what is not, megabytes of the whole."""
+        rows = []
+        for dataset in dict.fromkeys(episode.dataset for episode in self.episodes):
+            own = [episode for episode in self.episodes if episode.dataset == dataset]
+            states = [episode.state for episode in own]
+            row = {"dataset": dataset, "episodes": len(own), "ticks": sum(episode.ticks for episode in own)}
+            row |= {state: states.count(state) for state in ("covered", "stale", "missing")}
+            row |= {"MB": sum(episode.bytes for episode in own) / 1e6}
+            rows.append(row | {"lack a view": sum(bool(episode.missing_views) for episode in own)})
+        return rows
 
     def text(self, overwrite: bool = False) -> str:
         """The table and the totals as plain lines."""
-        todo = self.todo(overwrite)
         lines = [f"cache {self.binding['id']}"]
         for row in self.table():
-            lines.append(
-                "  "
-                + ", ".join(f"{name} {value:.1f}" if name == "MB" else f"{name} {value}" for name, value in row.items())
-            )
+            lines.append("  " + ", ".join(f"{k} {v:.1f}" if k == "MB" else f"{k} {v}" for k, v in row.items()))
+        todo = self.todo(overwrite)
         ticks, size = sum(episode.ticks for episode in todo), sum(episode.bytes for episode in todo)
-        lines.append(
-            f"  to do: {len(todo)} episodes, {ticks} ticks, {size / 1e6:.1f} MB; free: {self.free_bytes / 1e9:.1f} GB"
-        )
+        free = f"free: {self.free_bytes / 1e9:.1f} GB"
+        lines.append(f"  to do: {len(todo)} episodes, {ticks} ticks, {size / 1e6:.1f} MB; {free}")
         if self.others:
             lines.append(f"  other caches here: {', '.join(self.others)}")
         return "\n".join(lines)
 
     def check_space(self, overwrite: bool = False) -> None:
         """Raise UserError where the disk cannot take what is to do."""
-        needed = sum(episode.bytes for episode in self.todo(overwrite)) + SPARE_BYTES
-        if self.todo(overwrite) and needed > self.free_bytes:
+        todo = self.todo(overwrite)
+        needed = sum(episode.bytes for episode in todo) + SPARE_BYTES
+        if todo and needed > self.free_bytes:
             raise UserError(
-                f"The features need {needed / 1e9:.2f} GB and the dataset's disk has {self.free_bytes / 1e9:.2f} GB free, too little; "
-                "free some space (`vla cache ls`, `vla cache rm`), or take a coarser --vl-pooling or a larger --vlm-reuse-count."
+                f"The features need {needed / 1e9:.2f} GB and the dataset's disk has {self.free_bytes / 1e9:.2f} GB "
+                "free, too little; free some space (`vla cache ls`, `vla cache rm`), or take a coarser --vl-pooling or "
+                "a larger --vlm-reuse-count."
             )
 
     def to_dict(self) -> dict[str, Any]:
@@ -107,10 +101,33 @@ class Preflight:
         }
 
 
-def load_episodes(root: Path) -> list[Any]:
-    """Every prepared episode under `root`. Raises UserError where there is none."""
-    from vla_lib.episodes import find_prepared, load_prepared
+def plan(settings: CacheSettings) -> tuple[Preflight, FeatureForm]:
+    """Look at data, checkpoint and cache without loading the model.
 
+    Raises UserError where there are no prepared episodes, no such view, checkpoint, layer or GPU.
+    """
+    root = settings.dataset_root
+    episodes = load_episodes(root)
+    checkpoint = open_checkpoint(settings.vl_model)
+    processor = load_processor(checkpoint)
+    size = settings.image_resize_height, settings.image_resize_width
+    form = FeatureForm(processor, choose_views(episodes, settings.views), settings.vl_pooling, *size)
+    dtype = default_dtype(device_of(settings)) if settings.dtype == "auto" else settings.dtype
+    layer = resolve_layer(settings.vl_layer, checkpoint.depth)
+    return plan_build(root, episodes, form.binding(checkpoint, layer, settings.tick_stride, dtype)), form
+
+
+def device_of(settings: CacheSettings) -> str:
+    """The device that `settings` ask for. Raises UserError where it is not there."""
+    if settings.device == "auto":
+        return default_device()
+    if settings.device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"--device {settings.device}: this machine has no usable GPU; take auto or cpu.")
+    return settings.device
+
+
+def load_episodes(root: Path) -> list[PreparedEpisode]:
+    """Every prepared episode under `root`. Raises UserError where there is none."""
     if not root.is_dir():
         raise UserError(f"There is no dataset root {root}; check --dataset-root.")
     episodes = [load_prepared(folder) for folder in find_prepared(root)]
@@ -121,8 +138,8 @@ def load_episodes(root: Path) -> list[Any]:
     return episodes
 
 
-def choose_views(episodes: Sequence[Any], asked: Sequence[str]) -> tuple[str, ...]:
-    """The views of the binding: `asked` in its order, else the standard ones that some episode has, else all that there are.
+def choose_views(episodes: Sequence[PreparedEpisode], asked: Sequence[str]) -> tuple[str, ...]:
+    """The views of the binding: `asked` in its order, else the standard ones that some episode has, else all there are.
 
     Raises UserError for a view that no episode has.
     """
@@ -132,17 +149,12 @@ def choose_views(episodes: Sequence[Any], asked: Sequence[str]) -> tuple[str, ..
     return tuple(asked) or tuple(view for view in STANDARD_VIEWS if view in there) or tuple(there)
 
 
-def tick_steps(episode: Any, stride: int) -> range:
-    """The action steps of an episode's ticks: 0, stride, 2 stride, ..."""
-    return range(0, len(episode), stride)
-
-
-def plan_build(root: Path, episodes: Sequence[Any], binding: Mapping[str, Any]) -> Preflight:
+def plan_build(root: Path, episodes: Sequence[PreparedEpisode], binding: Mapping[str, Any]) -> Preflight:
     """Compare the episodes with what the binding's folder holds."""
     base = cache_folder(root)
     folder = base / binding["id"]
-    layout = TokenLayout.from_dict(binding["layout"])
-    width = {"float32": 4}.get(binding["dtype"], 2)
+    tokens = TokenLayout.from_dict(binding["layout"]).tokens
+    tick_bytes = tokens * (binding["hidden_size"] * getattr(torch, binding["dtype"]).itemsize + 1) + 8
     planned = []
     for episode in episodes:
         ticks = len(tick_steps(episode, binding["tick_stride"]))
@@ -153,7 +165,7 @@ def plan_build(root: Path, episodes: Sequence[Any], binding: Mapping[str, Any]) 
                 key=episode_key(root, episode.path),
                 dataset=episode.dataset,
                 ticks=ticks,
-                bytes=ticks * layout.tokens * (binding["hidden_size"] * width + 1) + ticks * 8 + HEADER_BYTES,
+                bytes=ticks * tick_bytes + HEADER_BYTES,
                 state=coverage_state(folder, binding, root, episode),
                 pictures=ticks * (len(binding["views"]) - len(lacking)),
                 missing_views=lacking,
@@ -165,7 +177,10 @@ def plan_build(root: Path, episodes: Sequence[Any], binding: Mapping[str, Any]) 
 
 
 def share_out(episodes: Sequence[PlannedEpisode], ranks: int) -> list[list[PlannedEpisode]]:
-    """Share episodes over ranks by their pictures: the largest first, each to the rank with least so far (within 4/3 of the best share)."""
+    """Share episodes over ranks by their pictures: the largest first, each to the rank with least so far.
+
+    The largest share is within 4/3 of the best possible (Graham 1969).
+    """
     shares: list[list[PlannedEpisode]] = [[] for _ in range(ranks)]
     loads = [0] * ranks
     for episode in sorted(episodes, key=lambda one: (-one.pictures, one.key)):

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from annotated_types import Ge
 
 from vla_lib.core.settings import Settings, settings
-from vla_lib.features.pooling import DEFAULT_POOLING, Pooling
+from vla_lib.features.binding import DEFAULT_POOLING, Pooling
 
 
 @settings
@@ -20,9 +20,9 @@ class CacheSettings(Settings):
     dataset_root: Path
     """Dataset root: dataset folders with prepared episodes (data.pkl) below them."""
     vl_model: str = "tiny"
-    """Qwen2.5-VL or Qwen3-VL checkpoint: hub name, folder, `tiny` or `tiny-qwen3-vl` (random weights, made on the spot)."""
+    """Qwen2.5-VL or Qwen3-VL: hub name, folder, `tiny` or `tiny-qwen3-vl` (random weights, made on the spot)."""
     vl_layer: Annotated[int, Ge(0)] = 0
-    """Decoder layer whose hidden state is kept, counted from 1; the layers above are not computed. 0: half the depth."""
+    """Decoder layer whose hidden state is kept, counted from 1; those above are not computed. 0: half the depth."""
     vl_pooling: str = DEFAULT_POOLING
     """What is kept of a view: `grid:ROWSxCOLS` averaged tokens, `mean`, or all `tokens`. One text token is added."""
     vlm_reuse_count: Annotated[int, Ge(1)] = 3
@@ -34,7 +34,7 @@ class CacheSettings(Settings):
     image_resize_width: Annotated[int, Ge(1)] = 640
     """Pictures are shrunk to fit this width (pixels); never enlarged."""
     views: tuple[str, ...] = ()
-    """Views in order. Empty: those of View1_left, View2_left, View3_left, View4_left and View5 that the episodes have."""
+    """Views in order. Empty: View1_left, View2_left, View3_left, View4_left, View5, as far as there are any."""
     batch_size: Annotated[int, Ge(1)] = 8
     """Ticks in one forward pass; halved by itself when memory runs out."""
     num_workers: Annotated[int, Ge(-1)] = -1

@@ -1,43 +1,35 @@
-"""Prepared episodes and a feature extractor in; what the vision tower makes of their pictures, once and for all, on disk and mapped, out.
+"""Stage 2's features: the frozen vision tower's tokens on disk, and whole features of a VLM that has no cache.
 
-A training that changes the language model reads it instead of running the frozen vision tower (most of the VLM's work). One file an episode in
-the folder `vision` of the VL cache's binding, whose id says what made it; `vla cache rm` removes both.
+A run that changes the language model reads what the vision tower makes of each picture instead of computing it in every
+step (most of the VLM's work). One file an episode in the folder `vision` of the VL cache's binding, whose id says what
+made it; `vla cache rm` removes both.
 """
 
-import pickle
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from vla_lib.core.errors import UserError
 from vla_lib.core.files import atomic_path
-from vla_lib.features.cache import VISION, FeatureCache, episode_key, feature_file
-from vla_lib.features.extractor import FeatureExtractor, Seen
-from vla_lib.features.reader import BatchPlan, BatchReader, plan_batches
+from vla_lib.episodes import PreparedEpisode
+from vla_lib.features.cache import DAMAGES, VISION, EpisodeFeatures, FeatureCache, episode_key, feature_file
+from vla_lib.features.extractor import EncodedPicture, FeatureExtractor
+from vla_lib.features.reader import BatchPlan, backing_off, plan_batches, read_batch, tick_steps
 
 PICTURES = 16  # in one pass of the vision tower
+TICKS = 8  # in one pass of the language model
 
 
 @dataclass(frozen=True)
 class VisionTokens:
-    """The pictures of one episode, one after the other: tokens (R, D), deep (levels, R, D), mapped; `start` (n + 1,) and `grid` (n, 2) tell
-    which rows belong to which picture; ticks (t, V): number of the picture that each view shows at each tick of the VL cache, -1 for none."""
+    """The encoded pictures of one episode, mapped; ticks: number of the picture of each view at each tick of the VL
+    cache, -1 for none."""
 
-    tokens: torch.Tensor
-    deep: torch.Tensor
-    start: list[int]
-    grid: list[list[int]]
+    pictures: list[EncodedPicture]
     ticks: list[list[int]]
-
-    def picture(self, number: int, device: torch.device) -> Seen:
-        """One picture as the extractor's `read` takes it."""
-        rows = slice(self.start[number], self.start[number + 1])
-        deep = [level[rows].to(device) for level in self.deep]
-        return Seen(tuple(self.grid[number]), self.tokens[rows].to(device), deep)
 
 
 class VisionCache:
@@ -48,11 +40,11 @@ class VisionCache:
         self.folder = cache.folder / VISION
         self._open: dict[str, VisionTokens] = {}
 
-    def missing(self, episodes: Sequence[Any]) -> list[Any]:
-        """The episodes that have no vision tokens yet, or those of other data."""
+    def missing(self, episodes: Sequence[PreparedEpisode]) -> list[PreparedEpisode]:
+        """The episodes that have no vision tokens yet, or those of other data or of an earlier form."""
         return [episode for episode in episodes if self._read(episode) is None]
 
-    def check_space(self, episodes: Sequence[Any]) -> None:
+    def check_space(self, episodes: Sequence[PreparedEpisode]) -> None:
         """Raise UserError where the disk cannot take the vision tokens of `episodes`."""
         recipe, views = self.extractor.recipe, self.cache.binding["views"]
         rows, cols = recipe.token_grid(recipe.height, recipe.width)
@@ -62,35 +54,25 @@ class VisionCache:
         needed, free = ticks * len(views) * picture, shutil.disk_usage(self.cache.folder).free
         if needed > free:
             raise UserError(
-                f"The vision tokens of {len(episodes)} episodes need up to {needed / 1e9:.1f} GB and the dataset's disk has {free / 1e9:.1f} GB "
-                "free; make room, or take a cache of smaller pictures, of fewer views or of a larger --vlm-reuse-count."
+                f"The vision tokens of {len(episodes)} episodes need up to {needed / 1e9:.1f} GB and the dataset's "
+                f"disk has {free / 1e9:.1f} GB free; make room, or take a cache of smaller pictures, of fewer views or of a "
+                "larger --vlm-reuse-count."
             )
 
-    def build(self, episodes: Sequence[Any], done: Callable[[int], None] = lambda pictures: None) -> None:
-        """Compute and write the vision tokens of `episodes`;
+    def build(self, episodes: Sequence[PreparedEpisode], done: Callable[[int], None] = lambda pictures: None) -> None:
+        """Compute and write the vision tokens of `episodes`; `done` hears of the pictures of each.
 
-        `done` is told the pictures of each. A picture that cannot be read is masked, as in the VL cache. Raises UserError where the disk is full.
+        A picture that cannot be read is masked, as in the VL cache. Raises UserError where the disk is full.
         """
-        self.folder.mkdir(exist_ok=True)
         for episode in episodes:
             steps = self.cache.episode(episode).tick_step.tolist()
             (plan,) = plan_batches(0, episode, steps, self.cache.binding["views"], len(steps))
-            seen, places = self._look_at(plan.files)
-            levels = len(seen[0].deep) if seen else 0
-            rows = [len(one.tokens) for one in seen]
-            empty = torch.zeros(0, self.extractor.hidden_size, dtype=self.extractor.dtype)
+            pictures, places = self._encode(plan.files)
             value = {
                 "binding": self.cache.binding["id"],
                 "fingerprint": episode.fingerprint,
-                "tokens": torch.cat([one.tokens for one in seen]) if seen else empty,
-                "deep": torch.stack([torch.cat([one.deep[level] for one in seen]) for level in range(levels)])
-                if levels
-                else empty[None][:0],
-                "start": torch.tensor([0, *rows]).cumsum(0),
-                "grid": torch.tensor([one.grid for one in seen], dtype=torch.int64).reshape(-1, 2),
-                "ticks": torch.tensor(
-                    [[places.get(number, -1) for number in tick] for tick in plan.ticks], dtype=torch.int64
-                ),
+                "pictures": [tuple(picture) for picture in pictures],
+                "ticks": [[places[number] for number in tick] for tick in plan.ticks],
             }
             try:
                 with atomic_path(self._file(episode)) as temporary, open(temporary, "wb") as file:
@@ -99,58 +81,74 @@ class VisionCache:
                 raise UserError(
                     f"The vision tokens cannot be written below {self.folder} ({error}); make room and start again."
                 ) from error
-            done(len(seen))
+            done(len(pictures))
 
-    def episode(self, episode: Any) -> VisionTokens:
+    def episode(self, episode: PreparedEpisode) -> VisionTokens:
         """Vision tokens of an episode. Raises UserError where there are none."""
         key = str(episode.path)
         if key not in self._open:
-            found = self._read(episode)
-            if found is None:
+            if (found := self._read(episode)) is None:
                 raise UserError(
-                    f"The vision tokens of {episode.path} are missing or stale; start the training again, which computes them."
+                    f"The vision tokens of {episode.path} are missing or stale; start the training again, "
+                    "which computes them."
                 )
             self._open[key] = found
         return self._open[key]
 
-    def _look_at(self, files: Sequence[Path]) -> tuple[list[Seen], dict[int, int]]:
-        """What the vision tower makes of the files that can be read, on the CPU, and each such file's place there; pixels of a few at a time."""
-        chunks = range(0, len(files), PICTURES)
-        plans = [
-            BatchPlan(0, start, part := files[start : start + PICTURES], tuple((k,) for k in range(len(part))))
-            for start in chunks
-        ]
-        reader, seen, places = BatchReader(plans, self.extractor.recipe, self.cache.root), [], {}
-        for number, plan in enumerate(plans):
-            batch = reader[number]
-            places |= {plan.first + k: len(seen) + place for k, (place,) in enumerate(batch.ticks) if place >= 0}
-            with torch.no_grad():
-                found = self.extractor.look(batch.pictures(torch.device("cpu")))
-            seen += [
-                Seen(one.grid, one.tokens.to(self.extractor.dtype).cpu(), [level.cpu() for level in one.deep])
-                for one in found
-            ]
-        return seen, places
+    @torch.no_grad()
+    def _encode(self, files: Sequence[Path]) -> tuple[list[EncodedPicture], dict[int, int]]:
+        """The files that can be read, encoded, on the CPU; and for the number of each file its place there, or -1."""
+        found: list[EncodedPicture] = []
+        places = {-1: -1}
+        for first in range(0, len(files), PICTURES):  # few at a time, or an episode's pixels would fill the memory
+            part = tuple(files[first : first + PICTURES])
+            plan = BatchPlan(0, part, tuple((number,) for number in range(len(part))))
+            batch = read_batch(plan, self.extractor.recipe, self.cache.root)
+            for number, (place,) in enumerate(batch.ticks, first):
+                places[number] = -1 if place < 0 else len(found) + place
+            for grid, tokens, deep in self.extractor.encode(batch.pictures(self.extractor.device)):
+                # copies, since a slice is written with the whole tensor that it is a slice of
+                found.append(EncodedPicture(grid, tokens.cpu().clone(), [level.cpu().clone() for level in deep]))
+        return found, places
 
-    def _file(self, episode: Any) -> Path:
+    def _file(self, episode: PreparedEpisode) -> Path:
         return feature_file(self.folder, episode_key(self.cache.root, episode.path))
 
-    def _read(self, episode: Any) -> VisionTokens | None:
+    def _read(self, episode: PreparedEpisode) -> VisionTokens | None:
         try:
             value = torch.load(self._file(episode), weights_only=True, mmap=True, map_location="cpu")
             if (value["binding"], value["fingerprint"]) != (self.cache.binding["id"], episode.fingerprint):
                 return None
-            return VisionTokens(
-                value["tokens"], value["deep"], *(value[name].tolist() for name in ("start", "grid", "ticks"))
-            )
-        except (
-            OSError,
-            RuntimeError,
-            EOFError,
-            ValueError,
-            KeyError,
-            TypeError,
-            AttributeError,
-            pickle.UnpicklingError,
-        ):
+            return VisionTokens([EncodedPicture(*picture) for picture in value["pictures"]], value["ticks"])
+        except DAMAGES:
             return None
+
+
+class ComputedFeatures:
+    """Takes the place of a FeatureCache where a stage-2 checkpoint is judged: no cache holds its VLM's features, so the
+    VLM runs over the episode's pictures. Kept in memory."""
+
+    def __init__(self, extractor: FeatureExtractor, tick_stride: int):
+        self.extractor, self.tick_stride, self.layout = extractor, tick_stride, extractor.layout
+        self._forward = backing_off(self._compute, TICKS)
+
+    def episode(self, episode: PreparedEpisode) -> EpisodeFeatures:
+        """Features of an episode, a tick every `tick_stride` steps. Raises UserError where a picture cannot be read."""
+        tokens, mask = self._forward(episode)
+        tick_step = torch.tensor(tick_steps(episode, self.tick_stride))
+        return EpisodeFeatures(tokens, mask, tick_step, self.layout, str(episode.path), {})
+
+    def _compute(self, batch_size: int, episode: PreparedEpisode) -> tuple[torch.Tensor, torch.Tensor]:
+        parts = []
+        steps = tick_steps(episode, self.tick_stride)
+        for plan in plan_batches(0, episode, steps, self.extractor.views, batch_size):
+            batch = read_batch(plan, self.extractor.recipe, episode.path)
+            if batch.findings:
+                raise UserError(
+                    f"A picture of {episode.path} cannot be read: {batch.findings[0]}; "
+                    "restore it, or leave the episode out."
+                )
+            pictures = batch.pictures(self.extractor.device)
+            parts.append(self.extractor.forward(pictures, batch.ticks, episode.instruction))
+        tokens, mask = (torch.cat(part) for part in zip(*parts, strict=True))
+        return tokens, mask

@@ -1,22 +1,36 @@
-"""A checkpoint's name in, a loaded Qwen-VL model cut to the layers that are needed out (vision tower, first k decoder layers, no lm_head)."""
+"""A Qwen-VL checkpoint by its name: looked at without loading, then loaded up to the layer that is needed.
 
+Of the model the vision tower and the first decoder layers are kept, without `lm_head`; stage 2 puts LoRA weights on
+the latter (Hu et al. 2021: beside the frozen matrix W of a projection stands B A of a low rank; B starts at zero, so
+nothing changes at first).
+"""
+
+import contextlib
 import hashlib
 import json
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vla_lib.core.errors import UserError
-from vla_lib.features.quiet import quiet_transformers
+import torch
+from torch import nn
 
-FAMILIES = ("qwen2_5_vl", "qwen3_vl")
+from vla_lib.core.errors import UserError
+from vla_lib.features.tiny import FAMILIES, tiny_checkpoint
+
 TINY = {"tiny": "qwen2_5_vl", "tiny-qwen3-vl": "qwen3_vl"}
-HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt")
+HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt"]
+# The `pil` and `torchvision` backends of transformers' image processors differ slightly: one for all, in the binding.
+IMAGE_BACKEND = "pil"
+# Beside the weights, what decides the features.
+SMALL_FILES = [f"{name}.json" for name in ("config", "preprocessor_config", "tokenizer", "tokenizer_config", "vocab")]
+SMALL_FILES += ["merges.txt", "chat_template.json", "chat_template.jinja"]
 
 
 @dataclass
 class Vlm:
-    """A frozen model in eval mode and what belongs to it. `depth`: decoder layers of the checkpoint, `layer`: how many are kept."""
+    """A frozen model in eval mode. `depth`: decoder layers of the checkpoint, `layer`: how many of them are kept."""
 
     model: Any
     processor: Any
@@ -28,7 +42,7 @@ class Vlm:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint on disk, known by its content: `sha256` covers configuration, tokenizer, image processor and weights.
+    """A checkpoint on disk, known by its content: `sha256` covers configuration, processors and weights.
 
     `source` opens it again (`tiny`, hub name or folder); `name` is the same without the folders above.
     """
@@ -48,9 +62,8 @@ def resolve_folder(name: str) -> Path:
     Raises UserError where there is no such checkpoint or the hub cannot be reached.
     """
     if name in TINY:
-        from vla_lib.features.tiny import tiny_checkpoint
-
-        return tiny_checkpoint(TINY[name])
+        with quiet_transformers():
+            return tiny_checkpoint(TINY[name])
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder.resolve()
@@ -62,24 +75,25 @@ def resolve_folder(name: str) -> Path:
     from huggingface_hub.errors import RepositoryNotFoundError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=list(HUB_FILES)))
+        return Path(snapshot_download(name, allow_patterns=HUB_FILES))
     except RepositoryNotFoundError:
         raise UserError(f'The hub has no model "{name}" (or it needs a token); check --vl-model.') from None
-    except Exception as error:
+    except Exception as error:  # a broken network shows as an error of httpx, of the hub's library or of the system
         raise UserError(
-            f'The hub cannot be reached for "{name}" ({type(error).__name__}), and no whole copy is in its cache; on a connected machine run '
-            f'"hf download {name} --local-dir FOLDER" and give --vl-model FOLDER.'
+            f'The hub cannot be reached for "{name}" ({type(error).__name__}), and no whole copy is in its cache; on a '
+            f'connected machine run "hf download {name} --local-dir FOLDER" and give --vl-model FOLDER.'
         ) from None
 
 
 def open_checkpoint(name: str) -> Checkpoint:
-    """Look at a checkpoint without loading it. Raises UserError for another family, a text-only model, or missing files."""
+    """Look at a checkpoint without loading it. Raises UserError for another family, text-only models, missing files."""
     folder = resolve_folder(name)
     try:
         config = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{folder} holds no readable config.json ({type(error).__name__}); give --vl-model the folder of a checkpoint."
+            f"{folder} holds no readable config.json ({type(error).__name__}); "
+            "give --vl-model the folder of a checkpoint."
         ) from None
     family = config.get("model_type", "unknown")
     if family not in FAMILIES:
@@ -87,62 +101,59 @@ def open_checkpoint(name: str) -> Checkpoint:
         raise UserError(
             f'{folder} is {kind} (model_type "{family}"); features need a checkpoint of {" or ".join(FAMILIES)}.'
         )
-    if not _weight_files(folder):
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
         raise UserError(f"{folder} holds no *.safetensors weights; download the checkpoint anew.")
+    digest = hashlib.sha256()  # about a second per 2 GB of weights
+    for path in [*(folder / file for file in SMALL_FILES if (folder / file).is_file()), *weights]:
+        with open(path, "rb") as file:
+            digest.update(f"{path.name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
     from transformers import AutoConfig
 
     with quiet_transformers():
         text = AutoConfig.from_pretrained(folder).get_text_config()
     local = name not in TINY and Path(name).expanduser().is_dir()
-    return Checkpoint(
-        str(folder) if local else name,
-        folder.name if local else name,
-        folder,
-        family,
-        int(text.num_hidden_layers),
-        int(text.hidden_size),
-        _identity(folder),
-    )
+    source, short = (str(folder), folder.name) if local else (name, name)
+    size = int(text.num_hidden_layers), int(text.hidden_size)
+    return Checkpoint(source, short, folder, family, *size, digest.hexdigest())
 
 
 def load_processor(checkpoint: Checkpoint) -> Any:
-    """The checkpoint's processor (tokenizer, chat template), its image processor in the one backend that the workbench uses."""
+    """The checkpoint's processor (tokenizer, chat template), its image processor in the workbench's one backend.
+
+    Raises UserError where one of them is missing or not of Qwen-VL's kind.
+    """
     from transformers import AutoConfig, AutoImageProcessor, AutoProcessor
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-    from vla_lib.features.pixels import IMAGE_BACKEND
-
+    unusable = f"The checkpoint {checkpoint.folder} has no usable tokenizer or image processor"
     with quiet_transformers():
         try:
             processor = AutoProcessor.from_pretrained(checkpoint.folder)
             processor.image_processor = AutoImageProcessor.from_pretrained(checkpoint.folder, backend=IMAGE_BACKEND)
             image_token_id = AutoConfig.from_pretrained(checkpoint.folder).image_token_id
         except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-            raise UserError(
-                f"The checkpoint {checkpoint.folder} has no usable tokenizer or image processor: {_first_line(error)}"
-            ) from error
+            raise UserError(f"{unusable}: {_first_line(error)}") from error
     if processor.tokenizer.convert_tokens_to_ids(processor.image_token) != image_token_id:
-        raise UserError(
-            f"The checkpoint {checkpoint.folder} has no usable tokenizer or image processor: its picture token is unknown."
-        )
+        raise UserError(f"{unusable}: its picture token is unknown.")
+    if not isinstance(processor.image_processor, Qwen2VLImageProcessorPil):
+        kind = type(processor.image_processor).__name__
+        raise UserError(f"The checkpoint's image processor {kind} is not one of Qwen-VL.")
     return processor
 
 
-def load_vlm(
-    checkpoint: Checkpoint,
-    processor: Any,
-    layer: int,
-    device: str = "cpu",
-    dtype: str = "float32",
-    compiled: bool = False,
-) -> Vlm:
+def load_vlm(checkpoint: Checkpoint, processor: Any, layer: int, device: str = "cpu", dtype: str = "float32") -> Vlm:
     """Load the vision tower and the first `layer` decoder layers; the weights above are never read.
 
     dtype: "float32", "bfloat16" or "float16". Raises UserError where weights are missing or do not fit.
     """
-    import torch
     from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModel
+    from transformers.utils.import_utils import is_flash_attn_2_available
 
+    from vla_lib.features.vision_tower import speed_up
+
+    flash = device.startswith("cuda") and dtype != "float32" and is_flash_attn_2_available()
     with quiet_transformers():
         try:
             config = AutoConfig.from_pretrained(checkpoint.folder)
@@ -154,59 +165,22 @@ def load_vlm(
                 checkpoint.folder,
                 config=config,
                 dtype=getattr(torch, dtype),
-                attn_implementation=_attention(device, dtype),
+                attn_implementation="flash_attention_2" if flash else "sdpa",
                 output_loading_info=True,
             )
         except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
             raise UserError(f"The checkpoint {checkpoint.folder} cannot be loaded: {_first_line(error)}") from error
-    absent = [
-        *info["missing_keys"],
-        *(str(key[0] if isinstance(key, tuple) else key) for key in info["mismatched_keys"]),
-    ]
-    if absent:
+    if absent := sorted([*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]):
         raise UserError(
-            f"The checkpoint {checkpoint.folder} lacks {len(absent)} weights (such as {sorted(absent)[0]}); download it anew."
+            f"The checkpoint {checkpoint.folder} lacks {len(absent)} weights (such as {absent[0]}); download it anew."
         )
-    return Vlm(
-        speed_up(model, device, compiled), processor, checkpoint.family, checkpoint.depth, layer, checkpoint.hidden_size
-    )
-
-
-def speed_up(model: Any, device: str, compiled: bool = False) -> Any:
-    """Swap parts of a loaded inner model for faster ones of the same result, freeze it and move it to `device`.
-
-    The vision tower's windows share calls, the patch embedding becomes a matrix product, and the RMS norms are one kernel each.
-    compiled: fuse the blocks with torch.compile too (a GPU; about a minute at the first batch).
-    """
-    import torch
-
-    from vla_lib.features import attention
-    from vla_lib.features.patch_embed import LinearPatchEmbed
-
-    if "flash" not in (model.visual.config._attn_implementation or ""):
-        model.visual.config._attn_implementation = attention.register()
-
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if type(child).__name__.endswith("RMSNorm") and hasattr(child, "variance_epsilon"):
-                norm = torch.nn.RMSNorm(
-                    child.weight.shape[0],
-                    eps=child.variance_epsilon,
-                    device=child.weight.device,
-                    dtype=child.weight.dtype,
-                )
-                norm.weight = child.weight
-                setattr(module, name, norm)
-    model.visual.patch_embed = LinearPatchEmbed(model.visual.patch_embed.proj)
+    speed_up(model)
     model.eval().requires_grad_(False).to(device)
-    if compiled:
-        for block in [*model.visual.blocks, *model.language_model.layers]:
-            block.forward = torch.compile(block.forward, dynamic=True)  # hooks stay outside
-    return model
+    return Vlm(model, processor, checkpoint.family, checkpoint.depth, layer, checkpoint.hidden_size)
 
 
 def resolve_layer(layer: int, depth: int) -> int:
-    """The number of decoder layers kept: `layer`, or half of `depth` for 0. Raises UserError where there are not so many."""
+    """The number of decoder layers kept: `layer`, or half of `depth` for 0. Raises UserError for a layer too many."""
     if not 0 <= layer <= depth:
         raise UserError(
             f"--vl-layer {layer} does not exist: the model has layers 1 to {depth} (0 means half the depth)."
@@ -214,36 +188,55 @@ def resolve_layer(layer: int, depth: int) -> int:
     return layer or max(1, depth // 2)
 
 
-def _attention(device: str, dtype: str) -> str:
-    from transformers.utils import is_flash_attn_2_available
+def add_adapter(vlm: Vlm, rank: int, alpha: int) -> dict[str, nn.Parameter]:
+    """Put LoRA of `rank`, scaled by alpha / rank, beside every projection of the decoder layers that were loaded.
 
-    return (
-        "flash_attention_2"
-        if device.startswith("cuda") and dtype != "float32" and is_flash_attn_2_available()
-        else "sdpa"
-    )
+    Returns the new weights by name, float32 whatever the model's type; nothing else of the model is trained.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+
+    language = vlm.model.language_model
+    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear"), language)
+    vlm.model.eval()
+    weights = {name.replace(".default", ""): w for name, w in language.named_parameters() if w.requires_grad}
+    for weight in weights.values():
+        weight.data = weight.data.float()
+    return weights
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*.safetensors"))
+def adapter_record(weights: Mapping[str, torch.Tensor], rank: int, alpha: int) -> dict[str, Any]:
+    """What a checkpoint holds of an adapter."""
+    return {"rank": rank, "alpha": alpha, "weights": {name: weight.detach() for name, weight in weights.items()}}
 
 
-def _identity(folder: Path) -> str:
-    """SHA-256 over the files that decide the features, in order of their names (about a second per 2 GB of weights)."""
-    digest = hashlib.sha256()
-    small = (
-        "config.json",
-        "preprocessor_config.json",
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "vocab.json",
-        "merges.txt",
-    )
-    small += ("chat_template.json", "chat_template.jinja")
-    for path in [*(folder / name for name in small if (folder / name).is_file()), *_weight_files(folder)]:
-        with open(path, "rb") as file:
-            digest.update(f"{path.name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
-    return digest.hexdigest()
+@torch.no_grad()
+def fill_adapter(weights: Mapping[str, nn.Parameter], record: Mapping[str, Any]) -> None:
+    """Copy the weights of a record into those of a model. Raises UserError where names or shapes do not fit."""
+    given = record["weights"]
+    odd = sorted(given.keys() ^ weights.keys()) or [n for n in weights if given[n].shape != weights[n].shape]
+    if odd:
+        raise UserError(
+            f"The LoRA weights of the checkpoint do not fit its VLM: {odd[0]} ({len(odd)} differ); "
+            "take a checkpoint of this VLM."
+        )
+    for name, weight in weights.items():
+        weight.copy_(given[name])
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Hold transformers' log at errors and its progress bars off; callers check and report themselves."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def _first_line(error: Exception) -> str:

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from vla_lib.core.progress import Progress
-from vla_lib.features.adapter import adapter_record, add_adapter, fill_adapter
-from vla_lib.features.extractor import FeatureExtractor
+from vla_lib.features.extractor import EncodedPicture, FeatureExtractor
 from vla_lib.features.vision_cache import VisionCache
+from vla_lib.features.vlm import adapter_record, add_adapter, fill_adapter
 from vla_lib.policy.policy import Policy
 from vla_lib.training.data import TrainingData
 from vla_lib.training.samples import Batch, SampleSet
@@ -44,24 +44,23 @@ class LiveVlm:
 
     def features(self, samples: SampleSet, numbers: Sequence[int] | np.ndarray) -> tuple[Tensor, Tensor]:
         """VL tokens (B, T, D) and mask (B, T) of samples, on the VLM's device; ticks that several samples share are computed once."""
+        pictures: list[EncodedPicture] = []
+        ticks: list[list[int]] = []
+        known: dict[tuple[int, int], int] = {}
         pairs = list(zip(samples.episode[numbers].tolist(), samples.tick[numbers].tolist(), strict=True))
-        place = {pair: k for k, pair in enumerate(dict.fromkeys(pairs))}
-        seen, ticks, known = [], [], {}
-        for episode, tick in place:
+        for episode, tick in pairs:
             vision = self.vision.episode(samples.episodes[episode])
-            row = vision.ticks[tick]
-            for picture in row:
-                if picture >= 0 and (episode, picture) not in known:
-                    known[episode, picture] = len(seen)
-                    seen.append(vision.picture(picture, self.extractor.device))
-            ticks.append([known.get((episode, picture), -1) for picture in row])
-        instructions = [samples.episodes[episode].instruction for episode, _ in place]
+            for number in vision.ticks[tick]:
+                if number >= 0 and (episode, number) not in known:
+                    known[episode, number] = len(pictures)
+                    pictures.append(vision.pictures[number].to(self.extractor.device))
+            ticks.append([known.get((episode, number), -1) for number in vision.ticks[tick]])
+        instructions = [samples.episodes[episode].instruction for episode, _ in pairs]
         with torch.autocast(
             self.extractor.device.type, enabled=False
         ):  # as the cache was computed: in the VLM's own type
-            tokens, mask = self.extractor.read(seen, ticks, instructions)
-        order = [place[pair] for pair in pairs]
-        return tokens[order], mask[order].to(tokens.device)
+            tokens, mask = self.extractor.features(pictures, ticks, instructions)
+        return tokens, mask.to(tokens.device)
 
     def record(self, values: Sequence[Tensor] | None = None) -> dict[str, Any]:
         """What a checkpoint holds; `values` in the place of the weights where given (their average)."""

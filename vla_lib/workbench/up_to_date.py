@@ -111,7 +111,7 @@ def _prepared(values: Values) -> Check:
 
 
 def _cached(notebook: str, values: Values) -> Found:
-    from vla_lib.features.builder import plan
+    from vla_lib.features.preflight import plan
 
     preflight, *_ = plan(CacheSettings.of(values))
     name, count, todo = preflight.binding["id"], len(preflight.episodes), len(preflight.todo())

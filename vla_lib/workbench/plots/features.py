@@ -247,7 +247,7 @@ def _spread(count: int, wanted: int) -> list[int]:
 
 def _whole(episode: EpisodeFeatures) -> np.ndarray:
     """(ticks,) bool: ticks with every picture that the episode has at any tick."""
-    known = episode.raw_mask.sum(1)
+    known = episode.mask.numpy().sum(1)
     return known == known.max()
 
 
