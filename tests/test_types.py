@@ -1,4 +1,4 @@
-"""mypy over the whole of vla_lib and needle_rig: the third of `make lint`'s checks (ruff's two are in test_house.py)."""
+"""mypy over vla_lib and needle_rig: the third of `make lint`'s checks (ruff's two are in test_house.py)."""
 
 import subprocess
 import sys
