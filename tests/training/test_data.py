@@ -12,11 +12,10 @@ from synthetic import write_dataset
 
 from vla_lib.core.errors import UserError
 from vla_lib.features.cache import FeatureCache, cache_folder
-from vla_lib.training.data import prepare_data
-from vla_lib.training.sampler import EpochPlan, draw_epoch, shares
+from vla_lib.training.data import prepare_data, split_episodes
 from vla_lib.training.samples import SampleSet, batches
+from vla_lib.training.schedule import EpochPlan, draw_epoch
 from vla_lib.training.settings import AsyncSettings
-from vla_lib.training.split import split_episodes
 from vla_lib.training.statistics import training_statistics
 
 
@@ -61,7 +60,7 @@ def test_no_window_of_a_held_out_episode_is_trained_on(mixed):
 def test_weight_three_is_drawn_three_times_as_often(mixed, world):
     data = prepare_data(AsyncSettings(dataset_root=mixed, sensor_window_size=13))
     draws = draw_epoch(data.weights, 60_000, seed=0, epoch=0)
-    names = np.asarray(data.train.datasets)
+    names = np.array([data.train.episodes[e].dataset for e in data.train.episode])
     table = {row["dataset"]: row["share"] for row in data.weights_table()}
     for rank in range(world):  # in each for itself
         drawn = np.concatenate(
@@ -87,6 +86,7 @@ def test_a_task_has_a_weight_of_its_own(tmp_path):
     (tmp_path / "datasets.yaml").write_text("New_dataset/Task_b: {weight: 6}")
     data = prepare_data(settings)
     tasks = np.array([data.train.episodes[e].task for e in data.train.episode])
+    assert sum(row["share"] for row in data.weights_table()) == pytest.approx(1)
     assert set(data.weights[tasks == "Task_b"]) == {6.0} and set(data.weights[tasks == "Task_a"]) == {3.0}
     rows = {r["dataset"]: r for r in data.weights_table()}
     assert [(name, r["weight"]) for name, r in rows.items()] == [
@@ -136,10 +136,6 @@ def test_two_ranks_of_a_batch_see_what_one_rank_of_twice_the_batch_sees():
     for k, whole in enumerate(one):
         parts = np.concatenate([m.indices[m.counts > 0] for half in halves for m in half[k]])
         assert sorted(parts) == sorted(whole)
-
-
-def test_shares_add_up():
-    assert shares(np.array([3.0, 3, 1, 1]), ["a", "a", "b", "b"]) == {"a": 0.75, "b": 0.25}
 
 
 # ---- samples
@@ -297,11 +293,10 @@ def test_trap_01_sensor_asked_for_but_absent_is_an_error(tmp_path):
 def test_loader_processes_read_what_is_read_here_and_end_with_the_epoch(mixed):
     """Batches from loader processes, in order; persistent_workers is False."""
     samples = sample_set(mixed)
-    requests = [(np.array([k, k + 5]), np.array([1, k % 2], np.float32)) for k in range(6)]
+    requests = [np.array([k, k + 5]) for k in range(6)]
     loader = batches(samples, requests, 2, False)
     assert loader._num_workers == 2 and loader._persistent_workers is False
-    for (numbers, counts), batch in zip(requests, loader, strict=True):
+    for numbers, batch in zip(requests, loader, strict=True):
         here = samples.batch(numbers)
-        assert all(torch.equal(batch[name], here[name]) for name in here)
-        assert batch["count"].tolist() == counts.tolist() and batch["sample"].tolist() == numbers.tolist()
+        assert batch.keys() == here.keys() and all(torch.equal(batch[name], here[name]) for name in here)
     assert not any(worker.is_alive() for worker in loader._workers)

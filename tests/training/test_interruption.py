@@ -20,7 +20,7 @@ from vla_lib.core.files import read_jsonl
 from vla_lib.core.run_folder import read_record
 from vla_lib.train_async import main as train_async
 from vla_lib.train_diffusion import main as train_diffusion
-from vla_lib.training import checkpoint, loop, metrics, saving
+from vla_lib.training import checkpoint, loop, metrics
 from vla_lib.training.checkpoint import load_policy, read_checkpoint
 from vla_lib.training.settings import AsyncSettings, DiffusionSettings
 
@@ -70,6 +70,38 @@ def wait_for_step(run: Path, step: int, process: subprocess.Popen) -> None:
     while not any(r["step"] >= step for r in read_jsonl(run / "metrics.jsonl")):
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
         time.sleep(0.02)
+
+
+def on_step(monkeypatch, call, after: bool = False) -> None:
+    """`call` with the state in each optimiser step: at its beginning, or `after` it, before a checkpoint is due."""
+    rate, states = loop.Schedule.learning_rate, []
+    update = loop.Progress.update
+
+    def begin(self, state):
+        states[:] = [state]
+        if not after:
+            call(state)
+        return rate(self, state)
+
+    def end(self, *args):
+        update(self, *args)
+        if after:
+            call(states[0])
+
+    monkeypatch.setattr(loop.Schedule, "learning_rate", begin)
+    monkeypatch.setattr(loop.Progress, "update", end)
+
+
+def slow_steps(monkeypatch) -> list[float]:
+    """A clock (its one entry is the time) on which a step takes 7 s and everything else no time."""
+    now = [0.0]
+    monkeypatch.setattr(loop.time, "monotonic", lambda: now[0])
+
+    def pass_time(_):
+        now[0] += 7.0
+
+    on_step(monkeypatch, pass_time)
+    return now
 
 
 MODELS = {"async": (AsyncSettings, train_async, {}), "diffusion": (DiffusionSettings, train_diffusion, DIFFUSION)}
@@ -151,17 +183,9 @@ def test_trap_24_killed_after_any_step_and_resumed_is_the_uninterrupted_run(
         )
 
     steps = train(settings("whole"))["step"]
-    step = loop.Trainer._step
     for k in range(1, steps + 1):
-
-        def killed(self, *args, k=k):
-            result = step(self, *args)
-            if self.step == k:
-                raise ZeroDivisionError
-            return result
-
         with monkeypatch.context() as patched, pytest.raises(ZeroDivisionError):
-            patched.setattr(loop.Trainer, "_step", killed)
+            on_step(patched, lambda state, k=k: 1 / (k - state.step), after=True)
             train(settings(f"{k}"))
         train(settings(f"{k}", resume=True))
         assert same(weights(tmp_path / f"{k}"), weights(tmp_path / "whole"))
@@ -169,20 +193,23 @@ def test_trap_24_killed_after_any_step_and_resumed_is_the_uninterrupted_run(
 
 
 @pytest.mark.parametrize("length", [{"epochs": 2}, {"max_steps": 5}])
-@pytest.mark.parametrize("when", ["_step", "_validate"])
+@pytest.mark.parametrize("when", ["step", "validation"])
 def test_a_validation_that_a_stop_prevented_is_made_up_for(when, length, async_settings, tmp_path, monkeypatch, capsys):
     """Stopped in the last step, or in the validation after it: resumed, it has every figure and the best checkpoint."""
     flags = {**THREE, **length, "checkpoint_every_steps": 0, "sensor_enabled": False}
     last = train_async(async_settings("whole", **flags))["step"]
-    method = getattr(loop.Trainer, when)
+    validate, validations = loop.validate, []
 
-    def asked(self, *args):
-        if self.step == last - (when == "_step"):
-            self.stop.asked = "SIGTERM"
-        return method(self, *args)
+    def asked(*args):
+        validations.append(args)
+        if len(validations) == (2 if when == "validation" else 0):
+            signal.raise_signal(signal.SIGTERM)
+        return validate(*args)
 
     with monkeypatch.context() as patched:
-        patched.setattr(loop.Trainer, when, asked)
+        patched.setattr(loop, "validate", asked)
+        if when == "step":
+            on_step(patched, lambda state: signal.raise_signal(signal.SIGTERM) if state.step == last - 1 else None)
         stopped = train_async(async_settings(**flags))
     assert (stopped["step"], stopped["state"]) == (
         last,
@@ -200,21 +227,14 @@ def test_a_validation_that_a_stop_prevented_is_made_up_for(when, length, async_s
 
 
 def test_a_long_validation_begins_with_a_checkpoint(async_settings, tmp_path, monkeypatch):
-    now, seen = [0.0], []
-    monkeypatch.setattr(loop.time, "monotonic", lambda: now[0])
+    now, seen = slow_steps(monkeypatch), []
     monkeypatch.setattr(loop.reporting, "epoch_lines", lambda *args: [])
-    step = loop.Trainer._step
-
-    def slow(self, *args):
-        now[0] += 7.0
-        return step(self, *args)
 
     def long(*args):
         now[0] += 1000.0
         seen.append(read_checkpoint(latest(tmp_path / "run"))["step"])
         return {"val/action_loss": 1.0}
 
-    monkeypatch.setattr(loop.Trainer, "_step", slow)
     monkeypatch.setattr(loop, "validate", long)
     train_async(async_settings(**THREE | {"checkpoint_every_steps": 0}, epochs=2))
     assert seen == [3, 6] and read_checkpoint(latest(tmp_path / "run"))["epoch"] == 2
@@ -321,16 +341,10 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(async_settings, tmp_path, mo
 
     monkeypatch.setattr(checkpoint.torch, "save", full)
     seen = []
-    row = loop.Trainer._row
-
-    def watch(self, *args):
-        row(self, *args)
-        seen.append(read_checkpoint(self.latest)["step"])
-
     folder = tmp_path / "run" / "checkpoints"
+    on_step(monkeypatch, lambda _: seen.append(read_checkpoint(latest(tmp_path / "run"))["step"]), after=True)
     folder.mkdir(parents=True)
     (folder / ".qwen_vla_async.pt.x1y2.partial").write_text("left by a save that was killed")
-    monkeypatch.setattr(loop.Trainer, "_row", watch)
     train_async(async_settings(max_steps=4, checkpoint_every_steps=1, val_fraction=0.0))
     assert seen == [0, 1, 1, 3] and "is untouched; training goes on" in capsys.readouterr().out
     assert sorted(p.name for p in folder.iterdir()) == ["qwen_vla_async.pt", "qwen_vla_async_final.pt"]
@@ -341,7 +355,7 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(async_settings, tmp_path, mo
     [
         (metrics, "append_jsonl", "metrics.jsonl"),
         (metrics, "write_text", "metrics.jsonl"),
-        (loop, "write_json", "results.json"),
+        (loop, "write_results", "results.json"),
     ],
 )
 def test_a_full_disk_ends_a_training_with_its_remedy(room, writer, file, async_settings, monkeypatch):
@@ -357,21 +371,15 @@ def test_a_full_disk_ends_a_training_with_its_remedy(room, writer, file, async_s
 
 
 def test_a_full_disk_is_not_tried_in_every_step(async_settings, monkeypatch):
-    now, tries = [0.0], []
-    monkeypatch.setattr(loop.time, "monotonic", lambda: now[0])
-    step = loop.Trainer._step
-
-    def slow(self, *args):
-        now[0] += 7.0
-        return step(self, *args)
+    slow_steps(monkeypatch)
+    tries = []
 
     def full(path, content):
         tries.append(content["step"])
         if 0 < content["step"] < 9:
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(loop.Trainer, "_step", slow)
-    monkeypatch.setattr(saving, "save_checkpoint", full)
+    monkeypatch.setattr(checkpoint, "save_checkpoint", full)
     train_async(
         async_settings(
             max_steps=9, checkpoint_every_s=20.0, epochs=99, batch_size=1, grad_accum_steps=1, val_fraction=0.0
@@ -384,26 +392,19 @@ def test_a_full_disk_is_not_tried_in_every_step(async_settings, monkeypatch):
     "batch_size", [1, 60]
 )  # all steps within one epoch, or an epoch of two steps, each better than the one before
 def test_latest_is_never_older_than_the_interval(batch_size, async_settings, monkeypatch):
-    now, ages, written = [0.0], [], [0.0]
-    monkeypatch.setattr(loop.time, "monotonic", lambda: now[0])
+    now, ages, written = slow_steps(monkeypatch), [], [0.0]
     monkeypatch.setattr(loop, "validate", lambda *args: {"val/action_loss": -now[0]})
     monkeypatch.setattr(loop.reporting, "epoch_lines", lambda *args: [])
     monkeypatch.setattr(loop, "EPOCH_SAVE_S", 1e9)
-    save, step = saving.save_checkpoint, loop.Trainer._step
+    save = checkpoint.save_checkpoint
 
     def watched(path, content):
         save(path, content)
         if path.name == "qwen_vla_async.pt":
             written[0] = now[0]
 
-    def slow(self, *args):
-        now[0] += 7.0
-        result = step(self, *args)
-        ages.append(now[0] - written[0])
-        return result
-
-    monkeypatch.setattr(saving, "save_checkpoint", watched)
-    monkeypatch.setattr(loop.Trainer, "_step", slow)
+    monkeypatch.setattr(checkpoint, "save_checkpoint", watched)
+    on_step(monkeypatch, lambda _: ages.append(now[0] - written[0]), after=True)
     train_async(
         async_settings(max_steps=9, checkpoint_every_s=20.0, epochs=99, batch_size=batch_size, grad_accum_steps=1)
     )

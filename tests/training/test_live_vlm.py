@@ -1,11 +1,13 @@
 """Stage 2: LoRA on the language model with the live VLM, from a stage-1 checkpoint."""
 
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from conftest import SMALL, launch
 from PIL import Image, ImageDraw
 from synthetic import VIEWS, write_dataset
@@ -26,7 +28,6 @@ from vla_lib.training import loop
 from vla_lib.training.checkpoint import load_policy, read_checkpoint
 from vla_lib.training.data import prepare_data
 from vla_lib.training.live_vlm import LiveSamples
-from vla_lib.training.process import StopRequest
 from vla_lib.training.settings import AsyncSettings, DiffusionSettings
 from vla_lib.training.validation import validate
 
@@ -86,40 +87,34 @@ def stage2(seen, tmp_path, model="async", run="stage2", **changes):
 
 
 def built(settings):
-    from accelerate import Accelerator
-
-    trainer = loop.Trainer(settings, Accelerator(cpu=True), StopRequest())
-    trainer.data = prepare_data(settings)
-    trainer._build(None)
-    return trainer
+    """Data, state and module of a run that has not begun."""
+    data = prepare_data(settings)
+    return data, *loop.build(settings, data, Accelerator(cpu=True))
 
 
 def test_trap_20_at_its_start_it_is_stage_one_and_gradients_reach_lora_alone(seen, tmp_path):
     """With LoRA at zero the features are the cached ones; of the VLM only LoRA, in every computed layer, gets a gradient."""
-    trainer = built(stage2(seen, tmp_path))
-    samples, live = trainer.data.train, trainer.live
+    data, state, model = built(stage2(seen, tmp_path))
+    samples, live = data.train, state.live
     numbers = np.arange(0, len(samples), 3)
     cached, found = samples.batch(numbers), live.features(samples, numbers)
     torch.testing.assert_close(found[0], cached["vl_tokens"], atol=1e-4, rtol=0)
     assert torch.equal(found[1], cached["vl_mask"])
     stage1, info = load_policy(seen[1])
-    assert validate(stage1, trainer.data.val, 16) == pytest.approx(
-        validate(trainer.policy.eval(), LiveSamples(trainer.data.val, live), 16), rel=1e-4
-    )
-    assert trainer.data.split == info["split"] and trainer.policy.normaliser.action_std.equal(
-        stage1.normaliser.action_std
-    )
+    live_val = LiveSamples(data.val, live, list(live.weights.values()))
+    assert validate(stage1, data.val, 16) == pytest.approx(validate(state.policy.eval(), live_val, 16), rel=1e-4)
+    assert data.split == info["split"] and state.policy.normaliser.action_std.equal(stage1.normaliser.action_std)
 
     frozen = {k: v.clone() for k, v in live.extractor.vlm.model.state_dict().items() if "lora" not in k}
     with torch.no_grad():
         for name, weight in live.weights.items():
             if "lora_B" in name:
                 weight.normal_(0, 0.01)
-    trainer.model.train()
-    trainer.model(samples.batch(numbers) | {"sample": torch.from_numpy(numbers)}, {}).sum().backward()
+    model.train()
+    model(samples.batch(numbers) | {"sample": torch.from_numpy(numbers)}, {}).sum().backward()
     moved = [k for k, p in live.extractor.vlm.model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0]
     assert len(moved) == len(live.weights) == 2 * 7 * 2 and all("language_model" in k and "lora" in k for k in moved)
-    trainer.optimizer.step()
+    state.optimizer.step()
     assert all(torch.equal(v, frozen[k]) for k, v in live.extractor.vlm.model.state_dict().items() if k in frozen)
     assert not live.extractor.vlm.model.training
 
@@ -136,16 +131,16 @@ def test_it_trains_is_resumed_and_its_checkpoint_predicts_alike_everywhere(seen,
         patched.setattr(
             FeatureExtractor, "encode", None
         )  # the vision tower has run over every picture once, and never does again
-        step = loop.Trainer._step
+        rate = loop.Schedule.learning_rate
 
-        def stop_at_three(self, *args):
-            if self.step == 2:
-                self.stop.asked = "SIGTERM"
-            return step(self, *args)
+        def stop_at_three(self, state):
+            if state.step == 2:
+                signal.raise_signal(signal.SIGTERM)
+            return rate(self, state)
 
-        patched.setattr(loop.Trainer, "_step", stop_at_three)
+        patched.setattr(loop.Schedule, "learning_rate", stop_at_three)
         assert train(stage2(seen, tmp_path, model, "resumed"))["step"] == 3
-        patched.setattr(loop.Trainer, "_step", step)
+        patched.setattr(loop.Schedule, "learning_rate", rate)
         train(stage2(seen, tmp_path, model, "resumed", resume=True, stage1_checkpoint=None))
     names = {
         "async": ["qwen_vla_async_stage2.pt", "qwen_vla_async_stage2_best.pt", "qwen_vla_async_stage2_final.pt"],
@@ -258,19 +253,20 @@ def test_vision_tokens_are_read_in_parts_masked_where_unreadable_and_made_again_
 
 def test_the_loss_falls(seen, tmp_path):
     """On eight samples, policy and LoRA together; LoRA has a part in it."""
-    trainer = built(stage2(seen, tmp_path, lr=3e-3))
+    data, state, model = built(stage2(seen, tmp_path, lr=3e-3))
     numbers = np.arange(8)
-    batch = trainer.data.train.batch(numbers) | {"sample": torch.from_numpy(numbers)}
+    batch = data.train.batch(numbers) | {"sample": torch.from_numpy(numbers)}
     losses = []
     for _ in range(25):
-        losses.append(trainer.model(batch, {}).mean())
+        losses.append(model(batch, {}).mean())
         losses[-1].backward()
-        trainer.optimizer.step()
-        trainer.optimizer.zero_grad()
+        state.optimizer.step()
+        state.optimizer.zero_grad()
     last = float(losses[-1].detach())
     assert last < 0.5 * float(losses[0].detach())
-    with torch.no_grad(), trainer.live.using([torch.zeros_like(w) for w in trainer.lora]):
-        assert float(trainer.model(batch, {}).mean()) > 1.01 * last
+    zeros = [torch.zeros_like(weight) for weight in state.live.weights.values()]
+    with torch.no_grad(), state.live.using(zeros):
+        assert float(model(batch, {}).mean()) > 1.01 * last
 
 
 def test_a_missing_or_another_stage_one_checkpoint_is_refused(seen, tmp_path):

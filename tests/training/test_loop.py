@@ -2,50 +2,46 @@
 
 import dataclasses
 import json
+import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from synthetic import write_dataset
 
 from vla_lib.core.errors import UserError
 from vla_lib.core.files import read_jsonl
 from vla_lib.policy.heads import DRAWS
+from vla_lib.policy.policy import Policy
 from vla_lib.train_async import main as train_async
 from vla_lib.train_diffusion import main as train_diffusion
-from vla_lib.training import device, loop
-from vla_lib.training.checkpoint import load_policy
+from vla_lib.training import loop, process
+from vla_lib.training.checkpoint import load_policy, read_checkpoint
 from vla_lib.training.data import prepare_data
-from vla_lib.training.process import StopRequest
-from vla_lib.training.sampler import MicroBatch
-from vla_lib.training.samples import MicroBatchDataset
-from vla_lib.training.schedule import learning_rate
+from vla_lib.training.samples import SampleSet
+from vla_lib.training.schedule import MicroBatch, Schedule
 from vla_lib.training.settings import AsyncSettings
 from vla_lib.training.validation import validate
 from vla_lib.workbench.plots import training as plots
 
 
-def make_trainer(settings):
-    """A trainer that has been built but has not begun."""
-    from accelerate import Accelerator
-
-    trainer = loop.Trainer(settings, Accelerator(cpu=True), StopRequest())
-    trainer.data = prepare_data(settings)
-    trainer._build(None)
-    trainer.log, trainer.started = None, 0.0
-    return trainer
+def built(settings):
+    """Data, state and module of a run that has not begun."""
+    data = prepare_data(settings)
+    return data, *loop.build(settings, data, Accelerator(cpu=True))
 
 
-def micro(indices, batch_size=None):
-    indices = np.asarray(indices)
-    return MicroBatch(indices, np.ones(len(indices), np.float32), indices, 0, len(indices))
-
-
-def take(trainer, *groups):
-    """One optimiser step of the given micro-batches."""
-    dataset = MicroBatchDataset(trainer.data.train)
-    micros = [micro(g) for g in groups]
-    return trainer._step(micros, iter([dataset[(m.indices, m.counts)] for m in micros]))
+def one_step(settings, groups, monkeypatch) -> tuple[dict, dict]:
+    """Train one optimiser step on micro-batches of these samples: its row in metrics.jsonl, the weights behind it."""
+    parts = [np.asarray(group) for group in groups]
+    micros = [MicroBatch(part, np.ones(len(part), np.float32), part, 0, len(part)) for part in parts]
+    with monkeypatch.context() as patched:
+        patched.setattr(loop.Schedule, "steps", lambda self, state: [] if state.step else [micros])
+        train_async(settings)
+    checkpoint = read_checkpoint(settings.run_dir / "checkpoints" / settings.checkpoints.latest)
+    return read_jsonl(settings.run_dir / "metrics.jsonl")[0], checkpoint["training"]["model"]
 
 
 def test_async_writes_everything_and_its_policy_loads(async_settings, tmp_path):
@@ -167,32 +163,32 @@ def test_trap_18_the_target_is_not_inside_the_input(kind, scenes, async_settings
     assert least < cheated["val_action_loss"] / cheated["baselines"]["mean"]["action_loss"] < most
 
 
-def test_trap_15_sensor_loss_weight_counts_at_batch_size_one(async_settings):
+def test_trap_15_sensor_loss_weight_counts_at_batch_size_one(async_settings, monkeypatch):
     """The gradient of a sample with sensor is `sensor_loss_weight` times what it is at weight 1, at batch size 1 too."""
+    alike = {"max_steps": 1, "batch_size": 1, "grad_accum_steps": 1, "clip_norm": 1e9, "val_fraction": 0.0}
     norms = {}
     for weight in (1.0, 3.0):
-        trainer = make_trainer(
-            async_settings(batch_size=1, grad_accum_steps=1, sensor_loss_weight=weight, clip_norm=1e9)
-        )
-        take(trainer, [5])
-        norms[weight] = trainer.row["train/grad_norm"]
+        settings = async_settings(f"{weight}", sensor_loss_weight=weight, **alike)
+        norms[weight] = one_step(settings, [[5]], monkeypatch)[0]["train/grad_norm"]
     assert norms[3.0] == pytest.approx(3 * norms[1.0], rel=1e-4)
 
 
-def test_accumulation_equals_one_large_batch(async_settings):
-    """Micro-batches of 2+2+1 samples give the gradient of one batch of 5, although their chunks have other numbers of valid steps."""
-    states = []
+def test_accumulation_equals_one_large_batch(async_settings, monkeypatch):
+    """Micro-batches of 2+2+1 samples give the gradient of one batch of 5, although their chunks have other numbers of
+    valid steps."""
+    found = []
     for groups in ([[0, 1], [20, 21], [23]], [[0, 1, 20, 21, 23]]):
-        trainer = make_trainer(async_settings(batch_size=len(groups[0])))
-        take(trainer, *groups)
-        states.append((trainer.row, trainer.policy.state_dict()))
-    assert states[0][0]["train/loss_step"] == pytest.approx(states[1][0]["train/loss_step"], rel=1e-5)
-    assert states[0][0]["train/grad_norm"] == pytest.approx(states[1][0]["train/grad_norm"], rel=1e-4)
+        settings = async_settings(f"{len(groups)}", max_steps=1, batch_size=len(groups[0]), val_fraction=0.0)
+        found.append(one_step(settings, groups, monkeypatch))
+    (parts, own), (whole, other) = found
+    assert parts["train/loss_step"] == pytest.approx(whole["train/loss_step"], rel=1e-5)
+    assert parts["train/grad_norm"] == pytest.approx(whole["train/grad_norm"], rel=1e-4)
+    assert all(torch.allclose(own[name], other[name], atol=1e-6) for name in own)
 
 
 def test_trap_22_validation_is_in_eval_mode_and_leaves_the_mode_alone(async_settings):
-    trainer = make_trainer(async_settings(dropout=0.5))
-    policy, val = trainer.policy.train(), trainer.data.val
+    data, state, _ = built(async_settings(dropout=0.5))
+    policy, val = state.policy.train(), data.val
     first = validate(policy, val, 16)
     assert policy.training and first == validate(policy, val, 16)  # with dropout active two passes would differ
     parts = []
@@ -214,9 +210,9 @@ def test_trap_22_validation_is_in_eval_mode_and_leaves_the_mode_alone(async_sett
 
 
 def test_baselines_are_what_they_say(async_settings):
-    trainer = make_trainer(async_settings())
-    val, mean = trainer.data.val, trainer.policy.normaliser.action_mean.numpy()
-    found = validate(trainer.policy, val, 16)
+    data, state, _ = built(async_settings())
+    val, mean = data.val, state.policy.normaliser.action_mean.numpy()
+    found = validate(state.policy, val, 16)
     batch = val.batch(range(len(val)))
     action, mask, before = batch["action"].numpy(), batch["action_mask"].numpy(), batch["previous_action"].numpy()
     for name, guess in (("zero", np.zeros(7)), ("mean", mean), ("persistence", before[:, None])):
@@ -242,32 +238,33 @@ def test_every_age_of_the_features_is_counted(latency_ms, ages, async_settings, 
     assert bars[1].get_x() + bars[1].get_width() / 2 == pytest.approx(200)
 
 
+def counters(step=0, epoch=0, position=0, validated=0):
+    return SimpleNamespace(step=step, epoch=epoch, position=position, validated=validated)
+
+
 def test_the_steps_left_are_those_of_the_processes_that_go_on(async_settings):
     """120 draws an epoch, 32 a step; the 7 steps so far were taken by another number of processes."""
-    trainer = make_trainer(async_settings(epochs=3))
-    assert (len(trainer.data.train), trainer.steps_left) == (120, 12)
-    trainer.step, trainer.epoch, trainer.position = 7, 1, 40
-    assert trainer.steps_left == 3 + 4
-    trainer.epoch, trainer.position = 3, 0
-    assert trainer.steps_left == 0
+    schedule = Schedule(async_settings(epochs=3), np.ones(120))
+    assert schedule.steps_left(counters()) == 12
+    assert schedule.steps_left(counters(step=7, epoch=1, position=40)) == 3 + 4
+    assert schedule.steps_left(counters(epoch=3)) == 0
 
 
 def test_learning_rate_warms_up_and_falls(async_settings):
-    settings = async_settings(warmup_steps=4, max_steps=100, lr=1.0)
-    rates = [learning_rate(settings, step, step / 100) for step in range(100)]
+    schedule = Schedule(async_settings(warmup_steps=4, max_steps=100, lr=1.0), np.ones(120))
+    rates = [schedule.learning_rate(counters(step=step)) for step in range(100)]
     assert rates[0] == pytest.approx(0.25, rel=0.01) and np.argmax(rates) == 3
     assert all(a >= b for a, b in zip(rates[3:], rates[4:], strict=False)) and 0.01 < rates[-1] < 0.012
 
 
 def test_trap_20_cached_features_and_lora_are_never_combined(diffusion_settings):
     """Stage 1 reads the cache and holds no weight of a language model; every weight that it holds gets a gradient."""
-    trainer = make_trainer(diffusion_settings(diffusion_timesteps=10))
-    assert not [n for n, _ in trainer.policy.named_parameters() if "lora" in n]
-    trainer.optimizer.step, zero = (lambda: None), trainer.optimizer.zero_grad
-    trainer.optimizer.zero_grad = lambda **_: None
-    take(trainer, [1, 2, 3, 4])
-    assert [n for n, p in trainer.policy.named_parameters() if p.grad is None and "missing" not in n] == []
-    zero()
+    data, state, model = built(diffusion_settings(diffusion_timesteps=10))
+    assert state.live is None and not state.averaged_adapter
+    assert not [n for n, _ in state.trained.named_parameters() if "lora" in n]
+    draws = state.policy.draw(4, torch.Generator().manual_seed(0))
+    model.train()(data.train.batch([1, 2, 3, 4]), draws).sum().backward()
+    assert [n for n, p in state.trained.named_parameters() if p.grad is None and "missing" not in n] == []
 
 
 @pytest.mark.parametrize(
@@ -298,20 +295,20 @@ def test_trap_20_cached_features_and_lora_are_never_combined(diffusion_settings)
 def test_out_of_memory_names_the_remedies_with_this_runs_numbers(error, numbers, said, async_settings, monkeypatch):
     """The effective batch is kept; --resume is named for what it admits."""
 
-    def full(self, before):
+    def full(*args):
         raise error
 
-    monkeypatch.setattr(loop.Trainer, "_build", full)
+    monkeypatch.setattr(loop, "build", full)
     with pytest.raises(UserError, match=said) as told:
         train_async(async_settings(batch_size=numbers[0], grad_accum_steps=numbers[1]))
     assert numbers[0] > 1 or "--resume" not in str(told.value) and "accum" not in str(told.value)
 
 
 def test_another_runtime_error_is_not_taken_for_a_lack_of_memory(async_settings, monkeypatch):
-    def broken(self, before):
+    def broken(*args):
         raise RuntimeError("shapes cannot be multiplied")
 
-    monkeypatch.setattr(loop.Trainer, "_build", broken)
+    monkeypatch.setattr(loop, "build", broken)
     with pytest.raises(RuntimeError, match="cannot be multiplied"):
         train_async(async_settings())
 
@@ -323,29 +320,25 @@ def test_bf16_is_used_where_the_gpu_has_it_by_itself(monkeypatch):
     monkeypatch.setattr(
         torch.cuda, "is_bf16_supported", lambda including_emulation=True: asked.append(including_emulation) or False
     )
-    assert not device.uses_bf16(AsyncSettings()) and asked == [False]
-    assert device.uses_bf16(AsyncSettings(precision="bf16", device="cpu")) and not device.uses_bf16(
+    assert not process.uses_bf16(AsyncSettings()) and asked == [False]
+    assert process.uses_bf16(AsyncSettings(precision="bf16", device="cpu")) and not process.uses_bf16(
         AsyncSettings(device="cpu")
     )
 
 
 def test_a_starving_loader_is_reported(async_settings, monkeypatch, capsys):
-    import time
-
-    read = MicroBatchDataset.__getitem__
+    read = SampleSet.batch
 
     def slow(self, request):
         time.sleep(0.1)
         return read(self, request)
 
-    monkeypatch.setattr(MicroBatchDataset, "__getitem__", slow)
+    monkeypatch.setattr(SampleSet, "batch", slow)
     train_async(async_settings(max_steps=2, grad_accum_steps=2))
     assert "The loader starves the training" in capsys.readouterr().out
 
 
 def test_a_loss_that_is_not_finite_stops_the_training(async_settings, monkeypatch):
-    from vla_lib.policy.policy import Policy
-
     forward = Policy.forward
     monkeypatch.setattr(Policy, "forward", lambda self, *a: forward(self, *a) * float("nan"))
     with pytest.raises(UserError, match="not finite at step 1.*--lr"):

@@ -1,6 +1,7 @@
 """A training's own run.json: every end is told, a notebook's record is left alone, the lab book lists it."""
 
 import dataclasses
+import signal
 
 import pytest
 
@@ -31,14 +32,15 @@ def test_a_front_doors_run_is_in_the_lab_book(async_settings, runs_folder):
 
 
 def test_a_stopped_run_is_cancelled_and_runs_again_when_resumed(async_settings, tmp_path, monkeypatch):
-    step, seen = loop.Trainer._step, []
+    rate, seen = loop.Schedule.learning_rate, []
 
-    def asked(self, *args):
-        self.stop.asked = "SIGTERM" if not self.settings.resume else None
-        seen.append(read_record(self.run_dir)["state"])
-        return step(self, *args)
+    def asked(self, state):  # in each step
+        if not self.settings.resume:
+            signal.raise_signal(signal.SIGTERM)
+        seen.append(read_record(tmp_path / "run")["state"])
+        return rate(self, state)
 
-    monkeypatch.setattr(loop.Trainer, "_step", asked)
+    monkeypatch.setattr(loop.Schedule, "learning_rate", asked)
     settings = async_settings(max_steps=2)
     train_async(settings)
     stopped = read_record(tmp_path / "run")
@@ -59,7 +61,7 @@ def test_a_failure_is_told_in_the_record(async_settings, tmp_path, monkeypatch):
     assert record["state"] == "failed" and record["error"].startswith(
         "The VL cache and the flags differ: image-resize-height is 360"
     )
-    monkeypatch.setattr(loop.Trainer, "_step", lambda *args: 1 / 0)
+    monkeypatch.setattr(loop.Schedule, "learning_rate", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         train_async(async_settings())
     assert read_record(tmp_path / "run")["error"] == "ZeroDivisionError: division by zero"

@@ -1,11 +1,24 @@
 """The one exception for bad input: a sentence that names what is wrong, where, and what to do."""
 
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
 
 class UserError(Exception):
-    """Bad input or a missing prerequisite, told in one sentence with its remedy.
+    """Bad input or a missing prerequisite, said in one sentence with its remedy.
 
     Front doors print it as one line on stderr and exit with status 2; notebooks show it as the cell's error.
     """
 
     def _render_traceback_(self) -> list[str]:  # IPython's hook: a sentence needs no library frames
         return [f"{type(self).__name__}: {self}"]
+
+
+@contextlib.contextmanager
+def needing_room(path: Path, remedy: str = "Make room and go on with --resume.") -> Iterator[None]:
+    """Inside, `path` is written: a full or read-only disk becomes a UserError with its remedy."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error}). {remedy}") from error

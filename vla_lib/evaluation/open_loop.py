@@ -128,7 +128,7 @@ def evaluate_open_loop(
         target,
         mask,
         np.array(keys)[samples.episode],
-        np.array(samples.datasets),
+        np.array([samples.episodes[e].dataset for e in samples.episode]),
         np.asarray(samples.step),
         np.concatenate(phase),
         samples.action_hz,

@@ -1,12 +1,27 @@
-"""A policy and the state of its training in, one file out that is whole or not there; and back, strictly.
+"""A checkpoint: what it holds, how it is written, read and compared. Only this module knows.
 
-A checkpoint is a dict of plain values and tensors, opened with weights_only=True:
-    format, front_door, policy_config, policy (state dict: the averaged weights and the normalisation), settings, binding (of the VL
-    cache), split, step, epoch, metrics; of stage 2 `adapter` (the averaged LoRA weights of the VLM); and in the newest one `training`:
-    raw weights, optimiser, position in the epoch, its counts so far, step of the newest validation, best, weights of the episodes, random state.
+A dict of plain values and tensors, opened with weights_only=True:
+
+    format          FORMAT
+    front_door      train_async or train_diffusion
+    policy_config   what Policy is built from
+    policy          its state dict: the averaged weights and the normalisation
+    settings        the run's settings, as recorded
+    binding         of the VL cache
+    split           {"train": [...], "val": [...]} of episode keys
+    step, epoch     optimiser steps and whole epochs that are done
+    metrics         figures of the newest validation
+    adapter         in stage 2: the averaged LoRA weights of the VLM
+
+and in the newest one `training`, what a resumed run needs besides: model (the raw weights), adapter (stage 2's), optimizer,
+position (draws of the epoch that are used), validated (step of the newest validation), tally (counts since then), best,
+elapsed_s, wandb_id; fingerprints and weights of the episodes, by key; world (processes). Draws and noise follow from seed,
+epoch and step, so no generator's state is needed.
 """
 
 import pickle
+import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +29,26 @@ import torch
 
 from vla_lib.core.errors import UserError
 from vla_lib.core.files import atomic_path
+from vla_lib.core.settings import flag
 from vla_lib.features.binding import differences
 from vla_lib.policy.config import PolicyConfig
 from vla_lib.policy.policy import Policy
+from vla_lib.training.settings import TrainingSettings, resume_conflicts
 
 FORMAT = "vla-policy-1"
 KEYS = ("front_door", "policy_config", "policy", "settings", "binding", "split", "step", "epoch", "metrics")
+WEIGHTLESS = ("dropout", "view_dropout", "ddim_steps")  # of a policy's config: what no weight depends on
+# left by a writer that was killed
+LEFT_BEHIND = ("checkpoints/.*.partial", ".metrics.jsonl.*.partial", ".results.json.*.partial")
+
+Content = dict[str, Any]
 
 
-def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
-    """Write atomically: at any failure (a full disk, a kill) the file that was there stays. Raises OSError as the file system does."""
+# ---- writing
+
+
+def save_checkpoint(path: Path, content: Content) -> None:
+    """Write atomically: at any failure (a full disk, a kill) the old file stays. Raises OSError as the file system does."""
     with atomic_path(path) as temporary:
         try:
             torch.save({"format": FORMAT, **content}, temporary)
@@ -31,14 +56,70 @@ def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
             raise OSError(f"{error}".splitlines()[0]) from error
 
 
-def read_checkpoint(path: str | Path, map_location: str = "cpu") -> dict[str, Any]:
+class CheckpointWriter:
+    """Writes the checkpoints of a run into its folder: only the main process does, the others call in vain.
+
+    `run`: front_door, policy_config, settings, binding, split; `data`: fingerprints, weights, world (see the module).
+    The methods take a TrainState's `state_dict()`.
+    """
+
+    def __init__(self, run_dir: Path, settings: TrainingSettings, run: Content, data: Content, main: bool) -> None:
+        self._folder, self._settings, self._run, self._data, self._main = run_dir, settings, run, data, main
+        self._tried_at, self._tried_step = time.monotonic(), -1
+        for path in [path for pattern in LEFT_BEHIND for path in run_dir.glob(pattern)] if main else []:
+            path.unlink(missing_ok=True)
+
+    def due(self, step: int, interval_s: float | None = None) -> bool:
+        """Whether it is time for the newest checkpoint: after `interval_s`, or what the settings ask for."""
+        s = self._settings
+        by_steps = s.checkpoint_every_steps and step % s.checkpoint_every_steps == 0 and step != self._tried_step
+        wanted = s.checkpoint_every_s if interval_s is None else min(interval_s, s.checkpoint_every_s)
+        return bool(by_steps) or time.monotonic() - self._tried_at >= wanted
+
+    def newest(self, state: Content, must: bool = False) -> None:
+        """Write what a resumed run goes on from. A failure is said aloud, and is an error if `must`."""
+        content = {**state, "training": state["training"] | self._data}
+        self._write(self._settings.checkpoints.latest, content, must)
+        # a try that failed counts too: a full disk is not filled anew in every step
+        self._tried_at, self._tried_step = time.monotonic(), state["step"]
+
+    def best(self, state: Content) -> None:
+        """Write the policy of the best validation; the newest checkpoint is no younger for it."""
+        self._write(self._settings.checkpoints.best, _policy_alone(state), must=False)
+
+    def final(self, state: Content) -> None:
+        """Write what the run ends with: the newest checkpoint, and the policy alone where the model has a file for it."""
+        self.newest(state, must=True)
+        if name := self._settings.checkpoints.final:
+            self._write(name, _policy_alone(state), must=True)
+
+    def _write(self, name: str, content: Content, must: bool) -> None:
+        path = self._folder / "checkpoints" / name
+        try:
+            if self._main:
+                save_checkpoint(path, self._run | content)
+        except OSError as error:
+            said = f"{path} could not be written ({error}); the one written before it is untouched"
+            if must:
+                raise UserError(f"{said}. Make room and go on with --resume.") from error
+            print(f"{said}; training goes on and tries again.", flush=True)
+
+
+def _policy_alone(state: Content) -> Content:
+    return {name: value for name, value in state.items() if name != "training"}
+
+
+# ---- reading
+
+
+def read_checkpoint(path: str | Path, map_location: str = "cpu") -> Content:
     """The content of a checkpoint. Raises UserError where the file is missing, damaged, or no checkpoint of this workbench."""
     path = Path(path)
     try:
         content = torch.load(path, map_location=map_location, weights_only=True)
     except FileNotFoundError:
         raise UserError(
-            f"There is no checkpoint {path}; a run keeps its own below checkpoints/ (`vla runs` lists the runs)."
+            f"There is no checkpoint {path}; a run keeps its own below checkpoints/ (see `vla runs`)."
         ) from None
     except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
@@ -46,55 +127,134 @@ def read_checkpoint(path: str | Path, map_location: str = "cpu") -> dict[str, An
             f"{path} cannot be read as a checkpoint ({first}); take another one of the same run."
         ) from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise UserError(
-            f"{path} is not a checkpoint of this workbench (format {FORMAT}); give one that its trainings wrote."
-        )
-    missing = [k for k in KEYS if k not in content]
-    if missing:
-        raise UserError(
-            f"{path} lacks {', '.join(missing)}; it was not written by this version: train anew, or use the version that wrote it."
-        )
+        raise UserError(f"{path} is not a checkpoint of this workbench (format {FORMAT}); give one that it trained.")
+    if missing := [name for name in KEYS if name not in content]:
+        raise UserError(f"{path} lacks {', '.join(missing)}; train anew, or use the version that wrote it.")
     return content
 
 
 def load_policy(
-    path: str | Path, device: str = "cpu", binding: dict[str, Any] | None = None
-) -> tuple[Policy, dict[str, Any]]:
-    """The policy of a checkpoint in eval mode on `device`, and what is known of it.
+    path: str | Path, device: str = "cpu", binding: Mapping[str, Any] | None = None
+) -> tuple[Policy, Content]:
+    """The policy of a checkpoint in eval mode on `device`, and what else it holds: settings, binding, split, step, epoch,
+    metrics, front_door, adapter (None but in stage 2: the VLM must be opened with it,
+    `FeatureExtractor.from_binding(info["binding"], device, info["adapter"])`).
 
-    info: settings, binding, split {"train": [...], "val": [...]} of episode keys, step, epoch, metrics, front_door, adapter (None but in stage 2:
-    the VLM must be opened with it, `FeatureExtractor.from_binding(info["binding"], device, info["adapter"])`).
-    Give `binding` (of the features that the policy is about to be fed) to have it compared. Raises UserError where the file is damaged,
-    a weight is missing or left over, or the bindings differ (both sides named).
+    Give `binding` (of the features that the policy is about to be fed) to have it compared. Raises UserError where the file
+    is damaged, a weight is missing or left over, or the bindings differ (both sides named).
     """
     content = read_checkpoint(path, device)
     if binding is not None:
         if "adapter" in content:
             raise UserError(
-                f"{path} has LoRA weights in its VLM (stage 2): features from a cache are not its own; compute them with its adapter."
+                f"{path} has LoRA weights in its VLM (stage 2): features from a cache are not its own; "
+                "compute them with its adapter."
             )
         check_binding(content["binding"], binding, str(path))
     policy = Policy(PolicyConfig.from_dict(content["policy_config"]))
     load_weights(policy, content["policy"], str(path))
-    return policy.to(device).eval(), {
-        k: content.get(k) for k in (*KEYS, "adapter") if k not in ("policy", "policy_config")
-    }
+    info = {name: content.get(name) for name in (*KEYS, "adapter") if name not in ("policy", "policy_config")}
+    return policy.to(device).eval(), info
 
 
-def load_weights(policy: torch.nn.Module, state: dict[str, torch.Tensor], where: str) -> None:
+def load_weights(policy: torch.nn.Module, state: Mapping[str, Any], where: str) -> None:
     """Strict: every weight of the policy, and no other. Raises UserError that names the first differences."""
     try:
         policy.load_state_dict(state, strict=True)
     except RuntimeError as error:
-        raise UserError(
-            f"The weights in {where} do not fit its policy: {' '.join(str(error).split())[:400]}. Take another checkpoint of the same run."
-        ) from error
+        odd = " ".join(str(error).split())[:400]
+        raise UserError(f"The weights in {where} do not fit its policy: {odd}. Take another one of its run.") from error
 
 
-def check_binding(trained: dict[str, Any], found: dict[str, Any], where: str) -> None:
+# ---- comparing
+
+
+def check_binding(trained: Mapping[str, Any], found: Mapping[str, Any], where: str) -> None:
     """Raise UserError where two cache bindings differ, with both sides of every difference."""
-    if found_differences := differences(trained, found):
+    if odd := differences(trained, found):
         raise UserError(
-            f"{where} was trained on VL features made otherwise than these (checkpoint against here): {'; '.join(found_differences)[:900]}. "
-            "Use the cache and the VLM that it was trained with, or train anew."
+            f"{where} was trained on VL features made otherwise than these (checkpoint against here): "
+            f"{'; '.join(odd)[:900]}. Use the cache and the VLM that it was trained with, or train anew."
+        )
+
+
+def refuse_taken(latest: Path) -> str:
+    """Why no new run may begin in the folder of the newest checkpoint `latest`; "" where it holds none."""
+    found = sorted(path.name for path in latest.parent.glob("*.pt"))
+    if latest.name in found:
+        return f"{latest} exists already; pass --resume to go on with that run, or another --run-dir."
+    holds = f"{latest.parent} holds the checkpoints of another training ({', '.join(found)}); pass another --run-dir."
+    return holds if found else ""
+
+
+def read_previous(settings: TrainingSettings, latest: Path) -> Content:
+    """The newest checkpoint of the run that --resume goes on with. Raises UserError where it is none, or another run's."""
+    if not latest.exists():
+        raise UserError(
+            f"There is no checkpoint {latest} to go on from; give the --run-dir of a run that has one, or leave --resume out."
+        )
+    before = read_checkpoint(latest)
+    if "training" not in before:
+        raise UserError(
+            f"{latest} holds a policy but no training state; give the run's newest checkpoint its name back, or start anew."
+        )
+    if (door := before["front_door"]) != settings.name:
+        raise UserError(
+            f"{latest} was written by {door}, this is {settings.name}; go on with vla_lib.{door}, or give another --run-dir."
+        )
+    if conflicts := resume_conflicts(before["settings"], settings):
+        raise UserError(
+            f"--resume with other settings than the run began with: {'; '.join(conflicts)}. "
+            "Give the same ones, or start a new run."
+        )
+    return before
+
+
+def check_previous(
+    before: Content,
+    binding: Mapping[str, Any],
+    fingerprints: Mapping[str, str],
+    weights: Mapping[str, float],
+    where: str,
+) -> None:
+    """Raise UserError where the cache, an episode or its weight (both by key) is not what the run began with."""
+    check_binding(before["binding"], binding, where)
+    PolicyConfig.from_dict(before["policy_config"])  # one that this version cannot build is refused here
+    known = before["training"]["fingerprints"]
+    if changed := [key for key in known if known[key] != fingerprints.get(key)]:
+        raise UserError(
+            f"{len(changed)} episodes have changed since the run began (first: {changed[0]}); restore them or start anew."
+        )
+    then = before["training"]["weights"]
+    odd = [f"{k}: checkpoint {then[k]:g}, now {now:g}" for k, now in weights.items() if then[k] != now]
+    if odd:
+        raise UserError(
+            f"{len(odd)} episodes have another weight than the run began with ({'; '.join(odd[:3])}); "
+            "restore datasets.yaml, or start a new run."
+        )
+
+
+def read_stage1(settings: TrainingSettings) -> Content:
+    """The checkpoint that stage 2 starts from. Raises UserError where it is missing, of the other model, or of stage 2."""
+    path = settings.stage1_checkpoint
+    assert path is not None
+    found = read_checkpoint(path)
+    where = f"--stage1-checkpoint {path}"
+    if (door := found["front_door"]) != settings.name:
+        raise UserError(f"{where} was written by {door}, this is {settings.name}; give one of the same model.")
+    if "adapter" in found:
+        raise UserError(f"{where} is of stage 2 already; go on with it by --resume, or give its stage-1 checkpoint.")
+    return found
+
+
+def check_stage1(found: Content, binding: Mapping[str, Any], config: PolicyConfig, where: str) -> None:
+    """Raise UserError where the cache or the policy is not the stage-1 checkpoint's, both sides named."""
+    check_binding(found["binding"], binding, where)
+    before, now = PolicyConfig.from_dict(found["policy_config"]).record(), config.record()
+    odd = [
+        f"{flag(k)}: there {before[k]!r}, here {now[k]!r}" for k in now if k not in WEIGHTLESS and before[k] != now[k]
+    ]
+    if odd:
+        raise UserError(
+            f"{where} holds another policy than these settings ask for: {'; '.join(odd)[:600]}. Give the settings of stage 1."
         )

@@ -1,34 +1,40 @@
-"""Training settings in; the checked data of a training out: episodes, cache, split, sample sets, weights. Everything fails here, early.
+"""The data of a run: episodes, VL cache, split, sample sets and weights, opened and checked. Everything fails here, early.
 
 Notebooks call `prepare_data` for their preflight; the training loop calls it for itself.
 """
 
+import hashlib
 import shlex
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from vla_lib.core.errors import UserError
+from vla_lib.core.settings import flag
+from vla_lib.episodes import DatasetTable, PreparedEpisode, find_prepared, load_prepared
+from vla_lib.features.cache import FeatureCache, episode_key
 from vla_lib.policy.config import PolicyConfig
-from vla_lib.training.sampler import shares
+from vla_lib.training.checkpoint import check_stage1, read_stage1
 from vla_lib.training.samples import SampleSet
 from vla_lib.training.settings import TrainingSettings
-from vla_lib.training.split import split_episodes
-from vla_lib.training.starting_point import check_stage1, stage1
+
+Split = dict[str, list[str]]
 
 
 @dataclass(frozen=True)
 class TrainingData:
-    """What a training stands on. `episode_weights`: of each training episode, by key; `val` is None where nothing is held out."""
+    """What a run learns from. `episode_weights`: of each training episode, by key; `val` is None where nothing is held out."""
 
     train: SampleSet
     val: SampleSet | None
-    split: dict[str, list[str]]
+    split: Split
     fingerprints: dict[str, str]
     episode_weights: dict[str, float]
-    cache: Any  # the FeatureCache
+    cache: FeatureCache
 
     @property
     def weights(self) -> np.ndarray:
@@ -42,14 +48,11 @@ class TrainingData:
 
     def policy_config(self, settings: TrainingSettings) -> PolicyConfig:
         """The policy that fits these data and settings."""
-        tokens, dim = self.train.token_shape
         layout = self.cache.layout
-        assert tokens == len(layout.view_id)
-        chosen = {f.name: getattr(settings, f.name) for f in fields(PolicyConfig) if hasattr(settings, f.name)}
         return PolicyConfig(
-            **chosen,
+            **{f.name: getattr(settings, f.name) for f in fields(PolicyConfig) if hasattr(settings, f.name)},
             views=tuple(layout.views),
-            token_dim=dim,
+            token_dim=self.train.token_shape[1],
             token_view=tuple(np.asarray(layout.view_id).tolist()),
             token_row=tuple(np.asarray(layout.row).tolist()),
             token_col=tuple(np.asarray(layout.col).tolist()),
@@ -57,104 +60,145 @@ class TrainingData:
         )
 
     def weights_table(self) -> list[dict[str, Any]]:
-        """One row a dataset, or a task of it where tasks have other weights: episodes, training steps, weight, and the share of all draws."""
-        weights = {}  # of each dataset
-        for episode, weight in zip(self.train.episodes, self.episode_weights.values(), strict=True):
-            weights.setdefault(episode.dataset, set()).add(weight)
+        """One row a dataset, or a task of it where tasks have other weights: episodes, training steps, weight, share of draws."""
+        train = pd.DataFrame(
+            {
+                "dataset": [e.dataset for e in self.train.episodes],
+                "task": [e.task for e in self.train.episodes],
+                "weight": list(self.episode_weights.values()),
+                "steps": np.bincount(self.train.episode, minlength=len(self.train.episodes)),
+            }
+        )
+        apart = {name for name, weights in train.groupby("dataset")["weight"] if weights.nunique() > 1}
 
-        def name(episode: Any) -> str:
-            return f"{episode.dataset}/{episode.task}" if len(weights.get(episode.dataset, ())) > 1 else episode.dataset
+        def group(dataset: str, task: str) -> str:
+            return f"{dataset}/{task}" if dataset in apart else dataset
 
-        trained, held = [[name(e) for e in samples.episodes] if samples else [] for samples in (self.train, self.val)]
-        names = np.asarray(trained)[self.train.episode]
-        rows = []
-        for group, part in shares(self.weights, names).items():
-            row = {"dataset": group, "train_episodes": trained.count(group), "val_episodes": held.count(group)}
-            weight = float(self.weights[names == group][0])
-            rows.append(row | {"train_steps": int((names == group).sum()), "weight": weight, "share": part})
-        return rows
+        train["dataset"] = [group(*pair) for pair in zip(train["dataset"], train["task"], strict=True)]
+        held = [group(e.dataset, e.task) for e in self.val.episodes] if self.val else []
+        total = float((train["weight"] * train["steps"]).sum())
+        return [
+            {
+                "dataset": name,
+                "train_episodes": len(rows),
+                "val_episodes": held.count(str(name)),
+                "train_steps": int(rows["steps"].sum()),
+                "weight": float(rows["weight"].iloc[0]),
+                "share": float((rows["weight"] * rows["steps"]).sum()) / total,
+            }
+            for name, rows in train.groupby("dataset")
+        ]
 
 
-def prepare_data(settings: TrainingSettings, split: dict[str, list[str]] | None = None) -> TrainingData:
+def split_episodes(datasets: Mapping[str, str], val_fraction: float, seed: int = 0) -> Split:
+    """`{episode key: dataset}` -> `{"train": [...], "val": [...]}`, both sorted; never a window of one episode on both sides.
+
+    Stratified: of each dataset with n >= 2 episodes round(n * val_fraction) are held out, at least one. Which ones follows from
+    a hash of seed and key, so that neither the order of the files nor a new episode elsewhere moves the others.
+    Raises UserError where nothing would be left to train on or to validate with.
+    """
+    groups: dict[str, list[str]] = defaultdict(list)
+    for key, dataset in datasets.items():
+        groups[dataset].append(key)
+    split: Split = {"train": [], "val": []}
+    for keys in groups.values():
+        keys.sort(key=lambda key: hashlib.sha256(f"{seed}:{key}".encode()).hexdigest())
+        held = min(max(1, round(len(keys) * val_fraction)), len(keys) - 1) if val_fraction > 0 else 0
+        split["val"] += keys[:held]
+        split["train"] += keys[held:]
+    if not split["train"]:
+        raise UserError("There is no episode to train on; run `python -m vla_lib.preprocess` on the dataset first.")
+    if val_fraction > 0 and not split["val"]:
+        raise UserError(
+            "No dataset has two episodes, so none can be held out; record more, or pass --val-fraction 0 to train without."
+        )
+    return {side: sorted(keys) for side, keys in split.items()}
+
+
+def prepare_data(settings: TrainingSettings, split: Split | None = None) -> TrainingData:
     """Open, check and split the data. `split`: of a checkpoint to go on from; stage 2 takes that of its stage-1 checkpoint.
 
-    Raises UserError with the command to run where there is no prepared episode or no VL cache, where the cache was made for another
-    picture size or reuse count, where the sensor is asked for but no episode has one, and where a stage-1 checkpoint does not fit.
+    Raises UserError with the command to run where there is no prepared episode or no VL cache, where the cache was made for
+    another picture size or reuse count, where the sensor is asked for but no episode has one, and where a stage-1 checkpoint
+    does not fit.
     """
-    from vla_lib.episodes import DatasetTable, find_prepared, load_prepared
-    from vla_lib.features.cache import FeatureCache, episode_key
-
     root = settings.dataset_root
-    if not root.is_dir():
-        raise UserError(f"--dataset-root {root} is not a folder; give the folder that the datasets lie in.")
-    folders = find_prepared(root)
-    if not folders:
-        raise UserError(
-            f"No data.pkl below {root}; run `python -m vla_lib.preprocess --dataset-root {shlex.quote(str(root))}` first."
-        )
-    episodes = {episode_key(root, folder): load_prepared(folder) for folder in folders}
+    episodes = _open_episodes(settings)
     try:
         cache = FeatureCache.open(root, settings.cache_id or None)
     except UserError as error:
         raise UserError(f"{error} The features of these settings are built by: {cache_command(settings)}") from error
-    check_cache(settings, cache.binding)
-    start = stage1(settings) if settings.live_vlm and split is None else None
+    _check_picture_size(settings, cache.binding)
+
+    start = read_stage1(settings) if settings.live_vlm and split is None else None
     if start is not None:
         split = start["split"]  # what stage 1 has trained on stays out of the held-out episodes
     if split is None:
         split = split_episodes({k: e.dataset for k, e in episodes.items()}, settings.val_fraction, settings.seed)
-    gone = [k for k in (*split["train"], *split["val"]) if k not in episodes]
-    if gone:
+    keys = [*split["train"], *split["val"]]
+    if gone := [key for key in keys if key not in episodes]:
         raise UserError(
-            f"{len(gone)} episodes of the checkpoint's split are gone from {root} (first: {gone[0]}); restore them or start a new run."
+            f"{len(gone)} episodes of the checkpoint's split are gone from {root} (first: {gone[0]}); "
+            "restore them or start a new run."
         )
-    used = [episodes[k] for k in (*split["train"], *split["val"])]
-    if settings.sensor_enabled and not any(e.has_sensor for e in used):
+    if settings.sensor_enabled and not any(episodes[key].has_sensor for key in keys):
         raise UserError(f"No episode below {root} has sensor data; pass --no-sensor-enabled to train without it.")
-    options = {
-        "horizon": settings.horizon,
-        "sensor_enabled": settings.sensor_enabled,
-        "sensor_window_size": settings.sensor_window_size,
-        "vlm_reuse_count": settings.vlm_reuse_count,
-        "vlm_latency_ms": settings.vlm_latency_ms,
-    }
+
+    def samples(side: str) -> SampleSet:
+        return SampleSet(
+            [episodes[key] for key in split[side]],
+            cache,
+            horizon=settings.horizon,
+            sensor_enabled=settings.sensor_enabled,
+            sensor_window_size=settings.sensor_window_size,
+            vlm_reuse_count=settings.vlm_reuse_count,
+            vlm_latency_ms=settings.vlm_latency_ms,
+        )
+
     try:
-        train = SampleSet([episodes[k] for k in split["train"]], cache, **options)
-        val = SampleSet([episodes[k] for k in split["val"]], cache, **options) if split["val"] else None
+        train, val = samples("train"), samples("val") if split["val"] else None
     except UserError as error:
-        if "cache" in str(error):
-            raise UserError(
-                f"{error} Missing features are added by: {cache_command(settings, cache.binding)}"
-            ) from error
-        raise
+        if "cache" not in str(error):
+            raise
+        raise UserError(f"{error} Missing features are added by: {cache_command(settings, cache.binding)}") from error
     table = DatasetTable.load(root)
     weights = {key: table.weight(episodes[key].dataset, episodes[key].task) for key in split["train"]}
-    fingerprints = {k: str(episodes[k].fingerprint) for k in (*split["train"], *split["val"])}
-    data = TrainingData(train, val, split, fingerprints, weights, cache)
+    data = TrainingData(train, val, split, {key: str(episodes[key].fingerprint) for key in keys}, weights, cache)
     if start is not None:
-        check_stage1(start, settings, data)
+        where = f"--stage1-checkpoint {settings.stage1_checkpoint}"
+        check_stage1(start, data.binding, data.policy_config(settings), where)
     return data
+
+
+def _open_episodes(settings: TrainingSettings) -> dict[str, PreparedEpisode]:
+    root = settings.dataset_root
+    if not root.is_dir():
+        raise UserError(f"--dataset-root {root} is not a folder; give the folder that the datasets lie in.")
+    episodes = {episode_key(root, folder): load_prepared(folder) for folder in find_prepared(root)}
+    if not episodes:
+        command = f"python -m vla_lib.preprocess --dataset-root {shlex.quote(str(root))}"
+        raise UserError(f"No data.pkl below {root}; run `{command}` first.")
+    return episodes
 
 
 def cache_command(settings: TrainingSettings, binding: Mapping[str, Any] | None = None) -> str:
     """The command that builds the VL cache which these settings need, with the VLM of `binding` where it is known."""
-    vlm = f"--vl-model {shlex.quote(str(binding['source']))} " if binding and binding.get("source") else ""
-    return (
-        f"python -m vla_lib.build_vl_cache --dataset-root {shlex.quote(str(settings.dataset_root))} {vlm}--vlm-reuse-count "
-        f"{settings.vlm_reuse_count} --image-resize-height {settings.image_resize_height} --image-resize-width {settings.image_resize_width}"
-    )
+    words = ["python", "-m", "vla_lib.build_vl_cache", "--dataset-root", str(settings.dataset_root)]
+    if binding and binding.get("source"):
+        words += ["--vl-model", str(binding["source"])]
+    for name in ("vlm_reuse_count", "image_resize_height", "image_resize_width"):
+        words += [flag(name), str(getattr(settings, name))]
+    return shlex.join(words)
 
 
-def check_cache(settings: TrainingSettings, binding: dict[str, Any]) -> None:
-    """Raise UserError where the cache's picture size is not the settings', both sides named."""
-    odd = list(_size_differences(settings, binding))
+def _check_picture_size(settings: TrainingSettings, binding: Mapping[str, Any]) -> None:
+    odd = [
+        f"{flag(name)[2:]} is {binding[name]} in the cache, {flag(name)} {getattr(settings, name)} here"
+        for name in ("image_resize_height", "image_resize_width")
+        if name in binding and int(binding[name]) != getattr(settings, name)
+    ]
     if odd:
         raise UserError(
-            f"The VL cache and the flags differ: {'; '.join(odd)}. Pass the cache's size, or build another: {cache_command(settings, binding)}"
+            f"The VL cache and the flags differ: {'; '.join(odd)}. Pass the cache's size, or build another: "
+            f"{cache_command(settings, binding)}"
         )
-
-
-def _size_differences(settings: TrainingSettings, binding: dict[str, Any]) -> Iterator[str]:
-    for name in ("image_resize_height", "image_resize_width"):
-        if name in binding and int(binding[name]) != getattr(settings, name):
-            yield f"{name.replace('_', '-')} is {binding[name]} in the cache, --{name.replace('_', '-')} {getattr(settings, name)} here"

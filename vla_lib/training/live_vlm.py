@@ -1,7 +1,7 @@
-"""Stage 2: a VLM with LoRA in its language model and cached vision tokens in; a policy whose VL features are computed as it trains, out.
+"""The live VLM of stage 2: LoRA in its language model, features computed as the policy trains.
 
-The vision tower is frozen and runs once over each picture (features.vision_cache); the language model runs in every step, so that gradients
-reach its LoRA weights. Features from the VL cache and LoRA are never combined: no gradient would reach it.
+The vision tower is frozen and runs once over each picture (features.vision_cache); the language model runs in every step, so
+that gradients reach its LoRA weights. Features from the VL cache and LoRA are never combined: no gradient would reach it.
 """
 
 import contextlib
@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 
 from vla_lib.core.progress import Progress
@@ -25,14 +26,14 @@ from vla_lib.training.settings import TrainingSettings
 class LiveVlm:
     """The VLM that the cache was made with, and its LoRA weights (`weights`, by name)."""
 
-    def __init__(self, settings: TrainingSettings, data: TrainingData, device: torch.device):
+    def __init__(self, settings: TrainingSettings, data: TrainingData, device: torch.device) -> None:
         self.rank, self.alpha = settings.lora_rank, settings.lora_alpha
         self.extractor = FeatureExtractor.from_binding(data.binding, str(device))
         self.weights: dict[str, nn.Parameter] = add_adapter(self.extractor.vlm, self.rank, self.alpha)
         self.vision = VisionCache(data.cache, self.extractor)
 
-    def prepare(self, data: TrainingData, accelerator: Any, log_every_s: float) -> None:
-        """Compute the vision tokens that are missing, each process its share. Raises UserError where the disk cannot take them."""
+    def prepare(self, data: TrainingData, accelerator: Accelerator, log_every_s: float) -> None:
+        """Compute the vision tokens that are missing, each process its share. Raises UserError where the disk is too full."""
         todo = self.vision.missing([*data.train.episodes, *(data.val.episodes if data.val else ())])
         accelerator.wait_for_everyone()  # all have looked before anyone writes
         if todo:
@@ -64,9 +65,8 @@ class LiveVlm:
 
     def record(self, values: Sequence[Tensor] | None = None) -> dict[str, Any]:
         """What a checkpoint holds; `values` in the place of the weights where given (their average)."""
-        return adapter_record(
-            self.weights if values is None else dict(zip(self.weights, values, strict=True)), self.rank, self.alpha
-        )
+        weights = self.weights if values is None else dict(zip(self.weights, values, strict=True))
+        return adapter_record(weights, self.rank, self.alpha)
 
     def load(self, record: Mapping[str, Any]) -> None:
         """Take the weights of a checkpoint. Raises UserError where they do not fit."""
@@ -84,12 +84,12 @@ class LiveVlm:
 
 
 class LivePolicy(nn.Module):
-    """The policy and the LoRA weights as one module to train: what `Policy.forward` takes, but with the numbers of the samples in `sample`.
+    """The policy and the LoRA weights as one module to train: what `Policy.forward` takes, and the samples' numbers in `sample`.
 
     The frozen VLM is no part of it: nobody is to average, move or save it.
     """
 
-    def __init__(self, policy: Policy, live: LiveVlm, samples: SampleSet):
+    def __init__(self, policy: Policy, live: LiveVlm, samples: SampleSet) -> None:
         super().__init__()
         self.policy = policy
         self.adapter = nn.ParameterList(live.weights.values())
@@ -98,23 +98,22 @@ class LivePolicy(nn.Module):
     def forward(self, batch: Batch, draws: dict[str, Tensor] | None = None) -> Tensor:
         """Losses (B, H) as `Policy.forward` gives them; gradients reach the policy and the LoRA weights."""
         tokens, mask = self._live.features(self._samples, batch["sample"].cpu().numpy())
-        unused = (
-            sum(weight.sum() for weight in self.adapter) * 0.0
-        )  # a batch without a picture: every process still has every gradient
+        # a batch without a picture: every process still has every gradient
+        unused = torch.stack([weight.sum() for weight in self.adapter]).sum() * 0.0
         return self.policy(batch | {"vl_tokens": tokens, "vl_mask": mask}, draws) + unused
 
 
 class LiveSamples:
-    """A SampleSet whose batches hold features of the VLM as it is now, for validation."""
+    """A SampleSet whose batches hold features of the VLM with the LoRA weights `values`, for validation."""
 
-    def __init__(self, samples: SampleSet, live: LiveVlm):
-        self._samples, self._live = samples, live
+    def __init__(self, samples: SampleSet, live: LiveVlm, values: Sequence[Tensor]) -> None:
+        self._samples, self._live, self._values = samples, live, values
 
     def __len__(self) -> int:
         return len(self._samples)
 
     def batch(self, numbers: Sequence[int] | np.ndarray) -> Batch:
         """As SampleSet.batch."""
-        with torch.no_grad():
+        with torch.no_grad(), self._live.using(self._values):
             tokens, mask = self._live.features(self._samples, np.asarray(numbers))
         return self._samples.batch(numbers) | {"vl_tokens": tokens, "vl_mask": mask}

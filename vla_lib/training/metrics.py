@@ -1,4 +1,4 @@
-"""Metric rows in; the same rows in metrics.jsonl and in Weights & Biases out, without a doubled or missing step after a resumption."""
+"""The metrics of a run: the same rows in metrics.jsonl and in Weights & Biases, no step doubled or missing after a resumption."""
 
 import contextlib
 import json
@@ -11,29 +11,28 @@ from typing import Any
 
 import psutil
 
+from vla_lib.core.errors import needing_room
 from vla_lib.core.files import append_jsonl, read_jsonl, write_text
-from vla_lib.training.saving import needing_room
 
-REACH_S = 30.0  # how long a training waits for W&B when it starts
+REACH_S = 30.0  # how long a run waits for W&B when it starts
 UPLOAD_S = 120.0  # and for its last figures to be taken when it ends
 END_S = 10.0  # and for its service process to end
 
 
 def truncate(path: Path, step: int, validated: int) -> None:
-    """Drop what an interrupted run wrote after its newest checkpoint: rows beyond `step`, and validations beyond step `validated`."""
-    rows = read_jsonl(path)
-    kept = [r for r in rows if r.get("step", 0) <= (validated if "epoch" in r else step)]
+    """Drop what an interrupted run wrote after its newest checkpoint: rows beyond `step`, validations beyond `validated`."""
+    rows = [row for row in read_jsonl(path) if row.get("step", 0) <= (validated if "epoch" in row else step)]
     if path.exists():
         with needing_room(path):
-            write_text(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in kept))
+            write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def wandb_mode(asked: str) -> str:
-    """`auto` becomes `online` where a key is set (environment, or what `wandb login` left in netrc), else `offline`. Asks no network."""
+    """`auto` is `online` where a key is set (environment, or what `wandb login` left), else `offline`. Asks no network."""
     if asked != "auto":
         return asked
-    if os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun"):
-        return "disabled" if os.environ["WANDB_MODE"] == "disabled" else "offline"
+    if (mode := os.environ.get("WANDB_MODE")) in ("offline", "disabled", "dryrun"):
+        return "disabled" if mode == "disabled" else "offline"
     if os.environ.get("WANDB_API_KEY"):
         return "online"
     try:
@@ -47,57 +46,30 @@ def wandb_mode(asked: str) -> str:
 class MetricsLog:
     """Appends to `<run_dir>/metrics.jsonl` and logs to W&B. Only the main process makes one.
 
-    A row is `{"step", "time", "elapsed_s", "train/..."}` for each optimiser step or `{"epoch", "step", ..., "val/..."}` after each
-    validation. W&B continues the run whose id the first start put into the checkpoint: the rows that it does not have are told to it
-    again from metrics.jsonl, which `truncate` has cut back to the checkpoint. A failure of W&B never stops a training.
+    A row is `{"step", "time", "elapsed_s", "train/..."}` for each optimiser step or `{"epoch", "step", ..., "val/..."}` after
+    each validation. W&B continues the run whose id the first start put into the checkpoint: rows that it lacks are sent again
+    from metrics.jsonl, which `truncate` has cut back to the checkpoint. A failure of W&B never stops a run.
     """
 
-    def __init__(self, run_dir: Path, project: str, mode: str, config: dict[str, Any], wandb_id: str):
+    def __init__(self, run_dir: Path, project: str, mode: str, config: dict[str, Any], wandb_id: str) -> None:
         self.path = run_dir / "metrics.jsonl"
         with needing_room(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.touch()
         os.environ.setdefault("WANDB_SILENT", "true")
-        os.environ.pop(
-            "WANDB_SERVICE", None
-        )  # of the program that started this one: it keeps the id of a killed run in use
-        self._wandb = self._start(project, wandb_mode(mode), config, wandb_id, run_dir)
+        # of the program that started this one: it keeps the id of a killed run in use
+        os.environ.pop("WANDB_SERVICE", None)
+        options = {"project": project, "id": wandb_id, "name": run_dir.name, "config": config, "dir": str(run_dir)}
+        self._wandb = _start(wandb_mode(mode), options)
         if self._wandb is not None:
             for row in read_jsonl(self.path):
                 if row["step"] >= self._wandb.starting_step:  # 0 in a new or an offline run
-                    self._tell(row)
-            for folder in (run_dir / "wandb").glob(
-                f"*run-*-{wandb_id}"
-            ):  # of starts before this one, which has all that they had
+                    self._send(row)
+            for folder in run_dir.glob(
+                f"wandb/*run-*-{wandb_id}"
+            ):  # of starts before this one, which has all of theirs
                 if folder != self._folder:
                     shutil.rmtree(folder, ignore_errors=True)
-
-    @staticmethod
-    def _start(project: str, mode: str, config: dict[str, Any], wandb_id: str, run_dir: Path) -> Any:
-        if mode == "disabled":
-            return None
-        try:
-            import wandb
-
-            options = {"project": project, "id": wandb_id, "name": run_dir.name, "config": config, "dir": str(run_dir)}
-            patience = {
-                "init_timeout": REACH_S,
-                "finish_timeout": UPLOAD_S,
-                "finish_timeout_raises": True,
-                "console": "off",
-            }
-            if mode == "online":
-                try:
-                    return wandb.init(mode="online", resume="allow", settings=wandb.Settings(**patience), **options)
-                except Exception as error:
-                    print(f"W&B cannot be reached ({' '.join(str(error).split())}).", flush=True)
-                    _end_service()  # what is left of the rollout holds the run's id
-            run = wandb.init(mode="offline", settings=wandb.Settings(**patience), **options)
-            print(f"W&B keeps this run offline; `wandb sync {Path(run.dir).parent}` uploads it.", flush=True)
-            return run
-        except Exception as error:
-            print(f"W&B is not available ({error}); metrics.jsonl has every figure.", flush=True)
-            return None
 
     @property
     def _folder(self) -> Path:
@@ -108,16 +80,15 @@ class MetricsLog:
         row = {**row, "time": time.time()}
         with needing_room(self.path):
             append_jsonl(self.path, row)
-        self._tell(row)
+        self._send(row)
 
-    def _tell(self, row: dict[str, Any]) -> None:
+    def _send(self, row: dict[str, Any]) -> None:
         if self._wandb is None:
             return
         values = {k: v for k, v in row.items() if isinstance(v, int | float) and k not in ("step", "time")}
         try:
-            step = max(
-                row["step"], self._wandb.starting_step
-            )  # a validation that an interrupted run still owed its last step
+            # a validation that an interrupted run still owed its last step lies before W&B's first one
+            step = max(row["step"], self._wandb.starting_step)
             self._wandb.log({**values, "_timestamp": row["time"]}, step=step)
         except Exception as error:
             print(f"W&B stopped taking figures ({error}); metrics.jsonl has every one.", flush=True)
@@ -136,8 +107,32 @@ class MetricsLog:
         _end_service()
 
 
+def _start(mode: str, options: dict[str, Any]) -> Any:
+    """The W&B run, offline where W&B cannot be reached; None where there is to be none, or none can be."""
+    if mode == "disabled":
+        return None
+    try:
+        import wandb
+
+        patience = wandb.Settings(
+            init_timeout=REACH_S, finish_timeout=UPLOAD_S, finish_timeout_raises=True, console="off"
+        )
+        if mode == "online":
+            try:
+                return wandb.init(mode="online", resume="allow", settings=patience, **options)
+            except Exception as error:
+                print(f"W&B cannot be reached ({' '.join(str(error).split())}).", flush=True)
+                _end_service()  # what is left of this try holds the run's id
+        run = wandb.init(mode="offline", settings=patience, **options)
+        print(f"W&B keeps this run offline; `wandb sync {Path(run.dir).parent}` uploads it.", flush=True)
+        return run
+    except Exception as error:
+        print(f"W&B is not available ({error}); metrics.jsonl has every figure.", flush=True)
+        return None
+
+
 def _end_service() -> None:
-    """End W&B's service process; where it does not end when told (seen after a run had been finished), kill it: a training must not wait."""
+    """End W&B's service process; kill it where it does not end (seen after a run had been finished): a run must not wait."""
     import wandb
 
     services = [process for process in psutil.Process().children() if "wandb-core" in process.name()]

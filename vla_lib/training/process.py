@@ -1,32 +1,79 @@
-"""Signals in, one flag out that the training loop looks at once a step; loader workers are out of their reach.
+"""A training process: its device, precision and process group; stop signals; the loader workers that it starts.
 
-torchrun and a terminal signal a rank's whole process group. A loader worker that died of it would take the rank along before it has saved.
+torchrun and a terminal signal a rank's whole process group. A loader worker that died of it would take the rank along before
+it has saved, so workers leave the group.
 """
 
+import contextlib
 import os
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from datetime import timedelta
 from types import FrameType
+from typing import Any
 
+import torch
+from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate.state import AcceleratorState
+
+from vla_lib.core.errors import UserError
 from vla_lib.core.processes import die_with_parent
+from vla_lib.training.settings import TrainingSettings
 
+# of a process for the others: one may validate, make vision tokens or write to a slow disk alone
+PATIENCE = timedelta(hours=2)
 STOPS = (signal.SIGTERM, signal.SIGINT)
 
 
+def uses_gpu(settings: TrainingSettings) -> bool:
+    """Whether the run computes on a GPU. Raises UserError where one is asked for but there is none."""
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda, but torch sees no GPU here; pass --device auto.")
+    return torch.cuda.is_available() and settings.device != "cpu"
+
+
+def uses_bf16(settings: TrainingSettings) -> bool:
+    """Whether products are bf16: as asked, or where the GPU has it by itself (an emulated bf16 is slower than float32)."""
+    if settings.precision != "auto":
+        return settings.precision == "bf16"
+    return uses_gpu(settings) and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+@contextlib.contextmanager
+def open_accelerator(settings: TrainingSettings) -> Iterator[Accelerator]:
+    """The Accelerator of this process, for as long as the block lasts."""
+    # a private name: Accelerator's state is one for the whole process, and only this gives a second run in it (a notebook,
+    # a test) a device and precision of its own; tests that train twice watch it
+    AcceleratorState._reset_state(reset_partial_state=True)
+    patience = InitProcessGroupKwargs(timeout=PATIENCE)
+    precision = "bf16" if uses_bf16(settings) else "no"
+    accelerator = Accelerator(cpu=not uses_gpu(settings), mixed_precision=precision, kwargs_handlers=[patience])
+    try:
+        yield accelerator
+    finally:
+        with contextlib.suppress(Exception):  # the group may be broken: another rank died
+            accelerator.end_training()
+
+
 class StopRequest:
-    """SIGTERM and SIGINT set `asked`; the loop looks at it once a step. Handlers are put back at the end."""
+    """SIGTERM and SIGINT set `asked`; the loop looks at it once a step. Handlers are put back at the end.
+
+    `agreed` is who asked, once all processes know of it: they stop after the same step.
+    """
 
     def __init__(self) -> None:
         self.asked: str | None = None
-        self._before: dict[int, object] = {}
+        self.agreed = ""
+        self._before: dict[int, Any] = {}
+
+    def agree(self) -> None:
+        """At least one process was asked."""
+        self.agreed = self.asked or "another process's signal"
 
     def __enter__(self) -> "StopRequest":
         for number in STOPS:
-            try:
+            with contextlib.suppress(ValueError):  # not the main thread: whoever started this one stops it otherwise
                 self._before[number] = signal.signal(number, self._ask)
-            except ValueError:  # not the main thread (a notebook cell's helper): the caller stops us otherwise
-                break
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -37,9 +84,9 @@ class StopRequest:
         self.asked = signal.Signals(number).name
 
 
-@contextmanager
+@contextlib.contextmanager
 def starting_workers() -> Iterator[None]:
-    """Loader workers are forked inside: stop signals wait, here until the end of the block, in a worker until `begin_worker`."""
+    """Loader workers are forked inside: stop signals wait, here to the block's end, in a worker until `begin_worker`."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
     try:
         yield
@@ -47,10 +94,11 @@ def starting_workers() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def begin_worker() -> None:
-    """First call of a loader worker: it leaves its rank's process group, drops the stop signals that came before, and dies with its rank."""
+def begin_worker(_: int) -> None:
+    """First call of a loader worker: it leaves its rank's process group, drops the signals before, and dies with its rank."""
     os.setpgid(0, 0)
     die_with_parent()
     while signal.sigtimedwait(STOPS, 0):
         pass
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
+    torch.set_num_threads(1)

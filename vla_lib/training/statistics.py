@@ -1,9 +1,11 @@
-"""Training samples in, the normalisation statistics of a policy out (mean and spread of actions, state, sensor, VL tokens)."""
+"""Statistics: mean and spread of the training samples' actions, states, sensor and VL tokens, for the policy's normaliser."""
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from vla_lib.policy.config import SENSOR_CHANNELS
+from vla_lib.policy.normaliser import STD_FLOOR, VARIES
 from vla_lib.training.samples import SampleSet
 
 SENSOR_ROWS = 2_000  # rows read per episode: neighbours at 650 Hz are nearly the same
@@ -15,7 +17,7 @@ def training_statistics(samples: SampleSet) -> dict[str, Tensor]:
     action = samples._action[samples._row].double()  # (n, 7): the actions of valid steps
     state = samples._state[samples._row].double()
     mean, std = action.mean(0), action.std(0, correction=0)
-    scale = torch.where(std > 1e-6, std.clamp_min(1e-3), 1.0)
+    scale = torch.where(std > VARIES, std.clamp_min(STD_FLOOR), 1.0)
     result = {
         "action_mean": mean,
         "action_std": std,
@@ -31,11 +33,9 @@ def training_statistics(samples: SampleSet) -> dict[str, Tensor]:
 
 def _token_statistics(samples: SampleSet) -> dict[str, Tensor]:
     """Mean of each token position (T, D); one spread a feature channel (D,) about those means. Masked tokens do not count."""
-    ticks = sum(len(f.tick_step) for f in samples.features)
-    stride = max(1, ticks // TICKS)
-    shape = samples.token_shape
-    total, count = torch.zeros(shape, dtype=torch.float64), torch.zeros(shape[0], 1, dtype=torch.float64)
-    square = torch.zeros(shape, dtype=torch.float64)
+    stride = max(1, sum(len(f.tick_step) for f in samples.features) // TICKS)
+    total, square = torch.zeros(2, *samples.token_shape, dtype=torch.float64)
+    count = torch.zeros(samples.token_shape[0], 1, dtype=torch.float64)
     for features in samples.features:
         mask = torch.as_tensor(np.asarray(features.mask[::stride]))[..., None]  # (t, T, 1)
         tokens = features.tokens[::stride].double().masked_fill(~mask, 0.0)
@@ -49,18 +49,17 @@ def _token_statistics(samples: SampleSet) -> dict[str, Tensor]:
 
 def _sensor_statistics(samples: SampleSet) -> dict[str, Tensor]:
     """Mean of each of the 1026 channels; the spread of the force, and one common spread for all depth bins (empty bins stay small)."""
-    total, square, count = 0.0, 0.0, 0
+    total, square, count = np.zeros(SENSOR_CHANNELS), np.zeros(SENSOR_CHANNELS), 0
     for episode in samples.episodes:
-        if not episode.has_sensor:
-            continue
-        stream = np.asarray(episode.sensor)
-        rows = np.asarray(stream[:: max(1, len(stream) // SENSOR_ROWS)], np.float64)
-        rows = rows[np.isfinite(rows).all(1)]
-        total, square, count = total + rows.sum(0), square + np.square(rows).sum(0), count + len(rows)
+        if episode.has_sensor:
+            stream = np.asarray(episode.sensor)
+            rows = np.asarray(stream[:: max(1, len(stream) // SENSOR_ROWS)], np.float64)
+            rows = rows[np.isfinite(rows).all(1)]
+            total, square, count = total + rows.sum(0), square + np.square(rows).sum(0), count + len(rows)
     if not count:
-        return {"sensor_mean": torch.zeros(1026), "sensor_std": torch.ones(1026)}
+        return {"sensor_mean": torch.zeros(SENSOR_CHANNELS), "sensor_std": torch.ones(SENSOR_CHANNELS)}
     mean = total / count
     variance = np.maximum(square / count - mean**2, 0)
-    std = np.full(1026, np.sqrt(variance[1:].mean()))
+    std = np.full(SENSOR_CHANNELS, np.sqrt(variance[1:].mean()))
     std[0] = np.sqrt(variance[0])
     return {"sensor_mean": torch.from_numpy(mean), "sensor_std": torch.from_numpy(std)}

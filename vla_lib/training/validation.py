@@ -1,4 +1,4 @@
-"""A policy and held-out samples in, the losses and the errors in mm and degrees out, beside the zero, mean and persistence baselines."""
+"""Validation: a policy's losses and errors (mm, degrees) on held-out samples, beside the zero, mean and persistence baselines."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vla_lib.policy.policy import Policy
+from vla_lib.training.live_vlm import LiveSamples
 from vla_lib.training.samples import SampleSet
 
 BASELINES = ("zero", "mean", "persistence")
@@ -17,28 +18,29 @@ BASELINES = ("zero", "mean", "persistence")
 @torch.no_grad()
 def validate(
     policy: Policy,
-    samples: SampleSet,
+    samples: SampleSet | LiveSamples,
     batch_size: int,
     rank: int = 0,
     world: int = 1,
     reduce: Callable[[Tensor], Tensor] = lambda x: x,
     seed: int = 0,
-    autocast: Callable[[], AbstractContextManager] = nullcontext,
+    autocast: Callable[[], AbstractContextManager[None]] = nullcontext,
     stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, float] | None:
     """Errors over all valid steps of all chunks; each process takes its share and `reduce` sums over the processes.
 
-    val/loss_epoch: the training loss (noise loss for diffusion); val/action_loss: Huber loss of the predicted actions in standard
-    deviations of the training actions, the same measure for both models and for val/baseline_<name>_action_loss; val/mae_mm and
-    val/mae_deg: mean absolute error of an axis (diffusion: of one sampled chunk). Noise belongs to the sample, so the figures do not depend on
-    the number of processes. The policy is put into eval mode and left as it was; `autocast` surrounds its calls.
-    `stop` is asked before each batch: where one process is to stop, it leaves out the rest, and all of them return None.
+    val/loss_epoch: the training loss (noise loss for diffusion); val/action_loss: Huber loss of the predicted actions in
+    standard deviations of the training actions, the same measure for both models and for val/baseline_<name>_action_loss;
+    val/mae_mm and val/mae_deg: mean absolute error of an axis (diffusion: of one sampled chunk). Noise belongs to the sample,
+    so the figures do not depend on the number of processes. The policy is put into eval mode and left as it was; `autocast`
+    surrounds its calls. `stop` is asked before each batch: where one process is to stop, it leaves out the rest, and all of
+    them return None.
     """
     was_training = policy.training
     policy.eval()
-    device = policy.queries.device
-    normaliser = policy.normaliser
+    device, normaliser = policy.queries.device, policy.normaliser
     names = ("model", *BASELINES)
+    # valid steps, loss, then Huber, mm and degrees of each name; processes that stopped
     sums = torch.zeros(3 + 3 * len(names), dtype=torch.float64, device=device)
     own = np.arange(len(samples))[rank::world]
     for start in range(0, len(own), batch_size):
@@ -52,7 +54,7 @@ def validate(
         draws = {k: torch.cat([d[k] for d in drawn]).to(device) for k in drawn[0]}
         with autocast():
             loss = policy(batch, draws)  # (B, H)
-            predicted = policy.predict(batch, noise=draws["noise"][:, :1] if "noise" in draws else None)
+            predicted = policy.predict(batch, noise=draws["noise"][:, :1] if "noise" in draws else None)  # (B, H, 7)
         sums[0] += mask.sum()
         sums[1] += (loss.double() * mask[..., 0]).sum()
         target = batch["action"]
@@ -62,11 +64,9 @@ def validate(
             "mean": normaliser.action_mean.expand_as(target),
             "persistence": batch["previous_action"][:, None].expand_as(target),
         }
-        for k, name in enumerate(names):
-            guess = guesses[name]
+        for at, guess in zip(range(2, len(sums), 3), (guesses[name] for name in names), strict=False):
             huber = F.smooth_l1_loss(normaliser.action(guess), normaliser.action(target), reduction="none").double()
             error = (guess - target).abs().double()
-            at = 2 + 3 * k
             sums[at] += (huber * mask).sum() / normaliser.action_varies.sum().clamp_min(1)
             sums[at + 1] += (error[..., :3] * mask).sum() / 3
             sums[at + 2] += (error[..., 3:6] * mask).sum() / 3
@@ -74,11 +74,10 @@ def validate(
     sums = reduce(sums)
     if sums[-1]:
         return None
-    count = sums[0].clamp_min(1)
-    values = (sums[1:-1] / count).tolist()
+    values = (sums[1:-1] / sums[0].clamp_min(1)).tolist()
     result = {"val/loss_epoch": values[0]}
     for k, name in enumerate(names):
-        loss, mm, deg = values[1 + 3 * k : 4 + 3 * k]
         prefix = "val/" if name == "model" else f"val/baseline_{name}_"
-        result |= {f"{prefix}action_loss": loss, f"{prefix}mae_mm": mm, f"{prefix}mae_deg": deg}
+        for part, value in zip(("action_loss", "mae_mm", "mae_deg"), values[1 + 3 * k :], strict=False):
+            result[prefix + part] = value
     return result
