@@ -72,10 +72,12 @@ def loading(root: Path, batches: int, head: str, batch_size: int = 32) -> list[B
     few = max(4, batches // 10)
     ours_s = seconds(together, warm=1)[0] / batches
     each_s = seconds(one_by_one)[0] / few
-    size = samples.bytes_per_sample() * batch_size / 1e9
+    sample = samples.batch([0])
+    kilobytes = sum(sample[name].nbytes for name in ("vl_tokens", "sensor")) / 1e3  # window and features of one
+    size = kilobytes * batch_size / 1e6
     policy = Policy(data.policy_config(settings))
     step_s = _step_time_s(policy, samples.batch(draws[0]), 3)
-    kilobytes, threads = samples.bytes_per_sample() / 1e3, torch.get_num_threads()
+    threads = torch.get_num_threads()
     note = f"{head}, batches of {batch_size}, {kilobytes:.0f} kB a sample, {threads} threads"
     name = "batch reading, against"
     return [

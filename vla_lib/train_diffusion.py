@@ -1,7 +1,8 @@
 """Trains the diffusion policy: action chunks by DDPM.
 
-`torchrun --nproc_per_node=4 -m vla_lib.train_diffusion --dataset_dir ROOT --training-stage stage1 ...`, or
-plain `python -m vla_lib.train_diffusion` on one process. Prepared episodes and their VL cache in; checkpoints/, metrics.jsonl, results.json out."""
+`torchrun --nproc_per_node=4 -m vla_lib.train_diffusion --dataset_dir ROOT --training-stage stage1 ...`, or plain
+`python -m vla_lib.train_diffusion` on one process. Prepared episodes and their VL cache in; checkpoints/,
+metrics.jsonl, results.json out."""
 
 from typing import Any
 

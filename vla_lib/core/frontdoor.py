@@ -14,7 +14,8 @@ EXIT_BAD_INPUT = 2
 
 
 def parse(settings_class: type[S], argv: Sequence[str] | None = None) -> S:
-    """Settings from command-line flags (dashes and underscores are the same). Exits 2 on an unknown flag or a wrong type.
+    """Settings from command-line flags (dashes and underscores are the same). Exits 2 on an unknown flag or a wrong
+    type.
 
     Raises UserError where the settings' own validation refuses them.
     """
@@ -26,9 +27,8 @@ def parse(settings_class: type[S], argv: Sequence[str] | None = None) -> S:
 def start(settings_class: type[S], main: Callable[[S], Any], argv: Sequence[str] | None = None) -> None:
     """Run a front door as a program: parse, run `main`, turn a UserError into one line on stderr and exit status 2.
 
-    As a rank of torchrun it dies with its launcher, leaves its error where the launcher reports the first failing rank's from, and keeps
-    nobody waiting at its end: a cancelled job is to be gone in seconds.
-    """
+    As a rank of torchrun it dies with its launcher, leaves its error where the launcher reports the first failing
+    rank's from, and keeps nobody waiting at its end: a cancelled job is to be gone in seconds."""
     rank = "TORCHELASTIC_RUN_ID" in os.environ
     if rank:
         from torch.distributed.elastic.multiprocessing.errors import record

@@ -38,8 +38,8 @@ class PolicySettings(Settings):
 
 @settings
 class PolicyInputs(Settings):
-    """What the data decide: the three `token_*` tuples have one entry a VL token (T entries), its view's number in `views`,
-    its row and its column in that view's grid; a text token has -1 in all three."""
+    """What the data decide: the three `token_*` tuples have one entry a VL token (T entries), its view's number in
+    `views`, its row and its column in that view's grid; a text token has -1 in all three."""
 
     head: HeadName
     views: tuple[str, ...]

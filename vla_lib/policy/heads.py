@@ -1,12 +1,11 @@
 """The heads: action queries (B * n, H, W) that the trunk has informed become a normalised chunk (B, H, 7).
 
 - RegressionHead (async model): the queries are read out as the chunk.
-- DiffusionHead: the queries carry a noisy chunk and its timestep; what is read out takes the noise off it (DDPM, Ho et al.
-  2020, cosine schedule of Nichol and Dhariwal 2021), step by step when sampling (DDIM, Song et al. 2021).
+- DiffusionHead: the queries carry a noisy chunk and its timestep; what is read out takes the noise off it (DDPM, Ho
+  et al. 2020, cosine schedule of Nichol and Dhariwal 2021), step by step when sampling (DDIM, Song et al. 2021).
 
-Each is given `read`, the trunk over one batch's context: `read(*added)` adds (B * n, H, W) tensors to the learned queries,
-n of them to each observation in a row, and returns what the trunk makes of them, (B * n, H, W).
-"""
+Each is given `read`, the trunk over one batch's context: `read(*added)` adds (B * n, H, W) tensors to the learned
+queries, n of them to each observation in a row, and returns what the trunk makes of them, (B * n, H, W)."""
 
 import math
 from collections.abc import Callable
@@ -62,10 +61,9 @@ class DiffusionHead(nn.Module):
     """DDPM with the cosine schedule; x0 is clamped to the range of the training actions while sampling.
 
     Noise is added to compressed motions, arcsinh(motion / 0.1 spreads) / 2: those that decide, near the goal, are a
-    twentieth of a push, and would drown in noise that is scaled to pushes. The output is read as the velocity
-    v = sqrt(a) noise - sqrt(1 - a) x0 (Salimans and Ho 2022), from which noise and x0 follow without a division: predicted
-    as noise alone, x0 at the first sampling steps is the error of the noise divided by sqrt(a) ~ 0.005.
-    """
+    twentieth of a push, and would drown in noise that is scaled to pushes. The output is read as the velocity v =
+    sqrt(a) noise - sqrt(1 - a) x0 (Salimans and Ho 2022), from which noise and x0 follow without a division:
+    predicted as noise alone, x0 at the first sampling steps is the error of the noise divided by sqrt(a) ~ 0.005."""
 
     frequencies: Tensor
 
@@ -125,7 +123,8 @@ class DiffusionHead(nn.Module):
         return torch.randn(count, SAMPLES, self.horizon, ACTION_DIM, generator=generator)
 
     def sample(self, read: Read, normaliser: Normaliser, noise: Tensor | None, ddim_steps: int | None) -> Tensor:
-        """Deterministic DDIM from each of N `noise` (B, N, H, 7) -> the chunks' median by element, normalised (B, H, 7)."""
+        """Deterministic DDIM from each of N `noise` (B, N, H, 7) -> the chunks' median by element, normalised (B, H,
+        7)."""
         from diffusers import DDIMScheduler
 
         assert noise is not None

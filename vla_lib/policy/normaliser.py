@@ -48,9 +48,8 @@ class Normaliser(nn.Module):
     def load_statistics(self, statistics: dict[str, Tensor]) -> None:
         """Copy what training.statistics made into the buffers; zero spreads become harmless.
 
-        Keys: action_mean, action_std (7,), action_range (), state_mean, state_std (12,), token_mean (T, D), token_std (D,),
-        sensor_mean, sensor_std (1026,) where the policy has a sensor.
-        """
+        Keys: action_mean, action_std (7,), action_range (), state_mean, state_std (12,), token_mean (T, D), token_std
+        (D,), sensor_mean, sensor_std (1026,) where the policy has a sensor."""
         varies = statistics["action_std"] > VARIES
         harmless = {
             **statistics,

@@ -1,17 +1,18 @@
-"""The policy: an observation batch becomes (B, horizon, 7) actions in mm and degrees (`predict`), or the training losses.
+"""The policy: an observation batch becomes (B, horizon, 7) actions in mm and degrees (`predict`), or the training
+losses.
 
     observation: vl_tokens (B, T, D), vl_mask (B, T) bool, vl_age_s (B,), state (B, 12),
                  sensor (B, S, 1026) raw units and sensor_mask (B,) bool where the policy uses the sensor
     action j of a chunk is the motion from step k+j to step k+j+1: translation (mm) and rotation vector (deg) in the base
     frame, gripper
 
-- One transformer over [state, age, scene tokens, sensor tokens | action queries], which attends to itself and the VL tokens.
-- What is before the bar does not see the queries, so it is computed once for all noise draws and denoising steps (as in
-  pi0, Black et al. 2024).
+- One transformer over [state, age, scene tokens, sensor tokens | action queries], which attends to itself and the VL
+  tokens.
+- What is before the bar does not see the queries, so it is computed once for all noise draws and denoising steps (as
+  in pi0, Black et al. 2024).
 - A head (heads.py) reads the action queries: regression for the async model, diffusion for the other.
 - The normaliser lives inside: raw units in, raw units out.
-- Nothing is read that a robot would not know at that moment.
-"""
+- Nothing is read that a robot would not know at that moment."""
 
 import itertools
 from functools import partial
@@ -30,7 +31,8 @@ AGE_SCALE_S = 0.3  # three steps of 100 ms: ages of the default reuse count lie 
 
 
 class Policy(nn.Module):
-    """See the module's docstring. Parameters and normalisation are float32; under autocast only the products are bf16."""
+    """See the module's docstring. Parameters and normalisation are float32; under autocast only the products are
+    bf16."""
 
     def __init__(self, config: PolicyConfig) -> None:
         super().__init__()
@@ -80,7 +82,8 @@ class Policy(nn.Module):
         return self.norm(x)
 
     def forward(self, batch: dict[str, Tensor], draws: Draws | None = None) -> Tensor:
-        """Training: observation plus `action` (B, H, 7) -> loss of each step of each chunk, (B, H), in normalised units.
+        """Training: observation plus `action` (B, H, 7) -> loss of each step of each chunk, (B, H), in normalised
+        units.
 
         `draws` are the random numbers of `draw`, given from outside so that they belong to the sample and not to the
         process. Padded steps (action_mask) are masked by the caller.
@@ -113,11 +116,10 @@ class Policy(nn.Module):
     ) -> Tensor:
         """Observation batch -> (B, horizon, 7) actions: mm, degrees (rotation vector), gripper; float32.
 
-        The diffusion head samples a chunk with DDIM in `ddim_steps` (default: the policy's own) from each of N `noise`
-        (B, N, horizon, 7) and returns their median, element by element. Default: what a CPU `generator` draws for its usual
-        number of samples (default: seed 0, so that the same observation gives the same chunk). The module must be in eval
-        mode; raises RuntimeError otherwise.
-        """
+        The diffusion head samples a chunk with DDIM in `ddim_steps` (default: the policy's own) from each of N
+        `noise` (B, N, horizon, 7) and returns their median, element by element. Default: what a CPU `generator` draws
+        for its usual number of samples (default: seed 0, so that the same observation gives the same chunk). The
+        module must be in eval mode; raises RuntimeError otherwise."""
         if self.training:
             raise RuntimeError("predict() needs eval mode: call policy.eval() first")
         device = self.queries.device

@@ -17,7 +17,8 @@ from vla_lib.policy.config import PolicyConfig
 
 
 class Attention(nn.Module):
-    """Multi-head attention of a sequence on a context. No biases: a key's has no gradient but rounding, blown up by Adam."""
+    """Multi-head attention of a sequence on a context. No biases: a key's has no gradient but rounding, blown up by
+    Adam."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -31,7 +32,8 @@ class Attention(nn.Module):
         return self.key_value(context).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
 
     def forward(self, x: Tensor, shared: Tensor, mask: Tensor | None = None, own: Tensor | None = None) -> Tensor:
-        """x (B * n, L, W) -> the same shape: n sequences in a row look at one of B `shared` keys, and each at its `own`.
+        """x (B * n, L, W) -> the same shape: n sequences in a row look at one of B `shared` keys, and each at its
+        `own`.
 
         mask (B, M) bool: True where the shared ones may be looked at.
         """
@@ -45,7 +47,8 @@ class Attention(nn.Module):
 
 
 class Keys(NamedTuple):
-    """What a block's sequences look at, as keys and values (2, B, heads, M, W/heads): the prefix before them, the memory."""
+    """What a block's sequences look at, as keys and values (2, B, heads, M, W/heads): the prefix before them, the
+    memory."""
 
     prefix: Tensor
     memory: Tensor
@@ -69,7 +72,8 @@ class Block(nn.Module):
         return Keys(self.self_attention.keys(self.norm_self(prefix)), self.memory_attention.keys(memory), mask)
 
     def forward(self, x: Tensor, keys: Keys, is_prefix: bool = False) -> Tensor:
-        """x (B * n, L, W) -> the same, informed by the prefix, by itself (unless it is that prefix) and by the memory."""
+        """x (B * n, L, W) -> the same, informed by the prefix, by itself (unless it is that prefix) and by the
+        memory."""
         y = self.norm_self(x)
         own = None if is_prefix else self.self_attention.keys(y)
         x = x + self.drop(self.self_attention(y, keys.prefix, own=own))
@@ -78,7 +82,8 @@ class Block(nn.Module):
 
 
 class VLMemory(nn.Module):
-    """Normalised VL tokens (B, T, D) -> memory (B, 1 + T, W) and its mask; each token knows its view, row and column."""
+    """Normalised VL tokens (B, T, D) -> memory (B, 1 + T, W) and its mask; each token knows its view, row and
+    column."""
 
     view_index: Tensor  # (T,) 0 for a text token, else 1 + the view's number
     row_index: Tensor
@@ -114,9 +119,9 @@ class VLMemory(nn.Module):
 class SceneReader(nn.Module):
     """Normalised VL tokens (B, T, D) -> scene tokens (B, count, W), with weights of its own for each token position.
 
-    Attention must learn what a position of the grid means; here it is known by construction, so where a target lies is read
-    off far fewer scenes. A shared reduction keeps it small for wide VLMs. Unseen tokens count as the still scene (zeros).
-    """
+    Attention must learn what a position of the grid means; here it is known by construction, so where a target lies
+    is read off far fewer scenes. A shared reduction keeps it small for wide VLMs. Unseen tokens count as the still
+    scene (zeros)."""
 
     def __init__(self, config: PolicyConfig, rank: int = 32, count: int = 4) -> None:
         super().__init__()

@@ -13,11 +13,10 @@ A dict of plain values and tensors, opened with weights_only=True:
     metrics         figures of the newest validation
     adapter         in stage 2: the averaged LoRA weights of the VLM
 
-and in the newest one `training`, what a resumed run needs besides: model (the raw weights), adapter (stage 2's), optimizer,
-position (draws of the epoch that are used), validated (step of the newest validation), tally (counts since then), best,
-elapsed_s, wandb_id; fingerprints and weights of the episodes, by key; world (processes). Draws and noise follow from seed,
-epoch and step, so no generator's state is needed.
-"""
+and in the newest one `training`, what a resumed run needs besides: model (the raw weights), adapter (stage 2's),
+optimizer, position (draws of the epoch that are used), validated (step of the newest validation), tally (counts since
+then), best, elapsed_s, wandb_id; fingerprints and weights of the episodes, by key; world (processes). Draws and noise
+follow from seed, epoch and step, so no generator's state is needed."""
 
 import pickle
 import time
@@ -48,7 +47,8 @@ Content = dict[str, Any]
 
 
 def save_checkpoint(path: Path, content: Content) -> None:
-    """Write atomically: at any failure (a full disk, a kill) the old file stays. Raises OSError as the file system does."""
+    """Write atomically: at any failure (a full disk, a kill) the old file stays. Raises OSError as the file system
+    does."""
     with atomic_path(path) as temporary:
         try:
             torch.save({"format": FORMAT, **content}, temporary)
@@ -88,7 +88,8 @@ class CheckpointWriter:
         self._write(self._settings.checkpoints.best, _policy_alone(state), must=False)
 
     def final(self, state: Content) -> None:
-        """Write what the run ends with: the newest checkpoint, and the policy alone where the model has a file for it."""
+        """Write what the run ends with: the newest checkpoint, and the policy alone where the model has a file for
+        it."""
         self.newest(state, must=True)
         if name := self._settings.checkpoints.final:
             self._write(name, _policy_alone(state), must=True)
@@ -113,7 +114,8 @@ def _policy_alone(state: Content) -> Content:
 
 
 def read_checkpoint(path: str | Path, map_location: str = "cpu") -> Content:
-    """The content of a checkpoint. Raises UserError where the file is missing, damaged, or no checkpoint of this workbench."""
+    """The content of a checkpoint. Raises UserError where the file is missing, damaged, or no checkpoint of this
+    workbench."""
     path = Path(path)
     try:
         content = torch.load(path, map_location=map_location, weights_only=True)
@@ -136,13 +138,12 @@ def read_checkpoint(path: str | Path, map_location: str = "cpu") -> Content:
 def load_policy(
     path: str | Path, device: str = "cpu", binding: Mapping[str, Any] | None = None
 ) -> tuple[Policy, Content]:
-    """The policy of a checkpoint in eval mode on `device`, and what else it holds: settings, binding, split, step, epoch,
-    metrics, front_door, adapter (None but in stage 2: the VLM must be opened with it,
+    """The policy of a checkpoint in eval mode on `device`, and what else it holds: settings, binding, split, step,
+    epoch, metrics, front_door, adapter (None but in stage 2: the VLM must be opened with it,
     `FeatureExtractor.from_binding(info["binding"], device, info["adapter"])`).
 
-    Give `binding` (of the features that the policy is about to be fed) to have it compared. Raises UserError where the file
-    is damaged, a weight is missing or left over, or the bindings differ (both sides named).
-    """
+    Give `binding` (of the features that the policy is about to be fed) to have it compared. Raises UserError where
+    the file is damaged, a weight is missing or left over, or the bindings differ (both sides named)."""
     content = read_checkpoint(path, device)
     if binding is not None:
         if "adapter" in content:
@@ -188,7 +189,8 @@ def refuse_taken(latest: Path) -> str:
 
 
 def read_previous(settings: TrainingSettings, latest: Path) -> Content:
-    """The newest checkpoint of the run that --resume goes on with. Raises UserError where it is none, or another run's."""
+    """The newest checkpoint of the run that --resume goes on with. Raises UserError where it is none, or another
+    run's."""
     if not latest.exists():
         raise UserError(
             f"There is no checkpoint {latest} to go on from; give the --run-dir of a run that has one, or leave --resume out."
@@ -235,7 +237,8 @@ def check_previous(
 
 
 def read_stage1(settings: TrainingSettings) -> Content:
-    """The checkpoint that stage 2 starts from. Raises UserError where it is missing, of the other model, or of stage 2."""
+    """The checkpoint that stage 2 starts from. Raises UserError where it is missing, of the other model, or of stage
+    2."""
     path = settings.stage1_checkpoint
     assert path is not None
     found = read_checkpoint(path)

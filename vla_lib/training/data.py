@@ -1,4 +1,5 @@
-"""The data of a run: episodes, VL cache, split, sample sets and weights, opened and checked. Everything fails here, early.
+"""The data of a run: episodes, VL cache, split, sample sets and weights, opened and checked. Everything fails here,
+early.
 
 Notebooks call `prepare_data` for their preflight; the training loop calls it for itself.
 """
@@ -27,7 +28,8 @@ Split = dict[str, list[str]]
 
 @dataclass(frozen=True)
 class TrainingData:
-    """What a run learns from. `episode_weights`: of each training episode, by key; `val` is None where nothing is held out."""
+    """What a run learns from. `episode_weights`: of each training episode, by key; `val` is None where nothing is
+    held out."""
 
     train: SampleSet
     val: SampleSet | None
@@ -60,7 +62,8 @@ class TrainingData:
         )
 
     def weights_table(self) -> list[dict[str, Any]]:
-        """One row a dataset, or a task of it where tasks have other weights: episodes, training steps, weight, share of draws."""
+        """One row a dataset, or a task of it where tasks have other weights: episodes, training steps, weight, share
+        of draws."""
         train = pd.DataFrame(
             {
                 "dataset": [e.dataset for e in self.train.episodes],
@@ -91,12 +94,12 @@ class TrainingData:
 
 
 def split_episodes(datasets: Mapping[str, str], val_fraction: float, seed: int = 0) -> Split:
-    """`{episode key: dataset}` -> `{"train": [...], "val": [...]}`, both sorted; never a window of one episode on both sides.
+    """`{episode key: dataset}` -> `{"train": [...], "val": [...]}`, both sorted; never a window of one episode on
+    both sides.
 
-    Stratified: of each dataset with n >= 2 episodes round(n * val_fraction) are held out, at least one. Which ones follows from
-    a hash of seed and key, so that neither the order of the files nor a new episode elsewhere moves the others.
-    Raises UserError where nothing would be left to train on or to validate with.
-    """
+    Stratified: of each dataset with n >= 2 episodes round(n * val_fraction) are held out, at least one. Which ones
+    follows from a hash of seed and key, so that neither the order of the files nor a new episode elsewhere moves the
+    others. Raises UserError where nothing would be left to train on or to validate with."""
     groups: dict[str, list[str]] = defaultdict(list)
     for key, dataset in datasets.items():
         groups[dataset].append(key)
@@ -116,12 +119,12 @@ def split_episodes(datasets: Mapping[str, str], val_fraction: float, seed: int =
 
 
 def prepare_data(settings: TrainingSettings, split: Split | None = None) -> TrainingData:
-    """Open, check and split the data. `split`: of a checkpoint to go on from; stage 2 takes that of its stage-1 checkpoint.
+    """Open, check and split the data. `split`: of a checkpoint to go on from; stage 2 takes that of its stage-1
+    checkpoint.
 
-    Raises UserError with the command to run where there is no prepared episode or no VL cache, where the cache was made for
-    another picture size or reuse count, where the sensor is asked for but no episode has one, and where a stage-1 checkpoint
-    does not fit.
-    """
+    Raises UserError with the command to run where there is no prepared episode or no VL cache, where the cache was
+    made for another picture size or reuse count, where the sensor is asked for but no episode has one, and where a
+    stage-1 checkpoint does not fit."""
     root = settings.dataset_root
     episodes = _open_episodes(settings)
     try:

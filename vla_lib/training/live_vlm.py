@@ -1,8 +1,8 @@
 """The live VLM of stage 2: LoRA in its language model, features computed as the policy trains.
 
-The vision tower is frozen and runs once over each picture (features.vision_cache); the language model runs in every step, so
-that gradients reach its LoRA weights. Features from the VL cache and LoRA are never combined: no gradient would reach it.
-"""
+The vision tower is frozen and runs once over each picture (features.vision_cache); the language model runs in every
+step, so that gradients reach its LoRA weights. Features from the VL cache and LoRA are never combined: no gradient
+would reach it."""
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,7 +33,8 @@ class LiveVlm:
         self.vision = VisionCache(data.cache, self.extractor)
 
     def prepare(self, data: TrainingData, accelerator: Accelerator, log_every_s: float) -> None:
-        """Compute the vision tokens that are missing, each process its share. Raises UserError where the disk is too full."""
+        """Compute the vision tokens that are missing, each process its share. Raises UserError where the disk is too
+        full."""
         todo = self.vision.missing([*data.train.episodes, *(data.val.episodes if data.val else ())])
         accelerator.wait_for_everyone()  # all have looked before anyone writes
         if todo:
@@ -44,7 +45,8 @@ class LiveVlm:
         accelerator.wait_for_everyone()
 
     def features(self, samples: SampleSet, numbers: Sequence[int] | np.ndarray) -> tuple[Tensor, Tensor]:
-        """VL tokens (B, T, D) and mask (B, T) of samples, on the VLM's device; ticks that several samples share are computed once."""
+        """VL tokens (B, T, D) and mask (B, T) of samples, on the VLM's device; ticks that several samples share are
+        computed once."""
         pictures: list[EncodedPicture] = []
         ticks: list[list[int]] = []
         known: dict[tuple[int, int], int] = {}
@@ -57,9 +59,7 @@ class LiveVlm:
                     pictures.append(vision.pictures[number].to(self.extractor.device))
             ticks.append([known.get((episode, number), -1) for number in vision.ticks[tick]])
         instructions = [samples.episodes[episode].instruction for episode, _ in pairs]
-        with torch.autocast(
-            self.extractor.device.type, enabled=False
-        ):  # as the cache was computed: in the VLM's own type
+        with torch.autocast(self.extractor.device.type, enabled=False):  # as the cache was computed: in the VLM's type
             tokens, mask = self.extractor.features(pictures, ticks, instructions)
         return tokens, mask.to(tokens.device)
 
@@ -84,7 +84,8 @@ class LiveVlm:
 
 
 class LivePolicy(nn.Module):
-    """The policy and the LoRA weights as one module to train: what `Policy.forward` takes, and the samples' numbers in `sample`.
+    """The policy and the LoRA weights as one module to train: what `Policy.forward` takes, and the samples' numbers
+    in `sample`.
 
     The frozen VLM is no part of it: nobody is to average, move or save it.
     """

@@ -1,10 +1,9 @@
 """The training loop, for both models, on one process or many. `train` is the whole of it, read from top to bottom.
 
-How equal results are had: every random number follows from (seed, epoch) or (seed, step) and the sample's place among all
-processes' draws, never from a process's own generator. The loss of a step is a sum over its valid action steps divided by
-their number over all processes and micro-batches, which each process knows from its tables. So two processes of batch b do
-what one of batch 2b does, and a resumed run does what the uninterrupted one does.
-"""
+How equal results are had: every random number follows from (seed, epoch) or (seed, step) and the sample's place among
+all processes' draws, never from a process's own generator. The loss of a step is a sum over its valid action steps
+divided by their number over all processes and micro-batches, which each process knows from its tables. So two
+processes of batch b do what one of batch 2b does, and a resumed run does what the uninterrupted one does."""
 
 import contextlib
 import math
@@ -46,7 +45,8 @@ EPOCH_SAVE_S = 2.0  # epochs and validations shorter than this do not each write
 
 
 def train(settings: TrainingSettings) -> dict[str, Any]:
-    """Train, and return what results.json holds. Raises UserError for bad input, a lost checkpoint, or too little memory.
+    """Train, and return what results.json holds. Raises UserError for bad input, a lost checkpoint, or too little
+    memory.
 
     Below, B is the batch size of one process, H the actions of a chunk.
     """

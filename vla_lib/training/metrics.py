@@ -1,4 +1,5 @@
-"""The metrics of a run: the same rows in metrics.jsonl and in Weights & Biases, no step doubled or missing after a resumption."""
+"""The metrics of a run: the same rows in metrics.jsonl and in Weights & Biases, no step doubled or missing after a
+resumption."""
 
 import contextlib
 import json
@@ -20,7 +21,8 @@ END_S = 10.0  # and for its service process to end
 
 
 def truncate(path: Path, step: int, validated: int) -> None:
-    """Drop what an interrupted run wrote after its newest checkpoint: rows beyond `step`, validations beyond `validated`."""
+    """Drop what an interrupted run wrote after its newest checkpoint: rows beyond `step`, validations beyond
+    `validated`."""
     rows = [row for row in read_jsonl(path) if row.get("step", 0) <= (validated if "epoch" in row else step)]
     if path.exists():
         with needing_room(path):
@@ -28,7 +30,8 @@ def truncate(path: Path, step: int, validated: int) -> None:
 
 
 def wandb_mode(asked: str) -> str:
-    """`auto` is `online` where a key is set (environment, or what `wandb login` left), else `offline`. Asks no network."""
+    """`auto` is `online` where a key is set (environment, or what `wandb login` left), else `offline`. Asks no
+    network."""
     if asked != "auto":
         return asked
     if (mode := os.environ.get("WANDB_MODE")) in ("offline", "disabled", "dryrun"):
@@ -46,10 +49,10 @@ def wandb_mode(asked: str) -> str:
 class MetricsLog:
     """Appends to `<run_dir>/metrics.jsonl` and logs to W&B. Only the main process makes one.
 
-    A row is `{"step", "time", "elapsed_s", "train/..."}` for each optimiser step or `{"epoch", "step", ..., "val/..."}` after
-    each validation. W&B continues the run whose id the first start put into the checkpoint: rows that it lacks are sent again
-    from metrics.jsonl, which `truncate` has cut back to the checkpoint. A failure of W&B never stops a run.
-    """
+    A row is `{"step", "time", "elapsed_s", "train/..."}` for each optimiser step or `{"epoch", "step", ...,
+    "val/..."}` after each validation. W&B continues the run whose id the first start put into the checkpoint: rows
+    that it lacks are sent again from metrics.jsonl, which `truncate` has cut back to the checkpoint. A failure of W&B
+    never stops a run."""
 
     def __init__(self, run_dir: Path, project: str, mode: str, config: dict[str, Any], wandb_id: str) -> None:
         self.path = run_dir / "metrics.jsonl"
@@ -76,7 +79,8 @@ class MetricsLog:
         return Path(self._wandb.dir).parent
 
     def log(self, row: dict[str, Any]) -> None:
-        """Write one row; its `step` is W&B's step. Raises UserError where the disk is full: a step must not be missing."""
+        """Write one row; its `step` is W&B's step. Raises UserError where the disk is full: a step must not be
+        missing."""
         row = {**row, "time": time.time()}
         with needing_room(self.path):
             append_jsonl(self.path, row)
@@ -132,7 +136,8 @@ def _start(mode: str, options: dict[str, Any]) -> Any:
 
 
 def _end_service() -> None:
-    """End W&B's service process; kill it where it does not end (seen after a run had been finished): a run must not wait."""
+    """End W&B's service process; kill it where it does not end (seen after a run had been finished): a run must not
+    wait."""
     import wandb
 
     services = [process for process in psutil.Process().children() if "wandb-core" in process.name()]

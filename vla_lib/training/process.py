@@ -1,8 +1,7 @@
 """A training process: its device, precision and process group; stop signals; the loader workers that it starts.
 
-torchrun and a terminal signal a rank's whole process group. A loader worker that died of it would take the rank along before
-it has saved, so workers leave the group.
-"""
+torchrun and a terminal signal a rank's whole process group. A loader worker that died of it would take the rank along
+before it has saved, so workers leave the group."""
 
 import contextlib
 import os
@@ -33,7 +32,8 @@ def uses_gpu(settings: TrainingSettings) -> bool:
 
 
 def uses_bf16(settings: TrainingSettings) -> bool:
-    """Whether products are bf16: as asked, or where the GPU has it by itself (an emulated bf16 is slower than float32)."""
+    """Whether products are bf16: as asked, or where the GPU has it by itself (an emulated bf16 is slower than
+    float32)."""
     if settings.precision != "auto":
         return settings.precision == "bf16"
     return uses_gpu(settings) and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -86,7 +86,8 @@ class StopRequest:
 
 @contextlib.contextmanager
 def starting_workers() -> Iterator[None]:
-    """Loader workers are forked inside: stop signals wait, here to the block's end, in a worker until `begin_worker`."""
+    """Loader workers are forked inside: stop signals wait, here to the block's end, in a worker until
+    `begin_worker`."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
     try:
         yield
@@ -95,7 +96,8 @@ def starting_workers() -> Iterator[None]:
 
 
 def begin_worker(_: int) -> None:
-    """First call of a loader worker: it leaves its rank's process group, drops the signals before, and dies with its rank."""
+    """First call of a loader worker: it leaves its rank's process group, drops the signals before, and dies with its
+    rank."""
     os.setpgid(0, 0)
     die_with_parent()
     while signal.sigtimedwait(STOPS, 0):

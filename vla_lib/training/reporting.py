@@ -1,4 +1,5 @@
-"""What a run says of itself: run.json where no notebook keeps one, the lines of its log, its results, what to do without memory."""
+"""What a run says of itself: run.json where no notebook keeps one, the lines of its log, its results, what to do
+without memory."""
 
 import contextlib
 import math
@@ -24,7 +25,8 @@ STARVED = 0.2  # share of the time waited for data above which the loader is cal
 
 @contextlib.contextmanager
 def recorded(run_dir: Path, settings: TrainingSettings, stop: StopRequest) -> Iterator[None]:
-    """Inside is trained: run.json is opened, or this front door's own one again, and closed as done, cancelled or failed."""
+    """Inside is trained: run.json is opened, or this front door's own one again, and closed as done, cancelled or
+    failed."""
     path = run_dir / "run.json"
     run = None
     with needing_room(path):
@@ -47,7 +49,8 @@ def recorded(run_dir: Path, settings: TrainingSettings, stop: StopRequest) -> It
 
 @contextlib.contextmanager
 def memory_remedies(settings: TrainingSettings) -> Iterator[None]:
-    """Inside is trained: memory of the GPU or of the machine that does not suffice becomes a UserError with its remedies."""
+    """Inside is trained: memory of the GPU or of the machine that does not suffice becomes a UserError with its
+    remedies."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:  # torch has a class of its own for the GPU's memory only
@@ -57,7 +60,8 @@ def memory_remedies(settings: TrainingSettings) -> Iterator[None]:
 
 
 def _out_of_memory(settings: TrainingSettings) -> str:
-    """The guide's three remedies, filled in with this run's numbers; those that --resume does not admit ask for a new run."""
+    """The guide's three remedies, filled in with this run's numbers; those that --resume does not admit ask for a new
+    run."""
     height, width = settings.image_resize_height // 2, settings.image_resize_width // 2
     size = f"--image-resize-height {height} --image-resize-width {width}"
     pictures = f"smaller pictures: {size}, with a VL cache built for them"

@@ -1,12 +1,12 @@
 """Samples: prepared episodes and their VL features as whole batches of observations and action chunks.
 
-A sample is one step of one episode. Its observation holds what a robot could have known at that moment: the newest VL features
-that had been computed by then (with their age), the sensor window that ends there, the robot state. Its target is the chunk of
-the next `horizon` actions. Small tables are built once; a batch gathers them with one indexing operation each and copies the
-large arrays (VL tokens, sensor windows) straight from the memory-mapped files.
+A sample is one step of one episode. Its observation holds what a robot could have known at that moment: the newest VL
+features that had been computed by then (with their age), the sensor window that ends there, the robot state. Its
+target is the chunk of the next `horizon` actions. Small tables are built once; a batch gathers them with one indexing
+operation each and copies the large arrays (VL tokens, sensor windows) straight from the memory-mapped files.
 
-N steps of all episodes, n samples, B in a batch, H actions in a chunk, S sensor samples in a window, T VL tokens of width D.
-"""
+N steps of all episodes, n samples, B in a batch, H actions in a chunk, S sensor samples in a window, T VL tokens of
+width D."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -18,6 +18,7 @@ from torch import Tensor
 from vla_lib.core.errors import UserError
 from vla_lib.episodes import PreparedEpisode
 from vla_lib.features.cache import EpisodeFeatures, FeatureCache
+from vla_lib.features.computed import ComputedFeatures
 from vla_lib.policy.config import SENSOR_CHANNELS
 from vla_lib.training.process import begin_worker, starting_workers
 
@@ -27,15 +28,14 @@ Batch = dict[str, Tensor]
 class SampleSet(torch.utils.data.Dataset[Batch]):
     """All samples of `episodes`, with features from `cache`.
 
-    Public arrays, one entry a sample: `episode` (number in `episodes`), `step`, `tick` (row of its features), `age_steps`,
-    `valid_actions` (steps of the chunk that count), `sensor_full` (the window is whole). Raises UserError where an episode has
-    no features, or where the features' ticks do not fit `vlm_reuse_count`.
-    """
+    Public arrays, one entry a sample: `episode` (number in `episodes`), `step`, `tick` (row of its features),
+    `age_steps`, `valid_actions` (steps of the chunk that count), `sensor_full` (the window is whole). Raises
+    UserError where an episode has no features, or where the features' ticks do not fit `vlm_reuse_count`."""
 
     def __init__(
         self,
         episodes: Sequence[PreparedEpisode],
-        cache: FeatureCache,
+        cache: FeatureCache | ComputedFeatures,
         *,
         horizon: int = 8,
         sensor_enabled: bool = True,
@@ -98,10 +98,10 @@ class SampleSet(torch.utils.data.Dataset[Batch]):
     def batch(self, indices: Sequence[int] | np.ndarray | Tensor) -> Batch:
         """Sample numbers -> observation and target.
 
-        vl_tokens (B, T, D) in the cache's type, vl_mask (B, T) bool, vl_age_s (B,), state (B, 12), with the sensor also sensor
-        (B, S, 1026) raw and sensor_mask (B,) bool (window full and finite; the others are zeros); action (B, H, 7), action_mask
-        (B, H) bool, previous_action (B, 7): the motion before this step (zero at the first), for the persistence baseline.
-        """
+        vl_tokens (B, T, D) in the cache's type, vl_mask (B, T) bool, vl_age_s (B,), state (B, 12), with the sensor
+        also sensor (B, S, 1026) raw and sensor_mask (B,) bool (window full and finite; the others are zeros); action
+        (B, H, 7), action_mask (B, H) bool, previous_action (B, 7): the motion before this step (zero at the first),
+        for the persistence baseline."""
         numbers = np.asarray(indices, dtype=np.int64)
         index = torch.from_numpy(numbers)
         row, first = self._row[index], self._first[index]
@@ -137,9 +137,8 @@ def _ticks(
 ) -> tuple[np.ndarray, np.ndarray]:
     """For each step of an episode the row of its features and their age in steps: (N,), (N,) int64.
 
-    Features are computed at every `reuse`-th step (a denser cache is thinned to that) and can be used `latency_ms` later; a
-    robot waits for its first features before it moves, so the first steps use the first tick.
-    """
+    Features are computed at every `reuse`-th step (a denser cache is thinned to that) and can be used `latency_ms`
+    later; a robot waits for its first features before it moves, so the first steps use the first tick."""
     tick_step = np.asarray(features.tick_step, np.int64)
     rows = np.flatnonzero(tick_step % reuse == 0)
     used, expected = tick_step[rows], np.arange(0, len(episode), reuse)

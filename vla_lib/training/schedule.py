@@ -1,10 +1,10 @@
 """The schedule of a run: which samples each optimiser step draws, at which learning rate, and when the run is over.
 
-All of it follows from the settings, the samples' weights and the run's counters, never from a process's own generator. The
-draws of an epoch are one sequence, the same in every process. A micro-batch of all processes together is `world *
-batch_size` consecutive draws, of which each process takes its own share: so no two processes draw the same samples, and two
-processes of batch b do what one of batch 2b does. `grad_accum_steps` micro-batches make an optimiser step; the last step of
-an epoch takes what is left (missing places are filled with draws that count zero).
+All of it follows from the settings, the samples' weights and the run's counters, never from a process's own
+generator. The draws of an epoch are one sequence, the same in every process. A micro-batch of all processes together
+is `world * batch_size` consecutive draws, of which each process takes its own share: so no two processes draw the
+same samples, and two processes of batch b do what one of batch 2b does. `grad_accum_steps` micro-batches make an
+optimiser step; the last step of an epoch takes what is left (missing places are filled with draws that count zero).
 """
 
 import math
@@ -36,7 +36,8 @@ def step_seed(*numbers: int) -> int:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """One forward pass: of this process `indices` and `counts` (batch,), 0 for filled places; `shared` (<= size,) of all."""
+    """One forward pass: of this process `indices` and `counts` (batch,), 0 for filled places; `shared` (<= size,) of
+    all."""
 
     indices: np.ndarray
     counts: np.ndarray

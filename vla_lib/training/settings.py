@@ -1,4 +1,5 @@
-"""The settings of train_async and train_diffusion: what data, which policy, how it learns, how it runs (no torch here)."""
+"""The settings of train_async and train_diffusion: what data, which policy, how it learns, how it runs (no torch
+here)."""
 
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
@@ -16,7 +17,8 @@ AmountAbove0 = Annotated[float, Gt(0)]
 
 
 class Checkpoints(NamedTuple):
-    """Names of the files below checkpoints/: the newest state, the best held-out error, and the end ("": none is written)."""
+    """Names of the files below checkpoints/: the newest state, the best held-out error, and the end ("": none is
+    written)."""
 
     latest: str
     best: str
@@ -118,7 +120,8 @@ class TrainingSettings(RunningSettings, LearningSettings, PolicySettings, DataSe
 
 @settings
 class AsyncSettings(TrainingSettings):
-    """Train the async model: a chunk of 8 actions by regression from reused VL features, 100 ms of sensor, the robot state."""
+    """Train the async model: a chunk of 8 actions by regression from reused VL features, 100 ms of sensor, the robot
+    state."""
 
     name, head, project, loss_key = "train_async", "regression", "QwenVLA-Async", "train/loss_step"
 
@@ -158,7 +161,8 @@ RESUMABLE |= RunningSettings.__dataclass_fields__.keys()
 
 
 def resume_conflicts(before: dict[str, Any], now: TrainingSettings) -> list[str]:
-    """Settings that must not change on --resume, as `--flag: checkpoint X, now Y`; `before`: the checkpoint's record."""
+    """Settings that must not change on --resume, as `--flag: checkpoint X, now Y`; `before`: the checkpoint's
+    record."""
     known = type(now)(run_dir=now.run_dir).record() | before  # it may be older than a setting
     return [
         f"{flag(name)}: checkpoint {known[name]!r}, now {value!r}"

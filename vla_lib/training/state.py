@@ -63,7 +63,8 @@ class Tally:
 
 
 class Trained(nn.Module):
-    """All weights that are trained, and averaged: the policy's and, in stage 2, LoRA's. Never called, only counted over."""
+    """All weights that are trained, and averaged: the policy's and, in stage 2, LoRA's. Never called, only counted
+    over."""
 
     def __init__(self, policy: Policy, adapter: nn.ParameterList) -> None:
         super().__init__()
@@ -124,8 +125,8 @@ class TrainState:
         self._average.update_parameters(self.trained)
 
     def close_validation(self, found: dict[str, float], samples: int) -> dict[str, Any]:
-        """Take in a validation's figures (none where nothing is held out) and begin the next epoch where this one's draws
-        are used up; `samples`: draws of an epoch. Returns the validation's row of metrics.jsonl."""
+        """Take in a validation's figures (none where nothing is held out) and begin the next epoch where this one's
+        draws are used up; `samples`: draws of an epoch. Returns the validation's row of metrics.jsonl."""
         part = self.position / samples
         if part >= 1:
             self.epoch, self.position = self.epoch + 1, 0

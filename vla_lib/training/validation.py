@@ -1,4 +1,5 @@
-"""Validation: a policy's losses and errors (mm, degrees) on held-out samples, beside the zero, mean and persistence baselines."""
+"""Validation: a policy's losses and errors (mm, degrees) on held-out samples, beside the zero, mean and persistence
+baselines."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -29,13 +30,12 @@ def validate(
 ) -> dict[str, float] | None:
     """Errors over all valid steps of all chunks; each process takes its share and `reduce` sums over the processes.
 
-    val/loss_epoch: the training loss (noise loss for diffusion); val/action_loss: Huber loss of the predicted actions in
-    standard deviations of the training actions, the same measure for both models and for val/baseline_<name>_action_loss;
-    val/mae_mm and val/mae_deg: mean absolute error of an axis (diffusion: of one sampled chunk). Noise belongs to the sample,
-    so the figures do not depend on the number of processes. The policy is put into eval mode and left as it was; `autocast`
-    surrounds its calls. `stop` is asked before each batch: where one process is to stop, it leaves out the rest, and all of
-    them return None.
-    """
+    val/loss_epoch: the training loss (noise loss for diffusion); val/action_loss: Huber loss of the predicted actions
+    in standard deviations of the training actions, the same measure for both models and for
+    val/baseline_<name>_action_loss; val/mae_mm and val/mae_deg: mean absolute error of an axis (diffusion: of one
+    sampled chunk). Noise belongs to the sample, so the figures do not depend on the number of processes. The policy
+    is put into eval mode and left as it was; `autocast` surrounds its calls. `stop` is asked before each batch: where
+    one process is to stop, it leaves out the rest, and all of them return None."""
     was_training = policy.training
     policy.eval()
     device, normaliser = policy.queries.device, policy.normaliser

@@ -12,7 +12,7 @@ from vla_lib.core.progress import clock
 from vla_lib.core.run_folder import read_record, read_results
 from vla_lib.policy.policy import Policy
 from vla_lib.training.data import TrainingData
-from vla_lib.training.device import uses_bf16, uses_gpu
+from vla_lib.training.process import uses_bf16, uses_gpu
 from vla_lib.training.settings import TrainingSettings
 from vla_lib.workbench.runs import find_runs
 
