@@ -18,7 +18,7 @@ from torch import Tensor
 from vla_lib.core.errors import UserError
 from vla_lib.episodes import PreparedEpisode
 from vla_lib.features.cache import EpisodeFeatures, FeatureCache
-from vla_lib.features.computed import ComputedFeatures
+from vla_lib.features.vision_cache import ComputedFeatures
 from vla_lib.policy.config import SENSOR_CHANNELS
 from vla_lib.training.process import begin_worker, starting_workers
 
