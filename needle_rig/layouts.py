@@ -66,13 +66,8 @@ class EpisodeWriter:
         received = np.maximum.accumulate(t + 0.0002 + rng.gamma(2.0, 0.0008, t.size))
         times = [start_s + received, start_s + t, start_s + t + 0.0002]
         rows = np.column_stack([*times, np.zeros(t.size), states(*self.shown.at(refreshed))])
-        names = [
-            "recv_timestamp",
-            "origin_timestamp",
-            "send_timestamp",
-            "force_placeholder" if f1 else "force",
-            *_STATE,
-        ]
+        force = "force_placeholder" if f1 else "force"
+        names = ["recv_timestamp", "origin_timestamp", "send_timestamp", force, *_STATE]
         path = self.folder / (f"robot_state_{self.episode.session}.csv" if f1 else "robot_states.csv")
         np.savetxt(path, rows, fmt="%.6f", delimiter=",", header=",".join(names), comments="")
         return len(rows)
