@@ -1,41 +1,42 @@
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
 
 import pytest
+from annotated_types import Ge
 
 from vla_lib.core import frontdoor
 from vla_lib.core.errors import UserError
+from vla_lib.core.run_folder import PROJECT
+from vla_lib.core.settings import Settings, settings
 
 
-@dataclass(frozen=True)
-class Settings:
+@settings
+class TrialSettings(Settings):
     """A test's settings."""
 
-    batch_size: int = 4
+    batch_size: Annotated[int, Ge(1)] = 4
     sensor_enabled: bool = True
-
-    def __post_init__(self):
-        if self.batch_size < 1:
-            raise UserError(f"--batch-size is {self.batch_size}; give 1 or more.")
+    output: Path | None = None
 
 
 @pytest.mark.parametrize(
     "words", (["--batch-size", "8", "--no-sensor-enabled"], ["--batch_size", "8", "--no_sensor_enabled"])
 )
 def test_dashes_and_underscores_are_the_same(words):
-    assert frontdoor.parse(Settings, words) == Settings(8, False)
+    assert frontdoor.parse(TrialSettings, words) == TrialSettings(8, False)
 
 
 def test_a_bare_boolean_flag_as_in_the_guide():
-    assert frontdoor.parse(Settings, ["--sensor-enabled"]).sensor_enabled
+    assert frontdoor.parse(TrialSettings, ["--sensor-enabled"]).sensor_enabled
 
 
 @pytest.mark.parametrize("words", (["--batch-size", "0"], ["--batch-size", "four"], ["--lrr", "1"]))
 def test_bad_input_exits_with_2(words, capsys):
     with pytest.raises(SystemExit) as end:
-        frontdoor.start(Settings, print, words)
+        frontdoor.start(TrialSettings, print, words)
     assert end.value.code == 2
     assert capsys.readouterr().err.strip()
 
@@ -63,6 +64,18 @@ def test_a_failing_rank_tells_its_sentence_to_the_launcher(tmp_path):
 
 
 def test_a_rank_ends_with_its_output_written_and_its_last_calls_made():
-    program = "import atexit\nfrom vla_lib.core import processes\natexit.register(print, 'last')\nprint('first')\nprocesses.end()\nprint('never')"
+    program = "import atexit\nfrom vla_lib.core import processes\natexit.register(print, 'last')\n"
+    program += "print('first')\nprocesses.end()\nprint('never')"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "first\nlast\n", "")
+
+
+def test_a_notebooks_parameters_become_settings():
+    """Its own parameters are left out, an empty path is none, a relative one is meant from the project's folder."""
+    parameters = {"batch_size": 8, "output": "", "nproc_per_node": 2}
+    assert TrialSettings.of(parameters) == TrialSettings(8)
+    assert TrialSettings.of(parameters, output="runs/a").output == PROJECT / "runs/a"
+    assert TrialSettings.of(parameters).record() == {"batch_size": 8, "sensor_enabled": True, "output": None}
+    for values, sentence in (({"batch_size": 0}, "--batch-size is 0; it should be"), ({"colour": 1}, "--colour is no")):
+        with pytest.raises(UserError, match=sentence):
+            TrialSettings(**values)

@@ -129,7 +129,8 @@ def test_a_window_that_is_not_full_is_ignored():
 
 
 def test_the_depth_of_a_peak_survives_the_encoder():
-    """Peaks one bin (of 1025) apart give different tokens, monotonously over many bins: the depth resolution is not pooled away."""
+    """Peaks one bin (of 1025) apart give different tokens, monotonously over many bins: the depth resolution is not
+    pooled away."""
     policy = make_policy()
     bins = torch.arange(1025.0)
 
@@ -155,7 +156,8 @@ def test_trap_26_all_dtypes_predict_the_same(head):
 
 
 def test_trap_21_actions_are_normalised_and_the_clamp_follows_their_range():
-    """Actions of many standard deviations can be sampled: x0 is clamped to the range of the normalised training actions, not to +-1."""
+    """Actions of many standard deviations can be sampled: x0 is clamped to the range of the normalised training
+    actions, not to +-1."""
     policy = make_policy(head="diffusion", diffusion_timesteps=20)
     statistics = {
         "action_mean": torch.tensor([0.3, 0, 0, 0, 0, 0, 1.0]),

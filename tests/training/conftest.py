@@ -72,7 +72,8 @@ def _builder(settings_class, root, tmp_path):
 
 
 def wandb_rows(run: Path) -> list[dict]:
-    """What `wandb sync` would upload of a run folder: the history of its only W&B folder, read from its record file (LevelDB's log format)."""
+    """What `wandb sync` would upload of a run folder: the history of its only W&B folder, read from its record file
+    (LevelDB's log format)."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     (path,) = run.glob("wandb/*run-*/run-*.wandb")

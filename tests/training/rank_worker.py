@@ -1,7 +1,8 @@
-"""Run under torchrun by a test: trains, and each rank writes the weights that it ends with and the samples that it drew.
+"""Run under torchrun by a test: trains, and each rank writes the weights that it ends with and the samples that it
+drew.
 
-With KILLED_AFTER in the environment every rank is killed, as by the kernel, after that step. With DIFFUSION there, settings as
-JSON, the diffusion model is trained after the async one, in the same processes."""
+With KILLED_AFTER in the environment every rank is killed, as by the kernel, after that step. With DIFFUSION there,
+settings as JSON, the diffusion model is trained after the async one, in the same processes."""
 
 import json
 import os

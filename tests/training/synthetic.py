@@ -1,8 +1,9 @@
-"""A folder in; a prepared dataset with its VL cache and known truth out: data.pkl, sensor.npy and feature files as the workbench writes them.
+"""A folder in; a prepared dataset with its VL cache and known truth out: data.pkl, sensor.npy and feature files as
+the workbench writes them.
 
-The scene: a target lies at a random place, seen only by the "cameras" (bumps in the token grids); a membrane lies at a random depth,
-seen only by the sensor (the peak of the A-scan). Each action goes a tenth of the way to the target sideways and stops at the membrane,
-so a policy needs both inputs, and its held-out error tells whether it uses them.
+The scene: a target lies at a random place, seen only by the "cameras" (bumps in the token grids); a membrane lies at
+a random depth, seen only by the sensor (the peak of the A-scan). Each action goes a tenth of the way to the target
+sideways and stops at the membrane, so a policy needs both inputs, and its held-out error tells whether it uses them.
 """
 
 import pickle

@@ -185,7 +185,7 @@ def test_trap_13_and_14_each_step_has_its_own_features_and_age_in_any_order(mixe
 def test_latency_shifts_the_pairing(mixed):
     plain, late = sample_set(mixed), sample_set(mixed, vlm_latency_ms=250)
     assert np.array_equal(plain.age_steps, plain.step % 3)
-    # features of tick 0 can be used from 250 ms on, those of tick 3 from step 5.5 on, so step 6 is the first to have them
+    # features of tick 0 can be used from 250 ms on, those of tick 3 from step 5.5 on: step 6 is the first to have them
     first = late.age_steps[:12].tolist()
     assert first == [0, 1, 2, 3, 4, 5, 3, 4, 5, 3, 4, 5]
 

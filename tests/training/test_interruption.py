@@ -145,9 +145,9 @@ def test_trap_24_killed_and_resumed_is_the_uninterrupted_run(model, kill, wandb_
     assert same(weights(run), weights(whole / model))
     assert figures(run) == figures(whole / model)
     if wandb_mode == "offline":
-        told = wandb_rows(run)
-        assert [r["_step"] for r in told] == list(range(1, STEPS + 1)) and "val/loss_epoch" in told[-1]
-        assert [r["train/loss_step"] for r in told] == [f[2] for f in figures(run) if f[2] is not None]
+        sent = wandb_rows(run)
+        assert [r["_step"] for r in sent] == list(range(1, STEPS + 1)) and "val/loss_epoch" in sent[-1]
+        assert [r["train/loss_step"] for r in sent] == [f[2] for f in figures(run) if f[2] is not None]
 
 
 THREE = {
@@ -443,7 +443,8 @@ def two_ranks(mixed, tmp_path_factory):
 
 @pytest.mark.parametrize("model", MODELS)
 def test_trap_19_two_ranks_equal_one_of_twice_the_batch(model, two_ranks, mixed, tmp_path):
-    """Weights after 5 steps agree within 1e-5, all ranks hold the same bits, they drew different samples, validation covers all of them."""
+    """Weights after 5 steps agree within 1e-5, all ranks hold the same bits, they drew different samples, validation
+    covers all of them."""
     two = two_ranks.with_name({"async": "run", "diffusion": "diffusion"}[model])
     ranks = [torch.load(two / f"rank{r}.pt") for r in range(2)]
     assert same(ranks[0]["weights"], ranks[1]["weights"])
@@ -494,7 +495,8 @@ def test_two_ranks_below_torchrun_save_the_step_in_which_they_are_stopped(mixed,
 
 
 def test_losing_a_rank_ends_the_job_and_one_process_goes_on(mixed, async_settings, tmp_path):
-    """No process is left behind, and --resume with another number of processes ends at the same step without a doubled or missing one."""
+    """No process is left behind, and --resume with another number of processes ends at the same step without a
+    doubled or missing one."""
     run = tmp_path / "run"
     flags = {"max_steps": 14, "batch_size": 2, "grad_accum_steps": 2, "checkpoint_every_steps": 1}
     process = launch("train_async", {**flags, "dataset_root": mixed, "run_dir": run}, processes=2, background=True)

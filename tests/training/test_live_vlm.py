@@ -93,7 +93,8 @@ def built(settings):
 
 
 def test_trap_20_at_its_start_it_is_stage_one_and_gradients_reach_lora_alone(seen, tmp_path):
-    """With LoRA at zero the features are the cached ones; of the VLM only LoRA, in every computed layer, gets a gradient."""
+    """With LoRA at zero the features are the cached ones; of the VLM only LoRA, in every computed layer, gets a
+    gradient."""
     data, state, model = built(stage2(seen, tmp_path))
     samples, live = data.train, state.live
     numbers = np.arange(0, len(samples), 3)
@@ -121,7 +122,8 @@ def test_trap_20_at_its_start_it_is_stage_one_and_gradients_reach_lora_alone(see
 
 @pytest.mark.parametrize("model", MODELS)
 def test_it_trains_is_resumed_and_its_checkpoint_predicts_alike_everywhere(seen, tmp_path, model, monkeypatch):
-    """Stopped and resumed it is the whole run, bit for bit; validation, open loop and the live VLM see the same features."""
+    """Stopped and resumed it is the whole run, bit for bit; validation, open loop and the live VLM see the same
+    features."""
     settings_class, train, extra = MODELS[model]
     if model == "diffusion":
         train(settings_class(**SMALL, **FEW, **extra, dataset_root=seen[0], run_dir=tmp_path / "one"))

@@ -140,8 +140,8 @@ LEAK = {
 
 @pytest.mark.parametrize("kind", LEAK)
 def test_trap_18_the_target_is_not_inside_the_input(kind, scenes, async_settings, diffusion_settings, monkeypatch):
-    """With targets shuffled against inputs nothing can be learnt: the held-out error is the mean baseline's (of draws about it, for
-    diffusion). Unshuffled it is below."""
+    """With targets shuffled against inputs nothing can be learnt: the held-out error is the mean baseline's (of draws
+    about it, for diffusion). Unshuffled it is below."""
     build, train = {"async": (async_settings, train_async), "diffusion": (diffusion_settings, train_diffusion)}[kind]
     steps, lr, honest_most, few, least, most = LEAK[kind]
     extra = {"diffusion_timesteps": 20, "ddim_steps": 4} if kind == "diffusion" else {}
@@ -164,7 +164,8 @@ def test_trap_18_the_target_is_not_inside_the_input(kind, scenes, async_settings
 
 
 def test_trap_15_sensor_loss_weight_counts_at_batch_size_one(async_settings, monkeypatch):
-    """The gradient of a sample with sensor is `sensor_loss_weight` times what it is at weight 1, at batch size 1 too."""
+    """The gradient of a sample with sensor is `sensor_loss_weight` times what it is at weight 1, at batch size 1
+    too."""
     alike = {"max_steps": 1, "batch_size": 1, "grad_accum_steps": 1, "clip_norm": 1e9, "val_fraction": 0.0}
     norms = {}
     for weight in (1.0, 3.0):
@@ -288,7 +289,7 @@ def test_trap_20_cached_features_and_lora_are_never_combined(diffusion_settings)
         (
             MemoryError(),
             (1, 8),
-            r"^Out of memory at batch size 1. Start a new run with \(1\) a smaller --width than 32, or \(2\) smaller pictures",
+            r"^Out of memory at batch size 1. Start a new run with \(1\) a smaller --width than 32, or \(2\) smaller",
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""A training's own run.json: every end is told, a notebook's record is left alone, the lab book lists it."""
+"""A run's own run.json: every end is recorded, a notebook's record is left alone, the lab book lists it."""
 
 import dataclasses
 import signal

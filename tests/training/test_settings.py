@@ -129,7 +129,8 @@ def test_impossible_values_are_refused_with_their_flag(changes, message):
 
 
 def test_settings_need_no_torch():
-    code = "import sys, vla_lib.train_async, vla_lib.train_diffusion; vla_lib.train_async.Settings(); assert 'torch' not in sys.modules"
+    code = "import sys, vla_lib.train_async, vla_lib.train_diffusion; vla_lib.train_async.Settings(); "
+    code += "assert 'torch' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

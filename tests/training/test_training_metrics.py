@@ -1,4 +1,5 @@
-"""metrics.jsonl and Weights & Biases: which mode, what W&B has after a resumption, what happens where it cannot be reached."""
+"""metrics.jsonl and Weights & Biases: which mode, what W&B has after a resumption, what happens where it cannot be
+reached."""
 
 import os
 import subprocess
@@ -43,7 +44,8 @@ def test_wandb_is_offline_without_a_key_and_online_with_one(nobody, monkeypatch,
 
 @pytest.mark.parametrize("key", ["too short", "x" * 40])
 def test_a_login_that_fails_leaves_the_training_alone_and_the_run_on_disk(key, nobody, tmp_path):
-    """A spoilt key, and a good one without a network: the figures are kept offline, and the log says how to upload them."""
+    """A spoilt key, and a good one without a network: the figures are kept offline, and the log says how to upload
+    them."""
     code = f"""
 from pathlib import Path
 from vla_lib.training import metrics
@@ -64,10 +66,11 @@ log.close()
 
 
 def test_an_online_run_is_told_what_the_server_lacks_and_no_more(monkeypatch, tmp_path):
-    """Killed, it had sent steps 1 and 2; the checkpoint is of step 4. Then the network goes away: the run does not wait for ever."""
+    """Killed, it had sent steps 1 and 2; the checkpoint is of step 4. Then the network goes away: the run does not
+    wait for ever."""
     import wandb
 
-    told = []
+    sent = []
 
     def finish():
         raise TimeoutError("timed out")
@@ -78,7 +81,7 @@ def test_an_online_run_is_told_what_the_server_lacks_and_no_more(monkeypatch, tm
         return SimpleNamespace(
             starting_step=3,
             dir=str(tmp_path / "wandb" / "run-2-id-0" / "files"),
-            log=lambda v, step: told.append((step, v)),
+            log=lambda v, step: sent.append((step, v)),
             finish=finish,
         )
 
@@ -91,7 +94,7 @@ def test_an_online_run_is_told_what_the_server_lacks_and_no_more(monkeypatch, tm
         append_jsonl(tmp_path / "metrics.jsonl", {"step": step, "time": 100.0 + step, "train/loss_step": 1.0})
     log = MetricsLog(tmp_path, "Project", "online", {}, "id-0")
     log.log({"step": 5, "train/loss_step": 0.5})
-    assert [step for step, _ in told] == [3, 4, 5] and told[0][1] == {"train/loss_step": 1.0, "_timestamp": 103.0}
+    assert [step for step, _ in sent] == [3, 4, 5] and sent[0][1] == {"train/loss_step": 1.0, "_timestamp": 103.0}
     assert [r["step"] for r in read_jsonl(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5]
     assert sorted(path.name for path in (tmp_path / "wandb").iterdir()) == ["run-1-id-9", "run-2-id-0"]
     log.close()

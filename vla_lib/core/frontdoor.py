@@ -1,4 +1,4 @@
-"""A front door: a settings dataclass and a `main` in; flags, `--help`, one-sentence errors and exit statuses out."""
+"""A front door: a stage's settings as flags with `--help`, its `main`, errors in one sentence, exit statuses."""
 
 import os
 import sys

@@ -4,8 +4,8 @@
     class LearningSettings(Settings):
         lr: Annotated[float, Gt(0)] = 1e-4  # peak learning rate
 
-A stage's record inherits from its groups (data, policy, learning, running), so that each flag is one line: its name, its
-type with the range, its default, and what `--help` says of it.
+A stage's record inherits from its groups (data, policy, learning, running), so that each flag is one line: its name,
+its type with the range, its default, and what `--help` says of it.
 """
 
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ C = TypeVar("C")
 
 @dataclass_transform(frozen_default=True, kw_only_default=False)
 def settings(cls: type[C]) -> type[C]:
-    """Make a class of annotated fields a frozen dataclass whose values are checked (types and ranges) when it is made."""
+    """Make a class of annotated fields a frozen dataclass whose values (types, ranges) are checked when it is made."""
     made = dataclass(cls, frozen=True, config=ConfigDict(extra="forbid", arbitrary_types_allowed=True))
     return cast(type[C], made)
 
@@ -43,11 +43,11 @@ class Settings:
 
     @classmethod
     def of(cls, parameters: Mapping[str, Any], **more: Any) -> Self:
-        """Settings from a notebook's parameters and `more`; parameters that are the notebook's own (`nproc_per_node`) are
-        left out.
+        """Settings from a notebook's parameters and `more`; parameters that are the notebook's own (`nproc_per_node`)
+        are left out.
 
-        A notebook writes a path that is not given as "", and means a relative one from the project's folder, wherever it
-        runs. `auto` stands for the setting's default.
+        A notebook writes a path that is not given as "", and means a relative one from the project's folder, wherever
+        it runs. `auto` stands for the setting's default.
         """
         kinds, names = get_type_hints(cls), {field.name for field in fields(cls)}
         given = {name: value for name, value in parameters.items() if name in names and value != "auto"} | more

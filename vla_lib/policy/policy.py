@@ -3,8 +3,8 @@ losses.
 
     observation: vl_tokens (B, T, D), vl_mask (B, T) bool, vl_age_s (B,), state (B, 12),
                  sensor (B, S, 1026) raw units and sensor_mask (B,) bool where the policy uses the sensor
-    action j of a chunk is the motion from step k+j to step k+j+1: translation (mm) and rotation vector (deg) in the base
-    frame, gripper
+    action j of a chunk is the motion from step k+j to step k+j+1: translation (mm) and rotation vector (deg) in the
+    base frame, gripper
 
 - One transformer over [state, age, scene tokens, sensor tokens | action queries], which attends to itself and the VL
   tokens.
@@ -134,8 +134,9 @@ class Policy(nn.Module):
         c, tokens = self.config, observation["vl_tokens"]
         if tuple(tokens.shape[1:]) != (c.tokens, c.token_dim):
             raise UserError(
-                f"The policy was trained on {c.tokens} VL tokens of width {c.token_dim} (views {', '.join(c.views)}), the "
-                f"observation has {tokens.shape[1]} of width {tokens.shape[2]}; use the views and the VL cache of its training."
+                f"The policy was trained on {c.tokens} VL tokens of width {c.token_dim} (views {', '.join(c.views)}), "
+                f"the observation has {tokens.shape[1]} of width {tokens.shape[2]}; use the views and the VL cache "
+                "that it was trained with."
             )
         if c.sensor_enabled and "sensor" not in observation:
             raise UserError("The policy was trained with the sensor, but the observation has none.")

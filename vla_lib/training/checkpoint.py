@@ -193,16 +193,17 @@ def read_previous(settings: TrainingSettings, latest: Path) -> Content:
     run's."""
     if not latest.exists():
         raise UserError(
-            f"There is no checkpoint {latest} to go on from; give the --run-dir of a run that has one, or leave --resume out."
+            f"There is no checkpoint {latest} to go on from; give the --run-dir of a run with one, or drop --resume."
         )
     before = read_checkpoint(latest)
     if "training" not in before:
         raise UserError(
-            f"{latest} holds a policy but no training state; give the run's newest checkpoint its name back, or start anew."
+            f"{latest} holds a policy but no training state; give the newest one its name back, or start anew."
         )
     if (door := before["front_door"]) != settings.name:
         raise UserError(
-            f"{latest} was written by {door}, this is {settings.name}; go on with vla_lib.{door}, or give another --run-dir."
+            f"{latest} was written by {door}, this is {settings.name}; go on with vla_lib.{door}, "
+            "or give another --run-dir."
         )
     if conflicts := resume_conflicts(before["settings"], settings):
         raise UserError(
@@ -225,7 +226,8 @@ def check_previous(
     known = before["training"]["fingerprints"]
     if changed := [key for key in known if known[key] != fingerprints.get(key)]:
         raise UserError(
-            f"{len(changed)} episodes have changed since the run began (first: {changed[0]}); restore them or start anew."
+            f"{len(changed)} episodes have changed since the run began (first: {changed[0]}); "
+            "restore them or start a new run."
         )
     then = before["training"]["weights"]
     odd = [f"{k}: checkpoint {then[k]:g}, now {now:g}" for k, now in weights.items() if then[k] != now]
@@ -259,5 +261,6 @@ def check_stage1(found: Content, binding: Mapping[str, Any], config: PolicyConfi
     ]
     if odd:
         raise UserError(
-            f"{where} holds another policy than these settings ask for: {'; '.join(odd)[:600]}. Give the settings of stage 1."
+            f"{where} holds another policy than these settings ask for: {'; '.join(odd)[:600]}. "
+            "Give the settings of stage 1."
         )

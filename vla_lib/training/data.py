@@ -112,9 +112,7 @@ def split_episodes(datasets: Mapping[str, str], val_fraction: float, seed: int =
     if not split["train"]:
         raise UserError("There is no episode to train on; run `python -m vla_lib.preprocess` on the dataset first.")
     if val_fraction > 0 and not split["val"]:
-        raise UserError(
-            "No dataset has two episodes, so none can be held out; record more, or pass --val-fraction 0 to train without."
-        )
+        raise UserError("No dataset has two episodes, so none can be held out; record more, or pass --val-fraction 0.")
     return {side: sorted(keys) for side, keys in split.items()}
 
 

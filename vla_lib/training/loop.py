@@ -165,8 +165,8 @@ def train(settings: TrainingSettings) -> dict[str, Any]:
                     total, stops = summed(sums).tolist()
                     if not math.isfinite(total) or not math.isfinite(norm):
                         raise UserError(
-                            f"The loss is not finite at step {state.step + 1}; lower --lr ({settings.lr:g}) or look for "
-                            "spoilt values in the data (notebook 01)."
+                            f"The loss is not finite at step {state.step + 1}; lower --lr ({settings.lr:g}) or look "
+                            "for spoilt values in the data (notebook 01)."
                         )
                     state.take_step(len(shared))
                     if stops:

@@ -42,8 +42,8 @@ def uses_bf16(settings: TrainingSettings) -> bool:
 @contextlib.contextmanager
 def open_accelerator(settings: TrainingSettings) -> Iterator[Accelerator]:
     """The Accelerator of this process, for as long as the block lasts."""
-    # a private name: Accelerator's state is one for the whole process, and only this gives a second run in it (a notebook,
-    # a test) a device and precision of its own; tests that train twice watch it
+    # a private name: Accelerator's state is one for the whole process, and only this gives a second run in it (of a
+    # notebook, of a test) a device and a precision of its own; the tests that train twice in one process watch it
     AcceleratorState._reset_state(reset_partial_state=True)
     patience = InitProcessGroupKwargs(timeout=PATIENCE)
     precision = "bf16" if uses_bf16(settings) else "no"

@@ -71,9 +71,9 @@ def _out_of_memory(settings: TrainingSettings) -> str:
     smaller = settings.batch_size // 2
     more = math.ceil(settings.batch_size * settings.grad_accum_steps / smaller)
     return (
-        f"Out of memory. Remedies, in this order: (1) --batch-size {smaller} instead of {settings.batch_size}, (2) with it "
-        f"--grad-accum-steps {more} instead of {settings.grad_accum_steps} (the same effective batch), and go on with "
-        f"--resume; (3) in a new run, {pictures}."
+        f"Out of memory. Remedies, in this order: (1) --batch-size {smaller} instead of {settings.batch_size}, "
+        f"(2) with it --grad-accum-steps {more} instead of {settings.grad_accum_steps} (the same effective batch), "
+        f"and go on with --resume; (3) in a new run, {pictures}."
     )
 
 

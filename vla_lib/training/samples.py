@@ -145,8 +145,8 @@ def _ticks(
     if len(used) < len(expected) or not np.array_equal(used[: len(expected)], expected):
         spacing = int(np.diff(tick_step).min()) if len(tick_step) > 1 else 1
         raise UserError(
-            f"The VL cache of {episode.name} has features every {spacing} steps, --vlm-reuse-count {reuse} needs them at "
-            f"steps 0, {reuse}, {2 * reuse}, ...: pass a multiple of {spacing}, or build the cache with "
+            f"The VL cache of {episode.name} has features every {spacing} steps, --vlm-reuse-count {reuse} needs them "
+            f"at steps 0, {reuse}, {2 * reuse}, ...: pass a multiple of {spacing}, or build the cache with "
             f"--vlm-reuse-count {reuse}."
         )
     delay = latency_ms / 1000.0 * float(episode.action_hz)  # steps

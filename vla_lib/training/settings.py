@@ -96,11 +96,11 @@ class TrainingSettings(RunningSettings, LearningSettings, PolicySettings, DataSe
     def __post_init__(self) -> None:
         if self.training_stage == "stage1" and self.stage1_checkpoint is not None:
             raise UserError(
-                "--stage1-checkpoint is what stage 2 starts from; pass --training-stage stage2 with it, or leave it out."
+                "--stage1-checkpoint is what stage 2 starts from; pass --training-stage stage2 with it, or drop it."
             )
         if self.live_vlm and self.stage1_checkpoint is None and not self.resume:
             raise UserError(
-                "--training-stage stage2 goes on from a stage-1 checkpoint; train stage 1, name it with --stage1-checkpoint."
+                "--training-stage stage2 goes on from a stage-1 checkpoint; name one with --stage1-checkpoint."
             )
         if self.live_vlm and not self.vl_enabled:
             raise UserError(

@@ -140,7 +140,7 @@ class TrainState:
         return row
 
     def _blend(self, average: Iterable[Tensor], weights: Iterable[Tensor], _: Tensor | int) -> None:
-        # the decay grows to its full value with the steps, so early weights are soon forgotten; 0: the weights themselves
+        # the decay grows to its full value with the steps, so early weights are soon forgotten; 0: no averaging
         decay = min(self._decay, (1 + self.step) / (10 + self.step))
         get_ema_multi_avg_fn(decay)(average, weights, None)
 
