@@ -1,6 +1,7 @@
 """Small prepared datasets with drawn pictures, and tiny checkpoints, shared by the tests of the features room."""
 
 import os
+import shutil
 from functools import lru_cache
 from pathlib import Path
 
@@ -9,8 +10,10 @@ import pytest
 from PIL import Image, ImageDraw
 
 from vla_lib.episodes.data_pkl import write_pickle
+from vla_lib.features.builder import build
 from vla_lib.features.extractor import FeatureExtractor
 from vla_lib.features.form import FeatureForm
+from vla_lib.features.settings import CacheSettings
 from vla_lib.features.vlm import load_processor, load_vlm, open_checkpoint, resolve_layer
 
 VIEWS = ("View1_left", "View2_left", "View5")
@@ -100,9 +103,21 @@ def _own_cache_folder(tmp_path_factory):
 
 
 @pytest.fixture
-def dataset(tmp_path) -> Path:
-    """Three short episodes in two datasets, one of them two levels deep and without View5."""
-    root = tmp_path / "dataset"
+def dataset(tmp_path, prepared) -> Path:
+    """A copy of the three prepared episodes, without a cache."""
+    return shutil.copytree(prepared, tmp_path / "dataset", ignore=shutil.ignore_patterns("cache"))
+
+
+@pytest.fixture
+def built(tmp_path, prepared) -> Path:
+    """A copy of the three prepared episodes with the cache of the default settings."""
+    return shutil.copytree(prepared, tmp_path / "built")
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory) -> Path:
+    """Three short episodes in two datasets, one of them two levels deep and without View5, and their cache."""
+    root = tmp_path_factory.mktemp("prepared")
     make_episode(root, "White_silicone_white_circle/recv_all_1", steps=20)
     make_episode(root, "White_silicone_white_circle/recv_all_2", steps=10, late=4)
     make_episode(
@@ -112,12 +127,13 @@ def dataset(tmp_path) -> Path:
         views=VIEWS[:2],
         instruction="Perform Needle insertion task",
     )
+    build(CacheSettings(dataset_root=root, num_workers=0, device="cpu"))
     return root
 
 
 @pytest.fixture(scope="session")
 def extractor_for():
-    """extractor_for(name, views, layer=0, pooling=..., height=..., width=...): a loaded extractor, one a setting and session."""
+    """extractor_for(name, views, layer=0, pooling=..., height=..., width=...): a loaded extractor, one a setting."""
 
     def make(name, views, layer=0, pooling="grid:4x6", height=360, width=640):
         return _extractor(name, tuple(views), layer, pooling, height, width)

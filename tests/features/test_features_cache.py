@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 from vla_lib import build_vl_cache
 from vla_lib.build_vl_cache import Settings
+from vla_lib.core import frontdoor
 from vla_lib.core.errors import UserError
 from vla_lib.episodes import find_prepared, load_prepared
 from vla_lib.features import binding as bindings
@@ -80,11 +81,10 @@ def test_build_and_read(dataset, tmp_path):
     assert json.loads((tmp_path / "run" / "results.json").read_text())["binding_id"] == results["binding_id"]
 
 
-def test_trap_31_live_features_are_the_cached_ones(dataset):
-    build(dataset)
-    features = FeatureCache.open(dataset)
+def test_trap_31_live_features_are_the_cached_ones(built):
+    features = FeatureCache.open(built)
     live = FeatureExtractor.from_binding(features.binding, device="cpu")
-    episode = load_prepared(dataset / "White_silicone_white_circle" / "recv_all_2")
+    episode = load_prepared(built / "White_silicone_white_circle" / "recv_all_2")
     found = features.episode(episode)
     for tick, step in enumerate(found.tick_step.tolist()):
         tokens, mask = live.extract(
@@ -94,11 +94,10 @@ def test_trap_31_live_features_are_the_cached_ones(dataset):
         assert torch.equal(mask, found.mask[tick])
 
 
-def test_trap_14_each_step_gets_its_own_ticks_features(dataset):
+def test_trap_14_each_step_gets_its_own_ticks_features(built):
     """The newest tick at or before the step, never a later one, also with latency."""
-    build(dataset)
-    features = FeatureCache.open(dataset)
-    one, two = (features.episode(load_prepared(path)) for path in find_prepared(dataset)[1:])
+    features = FeatureCache.open(built)
+    one, two = (features.episode(load_prepared(path)) for path in find_prepared(built)[1:])
     steps = np.arange(20)
     assert one.newest(steps).tolist() == [step // 3 for step in steps]
     assert one.newest(steps, latency_steps=2).tolist() == [(step - 2) // 3 if step >= 2 else -1 for step in steps]
@@ -131,10 +130,9 @@ def test_trap_28_one_file_an_episode_opened_mapped(dataset):
     assert len(mapped) == 1 and found.tokens.shape[0] == 13
 
 
-def test_cache_travels_to_worker_processes(dataset):
-    build(dataset)
-    features = FeatureCache.open(dataset)
-    episode = load_prepared(find_prepared(dataset)[0])
+def test_cache_travels_to_worker_processes(built):
+    features = FeatureCache.open(built)
+    episode = load_prepared(find_prepared(built)[0])
     before = features.episode(episode).tokens.clone()
     assert torch.equal(pickle.loads(pickle.dumps(features)).episode(episode).tokens, before)
 
@@ -164,13 +162,11 @@ def test_two_ranks_and_one_write_the_same_content(tmp_path):
         assert torch.equal(a["mask"], b["mask"]) and torch.equal(a["tick_step"], b["tick_step"])
 
 
-def test_bad_input_is_one_sentence_and_status_two(tmp_path):
-    done = subprocess.run(command(tmp_path / "nowhere"), env=environment(), capture_output=True, text=True, timeout=300)
-    assert (
-        done.returncode == 2
-        and done.stderr.startswith("error: There is no dataset root")
-        and done.stderr.count("\n") == 1
-    )
+def test_bad_input_is_one_sentence_and_status_two(tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        frontdoor.start(Settings, build_vl_cache.main, ["--dataset-root", str(tmp_path / "nowhere")])
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and error.startswith("error: There is no dataset root") and error.count("\n") == 1
 
 
 def test_resumes_after_sigkill_with_only_what_is_missing(tmp_path):
@@ -198,9 +194,8 @@ def test_resumes_after_sigkill_with_only_what_is_missing(tmp_path):
     assert build(root, vl_stride=1, batch_size=2, overwrite=True)["episodes"] == 10
 
 
-def test_out_of_memory_halves_the_batch_and_goes_on(dataset, monkeypatch):
-    build(dataset)
-    expected = {path.name: torch.load(path, weights_only=True) for path in files(dataset)}
+def test_out_of_memory_halves_the_batch_and_goes_on(built, monkeypatch):
+    expected = {path.name: torch.load(path, weights_only=True) for path in files(built)}
     forward, sizes = FeatureExtractor.forward, []
 
     def small_memory(self, pictures, ticks, instruction):
@@ -210,10 +205,10 @@ def test_out_of_memory_halves_the_batch_and_goes_on(dataset, monkeypatch):
         return forward(self, pictures, ticks, instruction)
 
     monkeypatch.setattr(FeatureExtractor, "forward", small_memory)
-    results = build(dataset, overwrite=True)
+    results = build(built, overwrite=True)
     assert results["episodes"] == 3 and results["batch_size"] <= 2
     assert sizes[0] == 7 and max(sizes[2:]) <= 3  # halved once, then never tried in full again
-    for path in files(dataset):
+    for path in files(built):
         torch.testing.assert_close(
             torch.load(path, weights_only=True)["tokens"], expected[path.name]["tokens"], atol=1e-6, rtol=0
         )
@@ -295,27 +290,25 @@ def test_trap_27_other_weights_make_another_binding(dataset, tmp_path):
     assert len(ids) == 2
 
 
-def test_trap_17_a_reader_with_other_wishes_stops_with_both_sides(dataset):
-    build(dataset)
+def test_trap_17_a_reader_with_other_wishes_stops_with_both_sides(built):
     with pytest.raises(UserError, match=r"image_resize_height: 360 against 720") as caught:
-        FeatureCache.open(dataset, expect={"image_resize_height": 720, "views": list(VIEWS)})
+        FeatureCache.open(built, expect={"image_resize_height": 720, "views": list(VIEWS)})
     assert "views" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
     "change", [{"fingerprint": "new"}, {"instruction": "Do otherwise"}], ids=["data.pkl", "instruction"]
 )
-def test_stale_features_stop_the_reader_and_are_rebuilt(dataset, change):
-    build(dataset)
+def test_stale_features_stop_the_reader_and_are_rebuilt(built, change):
     key = "White_silicone_white_circle/recv_all_1"
-    make_episode(dataset, key, steps=20, **change)
-    episode = load_prepared(dataset / key)
+    make_episode(built, key, steps=20, **change)
+    episode = load_prepared(built / key)
     with pytest.raises(UserError, match="stale") as caught:
-        FeatureCache.open(dataset).episode(episode)
+        FeatureCache.open(built).episode(episode)
     assert next(iter(change.values())) in str(caught.value)
-    results = build(dataset)
+    results = build(built)
     assert results["episodes"] == 1 and results["already_covered"] == 2
-    FeatureCache.open(dataset).episode(episode)
+    FeatureCache.open(built).episode(episode)
 
 
 def test_choosing_among_bindings(dataset):
@@ -330,17 +323,16 @@ def test_choosing_among_bindings(dataset):
         FeatureCache.open(dataset, "other")
 
 
-def test_an_altered_binding_is_refused(dataset):
-    chosen = build(dataset)["binding_id"]
-    path = cache.cache_folder(dataset) / chosen / "binding.json"
+def test_an_altered_binding_is_refused(built):
+    chosen = FeatureCache.open(built).binding["id"]
+    path = cache.cache_folder(built) / chosen / "binding.json"
     path.write_text(path.read_text().replace('"layer": 2', '"layer": 3'))
     with pytest.raises(UserError, match="altered"):
-        FeatureCache.open(dataset)
+        FeatureCache.open(built)
 
 
-def test_live_use_refuses_another_model_or_transformers(dataset):
-    build(dataset)
-    binding = dict(FeatureCache.open(dataset).binding)
+def test_live_use_refuses_another_model_or_transformers(built):
+    binding = dict(FeatureCache.open(built).binding)
     for name, value in (("weights_sha256", "0" * 64), ("transformers", "5.0.0"), ("prompt", "Look: {instruction}")):
         other = {**binding, name: value}
         other["id"] = bindings.binding_id(other)
@@ -360,54 +352,60 @@ def test_ids_differ_exactly_when_a_field_does(changes):
     assert (base["id"] == other["id"]) == (not any(changes.values())) == (not bindings.differences(base, other))
 
 
+def test_ids_of_today_stay():
+    """Caches that labs have keep their ids: the same fields, the same hash."""
+    made = bindings.make_binding(**{name: name for name in bindings.FIELDS if name != "schema"})
+    assert made["id"] == "model-Llayer-pooling-stick_stride-2f5c2093bf"
+
+
 # ------------------------------------------------------------------ housekeeping
 
 
-def test_list_verify_remove(dataset, tmp_path):
-    chosen = build(dataset)["binding_id"]
+def test_list_verify_remove(built, tmp_path):
+    chosen = FeatureCache.open(built).binding["id"]
     runs = tmp_path / "runs"
     (runs / "a-run").mkdir(parents=True)
     (runs / "a-run" / "run.json").write_text(json.dumps({"binding": chosen}))
-    make_episode(dataset, "part1/episode_new", steps=4)
-    make_episode(dataset, "White_silicone_white_circle/recv_all_1", steps=20, fingerprint="new")
-    (row,) = cache.list_bindings(dataset, runs)
+    make_episode(built, "part1/episode_new", steps=4)
+    make_episode(built, "White_silicone_white_circle/recv_all_1", steps=20, fingerprint="new")
+    (row,) = cache.list_bindings(built, runs)
     assert (row["covered"], row["stale"], row["missing"], row["used_by"]) == (2, 1, 1, ["a-run"])
-    assert row["bytes"] == sum(path.stat().st_size for path in files(dataset)) and row["age_s"] >= 0
-    assert cache.verify(dataset, chosen) == {"files": 3, "bytes": row["bytes"], "bad": []}
-    path = files(dataset)[0]
+    assert row["bytes"] == sum(path.stat().st_size for path in files(built)) and row["age_s"] >= 0
+    assert cache.verify(built, chosen) == {"files": 3, "bytes": row["bytes"], "bad": []}
+    path = files(built)[0]
     raw = bytearray(path.read_bytes())
     raw[len(raw) // 2] ^= 1  # one bit within the tokens
     path.write_bytes(raw)
-    (bad,) = cache.verify(dataset, chosen)["bad"]
+    (bad,) = cache.verify(built, chosen)["bad"]
     assert path.name in bad and "checksum" in bad
-    freed = cache.remove(dataset, chosen)
-    assert freed > row["bytes"] and cache.list_bindings(dataset) == []
+    freed = cache.remove(built, chosen)
+    assert freed > row["bytes"] and cache.list_bindings(built) == []
 
 
-def test_a_damaged_file_is_told_and_built_again(dataset):
-    chosen = build(dataset)["binding_id"]
-    path = files(dataset)[1]
+def test_a_damaged_file_is_told_and_built_again(built):
+    chosen = FeatureCache.open(built).binding["id"]
+    path = files(built)[1]
     path.write_bytes(path.read_bytes()[:1000])
-    assert len(cache.verify(dataset, chosen)["bad"]) == 1
+    assert len(cache.verify(built, chosen)["bad"]) == 1
     with pytest.raises(UserError, match="damaged"):
-        FeatureCache.open(dataset).episode(load_prepared(find_prepared(dataset)[1]))
-    assert build(dataset)["episodes"] == 1 and cache.verify(dataset, chosen)["bad"] == []
+        FeatureCache.open(built).episode(load_prepared(find_prepared(built)[1]))
+    assert build(built)["episodes"] == 1 and cache.verify(built, chosen)["bad"] == []
 
 
-def test_only_our_own_folders_are_removed(dataset):
-    chosen = build(dataset)["binding_id"]
-    (cache.cache_folder(dataset) / chosen / "notes.txt").write_text("mine")
+def test_only_our_own_folders_are_removed(built):
+    chosen = FeatureCache.open(built).binding["id"]
+    (cache.cache_folder(built) / chosen / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match=r"notes\.txt"):
-        cache.remove(dataset, chosen)
+        cache.remove(built, chosen)
     for name in ("..", "../..", "other", ""):
         with pytest.raises(UserError, match="no cache"):
-            cache.remove(dataset, name)
-    foreign = cache.cache_folder(dataset) / "foreign"
+            cache.remove(built, name)
+    foreign = cache.cache_folder(built) / "foreign"
     foreign.mkdir()
     (foreign / "binding.json").write_text("{}")
-    assert [bool(row["problem"]) for row in cache.list_bindings(dataset)] == [True, False]
+    assert [bool(row["problem"]) for row in cache.list_bindings(built)] == [True, False]
     with pytest.raises(UserError, match="no binding"):
-        cache.remove(dataset, "foreign")
+        cache.remove(built, "foreign")
     assert (foreign / "binding.json").exists()
 
 

@@ -171,5 +171,6 @@ def test_settings_and_episodes_need_no_torch():
     import subprocess
     import sys
 
-    code = "import sys, vla_lib.build_vl_cache as b; b.Settings(dataset_root='x'); sys.exit(any(m in sys.modules for m in ('torch', 'transformers')))"
+    code = "import sys, vla_lib.build_vl_cache as b; b.Settings(dataset_root='x'); "
+    code += "sys.exit(any(m in sys.modules for m in ('torch', 'transformers')))"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0

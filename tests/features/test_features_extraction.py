@@ -6,8 +6,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from transformers import AutoModelForImageTextToText
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vla_lib.core.errors import UserError
+from vla_lib.features import vision_tower
 from vla_lib.features.form import FeatureForm
 from vla_lib.features.vlm import load_processor, open_checkpoint
 
@@ -30,7 +32,7 @@ def pictures(count, size, seed=0):
 
 
 def by_hand(model, processor, form, views, images, layer, rows, cols):
-    """hidden_states[layer] of the plain forward, averaged over the grid of each picture; last row: the text behind the pictures."""
+    """hidden_states[layer] of the plain forward, averaged over each picture's grid; last row: the text behind them."""
     inputs = processor(text=[form.prompt(views, INSTRUCTION)], images=images, return_tensors="pt")
     with torch.no_grad():
         hidden = model(**inputs, output_hidden_states=True).hidden_states[layer][0]
@@ -83,6 +85,14 @@ def test_a_missing_view_is_masked_and_not_invented(extractor_for):
     assert not mask[extractor.layout.view_slice("a")].any() and mask[extractor.layout.view_slice("b")].all()
     alone = extractor_for("tiny", ["b"]).extract({"b": image}, INSTRUCTION)[0]
     torch.testing.assert_close(tokens[extractor.layout.view_slice("b")], alone[:-1], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_transformers_calls_our_attention_and_patch_embedding(extractor_for, name):
+    """The attention is set by a private name of transformers: if it were ignored, features would be equal and slow."""
+    visual = extractor_for(name, ["a"]).vlm.model.visual
+    assert ALL_ATTENTION_FUNCTIONS[visual.config._attn_implementation] is vision_tower.windowed_attention
+    assert isinstance(visual.patch_embed, vision_tower.LinearPatchEmbed)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

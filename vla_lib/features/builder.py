@@ -256,14 +256,11 @@ def _results(settings: CacheSettings, found: Preflight, ranks: list[Statistics],
 def _report(results: dict[str, Any]) -> None:
     for finding in results["findings"]:
         print(f"picture left out: {finding}")
-    print(
-        "{episodes} episodes, {ticks} ticks written ({MB:.1f} MB), {already_covered} were there; {unreadable} "
-        "unreadable pictures; {seconds:.1f} s (reading {read_s:.1f} in workers, waiting {wait_s:.1f}, forward {forward_s:.1f}, "
-        "writing {write_s:.1f} behind)".format(
-            **results, MB=results["bytes"] / 1e6, unreadable=len(results["findings"])
-        ),
-        flush=True,
-    )
+    counts = "{episodes} episodes, {ticks} ticks written ({MB:.1f} MB), {already_covered} were there; "
+    counts += "{unreadable} unreadable pictures; {seconds:.1f} s (reading {read_s:.1f} in workers, "
+    counts += "waiting {wait_s:.1f}, forward {forward_s:.1f}, writing {write_s:.1f} behind)"
+    unreadable = len(results["findings"])
+    print(counts.format(**results, MB=results["bytes"] / 1e6, unreadable=unreadable), flush=True)
 
 
 def _workers(settings: CacheSettings, device_type: str) -> int:

@@ -55,8 +55,8 @@ class VisionCache:
         if needed > free:
             raise UserError(
                 f"The vision tokens of {len(episodes)} episodes need up to {needed / 1e9:.1f} GB and the dataset's "
-                f"disk has {free / 1e9:.1f} GB free; make room, or take a cache of smaller pictures, of fewer views or of a "
-                "larger --vlm-reuse-count."
+                f"disk has {free / 1e9:.1f} GB free; make room, or take a cache of smaller pictures, "
+                "of fewer views or of a larger --vlm-reuse-count."
             )
 
     def build(self, episodes: Sequence[PreparedEpisode], done: Callable[[int], None] = lambda pictures: None) -> None:
