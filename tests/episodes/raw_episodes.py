@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cache
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,13 @@ SENSOR_HZ = 650.0
 SERIALS = {1: "41182735", 2: "49429257", 3: "44377151", 4: "49045152"}
 
 
+@cache
 def jpeg(value: int = 90) -> bytes:
+    """A small picture with content; of another `value` (0..255) it is another picture."""
     stream = BytesIO()
-    Image.new("RGB", (32, 18), (value, 40, 200 - value)).save(stream, "JPEG")
+    place = np.arange(18)[:, None] * 5 + np.arange(32) * 3
+    pixels = np.stack([(place + value) % 256, place, 255 - place], axis=-1).astype(np.uint8)
+    Image.fromarray(pixels).save(stream, "JPEG")
     return stream.getvalue()
 
 
@@ -129,7 +134,7 @@ class Raw:
                 for side in ("left", "right") if self.right and view < 5 else ("left",):
                     file = path / self._picture_name(view, side, self.start + t)
                     file.parent.mkdir(parents=True, exist_ok=True)
-                    file.write_bytes(JPEG)
+                    file.write_bytes(jpeg(round(t * 100) % 251))
 
     def _picture_name(self, view: int, side: str, at: float) -> str:
         serial = SERIALS.get(view)
