@@ -6,16 +6,18 @@ files) but hold no robot log are returned too, so that they can be reported and 
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from vla_lib.core.errors import UserError
+from vla_lib.episodes.csv_table import HEAD_BYTES, sniff
 
 # Robot logs. Any case; a name in a tuple before another is the better one.
 CLOCKS = ("origin_timestamp", "epoch_s", "timestamp", "recv_timestamp", "send_timestamp")
 POSES = tuple(tuple(f"{prefix}{axis}" for axis in "xyzabr") for prefix in ("pose_", "ee_", "tcp_"))
 JOINTS = tuple(tuple(f"{prefix}{number}" for number in range(1, 7)) for prefix in ("joint_", "joint_angle_", "j"))
+QUATERNION = re.compile(r"(^|_)q(uat(ernion)?)?_?[wxyz]$", re.IGNORECASE)
 FORCES = ("force", "force_mn", "force_n")
 # Sensor files. Where no key has one of the names, one that contains `time` or `force` will do, or the right shape.
 CHANNELS = 1026  # of a sample: force, then 1025 depth bins of the A-scan
@@ -39,27 +41,36 @@ class RobotColumns:
     """Which columns of a header hold what; `clock` lists all that are there, best first."""
 
     clock: tuple[str, ...]
-    pose: tuple[str, ...]
+    pose: tuple[str, ...]  # x y z a b r; only x y z where the orientation is a quaternion
     joints: tuple[str, ...]  # six names, or none
     force: str | None
+    quaternion: tuple[str, ...] = ()
 
 
 def robot_columns(path: Path) -> RobotColumns | None:
-    """The robot's columns in the first line of a CSV, or None where it is no robot log."""
+    """The robot's columns of a CSV, however it is written, or None where it is no robot log."""
     try:
         with open(path, "rb") as stream:
-            line = stream.readline(65536).decode("utf-8-sig", errors="replace")
+            dialect = sniff(stream.read(HEAD_BYTES), columns_of)
     except OSError:
         return None
-    by_name = {name.lower(): name for name in (cell.strip().strip('"').strip() for cell in line.split(","))}
+    return columns_of(dialect.names) if dialect else None
 
-    def complete(groups: tuple[tuple[str, ...], ...]) -> tuple[str, ...]:
-        return next((tuple(by_name[n] for n in names) for names in groups if by_name.keys() >= set(names)), ())
+
+def columns_of(names: Sequence[str]) -> RobotColumns | None:
+    """Which of these column names hold what; None where they are not a robot log's."""
+    by_name = {name.lower(): name for name in names}
+
+    def complete(groups: Iterable[tuple[str, ...]]) -> tuple[str, ...]:
+        return next((tuple(by_name[n] for n in group) for group in groups if by_name.keys() >= set(group)), ())
 
     clock = tuple(by_name[name] for name in CLOCKS if name in by_name)
     force = next((by_name[name] for name in FORCES if name in by_name), None)
-    pose = complete(POSES)
-    return RobotColumns(clock, pose, complete(JOINTS), force) if clock and pose else None
+    pose, joints = complete(POSES), complete(JOINTS)
+    quaternion = tuple(name for name in names if QUATERNION.search(name))
+    if not pose and len(quaternion) == 4:
+        return RobotColumns(clock, complete(group[:3] for group in POSES), joints, force, quaternion) if clock else None
+    return RobotColumns(clock, pose, joints, force) if clock and pose else None
 
 
 @dataclass(frozen=True)

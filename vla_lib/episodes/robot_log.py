@@ -3,18 +3,16 @@
 The columns decide, not the file's name (see `layouts`): a clock, six pose columns, and six joints where present.
 """
 
-import io
-import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
 from vla_lib.core.errors import UserError
+from vla_lib.episodes.csv_table import read_table
 from vla_lib.episodes.findings import Findings
-from vla_lib.episodes.layouts import robot_columns
+from vla_lib.episodes.layouts import columns_of, robot_columns
 from vla_lib.episodes.timeline import Cleaned, clean_times
 
 Array = np.ndarray[Any, Any]
@@ -52,8 +50,14 @@ def read_robot_log(path: Path, findings: Findings) -> RobotLog:
     if columns is None:
         needed = "a clock and six pose columns are needed"
         raise UserError(f"{path} has no robot columns ({needed}); it cannot be used as a robot log.")
-    names = [*columns.clock, *columns.pose, *columns.joints, *([columns.force] if columns.force else [])]
-    cells = _read_csv(path, names, findings)
+    if columns.quaternion:
+        named = f"its orientation is a quaternion (columns {', '.join(columns.quaternion)})"
+        remedy = "write the Mecademic Euler angles pose_a, pose_b, pose_r (degrees, intrinsic XYZ) in their place"
+        raise UserError(f"{path}: {named}, whose order and frame are not known; {remedy}.")
+    table = read_table(path, columns_of)
+    for text in table.notes:
+        findings.note("robot", text)
+    cells = table.frame
     rows = len(cells)
     if not rows:
         raise UserError(f"{path} has a header but no rows: the robot was never logged; record the episode again.")
@@ -93,34 +97,3 @@ def read_robot_log(path: Path, findings: Findings) -> RobotLog:
 def _is_clock(stamps: Array) -> bool:
     good = stamps[np.isfinite(stamps)]
     return len(good) >= 1 and float(np.median(good)) > 1e8 and (len(good) < 3 or float(np.ptp(good)) > 0)
-
-
-def _read_csv(path: Path, names: list[str], findings: Findings) -> pd.DataFrame:
-    """The named columns (float64); nan where a cell is empty, infinite or no number."""
-    raw = path.read_bytes()
-    if raw and not raw.endswith((b"\n", b"\r")):
-        findings.note("robot", "the last line is cut off (no line end) and is left out")
-        raw = raw[: max(raw.rfind(b"\n"), raw.rfind(b"\r")) + 1]
-    options: dict[str, Any] = {
-        "usecols": lambda name: name.strip() in names,
-        "encoding_errors": "replace",
-        "skipinitialspace": True,
-    }
-    try:
-        frame = pd.read_csv(io.BytesIO(raw), dtype=np.float64, **options)
-    except ValueError:  # a cell holds text, or a line too many cells
-        frame = _read_damaged(raw, path, options, findings)
-    return frame.rename(columns=str.strip).replace([np.inf, -np.inf], np.nan)
-
-
-def _read_damaged(raw: bytes, path: Path, options: dict[str, Any], findings: Findings) -> pd.DataFrame:
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            text = pd.read_csv(io.BytesIO(raw.replace(b"\0", b"")), dtype=str, on_bad_lines="skip", **options)
-    except ValueError as error:
-        raise UserError(f"{path} cannot be read as CSV ({' '.join(str(error).split())}).") from error
-    frame = text.apply(pd.to_numeric, errors="coerce").astype(np.float64)
-    broken = int((frame.isna() & text.notna()).any(axis=1).sum())
-    skipped = max(raw.count(b"\n") - 1 - len(frame), 0)
-    findings.note("robot", f"{broken} rows hold text where numbers belong and {skipped} lines have too many cells")
-    return frame
