@@ -100,8 +100,10 @@ def test_diffusion_writes_everything_and_its_policy_loads(diffusion_settings, tm
     assert not torch.equal(policy.predict(batch), other) and info["front_door"] == "train_diffusion"
 
 
-@pytest.mark.parametrize(("kind", "steps", "lr"), [("async", 120, 3e-3), ("diffusion", 350, 6e-3)])
-def test_overfits_one_episode(kind, steps, lr, single, async_settings, diffusion_settings, tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "steps", "lr", "batch_size"), [("async", 120, 3e-3, 16), ("diffusion", 350, 6e-3, 32)]
+)
+def test_overfits_one_episode(kind, steps, lr, batch_size, single, async_settings, diffusion_settings, tmp_path):
     """Under 2 % of the mean-baseline's error on one episode."""
     build, train = (async_settings, train_async) if kind == "async" else (diffusion_settings, train_diffusion)
     extra = {"diffusion_timesteps": 50} if kind == "diffusion" else {}
@@ -110,7 +112,7 @@ def test_overfits_one_episode(kind, steps, lr, single, async_settings, diffusion
         val_fraction=0.0,
         max_steps=steps,
         lr=lr,
-        batch_size=32,
+        batch_size=batch_size,
         grad_accum_steps=1,
         width=64,
         layers=2,
