@@ -9,19 +9,25 @@ Bound by the bytes of robot logs and sensor files. Unchanged episodes are skippe
 
 import contextlib
 import errno
+import itertools
 import os
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 from vla_lib.core import frontdoor, pool
 from vla_lib.core.errors import UserError
 from vla_lib.core.files import write_json
 from vla_lib.core.progress import Progress
+from vla_lib.episodes.clocks import CONFIRMED, FOUND, GIVEN, UNKNOWN, Clocks, Evidence, session_clocks, sessions
 from vla_lib.episodes.datasets import DatasetTable
+from vla_lib.episodes.episode import Episode
 from vla_lib.episodes.findings import GOOD, REJECTED
 from vla_lib.episodes.layouts import find_episodes
-from vla_lib.episodes.prepare import EpisodeJob, Report, prepare_episode
+from vla_lib.episodes.motion import evidence
+from vla_lib.episodes.pictures import list_pictures
+from vla_lib.episodes.prepare import EpisodeJob, Report, known_content, prepare_episode
 from vla_lib.episodes.prepare import PreprocessSettings as Settings
 from vla_lib.episodes.quality import verdict_table
 
@@ -44,6 +50,7 @@ def main(settings: Settings) -> dict[str, Any]:
         "unchanged": statuses.count("unchanged"),
         "rejected": statuses.count("rejected") + statuses.count("failed"),
         "good": sum(report.verdict == GOOD for report in reports),
+        "clocks": clock_rows(reports),
         "left_out": left_out(reports),
         "reports": [report.to_dict() for report in reports],
     }
@@ -74,7 +81,7 @@ def make_jobs(settings: Settings) -> list[EpisodeJob]:
 
 
 def raw_state(jobs: Sequence[EpisodeJob]) -> dict[str, str]:
-    """Episode key -> fingerprint of its raw files and the settings: what its data.pkl carries if it is up to date."""
+    """Episode key -> fingerprint of its raw files and the settings: `inputs` in its data.pkl if it is up to date."""
 
     def state(job: EpisodeJob) -> str:
         try:
@@ -87,25 +94,74 @@ def raw_state(jobs: Sequence[EpisodeJob]) -> dict[str, str]:
 
 
 def run_jobs(jobs: Sequence[EpisodeJob], workers: int = 0, show: bool = True) -> list[Report]:
-    """Prepare all episodes on `workers` processes (0: one per core), each for itself; reports in the order of the jobs.
+    """Prepare all episodes on `workers` processes (0: one per core); reports in the order of the jobs.
 
-    One broken episode never stops the others. Raises UserError where the folders cannot be written or the disk is full.
+    First the motion of each is asked for its clocks, which a session pools; then each is prepared for itself: one
+    broken episode never stops the others. Raises UserError where the folders cannot be written or the disk is full.
     """
     workers = min(workers or len(os.sched_getaffinity(0)), len(jobs))
-    results: Generator[tuple[EpisodeJob, Any], None, None] = ((job, run_job(job)) for job in jobs)
-    if workers > 1:
-        results = pool.run_jobs(run_job, jobs, workers)
+    asked: dict[str, EpisodeJob] = {}
+    for job, found in _each(ask_job, jobs, workers, "comparing clocks", show):
+        asked[job.key] = job if isinstance(found, BaseException) else found
+    jobs = with_clocks([asked[job.key] for job in jobs])
     label = "inspecting" if jobs and jobs[0].settings.report_only else "preparing"
     reports: dict[str, Report] = {}
-    # closed also where this raises: then the workers end at once
+    for job, result in _each(run_job, jobs, workers, label, show):
+        if isinstance(result, UserError):
+            raise result
+        reports[job.key] = job.failed("failed", str(result)) if isinstance(result, BaseException) else result
+    return [reports[job.key] for job in jobs]
+
+
+def _each(
+    work: Callable[[EpisodeJob], Any], jobs: Sequence[EpisodeJob], workers: int, label: str, show: bool
+) -> Generator[tuple[EpisodeJob, Any], None, None]:
+    results: Generator[tuple[EpisodeJob, Any], None, None] = ((job, work(job)) for job in jobs)
+    if workers > 1:
+        results = pool.run_jobs(work, jobs, workers)
+    # closed also where a caller raises: then the workers end at once
     with contextlib.closing(results), Progress(len(jobs), label, "episodes", show=show) as progress:
         for job, result in results:
-            if isinstance(result, UserError):
-                raise result
-            report = job.failed("failed", str(result)) if isinstance(result, BaseException) else result
-            reports[job.key] = report
-            progress.update(1, f"{job.key}: {report.status}")
-    return [reports[job.key] for job in jobs]
+            yield job, result
+            progress.update(1, f"{job.key}: {getattr(result, 'status', 'done')}")
+
+
+def with_clocks(jobs: Sequence[EpisodeJob]) -> list[EpisodeJob]:
+    """The jobs with the clocks that the evidence of their sessions gives; without evidence, times stand as recorded."""
+    known = [job for job in jobs if job.evidence is not None]
+    starts_s = [job.evidence.start_s for job in known if job.evidence is not None]
+    clocks: dict[str, Clocks] = {}
+    for numbers in sessions([job.files.dataset for job in known], starts_s):
+        members = [known[number] for number in numbers]
+        told = [job.evidence for job in members if job.evidence is not None]
+        pooled = session_clocks(members[0].files.dataset, told, members[0].settings.sensor_clock_offset_ms)
+        clocks |= {job.key: one for job, one in zip(members, pooled, strict=True)}
+    return [replace(job, clocks=clocks.get(job.key, job.clocks)) for job in jobs]
+
+
+def clock_rows(reports: Sequence[Report]) -> list[dict[str, Any]]:
+    """One row a session, stream and offset: what was taken off, what the motion says (ms), how, for how many episodes."""
+    rows: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for row in (row for report in reports for row in report.clocks):
+        known = rows.setdefault(tuple(row.values()), row | {"episodes": 0})
+        known["episodes"] += 1
+    return list(rows.values())
+
+
+def ask_job(job: EpisodeJob) -> EpisodeJob:
+    """The job with its `inputs` and what its motion says of its clocks, from data.pkl where that is up to date.
+
+    As it was where the episode cannot be read: `run_job` reports that.
+    """
+    try:
+        listing = list_pictures(job.files.path)
+        inputs = job.fingerprint(listing)
+        before = known_content(job.out)
+        if before and before["metadata"].get("inputs") == inputs:
+            return replace(job, inputs=inputs, evidence=Evidence.of(before["metadata"]["evidence"]))
+        return replace(job, inputs=inputs, evidence=evidence(Episode.open(job.files, listing=listing)))
+    except Exception:  # whatever is wrong with the episode
+        return job
 
 
 def run_job(job: EpisodeJob) -> Report:
@@ -139,10 +195,24 @@ def left_out(reports: Sequence[Report]) -> list[str]:
 def _print(reports: Sequence[Report], results: dict[str, Any]) -> None:
     for row in verdict_table(report.summary for report in reports).to_dict("records"):
         print(f"{row['verdict']:<24} {row['episode']}  {row['valid']}/{row['steps']} steps  {row['reasons']}")
+    print(*_clock_lines(results["clocks"]), sep="\n")
     counts = f"{results['written']} written, {results['unchanged']} unchanged, {results['rejected']} rejected"
     print(f"{results['episodes']} episodes: {counts}; {results['good']} good")
     if results["left_out"]:
         print("Left out:", *results["left_out"], sep="\n  ")
+
+
+def _clock_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """What was taken off, session by session, and in how many the times stand as recorded."""
+    lines = []
+    for stream, how in itertools.product(("sensor", "cameras"), (FOUND, GIVEN, CONFIRMED, UNKNOWN)):
+        of = [row for row in rows if (row["stream"], row["how"]) == (stream, how)]
+        shown = [f"{row['taken_off_ms']:+g} ms in {row['session']}" for row in of if row["taken_off_ms"]]
+        more = f", and {len(shown) - 5} more" if len(shown) > 5 else ""
+        told = ": " + ", ".join(shown[:5]) + more if shown else "; times stand as recorded"
+        if of:
+            lines.append(f"Clock of the {stream} against the robot's: {how} in {len(of)} session(s){told}")
+    return lines
 
 
 if __name__ == "__main__":

@@ -51,6 +51,26 @@ def samples(count: int, first: int = 0) -> np.ndarray:
     return number[:, None] + (np.arange(1026, dtype=np.float32) * 0.25)[None, :]
 
 
+def layered(way_mm: np.ndarray) -> np.ndarray:
+    """(n, 1025) A-scans of five surfaces 1.9 mm apart, 8 um a bin, that come nearer by what the tip moved (n,)."""
+    depth_mm = 0.008 * np.arange(1025)
+    first_mm = np.mod(3.1 - way_mm, 1.9)[:, None]
+    scans = np.full((len(way_mm), 1025), 12.0)
+    for number in range(5):
+        scans += (50 - 8 * number) / (1 + ((depth_mm - first_mm - 1.9 * number) / 0.05) ** 2)
+    return scans + np.random.default_rng(5).normal(0, 1.5, scans.shape)
+
+
+def seen(pose: np.ndarray, view: int) -> bytes:
+    """A picture of stripes that move as the tip does."""
+    y, x = np.mgrid[0:36, 0:64]
+    across, along = x / 9 + 0.4 * pose[0] + 0.1 * pose[2] * view, y / 7 + 0.4 * pose[1] - 0.3 * pose[2]
+    grey = 128 + 60 * np.sin(across) + 50 * np.cos(along)
+    stream = BytesIO()
+    Image.fromarray(grey.clip(0, 255).astype(np.uint8)).convert("RGB").save(stream, "JPEG", quality=90)
+    return stream.getvalue()
+
+
 @dataclass(frozen=True)
 class Raw:
     """What to record. Times in seconds since the start."""
@@ -68,6 +88,9 @@ class Raw:
     sensor: bool = True
     sensor_times: np.ndarray | None = None
     sensor_ahead: float = 0.0
+    tissue: bool = False  # A-scans show layers that move with the tip; else every channel tells the sample's number
+    scenery: bool = False  # pictures show stripes that move with the tip
+    cameras_ahead: float = 0.0
     stride: int = 130
     compressed: bool = False
     keys: tuple[str, str, str] = ("timestamps", "forces", "alines")
@@ -132,9 +155,10 @@ class Raw:
         for view in self.views:
             for t in self.picture_times(view):
                 for side in ("left", "right") if self.right and view < 5 else ("left",):
-                    file = path / self._picture_name(view, side, self.start + t)
+                    file = path / self._picture_name(view, side, self.start + t + self.cameras_ahead)
                     file.parent.mkdir(parents=True, exist_ok=True)
-                    file.write_bytes(jpeg(round(t * 100) % 251))
+                    picture = seen(self.pose(t), view) if self.scenery else jpeg(round(t * 100) % 251)
+                    file.write_bytes(picture)
 
     def _picture_name(self, view: int, side: str, at: float) -> str:
         serial = SERIALS.get(view)
@@ -148,14 +172,24 @@ class Raw:
         between = "" if self.flat else f"{side}/"
         return f"{'view' if low else 'View'}{view}/{between}zed_{serial}_{side}_{at:.3f}.jpg"
 
+    def way(self, t: np.ndarray) -> np.ndarray:
+        """(n,) mm that the tip has moved along its tool's z axis at seconds t; it rests before the start."""
+        fine = np.arange(0, max(t[-1], 0.01) + 0.002, 0.001)
+        pose = self.pose(fine)
+        axis = Rotation.from_euler("XYZ", pose[:, 3:], degrees=True).apply([0.0, 0.0, 1.0])
+        steps = (np.diff(pose[:, :3], axis=0) * axis[:-1]).sum(axis=1)
+        return np.interp(t, fine, np.concatenate([[0.0], np.cumsum(steps)]))
+
     def _sensor(self, path: Path) -> None:
-        t = (
-            self.sensor_times
-            if self.sensor_times is not None
-            else np.arange(int((self.seconds + self.tail) * SENSOR_HZ)) / SENSOR_HZ
-        )
+        # the recorder of F2 fills its first window before it begins: that window ends at the first robot row
+        before = 649 if self.layout == "F2" and self.sensor_times is None else 0
+        t = self.sensor_times
+        if t is None:
+            t = np.arange(-before, int((self.seconds + self.tail) * SENSOR_HZ)) / SENSOR_HZ
         at = self.start + t + self.sensor_ahead
-        values = samples(len(t))
+        values = samples(len(t), -before)
+        if self.tissue:
+            values[:, 1:] = layered(self.way(t))
         save: Any = np.savez_compressed if self.compressed else np.savez
         if self.layout == "F2":
             ends = np.arange(650, len(t) + 1, self.stride)

@@ -1,102 +1,164 @@
-"""The sensor clock's offset against the robot's, and the evidence for it. Seconds.
+"""The offsets of the sensor's clock and of the cameras' against the robot's: what was found, and what is taken off.
 
-A positive offset means that the sensor's clock was ahead; it is taken off the sensor's times. It was never recorded, so
-  1. the user's figure is used where one is given;
-  2. otherwise, where the robot log holds the measured force (F2), the offset that lines both force traces up;
-  3. otherwise sensor and robot begin together: a start difference beyond normal staggering is taken for the offset;
-  4. otherwise 0 is assumed, and said to be assumed.
+A positive offset means that a stream's clock is ahead of the robot's. It was never recorded, so
+  1. the user's figure is used where one is given (sensor only);
+  2. otherwise what the motion tells (see `motion`), pooled over a session, where it tells it to 20 ms or better;
+  3. otherwise times stand as recorded, and the report says so.
+Where a stream begins never shifts anything: that depends on how the recorder begins. It raises a finding.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
 
-from vla_lib.episodes.pictures import Pictures
-from vla_lib.episodes.robot_log import RobotLog
-from vla_lib.episodes.sensor_log import SensorLog
+CLEAR_S = 0.02
+CLEAR_CORRELATION = 0.7
+CLEAR_LIKELIHOOD = 8.0
+"""By this much must the logarithm of the best lag's likelihood lie above that of any lag further than 0.3 s away."""
+SMALLEST_S = 0.005
+"""Smaller offsets are left alone, and larger ones are rounded to it: a session that grows keeps its shift."""
+ONE_CLOCK_S = 0.04  # estimates of a session that differ by more are not of one clock
+SESSION_GAP_S = 4 * 3600.0
+GIVEN, FOUND, CONFIRMED, UNKNOWN = "given", "found from motion", "confirmed by motion", "unknown"
 
-Array = np.ndarray[Any, Any]
 
-STAGGER_S = 0.5  # streams of one recording may begin this far apart without any clock being wrong
-START_UNCERTAINTY_S = 0.2
-FORCE_SEARCH_S = 3.0
-FORCE_STEP_S = 0.005
-CLEAR_CORRELATION = 0.8
+@dataclass(frozen=True)
+class Estimate:
+    """What the motion of one episode says of a clock."""
+
+    offset_s: float
+    uncertainty_s: float  # one standard deviation
+    correlation: float  # of both curves at the offset
+    likelihood: float  # logarithm of the likelihood ratio between the best lag and the best one elsewhere
+
+    @property
+    def clear(self) -> bool:
+        """Whether the evidence is good enough to shift a clock by it."""
+        sure = self.uncertainty_s < CLEAR_S and self.likelihood >= CLEAR_LIKELIHOOD
+        return sure and abs(self.correlation) >= CLEAR_CORRELATION
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What one episode's motion says of its clocks; None where it says nothing."""
+
+    start_s: float  # first robot row
+    sensor: Estimate | None
+    cameras: Estimate | None
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def of(cls, values: dict[str, Any]) -> "Evidence":
+        """From what `to_dict` gave."""
+        found = {name: Estimate(**values[name]) if values[name] else None for name in ("sensor", "cameras")}
+        return cls(values["start_s"], **found)
 
 
 @dataclass(frozen=True)
 class ClockOffset:
-    """The offset that is used, and the evidence."""
+    """How far a stream's clock is ahead of the robot's: what is taken off its times, and why."""
 
-    offset_s: float
-    how: str  # `given`, `estimated from forces`, `estimated from starts`, `assumed` or `no sensor`
-    start_difference_s: float | None  # first sensor sample minus first robot row, before any correction
-    camera_start_difference_s: float | None  # earliest picture minus first robot row
-    uncertainty_s: float | None
-    correlation: float | None = None  # of the two force traces at the best offset, where both were recorded
+    offset_s: float = 0.0  # taken off
+    how: str = UNKNOWN  # `given`, `found from motion`, `confirmed by motion` or `unknown`
+    estimate_s: float | None = None  # what the motion says, with
+    uncertainty_s: float | None = None  # one standard deviation
+    episodes: int = 0  # whose motion told it
 
     def sentence(self) -> str:
-        """What was used and why, in words."""
-        if self.start_difference_s is None:
-            return "no sensor stream, so no offset is needed"
-        spread = f" (+-{self.uncertainty_s * 1e3:.0f} ms)" if self.uncertainty_s else ""
-        start = f"sensor begins {self.start_difference_s * 1e3:+.0f} ms from the robot"
-        return f"{self.offset_s * 1e3:+.0f} ms{spread}, {self.how}; {start}"
+        """What was taken off and why, in words."""
+        if self.estimate_s is None or self.uncertainty_s is None:
+            why = "given" if self.how == GIVEN else "unknown (no motion tells it); its times stand as recorded"
+            return f"{self.offset_s * 1e3:+.0f} ms, {why}"
+        told = f"{self.estimate_s * 1e3:+.0f} +- {max(self.uncertainty_s * 1e3, 1):.0f} ms"
+        return f"{self.offset_s * 1e3:+.0f} ms, {self.how} ({told}, {self.episodes} episode(s))"
 
 
-def sensor_clock_offset(
-    robot: RobotLog, sensor: SensorLog | None, pictures: dict[str, Pictures], given_ms: float | None = None
-) -> ClockOffset:
-    """Decide the offset of the sensor's clock. See the module's first lines for the order of evidence."""
-    robot_start = float(robot.t_s[0])
-    cameras = min((float(p.t_s[0]) - robot_start for p in pictures.values()), default=None)
-    if sensor is None:
-        return ClockOffset(0.0, "no sensor", None, cameras, None)
-    start = float(sensor.t_s[0]) - robot_start
+@dataclass(frozen=True)
+class Clocks:
+    """The clocks of one episode, and the session that they were pooled over."""
+
+    sensor: ClockOffset = ClockOffset()
+    cameras: ClockOffset = ClockOffset()
+    session: str = ""
+
+    def shifts(self) -> list[float]:
+        """What is taken off the sensor's times and the cameras', in ms: all of this that changes data.pkl."""
+        return [round(self.sensor.offset_s * 1e3, 3), round(self.cameras.offset_s * 1e3, 3)]
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Two rows (sensor, cameras) of the table of sessions; milliseconds."""
+        found = []
+        for stream, clock in (("sensor", self.sensor), ("cameras", self.cameras)):
+            told = [
+                None if value is None else round(value * 1e3, 1) for value in (clock.estimate_s, clock.uncertainty_s)
+            ]
+            shift_ms = round(clock.offset_s * 1e3, 1)
+            row = {"session": self.session, "stream": stream, "taken_off_ms": shift_ms, "how": clock.how}
+            found.append(row | {"offset_ms": told[0], "uncertainty_ms": told[1], "told_by": clock.episodes})
+        return found
+
+    @classmethod
+    def of(cls, values: dict[str, Any]) -> "Clocks":
+        """From what `asdict` gave."""
+        return cls(ClockOffset(**values["sensor"]), ClockOffset(**values["cameras"]), values["session"])
+
+
+def given(offset_ms: float) -> ClockOffset:
+    """The user's own figure."""
+    return ClockOffset(offset_ms / 1e3, GIVEN)
+
+
+def sessions(datasets: Sequence[str], starts_s: Sequence[float]) -> list[list[int]]:
+    """Numbers of the episodes of each session: a dataset's episodes that begin within four hours of one another."""
+    order = sorted(range(len(starts_s)), key=lambda number: (datasets[number], starts_s[number]))
+    found: list[list[int]] = []
+    for number in order:
+        last = found[-1][-1] if found else None
+        near = last is not None and starts_s[number] - starts_s[last] < SESSION_GAP_S
+        if last is not None and near and datasets[last] == datasets[number]:
+            found[-1].append(number)
+        else:
+            found.append([number])
+    return found
+
+
+def session_clocks(dataset: str, evidence: Sequence[Evidence], given_ms: float | None = None) -> list[Clocks]:
+    """The clocks of each episode of one session."""
+    name = f"{dataset} {datetime.fromtimestamp(min(one.start_s for one in evidence), UTC):%Y-%m-%d %H:%M}"
+    sensor = _pooled([one.sensor for one in evidence])
     if given_ms is not None:
-        return ClockOffset(given_ms / 1e3, "given", start, cameras, None)
-    by_force = force_offset(robot, sensor, search_center_s(start))
-    if by_force is not None and by_force[1] >= CLEAR_CORRELATION:
-        return ClockOffset(by_force[0], "estimated from forces", start, cameras, FORCE_STEP_S * 2, by_force[1])
-    if abs(start) > STAGGER_S:
-        return ClockOffset(start, "estimated from starts", start, cameras, START_UNCERTAINTY_S)
-    return ClockOffset(0.0, "assumed", start, cameras, START_UNCERTAINTY_S)
+        sensor = [given(given_ms)] * len(evidence)
+    cameras = _pooled([one.cameras for one in evidence])
+    return [Clocks(*pair, name) for pair in zip(sensor, cameras, strict=True)]
 
 
-def search_center_s(start_difference_s: float) -> float:
-    """Where an offset is looked for: around the starts' difference where it is more than normal staggering."""
-    return start_difference_s if abs(start_difference_s) > STAGGER_S else 0.0
+def _pooled(estimates: Sequence[Estimate | None]) -> list[ClockOffset]:
+    """The offset of each episode: the weighted mean of all clear estimates that are near their median.
+
+    An episode that clearly says otherwise (a host's clock was set in the middle of a session) keeps its own.
+    """
+    clear = [one for one in estimates if one is not None and one.clear]
+    if not clear:
+        return [ClockOffset()] * len(estimates)
+    middle = float(np.median([one.offset_s for one in clear]))
+    near = [one for one in clear if abs(one.offset_s - middle) <= ONE_CLOCK_S]
+    shared = _decided(near) if near else ClockOffset()
+    alone = {one: _decided([one]) for one in clear if one not in near}
+    return [alone.get(one, shared) if one is not None else shared for one in estimates]
 
 
-def force_curve(robot: RobotLog, sensor: SensorLog, around_s: float) -> tuple[Array, Array] | None:
-    """Offsets (M,) in seconds and both force traces' correlation (M,) at each; None where the log has no force."""
-    if robot.force is None or len(sensor) < 100 or float(np.nanstd(sensor.force)) == 0:
-        return None
-    at = np.arange(robot.t_s[0], robot.t_s[-1], FORCE_STEP_S)
-    logged = np.interp(at, robot.t_s, np.nan_to_num(robot.force))
-    offsets = around_s + np.arange(-FORCE_SEARCH_S, FORCE_SEARCH_S + FORCE_STEP_S / 2, FORCE_STEP_S)
-    axis = np.arange(float(at[0] + offsets[0]), at[-1] + offsets[-1] + FORCE_STEP_S, FORCE_STEP_S)
-    measured = np.interp(axis, sensor.t_s, np.nan_to_num(sensor.force.astype(float)))
-    inside = (axis >= sensor.t_s[0]) & (axis <= sensor.t_s[-1])
-    marks = np.full(len(offsets), -1.0)
-    for number in range(len(offsets)):  # both traces lie on one axis: an offset is a shift by whole steps
-        part = slice(number, number + len(at))
-        there = inside[part]
-        a, b = logged[there], measured[part][there]
-        if there.mean() >= 0.5 and a.std() > 0 and b.std() > 0:
-            marks[number] = float(np.corrcoef(a, b)[0, 1])
-    return offsets, marks
-
-
-def force_offset(robot: RobotLog, sensor: SensorLog, around_s: float) -> tuple[float, float] | None:
-    """(offset in seconds, correlation) that lines up the force in robot log and sensor; None where nothing tells it."""
-    curve = force_curve(robot, sensor, around_s)
-    if curve is None:
-        return None
-    offsets, marks = curve
-    best = int(np.argmax(marks))
-    wide = np.abs(offsets - offsets[best]) > 0.5
-    if wide.any() and marks[best] - marks[wide].max() < 0.05:  # a flat curve points nowhere
-        return None
-    return float(offsets[best]), float(marks[best])
+def _decided(clear: Sequence[Estimate]) -> ClockOffset:
+    offsets = np.array([one.offset_s for one in clear])
+    weights = np.array([1 / max(one.uncertainty_s, 0.001) ** 2 for one in clear])
+    mean = float(np.average(offsets, weights=weights))
+    spread = float(np.average((offsets - mean) ** 2, weights=weights)) ** 0.5  # where the episodes disagree
+    uncertainty_s = max(float(weights.sum()) ** -0.5, spread / len(clear) ** 0.5)
+    if abs(mean) < max(SMALLEST_S, uncertainty_s):
+        return ClockOffset(0.0, CONFIRMED, mean, uncertainty_s, len(clear))
+    shift = round(mean / SMALLEST_S) * SMALLEST_S
+    return ClockOffset(shift, FOUND, mean, uncertainty_s, len(clear))

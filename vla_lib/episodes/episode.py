@@ -1,6 +1,6 @@
 """One raw episode of any layout, opened: its streams, times, units and findings, and what each stream held when.
 
-All times are UNIX seconds of the robot's clock; the sensor's are corrected by the clock offset that is used and named.
+All times are UNIX seconds of the robot's clock; the sensor's and the pictures' are corrected by the offsets given.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from vla_lib.core.errors import UserError
-from vla_lib.episodes.clocks import ClockOffset, sensor_clock_offset
+from vla_lib.episodes.clocks import ClockOffset, Clocks
 from vla_lib.episodes.findings import Findings
 from vla_lib.episodes.layouts import EXPECTED_VIEWS, EpisodeFiles, read_layout
 from vla_lib.episodes.pictures import Listing, Pictures, read_pictures
@@ -20,6 +20,8 @@ from vla_lib.episodes.sensor_log import SensorLog, read_sensor_log
 from vla_lib.episodes.timeline import newest_at_or_before
 
 Array = np.ndarray[Any, Any]
+
+AS_RECORDED = Clocks()
 
 
 @dataclass
@@ -30,19 +32,21 @@ class Episode:
     robot: RobotLog
     sensor: SensorLog | None
     pictures: dict[str, Pictures]  # view key -> pictures, sorted by key
-    sensor_clock: ClockOffset
+    clocks: Clocks  # what was taken off the sensor's times and the pictures'
     findings: Findings
 
     @classmethod
     def open(
         cls,
         where: EpisodeFiles | str | Path,
-        sensor_clock_offset_ms: float | None = None,
+        clocks: Clocks = AS_RECORDED,
         views: Sequence[str] = (),
         full_picture_check: bool = False,
         listing: Listing | None = None,
     ) -> "Episode":
-        """Open a raw episode. `views` limits the view keys; empty: all. `listing`: its pictures, where already listed.
+        """Open a raw episode, its times corrected by `clocks`. `views` limits the view keys; empty: all.
+
+        listing: its pictures, where already listed.
 
         Raises UserError where there is no usable robot log: without it nothing can be placed.
         """
@@ -59,10 +63,11 @@ class Episode:
             if view not in pictures:
                 findings.exclude(view, "the view has no pictures", left_out=True)
         pictures = {view: pictures[view] for view in sorted(pictures) if not views or view in views}
+        for one in pictures.values():
+            one.t_s = one.t_s - clocks.cameras.offset_s
         sensor = read_sensor_log(files.sensor_files, findings)
-        clock = sensor_clock_offset(robot, sensor, pictures, sensor_clock_offset_ms)
         if sensor is not None:
-            sensor.shift(clock.offset_s)
+            sensor.shift(clocks.sensor.offset_s)
             if sensor.t_s[-1] < robot.t_s[0] or sensor.t_s[0] > robot.t_s[-1]:
                 away = f"it starts {sensor.t_s[0] - robot.t_s[0]:+.1f} s from it"
                 text = f"the sensor's time does not overlap the robot's ({away}) and is not used"
@@ -70,7 +75,7 @@ class Episode:
                 sensor = None
         if files.layout != "F0" and not files.sensor_files:
             findings.exclude("sensor", "there is no sensor file", left_out=True)
-        return cls(files, robot, sensor, pictures, clock, findings)
+        return cls(files, robot, sensor, pictures, clocks, findings)
 
     @property
     def path(self) -> Path:
@@ -83,6 +88,26 @@ class Episode:
     @property
     def layout(self) -> str:
         return self.files.layout
+
+    @property
+    def sensor_clock(self) -> ClockOffset:
+        return self.clocks.sensor
+
+    @property
+    def camera_clock(self) -> ClockOffset:
+        return self.clocks.cameras
+
+    @property
+    def sensor_start_s(self) -> float | None:
+        """When the sensor's recording begins, seconds after the first robot row; None without a sensor."""
+        begins = self.sensor.begins_s if self.sensor is not None else ()
+        return min((begin_s - self.start_s for begin_s in begins), key=abs, default=None)
+
+    @property
+    def cameras_start_s(self) -> float | None:
+        """The median of the views' first pictures, seconds after the first robot row; None without pictures."""
+        firsts = [float(pictures.t_s[0]) - self.start_s for pictures in self.pictures.values()]
+        return float(np.median(firsts)) if firsts else None
 
     @property
     def start_s(self) -> float:

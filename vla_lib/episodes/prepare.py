@@ -8,7 +8,7 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,6 +20,7 @@ from pydantic import Field
 from vla_lib.core.errors import UserError
 from vla_lib.core.files import atomic_path
 from vla_lib.core.settings import Settings, settings
+from vla_lib.episodes.clocks import Clocks, Evidence
 from vla_lib.episodes.data_pkl import DATA_NAME, SCHEMA, SENSOR_NAME, check_content, read_checked, write_pickle
 from vla_lib.episodes.episode import Episode
 from vla_lib.episodes.findings import FATAL, NOTE, REJECTED, Finding, Findings
@@ -33,9 +34,10 @@ from vla_lib.episodes.steps import Steps, build_steps, image_index, sensor_index
 Array = np.ndarray[Any, Any]
 
 LOCK_NAME = ".data.pkl.lock"
-CODE_VERSION = 1  # raised whenever the same inputs and settings give other values: part of the fingerprint
+CODE_VERSION = 2  # raised whenever the same inputs and settings give other values: part of the fingerprint
 DIFFER = "differ between the windows that share them; the first window's stand"
 NO_NUMBERS = "hold values that are no numbers"
+UNKEPT = ("key", "status", "clocks")  # of a report, in data.pkl
 """Ends of the two findings that only reading every sample can make."""
 
 
@@ -51,7 +53,7 @@ class PreprocessSettings(Settings):
     rotation: Annotated[str, Field(pattern="^(rotvec|euler)$")] = "rotvec"
     """rotvec: rotation vector in the base frame, degrees. euler: wrap-corrected Euler differences, only to compare."""
     sensor_clock_offset_ms: Annotated[float, Ge(-1e12), Le(1e12)] | None = None
-    """How far the sensor's clock is ahead of the robot's, in ms. Default: estimated where the data allow, else 0."""
+    """How far the sensor's clock is ahead of the robot's, in ms. Default: found from motion where it is clear, else 0."""
     views: tuple[str, ...] = ()  # View keys to keep, such as View1_left View5; default: all
     sensor_window_size: Annotated[int, Ge(1)] = 65  # Samples of a full sensor window; steps without one are counted
     overwrite: bool = False  # Prepare unchanged episodes again too
@@ -84,14 +86,17 @@ class EpisodeJob:
     out: Path
     instruction: str
     settings: PreprocessSettings
+    inputs: str = ""
+    """`fingerprint` of the raw files and settings, where it was taken already."""
+    evidence: Evidence | None = None  # for its clocks
+    clocks: Clocks = Clocks()
 
     def open(self, listing: Listing | None = None) -> Episode:
         """The opened episode. Raises UserError where it has no usable robot log."""
-        chosen = self.settings
-        return Episode.open(self.files, chosen.sensor_clock_offset_ms, chosen.views, chosen.check_pictures, listing)
+        return Episode.open(self.files, self.clocks, self.settings.views, self.settings.check_pictures, listing)
 
     def fingerprint(self, listing: Listing | None = None) -> str:
-        """32 hex digits that change when anything that data.pkl depends on does: what a data.pkl of this job carries.
+        """32 hex digits that change when the raw files or the settings do; what the session adds is not in them.
 
         Robot logs count by content, sensor files by the checksums that their directory holds, pictures by name and
         size: copying a dataset elsewhere changes nothing, and no large file has to be read. Raises OSError.
@@ -144,6 +149,7 @@ class Report:
     left_out: list[str]
     summary: dict[str, Any]  # the row of the table of all episodes
     rates: list[dict[str, Any]]  # one measured row per stream
+    clocks: list[dict[str, Any]] = field(default_factory=list)  # its session's rows: see `Clocks.rows`
 
     def to_dict(self) -> dict[str, Any]:
         return dict(vars(self))
@@ -156,20 +162,23 @@ def prepare_episode(job: EpisodeJob) -> Report:
     """
     try:
         if job.settings.report_only:
-            return _Study(job, job.open(), "reported").report
-        with folder_lock(job.out):
-            return _prepare(job)
+            report = _Study(job, job.open(), "reported").report
+        else:
+            with folder_lock(job.out):
+                report = _prepare(job)
     except UserError as error:
         return job.failed("rejected", str(error))
+    return replace(report, clocks=job.clocks.rows() if job.evidence else [])
 
 
 def _prepare(job: EpisodeJob) -> Report:
     for name in (DATA_NAME, SENSOR_NAME):
         for left in job.out.glob(f".{name}.*.partial"):  # what a killed run left unfinished
             left.unlink(missing_ok=True)
-    listing = list_pictures(job.files.path)
-    fingerprint = job.fingerprint(listing)
-    before = None if job.settings.overwrite else _readable(job.out)
+    listing = None if job.inputs else list_pictures(job.files.path)
+    job = replace(job, inputs=job.inputs or job.fingerprint(listing))
+    fingerprint = hashlib.sha256(f"{job.inputs} {job.clocks.shifts()}".encode()).hexdigest()[:32]
+    before = None if job.settings.overwrite else known_content(job.out)
     now = {"fingerprint": fingerprint, "sensor_window_size": job.settings.sensor_window_size}
     if before and now.items() <= before["metadata"].items() and _sensor_whole(job.out, before):
         known = before["metadata"]["report"]
@@ -181,7 +190,8 @@ def _prepare(job: EpisodeJob) -> Report:
         raise
 
 
-def _readable(out: Path) -> dict[str, Any] | None:
+def known_content(out: Path) -> dict[str, Any] | None:
+    """What the folder's data.pkl holds; None where there is none that can be trusted."""
     try:
         return read_checked(out / DATA_NAME)
     except UserError:
@@ -300,7 +310,7 @@ def _write_sensor(path: Path, sensor: SensorLog, findings: Findings) -> Array:
 
 def _content(study: _Study, fingerprint: str, force: Array | None) -> dict[str, Any]:
     job, episode, steps, rates, report = study.job, study.episode, study.steps, study.rates, study.report
-    sensor, clock, pictures = episode.sensor, episode.sensor_clock, episode.pictures
+    sensor, pictures = episode.sensor, episode.pictures
     metadata = {
         "episode_name": episode.name,
         "dataset": episode.files.dataset,
@@ -319,9 +329,12 @@ def _content(study: _Study, fingerprint: str, force: Array | None) -> dict[str, 
         "sensor_times_reconstructed": sensor is not None and sensor.reconstructed,
         "camera_hz": {view: rates[view].hz for view in pictures},
         "clock_offsets": {
-            "sensor": asdict(clock) | {"sentence": clock.sentence()},
+            **asdict(episode.clocks),
+            "sentences": [episode.sensor_clock.sentence(), episode.camera_clock.sentence()],
             "robot_receive_lag_s": episode.robot.clock_lag_s,
         },
+        "evidence": job.evidence.to_dict() if job.evidence else None,
+        "inputs": job.inputs if job.evidence else "",
         "gaps": {stream: [list(span) for span in spans] for stream, spans in steps.gaps.items()},
         "sensor_bytes_findings": any(finding.text.endswith((DIFFER, NO_NUMBERS)) for finding in study.findings),
         "verdict": report.verdict,
@@ -329,7 +342,7 @@ def _content(study: _Study, fingerprint: str, force: Array | None) -> dict[str, 
         "schema_version": SCHEMA,
         "fingerprint": fingerprint,
         "sensor_window_size": job.settings.sensor_window_size,
-        "report": {name: value for name, value in vars(report).items() if name not in ("key", "status")},
+        "report": {name: value for name, value in vars(report).items() if name not in UNKEPT},
         "num_full_windows": report.summary["full_windows"],
         "sensor_signature": job.sensor_signature(),
     }

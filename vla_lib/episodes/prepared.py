@@ -13,6 +13,7 @@ import pandas as pd
 from scipy.spatial.transform import Rotation, Slerp
 
 from vla_lib.core.errors import UserError
+from vla_lib.episodes.clocks import Clocks
 from vla_lib.episodes.data_pkl import DATA_NAME, read_checked
 from vla_lib.episodes.episode import Episode
 from vla_lib.episodes.layouts import CHANNELS, MAX_DEPTH, SKIPPED_FOLDERS
@@ -82,6 +83,12 @@ class PreparedEpisode:
         self.has_sensor: bool = content["sensor_data"] is not None
         self._length = len(content["action"])
         self._full: dict[int, Array] = {}
+
+    @property
+    def clocks(self) -> Clocks:
+        """What was taken off the sensor's times and the pictures': `Episode.open` needs it to show the same times."""
+        known = self.metadata["clock_offsets"]
+        return Clocks.of(known) if "cameras" in known else Clocks()
 
     def _read(self) -> dict[str, Any]:
         path = self.path / DATA_NAME
@@ -206,6 +213,14 @@ def load_prepared(path: str | Path) -> PreparedEpisode:
     """Open one prepared episode folder (or its data.pkl). Raises UserError where it cannot be trusted."""
     path = Path(path)
     return PreparedEpisode(path.parent if path.name == DATA_NAME else path)
+
+
+def known_clocks(folder: Path) -> Clocks:
+    """The clocks that a folder's data.pkl was made with; times as recorded where there is none that can be read."""
+    try:
+        return load_prepared(folder).clocks
+    except UserError:
+        return Clocks()
 
 
 def recheck(prepared: PreparedEpisode, episode: Episode, count: int = 20, seed: int = 0) -> pd.DataFrame:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from vla_lib.episodes.clocks import FOUND, UNKNOWN, ClockOffset
 from vla_lib.episodes.episode import Episode
 from vla_lib.episodes.findings import GOOD, REJECTED, USABLE, Finding, Findings
 from vla_lib.episodes.robot_log import RobotLog
@@ -23,6 +24,7 @@ FAR_START_S = 2.0
 EXPECTED_SENSOR_HZ = (600.0, 700.0)
 OLD_POSE_PART = 0.9
 CLOCK_OFF_S = 0.02
+STAGGER_S = 0.5  # streams of one recording may begin this far apart without any clock being wrong
 
 
 @dataclass(frozen=True)
@@ -103,11 +105,12 @@ def measure(episode: Episode, gaps: Mapping[str, list[Span]] | None = None) -> R
     if sensor is not None:
         clean = sensor.cleaned
         clock = episode.sensor_clock.how
-        clock += ", sample times rebuilt from window times" if sensor.reconstructed else ""
+        clock += "; sample times are rebuilt from window times" if sensor.reconstructed else ""
         offset_s = sensor.clock_offset_s
         rows.append(row("sensor", sensor.t_s, clean.repeats, clock, clean.backward_steps, offset=offset_s))
     for view, pictures in episode.pictures.items():
-        rows.append(row(view, pictures.t_s, int((np.diff(pictures.t_s) == 0).sum()), "assumed equal"))
+        cameras, repeats = episode.camera_clock, int((np.diff(pictures.t_s) == 0).sum())
+        rows.append(row(view, pictures.t_s, repeats, cameras.how, offset=cameras.offset_s))
     return {row.stream: row for row in rows}
 
 
@@ -154,20 +157,30 @@ def _judge_robot(episode: Episode, steps: Steps, robot: StreamRate, findings: Fi
 
 
 def _judge_sensor(episode: Episode, sensor: StreamRate, findings: Findings) -> None:
-    clock = episode.sensor_clock
-    estimated = clock.how.startswith("estimated")
-    if estimated and abs(clock.offset_s) > CLOCK_OFF_S:
-        findings.exclude("sensor", f"its clock is off: {clock.sentence()}")
+    _judge_clock("sensor", episode.sensor_clock, episode.sensor_start_s, 0.0, findings)
     _gaps(sensor, episode, findings)
     low, high = EXPECTED_SENSOR_HZ
     if not low <= sensor.hz <= high:
         findings.exclude("sensor", f"samples come at {sensor.hz:.0f} Hz, {low:.0f}-{high:.0f} are expected")
-    if abs(sensor.start_s) > FAR_START_S and not estimated:
-        findings.exclude("sensor", f"it begins {sensor.start_s:+.1f} s from the robot")
+
+
+def _judge_clock(stream: str, clock: ClockOffset, start_s: float | None, interval_s: float, findings: Findings) -> None:
+    """A clock that was off, and a start that no clock explains. `interval_s`: the stream's own, it begins within one."""
+    if clock.how == FOUND and abs(clock.offset_s) > CLOCK_OFF_S:
+        findings.exclude(stream, f"the clock was off: {clock.sentence()}")
+    if start_s is None or -CLOCK_OFF_S <= start_s <= CLOCK_OFF_S + interval_s:
+        return
+    text = f"the recording begins {start_s * 1e3:+.0f} ms from the robot's"
+    if clock.how == UNKNOWN and not -STAGGER_S <= start_s <= STAGGER_S + interval_s:
+        findings.exclude(stream, f"{text}, and no motion tells whether its clock is off; times stand as recorded")
+    else:
+        findings.note(stream, text)
 
 
 def _judge_pictures(episode: Episode, rates: Rates, findings: Findings) -> None:
     overlapping = 0
+    slowest_s = max((1 / rates[view].hz for view in episode.pictures if rates[view].hz > 0), default=0.0)
+    _judge_clock("cameras", episode.camera_clock, episode.cameras_start_s, slowest_s, findings)
     for view in episode.pictures:
         row = rates[view]
         _gaps(row, episode, findings)
@@ -187,7 +200,8 @@ def summary_row(
     """One row of the table of all episodes (plain values)."""
     robot = rates["robot"] if rates else None
     sensor = rates.get("sensor") if rates else None
-    cameras = [row.hz for row in rates.values() if row.stream.startswith("View")] if rates else []
+    views = [row for row in rates.values() if row.stream.startswith("View")] if rates else []
+    cameras = [row.hz for row in views]
     return {
         "episode": key,
         "layout": layout,
@@ -202,6 +216,8 @@ def summary_row(
         "views": len(cameras),
         "sensor_offset_ms": sensor.clock_offset_s * 1e3 if sensor else NAN,
         "sensor_clock": sensor.clock if sensor else "",
+        "camera_offset_ms": next((row.clock_offset_s * 1e3 for row in views), NAN),
+        "camera_clock": next((row.clock for row in views), ""),
         "reasons": "; ".join(findings.reasons),
     }
 

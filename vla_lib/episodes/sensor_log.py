@@ -45,6 +45,15 @@ class SensorLog:
         """True where sample times were rebuilt from window times."""
         return any(file.window for file in self.files)
 
+    @property
+    def begins_s(self) -> tuple[float, ...]:
+        """Times at which recording may have begun: the first sample, in windows also the end of the first window.
+
+        The lab's recorder fills a window before it records; its derived windowed files begin with the first sample.
+        """
+        first = self.files[0]
+        return (float(self.t_s[0]), *([float(self.t_s[int(first.new[0]) - 1])] if first.window else []))
+
     def shift(self, offset_s: float) -> None:
         """Take a clock offset off all times (the sensor's clock was ahead by offset_s)."""
         self.t_s = self.t_s - offset_s

@@ -99,7 +99,7 @@ def _prepared(values: Values) -> Check:
 
     def current(job: Any) -> bool:
         try:
-            return load_prepared(job.out).fingerprint == now[job.key]
+            return load_prepared(job.out).metadata["inputs"] == now[job.key]
         except UserError:
             return False
 

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from vla_lib.core.errors import UserError
 from vla_lib.episodes import Episode, EpisodeFiles, build_steps, find_episodes, load_prepared
 from vla_lib.episodes.episode import sensor_image
+from vla_lib.episodes.prepared import known_clocks
 from vla_lib.workbench import runs
 from vla_lib.workbench.notebook import dataset_path, interactive, shown
 from vla_lib.workbench.plots.episodes import overview
@@ -94,7 +95,7 @@ class EpisodeView:
     """One opened episode with its action steps and thinned A-scans, ready to be drawn at any instant."""
 
     def __init__(self, files: EpisodeFiles, action_hz: float = 10.0):
-        self.episode = Episode.open(files)
+        self.episode = Episode.open(files, known_clocks(files.path))
         self.steps = build_steps(self.episode, action_hz)
         self.mmode = sensor_image(self.episode)
 

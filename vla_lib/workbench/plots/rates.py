@@ -1,6 +1,5 @@
 """Measured streams: intervals, timelines with gaps, clock evidence; all verdicts; the check of data.pkl."""
 
-import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,10 +8,11 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from vla_lib.episodes.clocks import STAGGER_S, force_curve, search_center_s
+from vla_lib.episodes.clocks import ClockOffset
 from vla_lib.episodes.episode import Episode
 from vla_lib.episodes.findings import GOOD, REJECTED, USABLE
-from vla_lib.episodes.quality import Rates, distinct_hz, intervals_ms, measure
+from vla_lib.episodes.motion import MotionMatch, camera_match, sensor_match
+from vla_lib.episodes.quality import STAGGER_S, Rates, distinct_hz, intervals_ms, measure
 from vla_lib.workbench.plots.episodes import TIME
 from vla_lib.workbench.plots.style import COLOURS, PALE, Panels, diagonal, legend, panels, plot, say
 
@@ -62,42 +62,53 @@ def timeline(episode: Episode, rates: Rates | None = None, axes: Panels = None) 
 
 @plot
 def offset_evidence(episode: Episode, axes: Panels = None) -> Figure:
-    """What speaks for the sensor clock's offset: where streams begin, and how the two force traces agree."""
-    title = f"{episode.name}: sensor clock {episode.sensor_clock.sentence()}"
-    figure, (starts, forces) = panels(axes, (11, 3.0), "ab", title, width_ratios=(1.3, 1))
+    """What speaks for the clocks' offsets: where streams begin, both curves of one motion, their correlation over lags.
+
+    Five panels: the starts; curves and correlation of the sensor; curves and correlation of the cameras.
+    """
+    title = f"{episode.name}: what its motion says of the clocks"
+    figure, (starts, *found) = panels(axes, (11, 5.2), "abc;ade", title, width_ratios=(1.1, 2, 1.2))
     _starts(starts, episode)
-    _force_agreement(forces, episode)
+    _agreement(found[:2], sensor_match(episode), episode, "sensor", episode.sensor_clock)
+    _agreement(found[2:], camera_match(episode), episode, "cameras", episode.camera_clock)
     return figure
 
 
 def _starts(panel: Axes, episode: Episode) -> None:
-    clock = episode.sensor_clock
     starts = {"robot": 0.0}
-    if clock.start_difference_s is not None:
-        starts["sensor, as recorded"] = clock.start_difference_s
-        starts["sensor, corrected"] = clock.start_difference_s - clock.offset_s
+    if episode.sensor is not None:
+        begins = [begin_s - episode.start_s for begin_s in episode.sensor.begins_s]
+        starts |= dict(zip(("sensor, first sample", "sensor, first window's end"), begins, strict=False))
     left = {view: pictures for view, pictures in episode.pictures.items() if not view.endswith("_right")}
     starts |= {view: float(pictures.t_s[0]) - episode.start_s for view, pictures in left.items()}
     panel.axvspan(-STAGGER_S, STAGGER_S, color=PALE, lw=0, zorder=0)
     panel.plot(list(starts.values()), range(len(starts)), "o", color=COLOURS["data"])
     panel.set_yticks(range(len(starts)), list(starts))
     panel.invert_yaxis()
-    panel.set(xlabel="first entry after the robot's (s); grey: normal staggering", title="where the streams begin")
+    panel.set(xlabel="first entry after the robot's (s)\ngrey: shifts nothing", title="where the streams begin")
 
 
-def _force_agreement(panel: Axes, episode: Episode) -> None:
-    curve = None
-    if episode.sensor is not None:
-        clock, recorded = episode.sensor_clock, copy.copy(episode.sensor)
-        recorded.t_s = recorded.t_s + clock.offset_s  # as recorded, before the correction
-        start = clock.start_difference_s or 0.0
-        curve = force_curve(episode.robot, recorded, search_center_s(start))
-    if curve is None:
-        panel.set_axis_off()
-        return say(panel, "the robot log holds no force,\nso forces cannot be compared")
-    panel.plot(*curve, color=COLOURS["data"])
-    panel.axvline(clock.offset_s, color=COLOURS["median"], lw=1)
-    panel.set(xlabel="assumed offset (s)", ylabel="correlation of both forces", title="force in robot log and sensor")
+def _agreement(
+    found: Sequence[Axes], match: MotionMatch | None, episode: Episode, stream: str, clock: ClockOffset
+) -> None:
+    """Both curves, each in units of its spread, on the robot's time; and their correlation at each lag."""
+    curves, lags = found
+    curves.set_title(f"{stream}: {clock.sentence()}")
+    if match is None:
+        lags.set_axis_off()
+        return say(curves, f"no motion to compare the {stream} with")
+    told = match.estimate
+    for number, (name, (t_s, values)) in enumerate(match.curves.items()):
+        sign = np.sign(told.correlation) if number else 1.0  # of the tool's axis, which differs between rigs
+        ahead_s = told.offset_s if number else 0.0
+        spread = (values - values.mean()) / max(float(values.std()), 1e-12)
+        curves.plot(t_s - ahead_s - episode.start_s, sign * spread, lw=1.0 if number < 2 else 0.5, label=name)
+    curves.set(xlabel=TIME, ylabel="in units of its spread")
+    legend(curves, 2)
+    lags.plot(match.lags_s, np.abs(match.correlations), color=COLOURS["data"])
+    lags.axvline(told.offset_s, color=COLOURS["median"], lw=1)
+    text = f"{told.offset_s * 1e3:+.0f} +- {told.uncertainty_s * 1e3:.0f} ms, {'clear' if told.clear else 'not clear'}"
+    lags.set(xlabel="assumed offset (s)", ylabel="|correlation|", title=text, ylim=(0, 1.05))
 
 
 @plot
