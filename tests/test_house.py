@@ -111,7 +111,7 @@ def test_the_library_stays_thin():
     modules = [path.read_text().splitlines() for path in (PROJECT / "vla_lib").rglob("*.py")]
     assert len(modules) <= 100
     limit = 12_500  # the library as it was cleared
-    limit += 200  # robot logs as any logger writes them
+    limit += 350  # robot logs as any logger writes them, and their motion judged
     assert sum(map(len, modules)) <= limit
 
 

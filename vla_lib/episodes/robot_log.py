@@ -13,7 +13,8 @@ from vla_lib.core.errors import UserError
 from vla_lib.episodes.csv_table import read_table
 from vla_lib.episodes.findings import Findings
 from vla_lib.episodes.layouts import columns_of, robot_columns
-from vla_lib.episodes.timeline import Cleaned, clean_times
+from vla_lib.episodes.plausibility import plausible
+from vla_lib.episodes.timeline import Cleaned, Span, clean_times
 
 Array = np.ndarray[Any, Any]
 
@@ -32,6 +33,7 @@ class RobotLog:
     clock_lag_s: float | None
     """Median of receive time minus robot time, where both are logged: network delay plus clock difference."""
     cleaned: Cleaned = field(repr=False)
+    unknown: list[Span] = field(default_factory=list)  # spans (s) across which the arm's motion is not known
 
     @property
     def changed(self) -> Array:
@@ -76,21 +78,31 @@ def read_robot_log(path: Path, findings: Findings) -> RobotLog:
     if len(cleaned.keep) < 2:
         raise UserError(f"{path} has {len(cleaned.keep)} usable rows of {rows}; record the episode again.")
     cells, body = cells.iloc[cleaned.keep], body[cleaned.keep]
-    t_s = cells[clock].to_numpy()
     if not columns.joints:
         findings.note("robot", "the log has no joint columns; the joints of the state are zeros")
+        body = np.hstack([body, np.zeros((len(body), 6))])
+    motion = plausible(cells[clock].to_numpy(), body[:, :6], body[:, 6:])
+    for text in motion.notes:
+        findings.note("robot", text)
+    for text in motion.excluded:
+        findings.exclude("robot", text)
+    if motion.keep.sum() < 2:
+        raise UserError(f"{path}: no two rows can be true ({'; '.join(motion.excluded)}).")
+    cells = cells[motion.keep]
+    t_s = cells[clock].to_numpy()
     force = cells[columns.force].to_numpy() if columns.force else None
     receive = next((name for name in columns.clock if name.lower() == "recv_timestamp" and name != clock), None)
     lag_s = float((cells[receive] - t_s).median()) if receive else float("nan")
     return RobotLog(
         path=path,
         t_s=t_s,
-        pose=body[:, :6],
-        joints=body[:, 6:] if columns.joints else np.zeros((len(t_s), 6)),
+        pose=motion.pose[motion.keep],
+        joints=motion.joints[motion.keep],
         force=force if force is not None and np.isfinite(force).any() and np.nanstd(force) > 0 else None,
         clock=clock,
         clock_lag_s=None if np.isnan(lag_s) else lag_s,
         cleaned=cleaned,
+        unknown=motion.spans,
     )
 
 

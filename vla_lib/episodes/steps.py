@@ -64,7 +64,7 @@ def stream_gaps(episode: Episode) -> dict[str, list[Span]]:
     """
     robot = episode.robot
     usual = float(np.median(np.diff(robot.t_s)))
-    gaps = {"robot": find_gaps(robot.t_s, max(3 * usual, ROBOT_GAP_S))}
+    gaps = {"robot": sorted([*find_gaps(robot.t_s, max(3 * usual, ROBOT_GAP_S)), *robot.unknown])}
     if episode.sensor is not None:
         gaps["sensor"] = [*episode.sensor.gaps, *_early_end(episode.sensor.t_s, episode.end_s, SENSOR_LATE_S)]
     for view, pictures in episode.pictures.items():
