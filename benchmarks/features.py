@@ -192,7 +192,7 @@ def make_dataset(
         content |= {"instruction": INSTRUCTION, "timestamp": t, "valid": np.ones(steps, bool)}
         content |= {"action": np.zeros((steps, 7), np.float32), "state": np.zeros((steps, 12), np.float32)}
         names = {"episode_name": folder.name, "dataset": "part1", "layout": "F0", "fingerprint": str(number)}
-        names |= {"action_hz": 10.0, "sensor_hz": 0.0}
+        names |= {"action_hz": 10.0, "sensor_hz": 0.0, "verdict": "good", "duration_seconds": steps / 10.0}
         content["metadata"] = {"schema_version": 1, "num_actions": steps, **names}
         for view in views:
             times = t[0] + np.arange(int(steps / 10 * camera_hz)) / camera_hz

@@ -23,6 +23,7 @@ from vla_lib.core.errors import UserError
 from vla_lib.episodes import find_episodes, find_prepared, load_prepared
 from vla_lib.episodes.prepare import folder_lock
 from vla_lib.preprocess import Settings, left_out, main, make_jobs, run_job, run_jobs
+from vla_lib.workbench.widgets import episode_table
 
 SMALL = Raw(seconds=1.5, camera_hz=2.0)
 
@@ -462,6 +463,39 @@ def test_content_that_breaks_the_contract_is_refused(prepared, key):
         del content["metadata"]
     (prepared / "data.pkl").write_bytes(pickle.dumps(content))
     with pytest.raises(UserError, match="refused"):
+        load_prepared(prepared)
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [("action_hz", value) for value in (0.0, -10.0, float("nan"), float("inf"), "10", None)]
+    + [("sensor_hz", float("nan")), ("sensor_hz", None), ("verdict", None), ("num_actions", -1), ("dataset", 7)]
+    + [(key, "gone") for key in ("action_hz", "verdict", "num_actions", "duration_seconds", "fingerprint", "layout")],
+)
+def test_metadata_that_readers_cannot_use_are_refused_at_the_door(prepared, key, value):
+    content = content_of(prepared)
+    content["metadata"][key] = value
+    if value == "gone":
+        del content["metadata"][key]
+    (prepared / "data.pkl").write_bytes(pickle.dumps(content))
+    with pytest.raises(UserError, match=f"data.pkl is refused: metadata .*{key}.*preprocess"):
+        load_prepared(prepared)
+    assert key in episode_table(prepared.parent.parent)["verdict"].iloc[0]  # notebook 01 shows it beside the others
+
+
+@pytest.mark.parametrize("damage", ("reversed", "reversed sensor", "no number", "a step without a number"))
+def test_times_that_run_back_and_values_that_are_no_numbers_are_refused(prepared, damage):
+    content = content_of(prepared)
+    if damage == "reversed":
+        content["timestamp"] = content["timestamp"][::-1]
+    elif damage == "reversed sensor":
+        content["sensor_data"]["timestamp"] = content["sensor_data"]["timestamp"][::-1]
+    elif damage == "no number":
+        content["timestamp"][3] = np.nan
+    else:
+        content["state"][np.flatnonzero(content["valid"])[0], 7] = np.inf
+    (prepared / "data.pkl").write_bytes(pickle.dumps(content))
+    with pytest.raises(UserError, match="go forward|no numbers at valid steps"):
         load_prepared(prepared)
 
 

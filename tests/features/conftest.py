@@ -70,6 +70,8 @@ def make_episode(
             "action_hz": 10.0,
             "sensor_hz": 0.0,
             "num_actions": steps,
+            "verdict": "good",
+            "duration_seconds": steps / 10.0,
         },
     }
     count = max(1, int(np.ceil(steps / 10.0 * camera_hz)))

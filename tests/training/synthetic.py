@@ -156,6 +156,7 @@ def _episode(path: Path, dataset: str, rng, steps: int, sensor: bool, lead_s: fl
         "findings": [],
         "quality_findings": [],
         "schema": 1,
+        "verdict": "good",
         "schema_version": 1,
         "fingerprint": f"{abs(hash(path.as_posix())):064x}"[:64],
     }

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import time
 from types import SimpleNamespace
 
@@ -346,6 +347,22 @@ def test_a_loss_that_is_not_finite_stops_the_training(async_settings, monkeypatc
     monkeypatch.setattr(Policy, "forward", lambda self, *a: forward(self, *a) * float("nan"))
     with pytest.raises(UserError, match="not finite at step 1.*--lr"):
         train_async(async_settings(max_steps=2))
+
+
+@pytest.mark.parametrize("spoilt", (float("nan"), float("inf")))
+def test_a_loss_that_is_not_finite_names_the_sample_that_did_it(spoilt, async_settings, monkeypatch):
+    asked, read = {}, SampleSet.batch
+
+    def spoil(self, numbers):
+        batch, number = read(self, numbers), asked.setdefault("number", int(numbers[1]))
+        batch["action"][np.asarray(numbers) == number, 0] *= spoilt
+        asked["where"] = f"step {self.step[number]} .* of episode {self.episodes[self.episode[number]].path}; look"
+        return batch
+
+    monkeypatch.setattr(SampleSet, "batch", spoil)
+    with pytest.raises(UserError) as stopped:
+        train_async(async_settings(max_steps=2, batch_size=4, val_fraction=0.0))
+    assert re.search(f"not finite at step 1: .*{asked['where']}", str(stopped.value))
 
 
 def test_bf16_trains_and_its_checkpoint_predicts_in_float32(diffusion_settings, tmp_path):

@@ -14,9 +14,11 @@ import io
 import pickle
 import re
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
+from annotated_types import Ge, Gt
+from pydantic import BaseModel, Field, ValidationError
 
 from vla_lib.core.errors import UserError
 from vla_lib.core.files import atomic_path
@@ -36,6 +38,23 @@ _ADMITTED = {
 }
 _LEAVES = re.compile(r"\n(?:[\n/\\]|.:[\n/\\])|[\n/\\]\.\.[\n/\\]|\0")
 """In paths that stand between line ends: an empty or absolute one, a Windows drive, a way up."""
+
+
+_Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class _Metadata(BaseModel, strict=True):
+    """What readers take from the metadata without asking; there is more, which they ask for."""
+
+    schema_version: Literal[1]
+    dataset: str
+    layout: str
+    fingerprint: str
+    action_hz: Annotated[_Finite, Gt(0.0)]
+    sensor_hz: Annotated[_Finite, Ge(0.0)] | None
+    verdict: str
+    num_actions: Annotated[int, Ge(0)]
+    duration_seconds: Annotated[_Finite, Ge(0.0)]
 
 
 class _PlainUnpickler(pickle.Unpickler):
@@ -117,14 +136,20 @@ def _check(content: dict[str, Any]) -> None:
     _require(isinstance(metadata, dict), "metadata is no dict")
     version = metadata["schema_version"]
     _require(version == SCHEMA, f"it has schema version {version}, this code reads {SCHEMA}")
-    for name in ("dataset", "layout", "action_hz", "sensor_hz", "fingerprint"):
-        _require(name in metadata, f"metadata has no {name}")
+    try:
+        _Metadata.model_validate(metadata)
+    except ValidationError as error:
+        odd = [f"metadata {'.'.join(map(str, one['loc'][:1]))}: {one['msg']}" for one in error.errors()]
+        raise ValueError("; ".join(odd)) from None
     _require(isinstance(content["instruction"], str), "instruction is no text")
     steps = len(_array(content["action"], (None, 7), "f", "action"))
     times = _array(content["timestamp"], (steps,), "f", "timestamp")
     _require(times.dtype == np.float64, "timestamp must be float64 (float32 cannot hold UNIX seconds)")
-    _array(content["valid"], (steps,), "b", "valid")
-    _array(content["state"], (steps, 12), "f", "state")
+    _require(np.isfinite(times).all() and (np.diff(times) > 0).all(), "timestamp does not go forward")
+    valid = _array(content["valid"], (steps,), "b", "valid")
+    state = _array(content["state"], (steps, 12), "f", "state")
+    for name, values in (("action", content["action"]), ("state", state)):
+        _require(np.isfinite(values[valid]).all(), f"{name} holds no numbers at valid steps")
     images, image_times, indices = content["image"], content["image_timestamp"], content["image_index"]
     same = set(images) == set(image_times) == set(indices)
     _require(same, "image, image_timestamp and image_index differ in their views")
@@ -137,7 +162,9 @@ def _check(content: dict[str, Any]) -> None:
     if sensor is not None:
         _require(isinstance(sensor, dict), "sensor_data is neither None nor a dict")
         samples = len(_array(sensor["force"], (None,), "f", "sensor_data force"))
-        _array(sensor["timestamp"], (samples,), "f", "sensor_data timestamp")
+        times = _array(sensor["timestamp"], (samples,), "f", "sensor_data timestamp")
+        _require(np.isfinite(times).all() and (np.diff(times) >= 0).all(), "sensor_data timestamp does not go forward")
+        _require(metadata["sensor_hz"], "metadata sensor_hz is no rate, but there is a sensor")
         _index(sensor["index"], steps, 0, samples, "sensor_data index")
         _check_paths([sensor["array"]], "sensor_data array")
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 
 from vla_lib.core.errors import UserError, needing_room
@@ -130,6 +130,7 @@ def train(settings: TrainingSettings) -> dict[str, Any]:
                     model.train()
                     waited_s = 0.0
                     timesteps: list[np.ndarray] = []  # that the diffusion head drew, for all processes
+                    losses: list[Tensor] = []  # (B,) of each micro-batch, to name the sample that spoilt a step
                     sums = torch.zeros(2, dtype=torch.float64, device=device)  # loss, processes asked to stop
                     for micro in micros:
                         asked_at = time.monotonic()
@@ -154,6 +155,7 @@ def train(settings: TrainingSettings) -> dict[str, Any]:
                             )  # (B, H); through the wrapped module, which averages the gradients
                             counted = loss.float() * batch["action_mask"] * batch["count"][:, None]
                             sums[0] += counted.detach().double().sum()
+                            losses.append(counted.detach().sum(1))
                             if settings.sensor_enabled:
                                 weight = torch.where(batch["sensor_mask"], settings.sensor_loss_weight, 1.0)
                                 counted = counted * weight[:, None]
@@ -164,10 +166,10 @@ def train(settings: TrainingSettings) -> dict[str, Any]:
                     sums[1] = float(stop.asked is not None)
                     total, stops = summed(sums).tolist()
                     if not math.isfinite(total) or not math.isfinite(norm):
-                        raise UserError(
-                            f"The loss is not finite at step {state.step + 1}; lower --lr ({settings.lr:g}) or look "
-                            "for spoilt values in the data (notebook 01)."
-                        )
+                        numbers = np.concatenate([micro.indices for micro in micros])
+                        worst = data.train.largest(numbers, torch.cat(losses).double().cpu().numpy())
+                        # known to all processes alike, as the loss of all is one
+                        raise UserError(reporting.not_finite(settings, state.step + 1, gather_object([worst])))
                     state.take_step(len(shared))
                     if stops:
                         stop.agree()

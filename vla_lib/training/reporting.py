@@ -77,6 +77,15 @@ def _out_of_memory(settings: TrainingSettings) -> str:
     )
 
 
+def not_finite(settings: TrainingSettings, step: int, largest: list[tuple[float, str]]) -> str:
+    """What to do about a loss or gradient that is not finite; `largest`: each process's largest loss, and of which
+    sample."""
+    spoilt = [where for loss, where in largest if not math.isfinite(loss)]
+    odd = f"it comes from {spoilt[0]}" if spoilt else f"its gradient is; the largest loss is of {max(largest)[1]}"
+    remedy = f"look for spoilt values there (notebook 01), or lower --lr ({settings.lr:g})"
+    return f"The loss is not finite at step {step}: {odd}; {remedy}."
+
+
 def data_lines(data: TrainingData) -> list[str]:
     """One line a dataset: episodes, steps, weight, share of the draws."""
     return [

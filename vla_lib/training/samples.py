@@ -118,6 +118,15 @@ class SampleSet(torch.utils.data.Dataset[Batch]):
         batch["vl_mask"] = torch.stack([self.features[e].mask[t] for e, t in pairs])
         return batch | (self._windows(numbers) if self.sensor_enabled else {})
 
+    def largest(self, numbers: np.ndarray, losses: np.ndarray) -> tuple[float, str]:
+        """The largest of the `losses` (B,) of samples `numbers` (B,), one that is not finite before all others, and
+        where it is from, in words."""
+        worst = int(np.argmax(np.nan_to_num(losses, nan=np.inf)))
+        number = int(numbers[worst])
+        episode, step = self.episodes[int(self.episode[number])], int(self.step[number])
+        where = f"step {step} ({step / self.action_hz:.1f} s) of episode {episode.path}"
+        return float(losses[worst]), where
+
     def _windows(self, numbers: np.ndarray) -> Batch:
         full = self.sensor_full[numbers]
         out = np.zeros((len(numbers), self.window, SENSOR_CHANNELS), np.float32)
