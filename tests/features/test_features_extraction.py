@@ -1,5 +1,8 @@
 """Features equal the plain transformers processor and forward, whatever else is in the batch."""
 
+import importlib.util
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -148,3 +151,11 @@ def test_pooling_options(extractor_for, pooling):
     assert (extractor.layout.rows, extractor.layout.cols) == (rows, cols)
     assert tokens.shape == (rows * cols + 1, 128)
     assert mask.sum().item() == {"mean": 2, "tokens": 2 * 3 + 1, "grid:4x6": 25}[pooling]
+
+
+def test_torch_without_the_variable_length_kernel_serves_too(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", None)  # as in torch 2.9
+    spec = importlib.util.spec_from_file_location("another_vision_tower", vision_tower.__file__)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.varlen_attn is None and not module._takes_all_windows(torch.zeros(1, 2, 4, 8))

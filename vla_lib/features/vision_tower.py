@@ -12,8 +12,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # torch 2.9 has it not yet
+    varlen_attn = None  # type: ignore[assignment]
 
 NAME = "vla_flash_windows"  # transformers passes window boundaries only to implementations with "flash" in their name
 
@@ -37,7 +41,7 @@ def windowed_attention(
     `max_length_q` are used.
     """
     bounds: Tensor = given["cu_seq_lens_q"]
-    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and query.shape[-1] % 8 == 0:
+    if _takes_all_windows(query):
         q, k, v = (tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value))  # (L, heads, d)
         bounds, longest = bounds.to(torch.int32), int(given["max_length_q"])
         attended = varlen_attn(q, k, v, bounds, bounds, longest, longest)
@@ -51,6 +55,13 @@ def windowed_attention(
         attended = F.scaled_dot_product_attention(q, k, v, scale=given["scaling"])
         output[0][:, rows] = attended.transpose(0, 1)
     return output.transpose(1, 2), None
+
+
+def _takes_all_windows(query: Tensor) -> bool:
+    """Whether torch's variable-length kernel can be called: a 16-bit type, on a GPU of Ampere's generation or later."""
+    if varlen_attn is None or not query.is_cuda or query.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    return query.shape[-1] % 8 == 0 and torch.cuda.get_device_capability(query.device) >= (8, 0)
 
 
 class LinearPatchEmbed(nn.Module):

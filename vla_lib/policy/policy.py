@@ -45,7 +45,8 @@ class Policy(nn.Module):
         self.age_in = nn.Sequential(nn.Linear(2, width), nn.GELU(), nn.Linear(width, width))
         self.queries = nn.Parameter(torch.randn(config.horizon, width) * 0.02)
         self.sensor_encoder = SensorEncoder(config) if config.sensor_enabled else None
-        self.blocks: list[Block] = nn.ModuleList(Block(config) for _ in range(config.layers))  # type: ignore[assignment]
+        blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.blocks: list[Block] = blocks  # type: ignore[assignment]
         self.norm = nn.LayerNorm(width)
         self.head = RegressionHead(config) if config.head == "regression" else DiffusionHead(config)
 
