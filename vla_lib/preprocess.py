@@ -140,7 +140,7 @@ def with_clocks(jobs: Sequence[EpisodeJob]) -> list[EpisodeJob]:
 
 
 def clock_rows(reports: Sequence[Report]) -> list[dict[str, Any]]:
-    """One row a session, stream and offset: what was taken off, what the motion says (ms), how, for how many episodes."""
+    """One row a session, stream and offset: what was taken off, what motion says (ms), how, for how many episodes."""
     rows: dict[tuple[Any, ...], dict[str, Any]] = {}
     for row in (row for report in reports for row in report.clocks):
         known = rows.setdefault(tuple(row.values()), row | {"episodes": 0})

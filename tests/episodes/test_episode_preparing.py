@@ -169,7 +169,8 @@ def test_a_kill_in_the_middle_leaves_no_half_file(root):
         "from vla_lib.episodes.sensor_file import SensorFile\nblocks = SensorFile.blocks\n"
         "def slow(self):\n    for block in blocks(self):\n        yield block\n"
         "        print('half', flush=True)\n        time.sleep(30)\n"
-        "SensorFile.blocks = slow\npreprocess.ask_job = lambda job: job\nrun_jobs(make_jobs(Settings(sys.argv[1])), 1, show=False)\n"
+        "SensorFile.blocks = slow\npreprocess.ask_job = lambda job: job\n"
+        "run_jobs(make_jobs(Settings(sys.argv[1])), 1, show=False)\n"
     )
     run = subprocess.Popen([sys.executable, "-c", code, str(root)], stdout=subprocess.PIPE)
     assert run.stdout.readline() == b"half\n"

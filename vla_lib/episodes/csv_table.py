@@ -1,4 +1,4 @@
-"""A CSV as people's loggers write it: numbers by column name, whatever its encoding, delimiter, decimal sign, line ends.
+"""A CSV as loggers write it: numbers by column name, whatever its encoding, delimiter, decimal sign and line ends.
 
 What can be read in one way only is read, and said; what could be read in two ways is refused with the line that shows
 it. pandas alone would shift every column where rows have one value more than the header: it takes the first for an

@@ -92,7 +92,7 @@ def _around(start_s: float | None) -> float:
 def camera_match(episode: Episode) -> MotionMatch | None:
     """How far the arm moved from picture to picture against how much they changed; None where too few change.
 
-    One clock for all views. A picture's change grows with the motion, not in proportion: the roots of both are compared.
+    One clock for all views. A picture's change grows with the motion, not in proportion: both roots are compared.
     """
     rows = pose_rows(episode.robot)
     t_s, points = episode.robot.t_s[rows], _tool_points(episode.robot.pose[rows])
@@ -155,7 +155,7 @@ def picture_change(paths: Sequence[Path]) -> Array:
 
 
 def layer_speed(t_s: Array, blocks: Iterable[Array], hz: float) -> tuple[Array, Array, Array] | None:
-    """How fast the layers of the A-scan move: times (M,), depth bins a second (M,), whether the shift is sound (M,) bool.
+    """How fast the layers of the A-scan move: times (M,), depth bins a second (M,), and whether a shift is sound (M,).
 
     t_s (S,): of the samples that are looked at; blocks: (n, 1025) A-scans in order, at `hz`. The shift between
     successive groups of scans is the peak of their cross-correlation, between bins by a parabola.
@@ -230,7 +230,7 @@ def _covered(t_s: Array, at_s: Array, longest_s: float) -> Array:
 
 
 def _lagged_sums(a: Array, good_a: Array, b: Array, good_b: Array, lags: int) -> Array:
-    """(parts, 2 * lags + 1, 6): n, sums of a, b, aa, bb, ab over each part of `a`, `b` moved by each lag; by Fourier."""
+    """(parts, 2 * lags + 1, 6): n, sums of a, b, aa, bb, ab over each part of `a`, `b` moved by each lag; by FFT."""
     used = np.flatnonzero(good_a)
     if not len(used):
         return np.zeros((1, 2 * lags + 1, 6))
@@ -251,7 +251,7 @@ def _lagged_sums(a: Array, good_a: Array, b: Array, good_b: Array, lags: int) ->
 
 
 def _conclude(sums: Sequence[Array], lags_s: Array, alike: float, curves: Curves) -> MotionMatch | None:
-    """`sums`: of each view (parts, L, 6); their correlations are averaged. `alike`: neighbouring values that say the same."""
+    """`sums`: of each view (parts, L, 6); their correlations are averaged. `alike`: neighbours that say the same."""
     totals = [of.sum(axis=0) for of in sums]
     least = [0.4 * float(total[:, 0].max()) for total in totals]
 

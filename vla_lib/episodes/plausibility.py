@@ -1,4 +1,4 @@
-"""Motion that no arm can make: a robot log's rows and units that cannot be true, by the arm's limits and its own speeds.
+"""Motion that no arm can make: rows and units of a robot log that cannot be true, by limits and usual speeds.
 
 The Meca500 reaches 330 mm from its base, moves its tip by at most 1000 mm/s and its joints by at most 500 deg/s (its
 data sheet). One glitched row in twenty episodes raises the spread of all actions eightfold, so such rows must go before

@@ -53,7 +53,7 @@ class PreprocessSettings(Settings):
     rotation: Annotated[str, Field(pattern="^(rotvec|euler)$")] = "rotvec"
     """rotvec: rotation vector in the base frame, degrees. euler: wrap-corrected Euler differences, only to compare."""
     sensor_clock_offset_ms: Annotated[float, Ge(-1e12), Le(1e12)] | None = None
-    """How far the sensor's clock is ahead of the robot's, in ms. Default: found from motion where it is clear, else 0."""
+    """How far the sensor's clock is ahead of the robot's, in ms. Default: from motion where that is clear, else 0."""
     views: tuple[str, ...] = ()  # View keys to keep, such as View1_left View5; default: all
     sensor_window_size: Annotated[int, Ge(1)] = 65  # Samples of a full sensor window; steps without one are counted
     overwrite: bool = False  # Prepare unchanged episodes again too

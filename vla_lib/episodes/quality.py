@@ -165,7 +165,7 @@ def _judge_sensor(episode: Episode, sensor: StreamRate, findings: Findings) -> N
 
 
 def _judge_clock(stream: str, clock: ClockOffset, start_s: float | None, interval_s: float, findings: Findings) -> None:
-    """A clock that was off, and a start that no clock explains. `interval_s`: the stream's own, it begins within one."""
+    """A clock that was off, and a start that no clock explains. `interval_s`: the stream's own."""
     if clock.how == FOUND and abs(clock.offset_s) > CLOCK_OFF_S:
         findings.exclude(stream, f"the clock was off: {clock.sentence()}")
     if start_s is None or -CLOCK_OFF_S <= start_s <= CLOCK_OFF_S + interval_s:
