@@ -4,6 +4,7 @@ import dataclasses
 import pickle
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from hypothesis import given
@@ -294,9 +295,10 @@ def test_loader_processes_read_what_is_read_here_and_end_with_the_epoch(mixed):
     """Batches from loader processes, in order; persistent_workers is False."""
     samples = sample_set(mixed)
     requests = [np.array([k, k + 5]) for k in range(6)]
+    before = psutil.Process().children()
     loader = batches(samples, requests, 2, False)
-    assert loader._num_workers == 2 and loader._persistent_workers is False
+    assert len(psutil.Process().children()) == len(before) + 2
     for numbers, batch in zip(requests, loader, strict=True):
         here = samples.batch(numbers)
         assert batch.keys() == here.keys() and all(torch.equal(batch[name], here[name]) for name in here)
-    assert not any(worker.is_alive() for worker in loader._workers)
+    assert psutil.Process().children() == before

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from vla_lib.core.errors import UserError
-from vla_lib.core.processes import die_with_parent, end
+from vla_lib.core.processes import allow_open_files, die_with_launcher, end
 
 S = TypeVar("S")
 
@@ -29,19 +29,20 @@ def start(settings_class: type[S], main: Callable[[S], Any], argv: Sequence[str]
 
     As a rank of torchrun it dies with its launcher, leaves its error where the launcher reports the first failing
     rank's from, and keeps nobody waiting at its end: a cancelled job is to be gone in seconds."""
+    allow_open_files()
     rank = "TORCHELASTIC_RUN_ID" in os.environ
     if rank:
         from torch.distributed.elastic.multiprocessing.errors import record
 
-        die_with_parent()
+        die_with_launcher()
         main = record(main)
     try:
         main(parse(settings_class, argv))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(EXIT_BAD_INPUT) from None
-    except KeyboardInterrupt:
-        print("cancelled", file=sys.stderr, flush=True)
+    except KeyboardInterrupt as stopped:
+        print(f"cancelled: {stopped}" if str(stopped) else "cancelled", file=sys.stderr, flush=True)
         raise SystemExit(130) from None
     if rank:
         end()

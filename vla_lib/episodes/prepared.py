@@ -3,6 +3,7 @@
 A thousand episodes open in about a second, and an untouched one costs a few kilobytes.
 """
 
+import errno
 import os
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -21,6 +22,7 @@ from vla_lib.episodes.steps import pose_rows, window_full
 from vla_lib.episodes.timeline import Span
 
 Array = np.ndarray[Any, Any]
+AGAIN = "prepare its dataset again with python -m vla_lib.preprocess --overwrite"
 
 
 def find_prepared(root: str | Path) -> list[Path]:
@@ -43,6 +45,21 @@ def find_prepared(root: str | Path) -> list[Path]:
 
 def _holds_pictures(name: str) -> bool:
     return name.startswith(".") or name.lower().startswith(("view", "images"))
+
+
+OPEN_MAPS = 64  # sensor files: each mapped one is an open file, of which a process has 1,024 where nobody raised it
+
+
+@lru_cache(maxsize=OPEN_MAPS)
+def _mapped(path: Path, state: tuple[int, ...]) -> Array:
+    """The array of a sensor file, without memmap's slow indexing. `state`: of the file by now."""
+    return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
+
+
+def _state(path: Path) -> tuple[int, ...]:
+    """What changes with a file's content: of an absent file, nothing."""
+    status = path.stat() if path.exists() else None
+    return (status.st_mtime_ns, status.st_size, status.st_ino) if status else ()
 
 
 @lru_cache(maxsize=1)
@@ -80,7 +97,11 @@ class PreparedEpisode:
         self.instruction: str = content["instruction"]
         self.views: list[str] = sorted(content["image"])
         """View keys, sorted."""
-        self.has_sensor: bool = content["sensor_data"] is not None
+        sensor = content["sensor_data"]
+        self.has_sensor: bool = sensor is not None
+        self._sensor_path: str = sensor["array"] if sensor else ""
+        self._samples = len(sensor["force"]) if sensor else 0
+        self._sensor_state: tuple[int, ...] | None = None  # of the file, once it was opened
         self._length = len(content["action"])
         self._full: dict[int, Array] = {}
 
@@ -92,8 +113,7 @@ class PreparedEpisode:
 
     def _read(self) -> dict[str, Any]:
         path = self.path / DATA_NAME
-        status = path.stat() if path.exists() else None
-        return _content(path, (status.st_mtime_ns, status.st_size, status.st_ino) if status else ())
+        return _content(path, _state(path))
 
     def __len__(self) -> int:
         return self._length
@@ -173,19 +193,29 @@ class PreparedEpisode:
         """(S,) float64 UNIX seconds of every sample, clock offset taken off. Raises UserError without a sensor."""
         return np.asarray(self._stream()["timestamp"])
 
-    @cached_property
+    @property
     def sensor(self) -> Array:
-        """(S, 1026) float32 memory map, force first. Raises UserError without a sensor or if the file is not whole."""
-        stream = self._stream()
-        path = self.path / stream["array"]
+        """(S, 1026) float32, mapped, force first; the files used last stay mapped. Raises UserError without a sensor,
+        or if the file is not whole or another than at first."""
+        if not self._sensor_path:
+            raise UserError(f"{self.path} has no sensor stream.")
+        path = self.path / self._sensor_path
+        state = _state(path)
+        if self._sensor_state not in (None, state):
+            raise UserError(f"{path} was changed while it was read; start again with --resume.")
         try:
-            mapped = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise UserError(f"{path} cannot be opened ({error}); preprocess its dataset again.") from error
-        if mapped.shape != (len(stream["force"]), CHANNELS) or mapped.dtype != np.float32:
+            mapped = _mapped(path, state)
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+                raise UserError(f"{path} cannot be opened ({error}); {AGAIN}.") from error
+            raise UserError(f"{path} cannot be opened ({error.strerror}): raise `ulimit -n`.") from error
+        except (ValueError, EOFError) as error:
+            raise UserError(f"{path} cannot be opened ({error}); {AGAIN}.") from error
+        if mapped.shape != (self._samples, CHANNELS) or mapped.dtype != np.float32:
             held = f"{mapped.shape} {mapped.dtype}"
-            raise UserError(f"{path} holds {held}, which data.pkl does not expect; preprocess its dataset again.")
-        return np.asanyarray(mapped)
+            raise UserError(f"{path} holds {held}, which data.pkl does not expect; {AGAIN}.")
+        self._sensor_state = state
+        return mapped
 
     def sensor_full(self, length: int) -> Array:
         """(N,) bool: steps that have a whole window of `length` samples, free of gaps, behind them."""

@@ -8,9 +8,9 @@ from typing import Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from vla_lib.core.errors import UserError
+from vla_lib.core.loader import load
 from vla_lib.episodes import PreparedEpisode
 from vla_lib.features.form import PixelRecipe
 
@@ -94,18 +94,8 @@ def read_batch(plan: BatchPlan, recipe: PixelRecipe, root: Path) -> Batch:
 def read_ahead(plans: Sequence[BatchPlan], recipe: PixelRecipe, root: Path, workers: int, pin: bool) -> Iterator[Batch]:
     """The batches in order; `workers` processes (0: none) keep two batches each ready."""
     workers = min(workers, len(plans))
-    return iter(
-        DataLoader(
-            plans,  # type: ignore[arg-type]  # a list serves as a dataset
-            batch_size=None,
-            num_workers=workers,
-            collate_fn=partial(read_batch, recipe=recipe, root=root),
-            pin_memory=pin,
-            prefetch_factor=2 if workers else None,
-            worker_init_fn=_one_thread,
-            persistent_workers=False,
-        )
-    )
+    collate = partial(read_batch, recipe=recipe, root=root)
+    return load(plans, workers, pin, collate_fn=collate, prefetch_factor=2 if workers else None)
 
 
 def backing_off(function: Callable[Concatenate[int, P], R], batch_size: int) -> Callable[P, R]:
@@ -128,10 +118,6 @@ def backing_off(function: Callable[Concatenate[int, P], R], batch_size: int) -> 
             ) from None
 
     return call
-
-
-def _one_thread(_: int) -> None:
-    torch.set_num_threads(1)
 
 
 def _reason(error: Exception) -> str:

@@ -116,7 +116,8 @@ def train(settings: TrainingSettings) -> dict[str, Any]:
                 # ---- the optimiser steps to the end of the epoch, or of the run; none where only a validation is due
                 steps = schedule.steps(state)
                 requests = [micro.indices for micros in steps for micro in micros]
-                loader = batches(data.train, requests, settings.num_workers, device.type == "cuda")
+                pin = device.type == "cuda"
+                loader = batches(data.train, requests, settings.num_workers, pin, lambda: stop.asked)
                 began = time.monotonic()
                 for micros in steps:
                     lr = schedule.learning_rate(state)
@@ -134,7 +135,11 @@ def train(settings: TrainingSettings) -> dict[str, Any]:
                     sums = torch.zeros(2, dtype=torch.float64, device=device)  # loss, processes asked to stop
                     for micro in micros:
                         asked_at = time.monotonic()
-                        batch = next(loader)  # see SampleSet.batch
+                        try:
+                            batch = next(loader)  # see SampleSet.batch
+                        except KeyboardInterrupt:  # asked to stop, and no batch comes: the others cannot be asked
+                            writer.newest(state.state_dict())
+                            raise
                         waited_s += time.monotonic() - asked_at
                         batch |= {
                             "sample": torch.from_numpy(micro.indices),

@@ -1,10 +1,6 @@
-"""A training process: its device, precision and process group; stop signals; the loader workers that it starts.
-
-torchrun and a terminal signal a rank's whole process group. A loader worker that died of it would take the rank along
-before it has saved, so workers leave the group."""
+"""A training process: its device, precision and process group; stop signals."""
 
 import contextlib
-import os
 import signal
 from collections.abc import Iterator
 from datetime import timedelta
@@ -16,12 +12,11 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.state import AcceleratorState
 
 from vla_lib.core.errors import UserError
-from vla_lib.core.processes import die_with_parent
+from vla_lib.core.loader import STOPS
 from vla_lib.training.settings import TrainingSettings
 
 # of a process for the others: one may validate, make vision tokens or write to a slow disk alone
 PATIENCE = timedelta(hours=2)
-STOPS = (signal.SIGTERM, signal.SIGINT)
 
 
 def uses_gpu(settings: TrainingSettings) -> bool:
@@ -82,25 +77,3 @@ class StopRequest:
 
     def _ask(self, number: int, _: FrameType | None) -> None:
         self.asked = signal.Signals(number).name
-
-
-@contextlib.contextmanager
-def starting_workers() -> Iterator[None]:
-    """Loader workers are forked inside: stop signals wait, here to the block's end, in a worker until
-    `begin_worker`."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def begin_worker(_: int) -> None:
-    """First call of a loader worker: it leaves its rank's process group, drops the signals before, and dies with its
-    rank."""
-    os.setpgid(0, 0)
-    die_with_parent()
-    while signal.sigtimedwait(STOPS, 0):
-        pass
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
-    torch.set_num_threads(1)

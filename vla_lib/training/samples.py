@@ -8,7 +8,7 @@ operation each and copies the large arrays (VL tokens, sensor windows) straight 
 N steps of all episodes, n samples, B in a batch, H actions in a chunk, S sensor samples in a window, T VL tokens of
 width D."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,16 +16,16 @@ import torch
 from torch import Tensor
 
 from vla_lib.core.errors import UserError
+from vla_lib.core.loader import load
 from vla_lib.episodes import PreparedEpisode
 from vla_lib.features.cache import EpisodeFeatures, FeatureCache
 from vla_lib.features.vision_cache import ComputedFeatures
 from vla_lib.policy.config import SENSOR_CHANNELS
-from vla_lib.training.process import begin_worker, starting_workers
 
 Batch = dict[str, Tensor]
 
 
-class SampleSet(torch.utils.data.Dataset[Batch]):
+class SampleSet(torch.utils.data.Dataset[Batch | UserError]):
     """All samples of `episodes`, with features from `cache`.
 
     Public arrays, one entry a sample: `episode` (number in `episodes`), `step`, `tick` (row of its features),
@@ -83,17 +83,17 @@ class SampleSet(torch.utils.data.Dataset[Batch]):
         self._sensor_end = np.concatenate([np.asarray(e.sensor_index, np.int64) for e in self.episodes])[keep]
         full = [e.sensor_full(self.window) if sensor_enabled else np.zeros(len(e), bool) for e in self.episodes]
         self.sensor_full = np.concatenate(full)[keep]
-        self._sensor: dict[int, np.ndarray] = {}  # of each episode, opened in the process that reads
 
     def __len__(self) -> int:
         return len(self.step)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_sensor": {}}
-
-    def __getitem__(self, indices: np.ndarray) -> Batch:
-        """What a DataLoader asks for: one request is one whole batch."""
-        return self.batch(indices)
+    def __getitem__(self, indices: np.ndarray) -> Batch | UserError:
+        """What a DataLoader asks for: one request is one whole batch. An error crosses processes as a value: raised,
+        its sentence would come buried in a traceback."""
+        try:
+            return self.batch(indices)
+        except UserError as error:
+            return error
 
     def batch(self, indices: Sequence[int] | np.ndarray | Tensor) -> Batch:
         """Sample numbers -> observation and target.
@@ -131,10 +131,8 @@ class SampleSet(torch.utils.data.Dataset[Batch]):
         full = self.sensor_full[numbers]
         out = np.zeros((len(numbers), self.window, SENSOR_CHANNELS), np.float32)
         for b in np.flatnonzero(full):  # one copy of a contiguous block a window
-            e, stop = int(self.episode[numbers[b]]), self._sensor_end[numbers[b]]
-            if e not in self._sensor:  # still the mapped file, without memmap's slow indexing
-                self._sensor[e] = np.asarray(self.episodes[e].sensor)
-            out[b] = self._sensor[e][stop - self.window : stop]
+            stop = self._sensor_end[numbers[b]]
+            out[b] = self.episodes[self.episode[numbers[b]]].sensor[stop - self.window : stop]
         sensor, present = torch.from_numpy(out), torch.from_numpy(full)
         finite = torch.isfinite(sensor.sum(dim=(1, 2)))
         sensor[~finite] = 0.0
@@ -164,16 +162,13 @@ def _ticks(
     return rows[newest], steps - used[newest]
 
 
-def batches(samples: SampleSet, requests: list[np.ndarray], num_workers: int, pin_memory: bool) -> Iterator[Batch]:
-    """The batches of the sample numbers in `requests`, in order; loader processes end with the epoch."""
-    loader = torch.utils.data.DataLoader(
-        samples,
-        sampler=requests,  # a request is a whole micro-batch
-        batch_size=None,
-        num_workers=min(num_workers, len(requests)),
-        persistent_workers=False,
-        pin_memory=pin_memory,
-        worker_init_fn=begin_worker,
-    )
-    with starting_workers():
-        return iter(loader)
+def batches(
+    samples: SampleSet,
+    requests: list[np.ndarray],
+    num_workers: int,
+    pin_memory: bool,
+    stop: Callable[[], Any] = lambda: False,
+) -> Iterator[Batch]:
+    """The batches of the sample numbers in `requests` (each a whole micro-batch), in order; loader processes end with
+    the epoch. Raises as `core.loader.load` does."""
+    return load(samples, min(num_workers, len(requests)), pin_memory, stop, sampler=requests)

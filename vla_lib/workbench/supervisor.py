@@ -15,14 +15,13 @@ import subprocess
 import sys
 import time
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 from vla_lib.core.files import write_json
-from vla_lib.core.processes import die_with_parent
+from vla_lib.core.processes import die_with_parent, name_launcher
 
 PR_SET_CHILD_SUBREAPER = 36
 POLL_S = 0.1
@@ -52,7 +51,12 @@ def main(arguments: list[str]) -> int:
     try:
         with open(log_path, "ab") as log:
             # where this process is killed, torchrun still ends its ranks in order
-            mortal = partial(die_with_parent, signal.SIGTERM)
+            parent = os.getpid()
+
+            def mortal() -> None:
+                die_with_parent(signal.SIGTERM, parent)
+                name_launcher()
+
             try:
                 child = subprocess.Popen(
                     status["command"], stdin=subprocess.DEVNULL, stdout=log, stderr=log, preexec_fn=mortal
