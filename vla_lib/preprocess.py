@@ -11,6 +11,7 @@ import contextlib
 import errno
 import itertools
 import os
+import sys
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -23,7 +24,7 @@ from vla_lib.core.progress import Progress
 from vla_lib.episodes.clocks import CONFIRMED, FOUND, GIVEN, UNKNOWN, Clocks, Evidence, session_clocks, sessions
 from vla_lib.episodes.datasets import DatasetTable
 from vla_lib.episodes.episode import Episode
-from vla_lib.episodes.findings import GOOD, REJECTED
+from vla_lib.episodes.findings import GOOD, NOT_JUDGED, REJECTED
 from vla_lib.episodes.layouts import find_episodes
 from vla_lib.episodes.motion import evidence
 from vla_lib.episodes.pictures import list_pictures
@@ -34,13 +35,17 @@ from vla_lib.episodes.quality import verdict_table
 EXIT_STRICT = 3
 UNWRITABLE = {errno.EROFS, errno.EACCES, errno.EPERM}
 FULL = {errno.ENOSPC, errno.EDQUOT}
+# what fails for the machine's reasons is no verdict on a recording: exit 1, and another run makes up for it
+INTERRUPTED = "interrupted"
+MACHINE = (pool.WorkerDied, MemoryError)
+MACHINES_OWN = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EAGAIN}
 
 
 def main(settings: Settings) -> dict[str, Any]:
     """Prepare (or only judge) all episodes; returns counts, verdicts, reasons and what was left out.
 
-    Raises UserError where there is nothing to do or nothing can be written; SystemExit(3) under `strict` where anything
-    was left out.
+    Raises UserError where there is nothing to do or nothing can be written; SystemExit(1) where the machine failed
+    (a killed worker), and SystemExit(3) under `strict` where anything was left out.
     """
     reports = run_jobs(make_jobs(settings), settings.workers)
     statuses = [report.status for report in reports]
@@ -49,6 +54,7 @@ def main(settings: Settings) -> dict[str, Any]:
         "written": statuses.count("written"),
         "unchanged": statuses.count("unchanged"),
         "rejected": statuses.count("rejected") + statuses.count("failed"),
+        "interrupted": statuses.count(INTERRUPTED),
         "good": sum(report.verdict == GOOD for report in reports),
         "clocks": clock_rows(reports),
         "left_out": left_out(reports),
@@ -58,6 +64,10 @@ def main(settings: Settings) -> dict[str, Any]:
         write_json(settings.report, results)
     if not settings.quiet:
         _print(reports, results)
+    if results["interrupted"]:
+        again = "run the same command again, which prepares only these"
+        print(f"{results['interrupted']} episodes could not be judged on this machine; {again}", file=sys.stderr)
+        raise SystemExit(1)
     if settings.strict and results["left_out"]:
         raise SystemExit(EXIT_STRICT)
     return results
@@ -101,16 +111,20 @@ def run_jobs(jobs: Sequence[EpisodeJob], workers: int = 0, show: bool = True) ->
     """
     workers = min(workers or len(os.sched_getaffinity(0)), len(jobs))
     asked: dict[str, EpisodeJob] = {}
+    reports: dict[str, Report] = {}
     for job, found in _each(ask_job, jobs, workers, "comparing clocks", show):
         asked[job.key] = job if isinstance(found, BaseException) else found
-    jobs = with_clocks([asked[job.key] for job in jobs])
+        if isinstance(found, MACHINE):
+            reports[job.key] = job.failed(INTERRUPTED, str(found), NOT_JUDGED)
+    order, jobs = jobs, with_clocks([asked[job.key] for job in jobs if job.key not in reports])
     label = "inspecting" if jobs and jobs[0].settings.report_only else "preparing"
-    reports: dict[str, Report] = {}
     for job, result in _each(run_job, jobs, workers, label, show):
         if isinstance(result, UserError):
             raise result
+        if isinstance(result, MACHINE):
+            result = job.failed(INTERRUPTED, str(result), NOT_JUDGED)
         reports[job.key] = job.failed("failed", str(result)) if isinstance(result, BaseException) else result
-    return [reports[job.key] for job in jobs]
+    return [reports[job.key] for job in order]
 
 
 def _each(
@@ -178,7 +192,11 @@ def run_job(job: EpisodeJob) -> Report:
         if error.errno in UNWRITABLE:
             remedy = "give --output-root FOLDER to prepare into another place"
             raise UserError(f"{job.out} cannot be written ({why}); {remedy}.") from error
+        if error.errno in MACHINES_OWN:
+            return job.failed(INTERRUPTED, f"{name}: {why}", NOT_JUDGED)
         return job.failed("failed", f"{type(error).__name__}: {error}")
+    except MemoryError as error:
+        return job.failed(INTERRUPTED, f"out of memory: {error}", NOT_JUDGED)
     except Exception as error:  # an episode nobody foresaw is reported like any other broken one
         return job.failed("failed", f"{type(error).__name__}: {error}")
 
@@ -187,7 +205,7 @@ def left_out(reports: Sequence[Report]) -> list[str]:
     """One sentence per episode or stream that is not used, with the reason."""
     lines = []
     for report in reports:
-        sentences = report.reasons[:1] if report.verdict == REJECTED else report.left_out
+        sentences = report.reasons[:1] if report.verdict in (REJECTED, NOT_JUDGED) else report.left_out
         lines += [f"{report.key}: {text}" for text in sentences]
     return lines
 

@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
+import psutil
 import pytest
 from annotated_types import Ge
 
@@ -79,3 +80,36 @@ def test_a_notebooks_parameters_become_settings():
     for values, sentence in (({"batch_size": 0}, "--batch-size is 0; it should be"), ({"colour": 1}, "--colour is no")):
         with pytest.raises(UserError, match=sentence):
             TrialSettings(**values)
+
+
+@pytest.mark.parametrize("named", [True, False], ids=["its launcher named", "nobody named it"])
+def test_a_rank_whose_launcher_died_before_it_looked_dies_too(tmp_path, named):
+    """A rank imports torch for seconds, and torchrun may be killed meanwhile: another process is its parent then."""
+    rank = "import time\nfrom vla_lib.core import processes\ntime.sleep(1)\nprocesses.die_with_launcher()\n"
+    rank += f"open({str(tmp_path / 'alive')!r}, 'w').close()"
+    launcher = "import os, subprocess, sys\nfrom vla_lib.core import processes\n"
+    launcher += "processes.name_launcher()\n" if named else ""
+    launcher += f"child = subprocess.Popen([sys.executable, '-c', {rank!r}])\nprint(child.pid, flush=True)\n"
+    launcher += "os.kill(os.getpid(), 9)"
+    # the shell takes the orphan where init does not
+    done = subprocess.run([sys.executable, "-c", launcher], stdout=subprocess.PIPE, text=True)
+    if not named and b"python" in Path(f"/proc/{psutil.Process(int(done.stdout)).ppid()}/cmdline").read_bytes():
+        pytest.skip("init is a Python program here")
+    psutil.wait_procs([psutil.Process(int(done.stdout))], timeout=20)
+    assert not (tmp_path / "alive").exists()
+
+
+def test_a_rank_whose_launcher_lives_goes_on_and_hands_no_name_over():
+    rank = "import os\nfrom vla_lib.core import processes\nprocesses.die_with_launcher()\n"
+    rank += "print(processes.LAUNCHER in os.environ)"
+    launcher = "import subprocess, sys\nfrom vla_lib.core import processes\nprocesses.name_launcher()\n"
+    launcher += f"subprocess.run([sys.executable, '-c', {rank!r}])"
+    done = subprocess.run([sys.executable, "-c", launcher], capture_output=True, text=True)
+    assert done.stdout == "False\n"
+
+
+def test_a_front_door_raises_the_limit_of_open_files():
+    program = "import resource\nresource.setrlimit(resource.RLIMIT_NOFILE, (100, 400))\n"
+    program += "from vla_lib.core import processes\nprocesses.allow_open_files()\n"
+    program += "print(resource.getrlimit(resource.RLIMIT_NOFILE))"
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout == "(400, 400)\n"

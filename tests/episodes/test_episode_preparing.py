@@ -187,8 +187,25 @@ def test_a_kill_in_the_middle_leaves_no_half_file(root):
 def test_a_worker_that_dies_names_its_episode_and_the_rest_goes_on(root, monkeypatch):
     monkeypatch.setattr(preprocess, "run_job", _die_on_the_first)
     reports = prepare_all(root, 2)
-    assert [report.status for report in reports] == ["failed", "written"]
+    assert [report.status for report in reports] == ["interrupted", "written"]
     assert "worker process ended" in reports[0].reasons[0]
+
+
+@pytest.mark.parametrize("raised", (MemoryError(), OSError(errno.EIO, "Input/output error"), None))
+def test_what_the_machine_failed_at_is_no_verdict_and_another_run_makes_up_for_it(root, monkeypatch, capsys, raised):
+    def fail(job):
+        raise raised
+
+    monkeypatch.setattr(preprocess, *(("prepare_episode", fail) if raised else ("run_job", _die_on_the_first)))
+    settings = Settings(dataset_root=root, workers=1 if raised else 2)
+    with pytest.raises(SystemExit) as end:
+        main(settings)
+    assert end.value.code == 1
+    said = capsys.readouterr()
+    assert "not judged" in said.out and " 0 rejected" in said.out and "again" in said.err
+    monkeypatch.undo()
+    assert main(settings)["interrupted"] == 0
+    assert len(find_prepared(root)) == 2
 
 
 def _die_on_the_first(job):

@@ -131,11 +131,11 @@ class EpisodeJob:
                 parts.append(f"{path.name} unreadable, {path.stat().st_size} bytes")
         return "\n".join(parts)
 
-    def failed(self, status: str, text: str) -> "Report":
-        """The report of an episode that cannot be used at all."""
+    def failed(self, status: str, text: str, verdict: str = REJECTED) -> "Report":
+        """The report of an episode that cannot be used at all, or could not be judged."""
         findings = Findings([Finding(FATAL, "episode", text)])
-        summary = summary_row(self.key, self.files.layout, findings, None, None)
-        return Report(self.key, status, REJECTED, [text], [], summary, [])
+        summary = summary_row(self.key, self.files.layout, findings, None, None) | {"verdict": verdict}
+        return Report(self.key, status, verdict, [text], [], summary, [])
 
 
 @dataclass

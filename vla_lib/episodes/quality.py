@@ -9,7 +9,7 @@ import pandas as pd
 
 from vla_lib.episodes.clocks import FOUND, UNKNOWN, ClockOffset
 from vla_lib.episodes.episode import Episode
-from vla_lib.episodes.findings import GOOD, REJECTED, USABLE, Finding, Findings
+from vla_lib.episodes.findings import GOOD, NOT_JUDGED, REJECTED, USABLE, Finding, Findings
 from vla_lib.episodes.robot_log import RobotLog
 from vla_lib.episodes.steps import Steps, stream_gaps
 from vla_lib.episodes.timeline import Span
@@ -227,7 +227,7 @@ def verdict_table(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
     frame = pd.DataFrame([dict(row) for row in rows])
     if frame.empty:
         return frame
-    order = {REJECTED: 0, USABLE: 1, GOOD: 2}
+    order = {NOT_JUDGED: 0, REJECTED: 0, USABLE: 1, GOOD: 2}
     rank = frame["verdict"].map(order)
     return frame.assign(rank=rank).sort_values(["rank", "episode"], ignore_index=True).drop(columns="rank")
 
