@@ -148,7 +148,7 @@ class Raw:
 
     def picture_times(self, view: int) -> np.ndarray:
         """Seconds since the start at which a view took its pictures."""
-        begin = self.first_picture.get(view, 0.011 * view)
+        begin = self.first_picture.get(view, 0.011 * view - 0.06)  # the cameras run when the robot's log begins
         return np.round(np.arange(begin, self.seconds + self.tail, 1 / self.camera_hz), 3)
 
     def _pictures(self, path: Path) -> None:

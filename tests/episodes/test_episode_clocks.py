@@ -98,7 +98,7 @@ def test_where_a_stream_begins_shifts_nothing_and_is_said(tmp_path, layout, ahea
     (report,) = prepare_all(tmp_path / "root")
     clock = load_prepared(path).clocks.sensor
     assert (clock.offset_s, clock.how, report.verdict) == (0.0, UNKNOWN, verdict)
-    assert ("the recording begins" in " ".join(report.reasons)) == bool(ahead_s)
+    assert ("sensor: the recording begins" in " ".join(report.reasons)) == bool(ahead_s)
 
 
 def test_cameras_that_begin_far_from_the_robot_are_not_good(tmp_path):
@@ -115,6 +115,77 @@ def test_a_given_offset_overrides_what_the_motion_says(tmp_path):
     assert episode.sensor_timestamp[0] == pytest.approx(T0 - 0.3, abs=1e-5)
     opened = Episode.open(path, Clocks(given(300)))
     np.testing.assert_allclose(opened.sensor.t_s, episode.sensor_timestamp)
+
+
+# --- times as other recorders write them ---------------------------------------------------------------------------
+def test_a_step_without_a_picture_in_a_view_is_not_valid(tmp_path):
+    path = Raw(first_picture={1: 0.2, 3: 0.05}).write(tmp_path / "root" / "part1")
+    (report,) = prepare_all(tmp_path / "root")
+    episode = load_prepared(path)
+    assert np.flatnonzero(~episode.valid).tolist() == [0, 1] and report.verdict == "good"
+    assert "2 of 29 steps are invalid: a view has no picture yet (View1_left begins last)" in " ".join(report.reasons)
+    prepare_all(tmp_path / "root", views=("View2_left", "View5"))
+    assert load_prepared(path).valid.all()  # the views that are wanted have theirs
+    late = Raw(seconds=4.0, cameras_ahead=1.5).write(tmp_path / "late" / "part1")
+    (report,) = prepare_all(tmp_path / "late")
+    assert np.flatnonzero(~load_prepared(late).valid).tolist() == list(range(15)) and report.verdict != "good"
+
+
+@pytest.mark.parametrize("layout", ("F1", "F2", "F3"))
+def test_unpadded_milliseconds_are_seen_from_their_spacing(tmp_path, layout):
+    raw = Raw(layout, camera_hz=10.0)
+    path = raw.write(tmp_path / "d")
+    for file in path.rglob("*.jpg"):
+        before, _, number = file.stem.rpartition("_")
+        ms = round(float(number) * 1e3)
+        file.rename(file.with_name(f"{before}{'_' if before else ''}{ms // 1000}.{ms % 1000}.jpg"))
+    episode = Episode.open(path)
+    for view in (1, 4):
+        np.testing.assert_allclose(episode.pictures[f"View{view}_left"].t_s - T0, raw.picture_times(view), atol=1e-3)
+    assert "fractions of a second without leading zeros" in " ".join(finding.text for finding in episode.findings)
+
+
+def test_names_whose_trailing_zeros_are_missing_stay_as_they_are(tmp_path):
+    raw = Raw("F3", camera_hz=10.0)
+    path = raw.write(tmp_path / "d")
+    for file in path.rglob("*.jpg"):
+        file.rename(file.with_name(file.stem.rstrip("0") + "0.jpg" if file.stem.endswith(".000") else
+                                   file.stem.rstrip("0") + ".jpg"))  # fmt: skip
+    np.testing.assert_allclose(Episode.open(path).pictures["View1_left"].t_s - T0, raw.picture_times(1), atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("per_second", "unit"), ((10**3, "milliseconds"), (10**6, "microseconds"), (10**9, "nanoseconds"))
+)
+def test_other_units_are_read_as_such(tmp_path, per_second, unit):
+    path = Raw(edit_rows=lambda rows: np.column_stack([rows[:, :3] * per_second, rows[:, 3:]])).write(tmp_path / "d")
+    for file in path.rglob("*.jpg"):
+        before, _, number = file.stem.rpartition("_")
+        file.rename(file.with_name(f"{before}_{round(float(number) * 1e3) * (per_second // 1000)}.jpg"))
+    (sensor,) = path.glob("*.npz")
+    with np.load(sensor) as held:
+        np.savez(sensor, **{key: held[key] * per_second if "time" in key else held[key] for key in held})
+    episode, plain = Episode.open(path), Raw()
+    said = [finding.stream for finding in episode.findings if finding.text == f"its times are {unit}, and read as such"]
+    assert {"robot", "sensor", "View1_left", "View5"} <= set(said)
+    assert episode.start_s == pytest.approx(T0, abs=1e-5) and episode.duration_s == pytest.approx(2.99, abs=1e-5)
+    assert episode.sensor.t_s[650] == pytest.approx(T0 + 1, abs=1e-5)
+    np.testing.assert_allclose(episode.pictures["View5"].t_s - T0, plain.picture_times(5), atol=1e-3)
+
+
+def test_packets_keep_all_their_samples_and_windows_span_a_tenth_of_a_second(tmp_path):
+    path = Raw().write(tmp_path / "root" / "part1")
+    (sensor,) = path.glob("*.npz")
+    with np.load(sensor) as held:
+        columns = {key: held[key] for key in held}
+    columns["timestamps"] = columns["timestamps"][(np.arange(1950) // 13 + 1) * 13 - 1]
+    np.savez(sensor, **columns)
+    prepare_all(tmp_path / "root")
+    episode = load_prepared(path)
+    assert len(episode.sensor) == 1950 and episode.sensor_hz == pytest.approx(650, rel=0.01)
+    np.testing.assert_allclose(episode.sensor_timestamp - T0, np.arange(1950) / 650, atol=1e-4)
+    assert episode.sensor_full(65)[2:].all()
+    assert "packets of 13" in str(episode.metadata["findings"])
 
 
 # --- sessions ----------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Time logic under random input: rising times, newest-at-or-before, gaps, stitched windows, poses and their actions."""
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -17,7 +18,16 @@ from vla_lib.episodes.poses import (
 )
 from vla_lib.episodes.sensor_log import stitch
 from vla_lib.episodes.steps import window_full
-from vla_lib.episodes.timeline import clean_times, find_gaps, grid, longest_rising, newest_at_or_before, overlaps
+from vla_lib.episodes.timeline import (
+    clean_times,
+    find_gaps,
+    grid,
+    in_seconds,
+    longest_rising,
+    newest_at_or_before,
+    overlaps,
+    spread_packets,
+)
 
 seconds = st.floats(0, 100, allow_nan=False)
 angle = st.floats(-180, 180)
@@ -101,6 +111,9 @@ def test_a_window_is_full_only_where_its_samples_are_there_and_fresh():
     later = np.array([0.44, 0.7, 0.8])
     assert window_full(newest_at_or_before(holed, later) + 1, holed, later, 65, 650, []).tolist() == [True, False, True]
     assert not window_full(np.zeros(5, int), np.empty(0), at, 65, 650, []).any()
+    sparse = np.arange(100) / 50  # nine of ten samples were lost: 65 of them span 1.28 s
+    ends = newest_at_or_before(sparse, sparse) + 1
+    assert not window_full(ends, sparse, sparse, 65, 650, []).any()
 
 
 @given(pose, pose)
@@ -142,3 +155,24 @@ def test_interpolation_is_linear_and_slerp(poses, parts):
     assert (rotation(got[:, 3:]) * turned.inv()).magnitude().max() < np.radians(0.006)
     for k in range(3):
         np.testing.assert_allclose(got[:, k], np.interp(at, t, np.array(poses)[:, k]), atol=1e-9)
+
+
+def test_stamps_of_packets_are_spread_over_their_span():
+    true = np.arange(1950) / 650 + 1.7e9
+    stamped = true[(np.arange(1950) // 13 + 1) * 13 - 1]  # 13 samples share the stamp of their last
+    findings = Findings()
+    np.testing.assert_allclose(spread_packets(stamped, findings), true, atol=1e-6)
+    assert "packets of 13" in findings[0].text
+    lost = np.delete(np.arange(1950), np.s_[650:845])  # 0.3 s of packets never came: the rest is not spread over it
+    np.testing.assert_allclose(spread_packets(stamped[lost], Findings()), true[lost], atol=1e-6)
+    repeated = np.sort(np.append(true, true[::50]))  # two in a hundred repeat, as on every robot log
+    assert spread_packets(repeated, Findings()) is repeated
+
+
+@pytest.mark.parametrize(
+    ("per_second", "unit"), ((1, ""), (1e3, "milliseconds"), (1e6, "microseconds"), (1e9, "nanoseconds"))
+)
+def test_units_of_times_are_told_from_their_size(per_second, unit):
+    findings, seconds_ = Findings(), np.array([np.nan, 1761003616.25, 1761003616.5])
+    np.testing.assert_allclose(in_seconds(seconds_ * per_second, "robot", findings), seconds_, atol=1e-6)
+    assert [finding.text for finding in findings] == ([f"its times are {unit}, and read as such"] if unit else [])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import pickle
+import shutil
 
 import numpy as np
 import psutil
@@ -12,6 +13,8 @@ from hypothesis import strategies as st
 from synthetic import write_dataset
 
 from vla_lib.core.errors import UserError
+from vla_lib.episodes import find_prepared, load_prepared
+from vla_lib.episodes.data_pkl import DATA_NAME, read_checked, write_pickle
 from vla_lib.features.cache import FeatureCache, cache_folder
 from vla_lib.training.data import prepare_data, split_episodes
 from vla_lib.training.samples import SampleSet, batches
@@ -21,8 +24,6 @@ from vla_lib.training.statistics import training_statistics
 
 
 def sample_set(root, **options) -> SampleSet:
-    from vla_lib.episodes import find_prepared, load_prepared
-
     return SampleSet(
         [load_prepared(p) for p in find_prepared(root)],
         FeatureCache.open(root),
@@ -302,3 +303,19 @@ def test_loader_processes_read_what_is_read_here_and_end_with_the_epoch(mixed):
         here = samples.batch(numbers)
         assert batch.keys() == here.keys() and all(torch.equal(batch[name], here[name]) for name in here)
     assert psutil.Process().children() == before
+
+
+@pytest.mark.parametrize(("hz", "span"), ((500.0, "26 ms"), (1000.0, "13 ms")))
+def test_sensors_of_different_rates_do_not_train_together(mixed, tmp_path, hz, span):
+    shutil.copytree(mixed, tmp_path / "data")
+    settings = AsyncSettings(dataset_root=tmp_path / "data", sensor_window_size=13)
+    path = next(folder for folder in find_prepared(tmp_path / "data") if load_prepared(folder).has_sensor) / DATA_NAME
+    content = read_checked(path)
+    content["metadata"]["sensor_hz"] = 700.0  # as much as the lab's own recorders differ
+    write_pickle(path, content)
+    prepare_data(settings)
+    content["metadata"]["sensor_hz"] = hz
+    write_pickle(path, content)
+    with pytest.raises(UserError, match=f"{span} in .* one rate a training"):
+        prepare_data(settings)
+    prepare_data(dataclasses.replace(settings, sensor_enabled=False))

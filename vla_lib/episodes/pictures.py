@@ -15,13 +15,13 @@ import numpy as np
 
 from vla_lib.episodes.findings import Findings
 from vla_lib.episodes.layouts import HAND_EYE, SERIALS, VIEW_FOLDER
-from vla_lib.episodes.timeline import FAR_S
+from vla_lib.episodes.timeline import FAR_S, in_seconds
 
 Array = np.ndarray[Any, Any]
 Row = tuple[float, str, int]  # time, relative path, size in bytes
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp")
-_TIME = re.compile(r"(\d{8,}(?:\.\d+)?)\.\w+$")
+_TIME = re.compile(r"(\d{8,})(?:\.(\d+))?\.\w+$")
 _SERIAL = re.compile(r"(?:^|_)(\d{8})(?:_|$)")
 SMALL_PART = 0.6  # a picture smaller than this part of its view's median size is checked for being cut off
 
@@ -44,11 +44,13 @@ class Listing:
 
     rows: dict[str, list[Row]] = field(default_factory=dict)  # view key -> rows, sorted by time
     nameless: dict[str, int] = field(default_factory=dict)  # folder -> pictures without a time in their names
+    read_as: dict[str, str] = field(default_factory=dict)  # view key -> how the times in its names are meant
 
 
 def list_pictures(episode: Path) -> Listing:
     """List all pictures of an episode without opening any."""
     listing = Listing()
+    named: dict[str, list[tuple[str, str, str, int]]] = {}  # view key -> whole seconds, fraction, path, size
     for folder, number, side in _folders(episode):
         for entry in os.scandir(episode / folder):
             name = entry.name.lower()
@@ -62,10 +64,36 @@ def list_pictures(episode: Path) -> Listing:
             key = f"View{view}"
             if view != HAND_EYE:
                 key += f"_{side or ('right' if '_right_' in name else 'left')}"
-            row = (float(stamp.group(1)), f"{folder}/{entry.name}", entry.stat().st_size)
-            listing.rows.setdefault(key, []).append(row)
-    listing.rows = {view: sorted(rows) for view, rows in sorted(listing.rows.items())}
+            name_parts = (stamp.group(1), stamp.group(2) or "", f"{folder}/{entry.name}", entry.stat().st_size)
+            named.setdefault(key, []).append(name_parts)
+    for key, rows in sorted(named.items()):
+        times, listing.read_as[key] = _read_times([row[0] for row in rows], [row[1] for row in rows])
+        stamped = zip(times.tolist(), (row[2] for row in rows), (row[3] for row in rows), strict=True)
+        listing.rows[key] = sorted(stamped)
     return listing
+
+
+def _read_times(whole: list[str], fraction: list[str]) -> tuple[Array, str]:
+    """UNIX seconds (n,) of the numbers in names, and how they are meant where that is not what they say, else "".
+
+    A recorder that joins seconds and milliseconds with a dot writes 1762.5 for 1762.005: fractions of one to three
+    digits, none with a leading zero. What is right is seen from the spacing: cameras come evenly.
+    """
+    notes = Findings()
+    times = in_seconds(np.array([float(f"{a}.{b or 0}") for a, b in zip(whole, fraction, strict=True)]), "", notes)
+    lengths = {len(digits) for digits in fraction}
+    digits = next((width for width in (3, 6, 9) if max(lengths) <= width), 0)
+    padded = any(len(one) > 1 and one[0] == "0" for one in fraction)
+    if len(lengths) > 1 and digits and not padded and min(lengths) > 0:
+        joined = np.array([float(f"{a}.{b.zfill(digits)}") for a, b in zip(whole, fraction, strict=True)])
+        if _unevenness(joined) < 0.5 * _unevenness(times):
+            return joined, f"fractions of a second without leading zeros ({digits} digits)"
+    return times, notes[0].text if notes else ""
+
+
+def _unevenness(times: Array) -> float:
+    steps = np.diff(np.sort(times))
+    return float(np.abs(steps - np.median(steps)).mean()) if len(steps) else 0.0
 
 
 def read_pictures(
@@ -78,6 +106,10 @@ def read_pictures(
     listing = listing or list_pictures(episode)
     for place, count in sorted(listing.nameless.items()):
         findings.exclude(place, f"{count} pictures in {place} carry no time in their names and are left out")
+    for view, meant in listing.read_as.items():
+        if meant:
+            text = meant if meant.startswith("its") else f"its names carry {meant}, and are read as such"
+            findings.note(view, text)
     views = {}
     for view, rows in listing.rows.items():
         middle = rows[len(rows) // 2][0]

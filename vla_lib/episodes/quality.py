@@ -124,15 +124,30 @@ def judge(episode: Episode, steps: Steps, rates: Rates | None = None, extra: Ite
     _judge_pictures(episode, rates, findings)
     valid = int(steps.valid.sum())
     invalid = len(steps) - valid
-    if invalid:
+    _judge_blind(episode, steps, rates, findings)
+    across = invalid - int((steps.blind & ~steps.valid).sum())
+    if across and steps.gaps:
         streams = ", ".join(sorted(steps.gaps))
-        findings.exclude("episode", f"{invalid} of {len(steps)} steps are invalid (gaps in {streams})")
+        findings.exclude("episode", f"{across} of {len(steps)} steps are invalid (gaps in {streams})")
     if valid / steps.hz < LEAST_VALID_S - 1e-9:
         lasts = f"{valid / steps.hz:.1f} s, {LEAST_VALID_S} s are needed"
         findings.reject("episode", f"only {valid} steps are valid: {lasts}")
     elif valid < LEAST_VALID_PART * len(steps):
         findings.reject("episode", f"{invalid} of {len(steps)} steps lie across gaps: more than half")
     return findings
+
+
+def _judge_blind(episode: Episode, steps: Steps, rates: Rates, findings: Findings) -> None:
+    """Steps before the first pictures: a few at the start are a recorder's, more are a loss."""
+    blind = int(steps.blind.sum())
+    if not blind:
+        return
+    late = max(episode.pictures, key=lambda view: rates[view].start_s)
+    text = f"{blind} of {len(steps)} steps are invalid: a view has no picture yet ({late} begins last)"
+    if blind / steps.hz > STAGGER_S + (1 / rates[late].hz if rates[late].hz > 0 else 0.0):
+        findings.exclude("episode", text)
+    else:
+        findings.note("episode", text)
 
 
 def _gaps(row: StreamRate, episode: Episode, findings: Findings) -> None:
@@ -168,10 +183,10 @@ def _judge_clock(stream: str, clock: ClockOffset, start_s: float | None, interva
     """A clock that was off, and a start that no clock explains. `interval_s`: the stream's own."""
     if clock.how == FOUND and abs(clock.offset_s) > CLOCK_OFF_S:
         findings.exclude(stream, f"the clock was off: {clock.sentence()}")
-    if start_s is None or -CLOCK_OFF_S <= start_s <= CLOCK_OFF_S + interval_s:
+    if start_s is None or abs(start_s) <= CLOCK_OFF_S + interval_s:
         return
     text = f"the recording begins {start_s * 1e3:+.0f} ms from the robot's"
-    if clock.how == UNKNOWN and not -STAGGER_S <= start_s <= STAGGER_S + interval_s:
+    if clock.how == UNKNOWN and abs(start_s) > STAGGER_S + interval_s:
         findings.exclude(stream, f"{text}, and no motion tells whether its clock is off; times stand as recorded")
     else:
         findings.note(stream, text)

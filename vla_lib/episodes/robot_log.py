@@ -14,7 +14,7 @@ from vla_lib.episodes.csv_table import read_table
 from vla_lib.episodes.findings import Findings
 from vla_lib.episodes.layouts import columns_of, robot_columns
 from vla_lib.episodes.plausibility import plausible
-from vla_lib.episodes.timeline import Cleaned, Span, clean_times
+from vla_lib.episodes.timeline import Cleaned, Span, clean_times, in_seconds
 
 Array = np.ndarray[Any, Any]
 
@@ -63,12 +63,16 @@ def read_robot_log(path: Path, findings: Findings) -> RobotLog:
     rows = len(cells)
     if not rows:
         raise UserError(f"{path} has a header but no rows: the robot was never logged; record the episode again.")
+    units = {name: Findings() for name in columns.clock}
+    for name, notes in units.items():
+        cells[name] = in_seconds(cells[name].to_numpy(), "robot", notes)
     clock = next((name for name in columns.clock if _is_clock(cells[name].to_numpy())), None)
     if clock is None:
         tried = f"none of the clock columns {', '.join(columns.clock)} holds UNIX seconds"
         raise UserError(f"{path}: {tried}; the rows cannot be placed in time.")
     if clock != columns.clock[0]:
         findings.exclude("robot", f"{columns.clock[0]} holds no time, so {clock} is used in its place")
+    findings.extend(units[clock])
     body = cells[[*columns.pose, *columns.joints]].to_numpy()
     broken = ~np.isfinite(body).all(axis=1)
     if broken.any():

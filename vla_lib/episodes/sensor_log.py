@@ -19,7 +19,7 @@ from vla_lib.core.errors import UserError
 from vla_lib.episodes.findings import Findings
 from vla_lib.episodes.layouts import CHANNELS
 from vla_lib.episodes.sensor_file import SensorFile, bits
-from vla_lib.episodes.timeline import Cleaned, Span, clean_times, find_gaps
+from vla_lib.episodes.timeline import Cleaned, Span, clean_times, find_gaps, in_seconds, spread_packets
 
 Array = np.ndarray[Any, Any]
 
@@ -135,6 +135,9 @@ def _opened(paths: Sequence[Path], findings: Findings) -> Iterator[SensorFile]:
             text = f"its arrays differ in length; the first {min(lengths)} rows are used"
             findings.exclude("sensor", f"{path.name}: {text}")
             file.stamps_s = file.stamps_s[: min(lengths)]
+        file.stamps_s = in_seconds(file.stamps_s, "sensor", findings)
+        if not file.window:
+            file.stamps_s = spread_packets(file.stamps_s, findings)
         if np.isfinite(file.stamps_s).any():
             yield file
         else:

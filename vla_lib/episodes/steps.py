@@ -23,6 +23,7 @@ ROBOT_GAP_S = 0.05
 """Interpolating over 50 ms of the fastest motion (64 mm/s^2) errs by 0.02 mm; a longer hole is a gap."""
 PICTURE_GAP_S = 0.5
 SENSOR_LATE_S = 0.05
+SPAN_PART, SPAN_LEAST_S = 0.25, 0.02  # by so much may the span of a window's samples differ from what it should be
 MOST_STEPS = 2_000_000
 
 
@@ -34,7 +35,8 @@ class Steps:
     t_s: Array  # (N,) float64 UNIX seconds, exactly start + k / hz
     state: Array  # (N, 12) float32: joints (deg), pose (mm, deg) at t_k
     action: Array  # (N, 7) float32: mm, degrees, gripper
-    valid: Array  # (N,) bool: no stream has a gap across the step
+    valid: Array  # (N,) bool: no stream has a gap across the step, and it is not blind
+    blind: Array  # (N,) bool: a view that is used has no picture yet
     gaps: dict[str, list[Span]]  # stream -> spans without data, in seconds
 
     def __len__(self) -> int:
@@ -105,12 +107,16 @@ def build_steps(
     valid = np.ones(len(t_s), bool)
     for spans in gaps.values():
         valid &= ~overlaps(t_s, ends[1:], spans)
+    blind = np.zeros(len(t_s), bool)
+    for pictures in episode.pictures.values():
+        blind |= image_index(pictures, t_s) < 0
     return Steps(
         hz=hz,
         t_s=t_s,
         state=np.concatenate([joints, pose[:-1]], axis=1).astype(np.float32),
         action=action.astype(np.float32),
-        valid=valid,
+        valid=valid & ~blind,
+        blind=blind,
         gaps=gaps,
     )
 
@@ -129,7 +135,7 @@ def window_full(index: Array, sensor_t_s: Array, t_s: Array, length: int, hz: fl
     """(N,) bool: whether `length` samples without a gap end at each step.
 
     A window is not full where the stream has fewer samples before the step, where its newest sample is older than
-    50 ms, or where a gap lies inside.
+    50 ms, where a gap lies inside, or where its samples span another time than so many samples at `hz` should.
     """
     index = np.asarray(index)
     full = index >= length
@@ -138,5 +144,6 @@ def window_full(index: Array, sensor_t_s: Array, t_s: Array, length: int, hz: fl
     newest = sensor_t_s[np.maximum(index - 1, 0)]
     oldest = sensor_t_s[np.clip(index - length, 0, len(sensor_t_s) - 1)]
     full &= t_s - newest <= SENSOR_LATE_S
-    full &= newest - oldest <= (length - 1) / max(hz, 1e-9) * 1.5 + SENSOR_LATE_S
+    expected_s = (length - 1) / max(hz, 1e-9)
+    full &= np.abs(newest - oldest - expected_s) <= max(SPAN_PART * expected_s, SPAN_LEAST_S)
     return full & ~overlaps(oldest, newest, gaps)

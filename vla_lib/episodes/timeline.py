@@ -14,6 +14,10 @@ Span = tuple[float, float]
 FAR_S = 6 * 3600.0
 """A stamp further than this from the median stamp of its file is not a time of this recording."""
 
+UNITS = ((1e17, 1e9, "nanoseconds"), (1e14, 1e6, "microseconds"), (1e11, 1e3, "milliseconds"))
+"""(least stamp, stamps a second, name): a UNIX time of this century in seconds has ten digits, in milliseconds 13."""
+PACKET_PART = 0.5  # from this part of repeated stamps on they are those of packets; on a real log 1-3 % repeat
+
 
 @dataclass(frozen=True)
 class Cleaned:
@@ -36,6 +40,38 @@ class Cleaned:
             findings.exclude(stream, f"{text}; {self.backwards} {entries} are left out")
         if self.repeats:
             findings.note(stream, f"{self.repeats} {entries} repeat the time of the one before and are left out")
+
+
+def in_seconds(stamps: Array, stream: str, findings: Findings) -> Array:
+    """UNIX stamps (n,) in seconds, whatever unit their size tells; another one than seconds is noted."""
+    stamps = np.asarray(stamps, np.float64)
+    finite = stamps[np.isfinite(stamps)]
+    middle = float(np.median(finite)) if len(finite) else 0.0
+    for least, per_second, name in UNITS:
+        if middle >= least:
+            findings.note(stream, f"its times are {name}, and read as such")
+            return stamps / per_second
+    return stamps
+
+
+def spread_packets(t_s: Array, findings: Findings) -> Array:
+    """Sample times (S,) of a stream whose samples came in packets, each with one stamp: spread over the packet's span.
+
+    A packet is sent when its last sample was taken: that one keeps the stamp, the others are spread evenly back to the
+    packet before, but not across a pause. A stream without packets comes back as it is.
+    """
+    first = np.flatnonzero(np.diff(t_s, prepend=np.nan) != 0)
+    if len(first) < 3 or len(first) > (1 - PACKET_PART) * len(t_s):
+        return t_s
+    sizes = np.diff(first, append=len(t_s))
+    span_s = np.diff(t_s[first], prepend=np.nan)
+    usual_s = float(np.nanmedian(span_s / sizes))  # of one sample
+    held_s = np.where((span_s > 0) & (span_s < 1.5 * sizes * usual_s), span_s, sizes * usual_s)
+    back = np.repeat(first + sizes, sizes) - 1 - np.arange(len(t_s))  # samples of the packet that come after
+    size = float(np.median(sizes))
+    text = f"samples came in packets of {size:.0f} with one stamp each; they are spread over the packet's span"
+    findings.note("sensor", text)
+    return np.asarray(t_s - back * np.repeat(held_s / sizes, sizes))
 
 
 def longest_rising(t_s: Array) -> Array:

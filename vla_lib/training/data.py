@@ -7,7 +7,7 @@ Notebooks call `prepare_data` for their preflight; the training loop calls it fo
 import hashlib
 import shlex
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -24,6 +24,7 @@ from vla_lib.training.samples import SampleSet
 from vla_lib.training.settings import TrainingSettings
 
 Split = dict[str, list[str]]
+SENSOR_RATE_PART = 0.15  # the lab's own recorders differ by this much: 650 Hz, and about 700 in F4
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,18 @@ def split_episodes(datasets: Mapping[str, str], val_fraction: float, seed: int =
     return {side: sorted(keys) for side, keys in split.items()}
 
 
+def _check_sensor_rates(episodes: Sequence[PreparedEpisode], window: int) -> None:
+    """A window is a span of time: one rate a training. Raises UserError naming the spans and an episode of each."""
+    slowest, *_, fastest = sorted([*episodes, episodes[0]], key=lambda episode: episode.sensor_hz)
+    if fastest.sensor_hz > (1 + SENSOR_RATE_PART) * slowest.sensor_hz:
+        spans = " and ".join(
+            f"{1e3 * window / episode.sensor_hz:.0f} ms in {episode.name} ({episode.sensor_hz:.0f} Hz)"
+            for episode in (slowest, fastest)
+        )
+        remedy = "train the datasets of one rate alone, or resample the sensor files of the others"
+        raise UserError(f"A sensor window of {window} samples would last {spans}: one rate a training; {remedy}.")
+
+
 def prepare_data(settings: TrainingSettings, split: Split | None = None) -> TrainingData:
     """Open, check and split the data. `split`: of a checkpoint to go on from; stage 2 takes that of its stage-1
     checkpoint.
@@ -144,6 +157,8 @@ def prepare_data(settings: TrainingSettings, split: Split | None = None) -> Trai
         )
     if settings.sensor_enabled and not any(episodes[key].has_sensor for key in keys):
         raise UserError(f"No episode below {root} has sensor data; pass --no-sensor-enabled to train without it.")
+    if settings.sensor_enabled:
+        _check_sensor_rates([episodes[key] for key in keys if episodes[key].has_sensor], settings.sensor_window_size)
 
     def samples(side: str) -> SampleSet:
         return SampleSet(
