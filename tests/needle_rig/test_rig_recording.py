@@ -247,7 +247,8 @@ def test_prepared_episodes_hold_what_the_rig_did(copy):
             np.abs(prepared.action[:, :3] - moved).max() < 0.25 and np.abs(prepared.action[:, :3] - moved).mean() < 0.03
         )
         assert prepared.instruction == instruction_of(entry["task"])
-        assert prepared.valid.all() and len(prepared.views) == 5
+        seen = np.all([prepared.image_index[view] >= 0 for view in prepared.views], axis=0)
+        assert np.array_equal(prepared.valid, seen) and seen[3:].all() and len(prepared.views) == 5
         k = int(np.argmax(t > entry["seconds"] - 0.5))  # at rest behind the membrane
         scan = prepared.sensor_window(k, 65)[:, 1:].mean(axis=0)
         depth = shown.world.membrane_z_mm - shown.at(t[k : k + 1])[0][0, 2]
