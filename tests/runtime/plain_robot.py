@@ -18,22 +18,24 @@ START = (50.0, 50.0, 50.0, 0.0, 0.0, 0.0)
 
 
 class PlainRobot:
-    """Does what it is told at once, samples at 650 Hz, and keeps everything; `edit(t_s, fields)` may spoil an
-    observation."""
+    """Does what it is told at once, samples at 650 Hz with a little noise, and keeps everything.
+
+    `edit(t_s, fields)` may spoil an observation."""
 
     def __init__(self, clock, pose=START, edit: Callable[[float, dict], None] | None = None):
         self.clock, self.pose, self.edit = clock, np.array(pose, float), edit
         self.sent: list[tuple[float, np.ndarray]] = []
         self.stops: list[tuple[float, str]] = []
         self._samples = 0
+        self._noise = np.random.default_rng(0)
 
     def read_observation(self) -> Observation:
         now = self.clock.now()
         until = int((now + 1.5) * 650 + 1e-6)  # the sensor has run for 1.5 s before the start
         times = 1000.0 + np.arange(self._samples + 1, until + 1) / 650 - 1.5
         self._samples = until
-        samples = np.zeros((len(times), 1026), np.float32)
-        samples[:, 0] = 10.0
+        samples = self._noise.normal(0.0, 0.01, (len(times), 1026)).astype(np.float32)
+        samples[:, 0] += 10.0
         fields = {
             "timestamp": 1000.0 + now,
             "state": np.concatenate([np.zeros(6), self.pose]).astype(np.float32),

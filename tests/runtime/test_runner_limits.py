@@ -6,18 +6,27 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vla_lib.core.errors import UserError
-from vla_lib.episodes.poses import apply_action
-from vla_lib.runtime.safety import OUTSIDE, HoldBudget, SafetyLimits, greatest_force, limit_action, retreat_action
+from vla_lib.episodes.poses import apply_action, rotation_angle_deg
+from vla_lib.runtime.safety import (
+    OUTSIDE,
+    ROTATION_RANGE,
+    HoldBudget,
+    SafetyLimits,
+    greatest_force,
+    limit_action,
+    retreat_action,
+    retreat_leaves,
+)
 
 LIMITS = SafetyLimits(workspace_mm=((0.0, 100.0), (0.0, 100.0), (0.0, 100.0)), speed_mm_s=15, turn_deg_s=45)
-MIDDLE = np.full(3, 50.0)
+MIDDLE = np.array([50.0, 50, 50, 0, 0, 0])
 number = st.floats(-1e3, 1e3, allow_nan=False, width=32)
 
 
 @given(st.lists(number, min_size=6, max_size=6))
 def test_trap_35_the_norm_is_limited_and_the_direction_kept(values):
     action = np.array([*values, 1.0])
-    limited, touched = limit_action(action, LIMITS, 0.1, MIDDLE)
+    limited, touched = limit_action(action, LIMITS, 0.1, MIDDLE, MIDDLE)
     for name, part, most in (("speed", slice(0, 3), 1.5), ("rotation", slice(3, 6), 4.5)):
         before, after = action[part], limited[part]
         assert np.linalg.norm(after) <= most * (1 + 1e-9)
@@ -33,18 +42,51 @@ def test_trap_35_the_norm_is_limited_and_the_direction_kept(values):
 def test_no_motion_leads_out_of_the_box_and_none_is_bent(step, place):
     place = np.array(place)
     action = np.array([*step, 0, 0, 0, 1.0])
-    limited, touched = limit_action(action, LIMITS, 0.1, place)
+    limited, touched = limit_action(action, LIMITS, 0.1, np.array([*place, 0, 0, 0]), MIDDLE)
     after = place + limited[:3]
     for axis in range(3):
         beyond = max(after[axis] - 100, -after[axis], 0)
         assert beyond <= max(place[axis] - 100, -place[axis], 0) + 1e-9
     assert np.linalg.norm(np.cross(limited[:3], action[:3])) < 1e-6 * max(1, np.linalg.norm(action[:3]))
-    free, _ = limit_action(action, LIMITS, 0.1, MIDDLE)
+    free, _ = limit_action(action, LIMITS, 0.1, MIDDLE, MIDDLE)
     assert (OUTSIDE in touched) == (not np.array_equal(limited[:3], free[:3]))
 
 
+angles = st.lists(st.floats(-80, 80), min_size=3, max_size=3)
+
+
+@given(angles, angles, st.lists(number, min_size=3, max_size=3))
+def test_no_turn_leads_out_of_its_range_and_none_is_bent(start, angles_deg, turn):
+    start, pose = np.array([50, 50, 50, *start]), np.array([50, 50, 50, *angles_deg])
+    action = np.array([1.0, 0, 0, *turn, 1.0])
+    limited, touched = limit_action(action, LIMITS, 0.1, pose, start)
+    before, after = (rotation_angle_deg(start, one) for one in (pose, apply_action(pose, limited)))
+    assert after <= max(LIMITS.turn_deg, before) + 1e-5
+    assert np.linalg.norm(np.cross(limited[3:6], turn)) < 1e-6 * max(1, np.linalg.norm(turn))
+    assert limited[3:6] @ turn >= 0 and limited[0] == 1.0
+    free, _ = limit_action(action, LIMITS, 0.1, pose, pose)
+    assert (ROTATION_RANGE in touched) == (not np.array_equal(limited[3:6], free[3:6]))
+
+
+def test_a_turn_ends_at_the_edge_of_its_range_and_leads_back_from_beyond():
+    near, beyond = (np.array([50.0, 50, 50, 0, 0, gamma]) for gamma in (43.0, 60.0))
+    out, back = (np.array([0, 0, 0, 0, 0, turn, 1.0]) for turn in (4.0, -4.0))
+    assert limit_action(out, LIMITS, 0.1, near, MIDDLE)[0][5] == pytest.approx(2.0, abs=1e-4)
+    assert limit_action(out, LIMITS, 0.1, beyond, MIDDLE)[0][5] == pytest.approx(0.0, abs=1e-4)
+    assert limit_action(back, LIMITS, 0.1, beyond, MIDDLE) == (pytest.approx(back), [])
+
+
+def test_a_retreat_that_the_wall_would_cut_short_is_seen():
+    assert not retreat_leaves(np.array([50.0, 50, 94.9, 0, 0, 0]), LIMITS)
+    assert retreat_leaves(np.array([50.0, 50, 95.1, 0, 0, 0]), LIMITS)
+    assert retreat_leaves(np.array([50.0, 4.0, 50, 90.0, 0, 0]), LIMITS)  # the tool lies along -y
+    assert not retreat_leaves(np.array([50.0, 96.0, 50, 90.0, 0, 0]), LIMITS)
+
+
 def test_a_motion_back_into_the_box_is_let_through():
-    back, touched = limit_action(np.array([1.0, 0, 0, 0, 0, 0, 1]), LIMITS, 0.1, np.array([-5.0, 50, 50]))
+    back, touched = limit_action(
+        np.array([1.0, 0, 0, 0, 0, 0, 1]), LIMITS, 0.1, np.array([-5.0, 50, 50, 0, 0, 0]), MIDDLE
+    )
     assert back[0] == 1.0 and touched == []
 
 
@@ -95,3 +137,5 @@ def test_impossible_limits_are_refused():
         SafetyLimits(workspace_mm=((1, 0), (0, 1), (0, 1)))
     with pytest.raises(UserError, match="speed_mm_s"):
         SafetyLimits(workspace_mm=((0, 1),) * 3, speed_mm_s=float("nan"))
+    with pytest.raises(UserError, match="turn_deg is 90; it must be below 90"):
+        SafetyLimits(workspace_mm=((0, 1),) * 3, turn_deg=90)

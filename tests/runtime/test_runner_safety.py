@@ -5,6 +5,7 @@ import pytest
 from plain_robot import BOX, PlainExpert
 from plain_vlm import tokens_of
 
+from vla_lib.episodes.poses import rotation_angle_deg
 from vla_lib.runtime import safety
 
 PERIOD = 0.1
@@ -147,6 +148,37 @@ def test_a_robot_that_does_not_follow_holds_then_stops(setup):
     assert hold.reason == log.ended == "robot does not follow"
     assert hold.t_s == pytest.approx(2.1)  # eleven steps of 0.5 mm were sent
     assert log.ticks[-1].t_s == pytest.approx(hold.t_s + run.limits.hold_s)
+
+
+def test_an_arm_that_does_not_follow_a_turn_holds_then_stops(setup):
+    run = setup(expert=PlainExpert((0, 0, 0, 0, 0, 2.0)))
+    send = run.robot.send_action
+    run.robot.send_action = lambda action: send(action if run.clock.now() < 0.95 else np.zeros(7))
+    log = run.run(10)
+    hold = first(log, "hold")
+    assert hold.reason == log.ended == "robot does not follow"
+    assert hold.t_s == pytest.approx(1.8)  # eight steps of 2 degrees were sent: more than 15
+    lagging = setup(expert=PlainExpert((0, 0, 0, 0, 0, 4.5)))
+    send_late, ahead = lagging.robot.send_action, [np.zeros(7)] * 3
+    lagging.robot.send_action = lambda action: (ahead.append(action), send_late(ahead.pop(0)))
+    assert lagging.run(1.0).summary()["modes"] == {"act": 10}  # three periods at full speed
+
+
+def test_a_turn_without_end_is_held_at_the_edge_of_its_range_then_stopped(setup):
+    pose = (50.0, 50, 50, 20.0, -30.0, 40.0)
+    run = setup(expert=PlainExpert((0.1, 0, 0, 1.0, 2.0, 4.0)), pose=pose)  # 45.8 degrees a second
+    log = run.run(10)
+    assert log.ended == "rotation range" and first(log, "hold").t_s == pytest.approx(1.0)
+    assert rotation_angle_deg(np.array(pose), run.robot.pose) == pytest.approx(45.0, abs=0.01)
+    assert log.summary()["limited"]["rotation range"] >= 1
+
+
+def test_a_run_does_not_begin_where_the_needle_cannot_be_drawn_back(setup):
+    run = setup(pose=(50.0, 50, 96.0, 0, 0, 0), latencies_s={"vlm": [0.5]})
+    log = run.run(10)
+    assert log.ended == "retreat leaves the box" and log.stopped and len(log.ticks) == 1 and not run.robot.sent
+    free = setup(pose=(50.0, 50, 96.0, 0, 0, 0), sensor_required=False)  # no force, no retreat
+    assert free.run(1).ended == "time limit"
 
 
 def test_a_robot_that_lags_by_three_periods_at_full_speed_follows(setup):

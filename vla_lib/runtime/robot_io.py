@@ -26,8 +26,8 @@ class Observation:
     """View key -> (H, W, 3) uint8, the newest of each view; a view without a picture is absent."""
     picture_timestamps: Mapping[str, float] = field(default_factory=dict)
     sensor: np.ndarray = field(default_factory=lambda: np.empty((0, 1026), np.float32))
-    """(n, 1026) float32 raw: the samples since the last reading, force (mN) first."""
-    sensor_timestamps: np.ndarray = field(default_factory=lambda: np.empty(0))  # (n,) float64
+    """(n, 1026) float32 raw: the samples since the last reading, force (mN) first. All of them are judged for force."""
+    sensor_timestamps: np.ndarray = field(default_factory=lambda: np.empty(0))  # (n,) float64, ascending
     instruction: str = ""  # the task in the words of the training data
 
 

@@ -17,14 +17,14 @@ from annotated_types import Ge, Gt
 
 from vla_lib.core.errors import UserError
 from vla_lib.core.settings import Settings, settings
-from vla_lib.episodes.poses import GRIPPER_CLOSED, apply_action
+from vla_lib.episodes.poses import GRIPPER_CLOSED, apply_action, rotation_angle_deg
 from vla_lib.runtime import safety
 from vla_lib.runtime.clock import Clock, Watchdog
 from vla_lib.runtime.expert import ChunkPlan, Expert
 from vla_lib.runtime.robot_io import Observation, RobotIO
 from vla_lib.runtime.run_log import RunLog, Tick
 from vla_lib.runtime.safety import HoldBudget, SafetyLimits
-from vla_lib.runtime.sensor_buffer import SensorBuffer
+from vla_lib.runtime.streams import Streams
 from vla_lib.runtime.vlm_worker import Features, VlmWorker
 
 Watch = Callable[[Tick, Observation], None]
@@ -64,17 +64,18 @@ class Runner:
         self.io, self.expert, self.vlm, self.clock = io, expert, vlm, clock
         self.settings, self.limits, self._watch = settings, limits, watch
         self.log = RunLog(period_s=settings.period_s)
-        self.sensor = SensorBuffer(max(BUFFER_SAMPLES, expert.sensor_window))
+        self.streams = Streams(limits, max(BUFFER_SAMPLES, expert.sensor_window), settings.views)
         self._plan, self._held = ChunkPlan(settings.steps_per_chunk), HoldBudget(limits.hold_s)
         self._lock = threading.Lock()  # guards the reason of the stop
         self._stop_reason, self._stop_taken = "", False
         self._features: Features | None = None
         self._asked_step: int | None = None
+        self._start = np.zeros(6)  # the last pose before the first action
         self._commanded: np.ndarray | None = None
         self._started = False
         self._retreat_left = 0
         self._force_tail = np.empty(0, np.float32)
-        self._begin_s = self._first_timestamp = 0.0
+        self._begin_s = 0.0
         if hasattr(expert, "usual_step"):  # an expert that learnt from demonstrations knows their speed
             for warning in safety.slow_limits(limits, settings.period_s, *expert.usual_step()):
                 self.log.event(0.0, "warning", warning)
@@ -142,30 +143,23 @@ class Runner:
     def _read(self, tick: Tick) -> Observation | None:
         try:
             observation = self.io.read_observation()
-            new = self.sensor.append(observation.sensor, observation.sensor_timestamps)
+            self.streams.take(observation, tick.t_s, self.clock.now() - self._begin_s)
             tick.pose = tuple(float(value) for value in observation.state[6:12])
         except Exception as error:
             self._stop(tick, f"{safety.ROBOT_FAILED}: {type(error).__name__}: {error}")
             return None
-        if not self.log.ticks:
-            # by the clock after the reading: a slow first one makes nothing look old
-            self._first_timestamp = observation.timestamp - (self.clock.now() - self._begin_s)
-        force = new[:, 0]
+        force = np.asarray(observation.sensor)[:, 0]  # by arrival: no stamp hides a push
         tick.force_mN = safety.greatest_force(self._force_tail, force) if len(force) else None
         self._force_tail = np.concatenate([self._force_tail, force])[-64:]
-        newest = self.sensor.newest_s
-        tick.sensor_age_s = None if newest is None else self._robot_now(tick, observation) - newest
+        tick.sensor_age_s = self.streams.sensor_age_s
         return observation
 
-    def _robot_now(self, tick: Tick, observation: Observation) -> float:
-        """Now on the robot's clock, which goes on when the robot's answers freeze."""
-        return max(observation.timestamp, self._first_timestamp + tick.t_s)
-
     def _tick(self, tick: Tick, observation: Observation, due_s: float) -> None:
-        now = self._robot_now(tick, observation)
-        unseen = self._unseen(observation, now)
+        unseen = self.streams.picture_fault
+        if not self._started:
+            self._start = np.array(tick.pose)
         # None where it is not full; one sample stands for the stream where the expert reads none
-        window = self.sensor.window(self.expert.sensor_window or 1, now)
+        window = self.streams.sensor.window(self.expert.sensor_window or 1, self.streams.now)
         self._look(tick, observation, unseen)
         if self._stop_reason:
             self._stop(tick, self._stop_reason)
@@ -173,12 +167,14 @@ class Runner:
             self._retreat(tick)
         elif self.vlm.failure:
             self._stop(tick, f"{safety.VLM_DIED}: {self.vlm.failure}")
+        elif not self._started and self._retreat_blocked(tick):
+            self._stop(tick, safety.RETREAT_BLOCKED)
         elif not self._started and (missing := unseen or self._missing(window)):
             if tick.t_s > self.limits.start_s:
                 self._stop(tick, f"{safety.NOT_READY}: {missing}")
             else:
                 tick.mode, tick.reason = "wait", missing
-        elif reason := self._condition(tick, observation, now, window) or unseen or self._stale(tick):
+        elif reason := self._condition(tick, observation, window) or unseen or self._stale(tick):
             self._plan.clear()
             self._hold(tick, reason)
         else:
@@ -190,7 +186,7 @@ class Runner:
         now_s = self.clock.now()
         turn = self._asked_step is None or tick.step - self._asked_step >= self.settings.vlm_reuse_count
         if turn and not unseen and not self.vlm.failure and not self.vlm.busy(now_s):
-            pictures = {view: observation.pictures[view] for view in self._views(observation)}
+            pictures = {view: observation.pictures[view] for view in self.streams.views(observation)}
             self.vlm.submit(pictures, observation.instruction, tick.step, now_s)
             self._asked_step = tick.step
         newest = self.vlm.newest(now_s)
@@ -200,38 +196,37 @@ class Runner:
         if self._features is not None:  # in whole periods, as in training
             tick.vl_age_s = (tick.step - self._features.step) * self.settings.period_s
 
-    def _views(self, observation: Observation) -> tuple[str, ...]:
-        return self.settings.views or tuple(observation.pictures)
-
-    def _unseen(self, observation: Observation, now: float) -> str:
-        """Why the pictures must not be looked at; "" where they may."""
-        taken = observation.picture_timestamps
-        for view in self._views(observation):
-            if observation.pictures.get(view) is None or view not in taken:
-                return f"{safety.MISSING_VIEW} {view}"
-        stale = any(not now - taken[view] <= self.limits.picture_age_s for view in self._views(observation))
-        return safety.STALE_PICTURES if stale else ""
+    def _retreat_blocked(self, tick: Tick) -> bool:
+        """Whether from here the needle could not be drawn back; without a sensor nothing draws it back."""
+        known = self.limits.sensor_required and bool(np.isfinite(tick.pose).all())
+        return known and safety.retreat_leaves(np.array(tick.pose), self.limits)
 
     def _missing(self, window: np.ndarray | None) -> str:
         """What else must be there before the first motion; "" where nothing is missing."""
         if self._features is None:
             return "no VL features yet"
-        return "no full sensor window yet" if self.limits.sensor_required and window is None else ""
+        if not self.limits.sensor_required or window is not None:
+            return ""
+        fault = self.streams.sensor_fault
+        return fault if fault not in ("", safety.STALE_SENSOR) else "no full sensor window yet"
 
-    def _condition(self, tick: Tick, observation: Observation, now: float, window: np.ndarray | None) -> str:
-        """Why sensor and arm are in no state to move now; "" where they are."""
-        limits = self.limits
-        silent = tick.sensor_age_s is None or tick.sensor_age_s > limits.sensor_age_s
-        off_mm = np.linalg.norm((np.array(tick.pose) - self._place(tick))[:3])
-        checks = (
-            (tick.force_mN is not None and not np.isfinite(tick.force_mN), safety.NON_FINITE_SENSOR),
-            (limits.sensor_required and silent, safety.STALE_SENSOR),
-            (limits.sensor_required and self.expert.sensor_window and window is None, safety.BROKEN_WINDOW),
-            (not np.isfinite(observation.state).all(), safety.NON_FINITE_STATE),
-            (now - observation.state_timestamp > limits.state_age_s, safety.STALE_STATE),
-            (off_mm > limits.follow_mm, safety.NOT_FOLLOWING),
-        )
-        return next((reason for true, reason in checks if true), "")
+    def _condition(self, tick: Tick, observation: Observation, window: np.ndarray | None) -> str:
+        """Why clock, sensor and arm are in no state to move now; "" where they are."""
+        limits, streams = self.limits, self.streams
+        if streams.clock_fault:
+            return streams.clock_fault
+        if tick.force_mN is not None and not np.isfinite(tick.force_mN):
+            return safety.NON_FINITE_SENSOR
+        if limits.sensor_required and streams.sensor_fault:
+            return streams.sensor_fault
+        if limits.sensor_required and self.expert.sensor_window and window is None:
+            return safety.BROKEN_WINDOW
+        if not np.isfinite(observation.state).all():
+            return safety.NON_FINITE_STATE
+        pose, place = np.array(tick.pose), self._place(tick)
+        off_mm, off_deg = np.linalg.norm((pose - place)[:3]), rotation_angle_deg(pose, place)
+        follows = off_mm <= limits.follow_mm and off_deg <= limits.follow_deg
+        return streams.state_fault or ("" if follows else safety.NOT_FOLLOWING)
 
     def _stale(self, tick: Tick) -> str:
         return safety.STALE_VL if tick.vl_age_s is None or tick.vl_age_s > self.limits.vl_age_s + 1e-9 else ""
@@ -258,14 +253,15 @@ class Runner:
             self._plan.clear()
             return self._hold(tick, safety.NON_FINITE_ACTION)
         limited = self._limit(tick, action)
-        if safety.OUTSIDE in tick.limited and np.linalg.norm(limited[:3]) < 1e-3 * np.linalg.norm(action[:3]):
-            self._plan.clear()
-            return self._hold(tick, safety.OUTSIDE)
+        for edge, part in ((safety.OUTSIDE, slice(0, 3)), (safety.ROTATION_RANGE, slice(3, 6))):
+            if edge in tick.limited and np.linalg.norm(limited[part]) < 1e-3 * np.linalg.norm(action[part]):
+                self._plan.clear()
+                return self._hold(tick, edge)
         self._send(tick, limited)
 
     def _limit(self, tick: Tick, action: np.ndarray) -> np.ndarray:
-        place_mm = self._place(tick)[:3]
-        limited, touched = safety.limit_action(action, self.limits, self.settings.period_s, place_mm)
+        period_s, place = self.settings.period_s, self._place(tick)
+        limited, touched = safety.limit_action(action, self.limits, period_s, place, self._start)
         tick.limited = tuple(touched)
         return limited
 

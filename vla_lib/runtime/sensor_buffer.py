@@ -30,8 +30,10 @@ class SensorBuffer:
         """Time of the newest sample, None before the first."""
         return float(self._t_s[self._next - 1 + self.capacity]) if self._count else None
 
-    def append(self, samples: np.ndarray, t_s: np.ndarray) -> np.ndarray:
+    def append(self, samples: np.ndarray, t_s: np.ndarray, latest_s: float = np.inf) -> np.ndarray:
         """Take (n, 1026) samples with their times (n,); returns those that are new: repeated ones do no harm.
+
+        Those later than `latest_s` are left out: nothing would be new after them.
 
         Raises UserError where the shapes do not fit.
         """
@@ -41,6 +43,7 @@ class SensorBuffer:
                 f"The sensor gave samples of shape {samples.shape} with times {t_s.shape}; "
                 f"(n, {SENSOR_CHANNELS}) and (n,) go in."
             )
+        samples, t_s = samples[t_s <= latest_s], t_s[t_s <= latest_s]
         newest = self.newest_s
         before = np.maximum.accumulate(np.concatenate([[-np.inf if newest is None else newest], t_s]))[:-1]
         new = samples[t_s > before]
@@ -51,6 +54,15 @@ class SensorBuffer:
         self._next = (self._next + len(kept)) % self.capacity
         self._count = min(self.capacity, self._count + len(kept))
         return new
+
+    def frozen(self, span_s: float) -> bool:
+        """Whether force or A-line has been the very same for `span_s` seconds; False where less is kept."""
+        kept = slice(self._next + self.capacity - self._count, self._next + self.capacity)
+        within = self._t_s[kept] > self._t_s[kept][-1] - span_s if self._count else np.zeros(0, bool)
+        if within.all():
+            return False
+        same = (recent := self._samples[kept][within]) == recent[-1]
+        return bool(same[:, 0].all() or same[:, 1:].all())
 
     def window(self, length: int, now_s: float) -> np.ndarray | None:
         """(length, 1026) copy of the newest samples, oldest first; None where it is not whole, current and finite."""

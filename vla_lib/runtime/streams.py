@@ -1,0 +1,119 @@
+"""Whether a robot's sensor, state and cameras can be believed: stamps on time, in order, data that change as live ones.
+
+Everything is judged on the robot's clock, against the runner's own, which goes on when the robot's answers freeze.
+"""
+
+import zlib
+from dataclasses import dataclass
+
+import numpy as np
+
+from vla_lib.episodes.poses import delta_action
+from vla_lib.runtime import safety
+from vla_lib.runtime.robot_io import Observation
+from vla_lib.runtime.safety import SafetyLimits
+from vla_lib.runtime.sensor_buffer import SensorBuffer
+
+DRIFT = 1e-3  # a guess: how far two clocks may part, seconds a second; those of computers stay below 1e-4
+
+
+@dataclass
+class Scene:
+    """The newest picture of a view: stamp, checksum, and the pose (6,) of the arm when this content first came."""
+
+    stamp: float
+    content: int
+    pose: np.ndarray
+    frozen: bool = False
+
+
+class Streams:
+    """The streams of one run. `take` judges each reading; a fault is its reason in the log, "" where there is none.
+
+    `sensor` keeps the samples; `views`: the pictures that count, default all.
+    """
+
+    def __init__(self, limits: SafetyLimits, capacity: int, views: tuple[str, ...] = ()):
+        self.limits, self._views = limits, views
+        self.sensor = SensorBuffer(capacity)
+        self.now = 0.0
+        """Now on the robot's clock, at the newest reading."""
+        self.sensor_age_s: float | None = None  # of the newest sample; None before the first
+        self.clock_fault = self.sensor_fault = self.state_fault = self.picture_fault = ""
+        self._first: tuple[float, float] | None = None  # least and greatest offset of the robot's clock to the run's
+        self._newest_s = self._state_s = -np.inf
+        self._scenes: dict[str, Scene] = {}
+
+    def views(self, observation: Observation) -> tuple[str, ...]:
+        """The views that the VLM is shown."""
+        return self._views or tuple(observation.pictures)
+
+    def take(self, observation: Observation, asked_s: float, had_s: float) -> None:
+        """Judge what was read between `asked_s` and `had_s` of the run. Raises UserError where shapes do not fit."""
+        self._judge_clock(observation.timestamp, asked_s, had_s)
+        self._judge_sensor(np.asarray(observation.sensor_timestamps, float), observation.sensor)
+        self.state_fault = self._stamp_fault(
+            observation.state_timestamp,
+            self._state_s,
+            self.limits.state_age_s,
+            (safety.STALE_STATE, safety.STATE_AHEAD, safety.STATE_ORDER),
+        )
+        if not self.state_fault:
+            self._state_s = observation.state_timestamp
+        faults = [self._picture_fault(view, observation) for view in self.views(observation)]
+        self.picture_fault = next(filter(None, faults), "")
+
+    def _judge_clock(self, stamp: float, asked_s: float, had_s: float) -> None:
+        if self._first is None:
+            # by the clock after the reading: a slow first one makes nothing look old
+            self._first = stamp - had_s, stamp - asked_s
+        least, most = self._first
+        ahead = not stamp <= most + had_s + self.limits.ahead_s + DRIFT * had_s  # NaN is ahead, too
+        self.clock_fault = safety.CLOCK_STEP if ahead or stamp < self._newest_s else ""
+        if not ahead:
+            self._newest_s = max(self._newest_s, stamp)
+        self.now = least + asked_s if ahead else max(stamp, least + asked_s)
+
+    def _judge_sensor(self, t_s: np.ndarray, samples: np.ndarray) -> None:
+        # a sample from the future would make every later one look old: it is not kept
+        latest_s, before = self.now + self.limits.ahead_s, self.sensor.newest_s
+        self.sensor.append(samples, t_s, latest_s)
+        newest = self.sensor.newest_s
+        self.sensor_age_s = None if newest is None else self.now - newest
+        went_back = len(t_s) and before is not None and t_s.max() < before
+        if (t_s > latest_s).any():
+            self.sensor_fault = safety.SENSOR_AHEAD
+        elif self.sensor_age_s is None or self.sensor_age_s > self.limits.sensor_age_s:
+            self.sensor_fault = safety.STALE_SENSOR
+        elif went_back or (np.diff(t_s) < 0).any():
+            self.sensor_fault = safety.SENSOR_ORDER
+        else:
+            self.sensor_fault = safety.FROZEN_SENSOR if self.sensor.frozen(self.limits.sensor_frozen_s) else ""
+
+    def _picture_fault(self, view: str, observation: Observation) -> str:
+        picture, stamp = observation.pictures.get(view), observation.picture_timestamps.get(view)
+        if picture is None or stamp is None:
+            return f"{safety.MISSING_VIEW} {view}"
+        scene = self._scenes.get(view)
+        reasons = safety.STALE_PICTURES, f"{safety.VIEW_AHEAD} {view}", f"{safety.VIEW_ORDER} {view}"
+        before = scene.stamp if scene else -np.inf
+        if fault := self._stamp_fault(stamp, before, self.limits.picture_age_s, reasons):
+            return fault
+        if stamp > before:
+            content, pose = zlib.crc32(np.ascontiguousarray(picture).data), np.array(observation.state[6:12], float)
+            if scene and scene.content == content:
+                # a standing arm may change nothing in a picture without noise
+                moved = np.linalg.norm(delta_action(scene.pose, pose)[:3])
+                scene.stamp, scene.frozen = stamp, bool(moved > self.limits.picture_frozen_mm)
+            else:
+                scene = self._scenes[view] = Scene(stamp, content, pose)
+        return f"{safety.FROZEN_VIEW} {view}" if scene and scene.frozen else ""
+
+    def _stamp_fault(self, stamp: float, before: float, oldest_s: float, reasons: tuple[str, str, str]) -> str:
+        """Which of the reasons (stale, ahead, out of order) a stamp gives rise to, that of the one before at hand."""
+        stale, ahead, order = reasons
+        if stamp > self.now + self.limits.ahead_s:
+            return ahead
+        if not self.now - stamp <= oldest_s:
+            return stale
+        return order if stamp < before else ""
