@@ -13,6 +13,7 @@ instruction, metadata           text; rates, clocks, findings, fingerprint of th
 import io
 import pickle
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,7 +22,7 @@ from annotated_types import Ge, Gt
 from pydantic import BaseModel, Field, ValidationError
 
 from vla_lib.core.errors import UserError
-from vla_lib.core.files import atomic_path
+from vla_lib.core.files import atomic_path, checksum
 
 DATA_NAME = "data.pkl"
 SENSOR_NAME = "sensor.npy"
@@ -83,15 +84,36 @@ def read_pickle(path: Path) -> dict[str, Any]:
 
 
 def write_pickle(path: Path, content: dict[str, Any]) -> None:
-    """Write one data.pkl atomically."""
+    """Write one data.pkl atomically, with the checksum of its content in its metadata."""
+    content = content | {"metadata": content["metadata"] | {"checksum": content_checksum(content)}}
     with atomic_path(path) as temporary:
         temporary.write_bytes(pickle.dumps(content, PROTOCOL))
+
+
+def content_checksum(content: dict[str, Any]) -> str:
+    """Of all values but itself, whatever their order."""
+    return checksum(_parts(content | {"metadata": content["metadata"] | {"checksum": None}}))
+
+
+def _parts(value: Any) -> Iterator[bytes]:
+    if isinstance(value, dict):
+        for key in sorted(value):
+            yield repr(key).encode()
+            yield from _parts(value[key])
+    elif isinstance(value, np.ndarray):
+        yield f"{value.dtype.str}{value.shape}".encode()
+        yield value.tobytes()
+    else:
+        yield repr(value).encode()
 
 
 def read_checked(path: Path) -> dict[str, Any]:
     """The dict of one data.pkl that keeps its contract. Raises UserError as `read_pickle` and `check_content` do."""
     content = read_pickle(path)
     check_content(content, path)
+    stated = content["metadata"].get("checksum")  # a data.pkl of earlier versions has none
+    if stated is not None and stated != content_checksum(content):
+        raise _refused(path, "its content is not what was written: it was damaged or altered")
     return content
 
 

@@ -18,7 +18,7 @@ from filelock import FileLock
 from pydantic import Field
 
 from vla_lib.core.errors import UserError
-from vla_lib.core.files import atomic_path
+from vla_lib.core.files import atomic_path, file_checksum
 from vla_lib.core.settings import Settings, settings
 from vla_lib.episodes.clocks import Clocks, Evidence
 from vla_lib.episodes.data_pkl import DATA_NAME, SCHEMA, SENSOR_NAME, check_content, read_checked, write_pickle
@@ -252,11 +252,13 @@ def _write(job: EpisodeJob, episode: Episode, fingerprint: str, before: dict[str
         (out / DATA_NAME).unlink(missing_ok=True)
         return study.report
     force = _known_force(job, episode, before)
+    checksum = before["sensor_data"]["checksum"] if before and force is not None else None
     if episode.sensor is not None and force is None:
         known = len(episode.findings)
         try:
             with atomic_path(out / SENSOR_NAME) as partial:
                 force = _write_sensor(partial, episode.sensor, episode.findings)
+                checksum = file_checksum(partial)
                 (out / DATA_NAME).unlink(missing_ok=True)  # never an old data.pkl beside a new sensor.npy
         except UserError as error:
             episode.sensor = None
@@ -265,6 +267,8 @@ def _write(job: EpisodeJob, episode: Episode, fingerprint: str, before: dict[str
         if len(episode.findings) > known:  # the bytes showed something that the times did not
             study.judge()
     content = _content(study, fingerprint, force)
+    if content["sensor_data"] is not None:
+        content["sensor_data"]["checksum"] = checksum
     check_content(content, out / DATA_NAME)
     if episode.path.resolve() != out.resolve():
         _link_pictures(episode, out)
@@ -276,7 +280,7 @@ def _write(job: EpisodeJob, episode: Episode, fingerprint: str, before: dict[str
 
 def _known_force(job: EpisodeJob, episode: Episode, before: dict[str, Any] | None) -> Array | None:
     """The force (S,) of a sensor.npy that was already made from these very files; None where it must be written."""
-    if not before or before["sensor_data"] is None or not _sensor_whole(job.out, before):
+    if not before or not (before["sensor_data"] or {}).get("checksum") or not _sensor_whole(job.out, before):
         return None
     metadata, force = before["metadata"], before["sensor_data"]["force"]
     if metadata.get("sensor_signature") != job.sensor_signature() or metadata.get("sensor_bytes_findings", True):

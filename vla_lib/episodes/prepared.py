@@ -14,6 +14,7 @@ import pandas as pd
 from scipy.spatial.transform import Rotation, Slerp
 
 from vla_lib.core.errors import UserError
+from vla_lib.core.files import file_checksum
 from vla_lib.episodes.clocks import Clocks
 from vla_lib.episodes.data_pkl import DATA_NAME, read_checked
 from vla_lib.episodes.episode import Episode
@@ -22,6 +23,7 @@ from vla_lib.episodes.steps import pose_rows, window_full
 from vla_lib.episodes.timeline import Span
 
 Array = np.ndarray[Any, Any]
+BEYOND = 1e12  # that no sensor measures, in any unit (a guess)
 AGAIN = "prepare its dataset again with python -m vla_lib.preprocess --overwrite"
 
 
@@ -216,6 +218,23 @@ class PreparedEpisode:
             raise UserError(f"{path} holds {held}, which data.pkl does not expect; {AGAIN}.")
         self._sensor_state = state
         return mapped
+
+    def check_sensor(self) -> None:
+        """Read sensor.npy whole and compare it with what was written. Raises UserError, naming it, where it differs.
+
+        Where data.pkl has no checksum for it (earlier versions), its force must be data.pkl's, and its values below
+        `BEYOND`.
+        """
+        if not self.has_sensor:
+            return
+        stream, path = self._stream(), self.path / self._sensor_path
+        if "checksum" in stream:
+            same = file_checksum(path) == stream["checksum"]
+        else:
+            same = np.array_equal(self.sensor[:, 0], stream["force"], equal_nan=True)
+            same = same and not (np.abs(self.sensor) > BEYOND).any()
+        if not same:
+            raise UserError(f"{path} is damaged: it is not what was written; {AGAIN}.")
 
     def sensor_full(self, length: int) -> Array:
         """(N,) bool: steps that have a whole window of `length` samples, free of gaps, behind them."""

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from vla_lib.core.errors import UserError
-from vla_lib.core.files import atomic_path, read_json
+from vla_lib.core.files import atomic_path, checksum, read_json
 from vla_lib.episodes import PreparedEpisode, find_prepared, load_prepared
 from vla_lib.features import binding as bindings
 from vla_lib.features.binding import TokenLayout
@@ -59,6 +59,13 @@ class EpisodeFeatures:
     layout: TokenLayout
     key: str
     header: Mapping[str, Any]
+    path: Path | None = None  # None: computed, in memory
+
+    def check(self) -> None:
+        """Read all and compare it with what was written. Raises UserError, naming the file, where it differs."""
+        name = "xxh3" if self.header.get("xxh3") else "sha256"  # caches of earlier versions have SHA-256 alone
+        if self.path is not None and _digest(name, self.tokens, self.mask, self.tick_step) != self.header[name]:
+            raise UserError(f"{self.path} is damaged: it is not what was written; remove it and build the cache again.")
 
     def newest(self, steps: np.ndarray | Sequence[int] | int, latency_steps: int = 0) -> np.ndarray:
         """Number of the newest tick at step - `latency_steps` or before, -1 where there is none; shaped as `steps`."""
@@ -144,7 +151,8 @@ def write_features(
         "instruction": episode.instruction,
         "steps": len(episode),
         "findings": findings,
-        "sha256": checksum(tokens, mask, tick_step),
+        "sha256": _digest("sha256", tokens, mask, tick_step),
+        "xxh3": _digest("xxh3", tokens, mask, tick_step),
         "tokens": tokens,
         "mask": mask,
         "tick_step": tick_step,
@@ -159,9 +167,9 @@ def read_features(folder: Path, binding: Mapping[str, Any], key: str, root: str 
     hint, path = BUILD_HINT.format(root=root), feature_file(folder, key)
     try:
         value = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
-        header = {name: value[name] for name in HEADER}
+        header = {name: value[name] for name in HEADER} | {"xxh3": value.get("xxh3")}
         layout = TokenLayout.from_dict(binding["layout"])
-        features = EpisodeFeatures(value["tokens"], value["mask"], value["tick_step"], layout, key, header)
+        features = EpisodeFeatures(value["tokens"], value["mask"], value["tick_step"], layout, key, header, path)
     except FileNotFoundError:
         raise UserError(f'The episode {key} has no features in cache "{binding["id"]}". {hint}') from None
     except DAMAGES as error:
@@ -194,11 +202,14 @@ def coverage_state(folder: Path, binding: Mapping[str, Any], root: str | Path, e
     return "stale" if stale_reason(header, episode) else "covered"
 
 
-def checksum(tokens: Tensor, mask: Tensor, tick_step: Tensor) -> str:
-    """SHA-256 over the three tensors' bytes."""
+def _digest(name: str, *tensors: Tensor) -> str:
+    """XXH3 or SHA-256 over the tensors' bytes."""
+    parts = [tensor.contiguous().view(torch.uint8).numpy().data for tensor in tensors]
+    if name == "xxh3":
+        return checksum(parts)
     digest = hashlib.sha256()
-    for tensor in (tokens, mask, tick_step):
-        digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
+    for part in parts:
+        digest.update(part)
     return digest.hexdigest()
 
 
@@ -243,7 +254,7 @@ def verify(root: str | Path, binding_id: str) -> dict[str, Any]:
                 bad.append(f"{path.name} holds the features of {key}")
                 continue
             features = read_features(cache.folder, cache.binding, key, root)
-            if checksum(features.tokens, features.mask, features.tick_step) != features.header["sha256"]:
+            if _digest("sha256", features.tokens, features.mask, features.tick_step) != features.header["sha256"]:
                 bad.append(f"{path.name} does not have the checksum it was written with; remove it and build again")
         except UserError as error:
             bad.append(str(error))

@@ -23,6 +23,8 @@ from vla_lib.features.vision_cache import ComputedFeatures
 from vla_lib.policy.config import SENSOR_CHANNELS
 
 Batch = dict[str, Tensor]
+SPEED_MM_S = 1_000.0  # of the lab's arm at most, as its maker says
+BEYOND = 10.0  # so many times what nine of ten steps stay below is no motion of this dataset (a guess)
 
 
 class SampleSet(torch.utils.data.Dataset[Batch | UserError]):
@@ -84,6 +86,25 @@ class SampleSet(torch.utils.data.Dataset[Batch | UserError]):
         full = [e.sensor_full(self.window) if sensor_enabled else np.zeros(len(e), bool) for e in self.episodes]
         self.sensor_full = np.concatenate(full)[keep]
 
+        self._refuse_impossible(action, valid, starts)
+        # episodes whose files were compared with their checksums, known to all loader processes of the run: when a
+        # batch first needs one, since its bytes have to be read then anyway
+        self._checked = torch.zeros(len(self.episodes), dtype=torch.bool).share_memory_()
+
+    def _refuse_impossible(self, action: np.ndarray, valid: np.ndarray, starts: np.ndarray) -> None:
+        """Raise UserError where an action is faster than an arm, and far beyond the others: what a data.pkl without a
+        checksum may hide."""
+        moved_mm = np.linalg.norm(action[:, :3], axis=1) * valid
+        limit_mm = max(SPEED_MM_S / self.action_hz, BEYOND * float(np.quantile(moved_mm, 0.9)))
+        worst = int(moved_mm.argmax())
+        if moved_mm[worst] > limit_mm:
+            number = int(np.searchsorted(starts, worst, side="right")) - 1
+            raise UserError(
+                f"{self.episodes[number].path / 'data.pkl'}: the action of step {worst - starts[number]} moves by "
+                f"{moved_mm[worst]:.0f} mm, which no arm does and no other episode comes near; prepare its dataset "
+                "again with python -m vla_lib.preprocess --overwrite, or leave the episode out."
+            )
+
     def __len__(self) -> int:
         return len(self.step)
 
@@ -103,6 +124,12 @@ class SampleSet(torch.utils.data.Dataset[Batch | UserError]):
         (B, H, 7), action_mask (B, H) bool, previous_action (B, 7): the motion before this step (zero at the first),
         for the persistence baseline."""
         numbers = np.asarray(indices, dtype=np.int64)
+        for e in np.unique(self.episode[numbers]).tolist():
+            if not self._checked[e]:
+                self.features[e].check()
+                if self.sensor_enabled:
+                    self.episodes[e].check_sensor()
+                self._checked[e] = True
         index = torch.from_numpy(numbers)
         row, first = self._row[index], self._first[index]
         before = torch.where(first, row, row - 1)
