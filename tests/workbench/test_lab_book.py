@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -237,6 +238,15 @@ def test_the_doctor_tells_where_trainings_are_logged(mode, level, said, monkeypa
     monkeypatch.setattr(metrics, "wandb_mode", lambda asked: mode)
     found = doctor._wandb()
     assert found[0] == level and said in found[1]
+
+
+def test_the_doctor_tells_what_loader_processes_live_from(monkeypatch):
+    assert {"open files", "shared mem"} <= doctor.LOOKS.keys()
+    monkeypatch.setattr(doctor.resource, "getrlimit", lambda _: (256, 256))
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: SimpleNamespace(total=64 << 20, free=64 << 20))
+    for look, remedy in ((doctor._open_files, "ulimit -n"), (doctor._shared_memory, "--shm-size")):
+        level, sentence = look()
+        assert level == "warn" and remedy in sentence
 
 
 def test_the_doctor_compares_the_packages_with_the_lock(monkeypatch, tmp_path):

@@ -3,6 +3,7 @@
 import importlib.metadata
 import importlib.util
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,8 @@ from vla_lib.core.run_folder import PROJECT, runs_root
 
 Finding = tuple[str, str]  # ok | warn | fail, and what was found with what to do
 NEEDED_GB = 14.0  # what the demo writes
+NEEDED_FILES = 1_024  # open at once, by a training with loader processes
+NEEDED_SHARED_GIB = 1.0  # 64 MiB are what Docker gives, and what a batch of 128 needs for its sensor windows alone
 WIDGET_PACKAGES = ("jupyterlab", "ipywidgets", "jupyterlab_widgets", "ipykernel")
 WIDGET_EXTENSION = "share/jupyter/labextensions/@jupyter-widgets/jupyterlab-manager"
 DRAW = "from needle_rig import NeedleInsertion; NeedleInsertion(picture_width=32, picture_height=24).reset(seed=1)"
@@ -91,6 +94,24 @@ def _disk() -> Finding:
     return "ok", f"{free:.0f} GB free below {root}"
 
 
+def _open_files() -> Finding:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < NEEDED_FILES:
+        remedy = f"`ulimit -n {NEEDED_FILES}` as root, in Docker --ulimit nofile={NEEDED_FILES}"
+        return "warn", f"a program may open {hard} at most, few for loader processes; {remedy}"
+    return "ok", f"{soft} by default; trainings raise it by themselves"
+
+
+def _shared_memory() -> Finding:
+    if not os.path.isdir("/dev/shm"):
+        return "ok", "not a machine with /dev/shm"
+    total = shutil.disk_usage("/dev/shm").total / 2**30
+    if total < NEEDED_SHARED_GIB:
+        remedy = "in Docker: docker run --shm-size=8g; else --num-workers 0"
+        return "warn", f"/dev/shm has {total:.2g} GiB, few for the batches of loader processes; {remedy}"
+    return "ok", f"/dev/shm has {total:.2g} GiB"
+
+
 def _wandb() -> Finding:
     from vla_lib.training.metrics import wandb_mode
 
@@ -119,5 +140,6 @@ def _chromium() -> Finding:
     return ("ok", found) if found else ("warn", "not here: the browser tests are skipped; apt-get install chromium")
 
 
-LOOKS = {"Python": _python, "packages": _packages, "torch": _torch, "EGL": _pictures, "disk": _disk, "W&B": _wandb}
+LOOKS = {"Python": _python, "packages": _packages, "torch": _torch, "EGL": _pictures, "disk": _disk}
+LOOKS |= {"open files": _open_files, "shared mem": _shared_memory, "W&B": _wandb}
 LOOKS |= {"JupyterLab": _widgets, "Chromium": _chromium}
