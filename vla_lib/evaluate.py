@@ -9,6 +9,7 @@ It prints tables, and writes results.json into `--run-dir`."""
 from typing import Any
 
 from vla_lib.core import frontdoor
+from vla_lib.core.owner import owned
 from vla_lib.core.run_folder import write_results
 from vla_lib.evaluation.settings import EvaluateSettings
 
@@ -24,7 +25,8 @@ def main(settings: EvaluateSettings) -> dict[str, Any]:
         if settings.run_dir is not None:
             write_results(settings.run_dir, study.results())
 
-    study = evaluate(settings, save)
+    with owned(settings.run_dir):
+        study = evaluate(settings, save)
     for name, found in study.open_loop.items():
         tables = {f"{settings.episodes} episodes": error_table(found.metrics()), "by phase": phase_table(found)}
         for title, table in tables.items():

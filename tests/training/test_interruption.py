@@ -370,6 +370,39 @@ def test_a_full_disk_ends_a_training_with_its_remedy(room, writer, file, async_s
         train_async(dataclasses.replace(settings, max_steps=2, resume=True))
 
 
+@pytest.mark.parametrize(
+    "said", ("unexpected pos 704 vs 598", "PytorchStreamWriter failed writing file data/0: file write failed")
+)
+def test_what_torch_says_of_a_full_disk_is_told_and_recorded_as_one(said, async_settings, tmp_path, monkeypatch):
+    def full(value, path):
+        raise RuntimeError(f"[enforce fail at inline_container.cc:664] . {said}")
+
+    monkeypatch.setattr(checkpoint.torch, "save", full)
+    with pytest.raises(UserError, match="disk full: .*Make room and go on with --resume"):
+        train_async(async_settings(max_steps=1, val_fraction=0.0))
+    record = read_record(tmp_path / "run")
+    assert record["state"] == "failed" and "disk full" in record["error"]
+
+
+def test_two_trainings_never_share_a_folder(async_settings, tmp_path, monkeypatch):
+    """Another one that starts, or resumes, while the first one trains is refused and changes nothing."""
+    rate, refused = loop.Schedule.learning_rate, []
+
+    def meanwhile(self, state):
+        monkeypatch.setattr(loop.Schedule, "learning_rate", rate)
+        for resume in (False, True):
+            with pytest.raises(UserError, match="is in use by process") as told:
+                train_async(async_settings(max_steps=9, resume=resume))
+            refused.append(told)
+        return rate(self, state)
+
+    monkeypatch.setattr(loop.Schedule, "learning_rate", meanwhile)
+    train_async(async_settings(max_steps=2))
+    assert len(refused) == 2 and read_checkpoint(latest(tmp_path / "run"))["step"] == 2
+    assert (read_record(tmp_path / "run")["state"], read_record(tmp_path / "run")["error"]) == ("done", None)
+    assert not [file for file in (tmp_path / "run").iterdir() if file.name.startswith(".")]
+
+
 def test_a_full_disk_is_not_tried_in_every_step(async_settings, monkeypatch):
     slow_steps(monkeypatch)
     tries = []

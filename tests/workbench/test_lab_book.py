@@ -13,7 +13,8 @@ import pytest
 
 from vla_lib import cli
 from vla_lib.core.errors import UserError
-from vla_lib.core.files import read_json, write_json
+from vla_lib.core.files import read_json, write_json, write_text
+from vla_lib.core.owner import owned
 from vla_lib.core.run_folder import RunFolder, git_state, read_record
 from vla_lib.training import metrics
 from vla_lib.workbench import commands, doctor, queue, runs
@@ -188,6 +189,55 @@ def test_a_run_is_removed_only_on_purpose(two_runs):
         commands.rm([user.path.name], True)
     assert commands.rm([two_runs[1].name, str(two_runs[1])], True) == 0  # named twice
     assert two_runs[0].exists() and not two_runs[1].exists()
+
+
+@pytest.mark.parametrize("bad", ("{", "null", '{"name": "x", "state": "running", "started": "2025-01-01", "pid": -1}'))
+def test_one_damaged_record_hides_no_other_run(bad, two_runs, runs_folder, capsys):
+    for name in ("20990101-000000-04_train_async", "a_folder"):
+        (runs_folder / name).mkdir()
+        (runs_folder / name / "run.json").write_text(bad)
+    write_text(two_runs[1] / "results.json", "[")
+    cli_exit(["runs"])
+    said = capsys.readouterr().out
+    assert said.count("unreadable") == 2 and "a_folder/run.json" in said and "0.1" in said and two_runs[1].name in said
+    assert runs.table("04_train_async")["state"].tolist() == ["done", "done", "unreadable"]
+    for words in (["ls", "--state", "unreadable"], ["ls", "04_train_async"], ["show", "a_folder"]):
+        cli_exit(["runs", *words])
+    assert "error: " in capsys.readouterr().out
+    with pytest.raises(UserError, match="by hand|restore it"):
+        commands.rm(["a_folder"], True)
+
+
+@pytest.mark.parametrize("bad", ("{", "[]", '{"state": "running", "supervisor_pid": -1, "command": 7}'))
+def test_a_damaged_job_record_is_told(bad, tmp_path):
+    (tmp_path / "job.json").write_text(bad)
+    for ask in (lambda: Job.attach(tmp_path), lambda: Job(["true"], tmp_path).start()):
+        with pytest.raises(UserError, match="job.json .*remove"):
+            ask()
+
+
+def test_only_folders_that_runs_made_below_the_runs_root_are_removed(two_runs, runs_folder, tmp_path, monkeypatch):
+    """A data folder that was given as --run-dir, a run elsewhere, the folder one stands in, links, the root itself."""
+    data = runs_folder / "data"
+    data.mkdir()
+    (data / "episode.pkl").touch()
+    RunFolder.create("train_async", {}, path=data).finish("done")
+    RunFolder.create("train_async", {}, path=tmp_path / "elsewhere").finish("done")
+    (runs_folder / "20250101-000000-linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "root").mkdir()
+    RunFolder.create("x", {}, path=runs_folder).finish("done")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for name in ("data", "../elsewhere", ".", "20250101-000000-linked", str(runs_folder), f"{runs_folder}/data/.."):
+        with pytest.raises(UserError, match="only those are removed here|was there before its run"):
+            commands.rm([name], True)
+    assert (tmp_path / "elsewhere" / "run.json").exists() and (data / "episode.pkl").exists()
+    (two_runs[0] / "link").symlink_to(data)
+    own = RunFolder.create("train_async", {}, path=runs_folder / "a_trial")
+    own.finish("done")
+    with owned(own.path), pytest.raises(UserError, match="is running"):
+        commands.rm(["a_trial"], True)
+    assert commands.rm([two_runs[0].name, "a_trial"], True) == 0
+    assert (data / "episode.pkl").exists() and not two_runs[0].exists() and not own.path.exists()
 
 
 def test_a_run_is_repeated_and_says_what_has_changed(write_notebook, tmp_path, runs_folder, capsys):

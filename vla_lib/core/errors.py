@@ -1,6 +1,7 @@
 """The one exception for bad input: a sentence that names what is wrong, where, and what to do."""
 
 import contextlib
+import errno
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,4 +22,11 @@ def needing_room(path: Path, remedy: str = "Make room and go on with --resume.")
     try:
         yield
     except OSError as error:
-        raise UserError(f"{path} cannot be written ({error}). {remedy}") from error
+        raise UserError(f"{path} cannot be written ({in_words(error)}). {remedy}") from error
+
+
+def in_words(error: BaseException) -> str:
+    """An error for a record or a person: a UserError's sentence, `disk full` where that is it, else its type too."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"disk full: {error}"
+    return f"{error}" if isinstance(error, UserError | OSError) else f"{type(error).__name__}: {error}"

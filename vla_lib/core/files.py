@@ -60,6 +60,25 @@ def write_json(path: str | Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, default=_plain) + "\n")
 
 
+RESERVE_BYTES = 32768
+
+
+def reserve(path: str | Path) -> None:
+    """Keep room beside `path` for its last writing, `write_reserved`; a disk that has none left is no error here."""
+    with contextlib.suppress(OSError):
+        _reserve(path).write_bytes(os.urandom(RESERVE_BYTES))  # not zeros: some file systems store none of those
+
+
+def write_reserved(path: str | Path, value: Any) -> None:
+    """Write as `write_json` does, in the room that `reserve` kept: how something ended is known of a full disk too."""
+    _reserve(path).unlink(missing_ok=True)
+    write_json(path, value)
+
+
+def _reserve(path: str | Path) -> Path:
+    return Path(path).with_name(f".{Path(path).name}.reserve")
+
+
 def append_jsonl(path: str | Path, value: dict[str, Any]) -> None:
     """Append one JSON object as one line, in a single write: readers never see half a line of ours.
 
@@ -81,7 +100,7 @@ def read_json(path: str | Path) -> Any:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"There is no file {path}.") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as JSON ({error}); remove or restore it.") from error
 
 

@@ -16,15 +16,20 @@ import subprocess
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import psutil
+from annotated_types import Gt, Le
+from pydantic import AfterValidator, BaseModel, ValidationError
 
 from vla_lib.core.errors import UserError
-from vla_lib.core.files import read_json, write_json
+from vla_lib.core.files import read_json, reserve, write_json, write_reserved
+from vla_lib.core.owner import Owner, alive, elsewhere, living, owner_file
 
 PROJECT = Path(__file__).resolve().parents[2]
 STATES = ("running", "done", "failed", "cancelled", "lost")
+UNREADABLE = "unreadable"  # what stands for the state of a record that is none
+RUN = "run"  # the role of whoever writes run.json
 VERSIONS_OF = ("vla-workbench", "torch", "transformers", "accelerate", "diffusers", "numpy", "papermill", "mujoco")
 
 
@@ -33,30 +38,74 @@ def runs_root() -> Path:
     return Path(os.environ.get("VLA_RUNS") or PROJECT / "runs").expanduser().absolute()
 
 
+class _Git(BaseModel, strict=True):
+    commit: str
+    changed: int
+
+
+class _Data(BaseModel, strict=True):
+    episodes: int
+    fingerprint: str
+    caches: list[str]
+
+
+class _Record(BaseModel, strict=True):
+    """What readers take from a record without asking; there may be more."""
+
+    name: str
+    state: Literal["running", "done", "failed", "cancelled", "lost"]
+    started: Annotated[str, AfterValidator(datetime.fromisoformat)]
+    parameters: dict[str, Any] = {}
+    duration_s: float | None = None
+    error: str | None = None
+    notebook: str = ""
+    host: str = ""
+    pid: Annotated[int, Gt(0), Le(2**31)] = 1
+    pid_created: float = 0.0
+    git: _Git | None = None
+    data: _Data | None = None
+    versions: dict[str, str] = {}
+
+
 @dataclass
 class RunFolder:
     """One run's folder and its record. `create` makes it; exactly one process owns it and calls `finish`."""
 
     path: Path
     record: dict[str, Any] = field(default_factory=dict)
+    owner: Owner | None = None
 
     @classmethod
     def create(cls, name: str, parameters: dict[str, Any], path: Path | None = None, **extra: Any) -> "RunFolder":
-        """Make the folder (or use the given empty one) and write a `running` record owned by this process."""
-        path = new_folder(name) if path is None else Path(path).expanduser().absolute()
-        path.mkdir(parents=True, exist_ok=True)
-        return cls(path, {"name": name, **_opened(parameters), **extra})._saved()
+        """Make the folder (or use the given one) and write a `running` record owned by this process. Raises UserError
+        where the folder holds a run already, or another process works in it."""
+        made = True  # by us: `vla runs rm` removes no folder that was there before
+        if path is not None:
+            path = Path(path).expanduser().absolute()
+            made = not path.exists() or not {file.name for file in path.iterdir()} - {owner_file(path).name}
+        return cls(path or new_folder(name))._open({"name": name, **_opened(parameters), "made": made, **extra})
 
     @classmethod
     def resume(cls, path: Path, parameters: dict[str, Any]) -> "RunFolder":
         """Open the ended record of `path` again, as `running` and owned by this process; `first_started` keeps when it
-        first began."""
-        before = read_json(path / "run.json")
+        first began. Raises UserError where it is no record, or another process works there."""
+        before = read_record(path)
+        if before["state"] == UNREADABLE:
+            raise UserError(before["error"])
         first = before.get("first_started") or before["started"]
-        return cls(path, {**before, **_opened(parameters), "first_started": first})._saved()
+        return cls(path)._open({**before, **_opened(parameters), "first_started": first}, again=True)
 
-    def _saved(self) -> "RunFolder":
-        write_json(self.path / "run.json", self.record)
+    def _open(self, record: dict[str, Any], again: bool = False) -> "RunFolder":
+        self.owner = Owner.take(self.path, RUN)
+        try:
+            if not again and (self.path / "run.json").exists():
+                raise UserError(f"{self.path} holds a run already; give another folder.")
+            self.record = record
+            write_json(self.path / "run.json", record)
+        except BaseException:
+            self.owner.release()
+            raise
+        reserve(self.path / "run.json")
         return self
 
     def finish(self, state: str, error: str | None = None, mended: bool = False) -> None:
@@ -69,20 +118,41 @@ class RunFolder:
         ended = datetime.now(UTC)
         took = round((ended - datetime.fromisoformat(self.record["started"])).total_seconds(), 3)
         self.record.update(state=state, error=error, ended=ended.isoformat(timespec="milliseconds"), duration_s=took)
-        self._saved()
+        write_reserved(self.path / "run.json", self.record)  # also where the disk is full
+        if self.owner is not None:
+            self.owner.release()
 
 
 def read_record(path: Path) -> dict[str, Any]:
     """The record of the run folder `path`, with `state` = `lost` where it says running but its process is gone.
 
-    Raises UserError where the folder has no readable run.json.
+    A file that is no record gives one that says so, with the state UNREADABLE and the remedy as its error: one damaged
+    folder hides no other. Raises UserError where there is no run.json.
     """
-    record = read_json(Path(path) / "run.json")
-    if not isinstance(record, dict) or record.get("state") not in STATES:
-        raise UserError(f"{path}/run.json is not a run record; remove the folder or restore the file.")
-    if record["state"] == "running" and record.get("host") == socket.gethostname() and not _alive(record):
+    path = Path(path)
+    try:
+        record = read_json(path / "run.json")
+        _Record.model_validate(record)
+    except (UserError, ValidationError) as error:
+        if not (path / "run.json").exists():
+            raise
+        why = f"{error}" if isinstance(error, UserError) else _in_words(path / "run.json", error)
+        return {"name": path.name, "state": UNREADABLE, "started": "", "parameters": {}, "error": why}
+    if record["state"] == "running" and not _running(path, record):
         record["state"] = "lost"
-    return record
+    return {"parameters": {}, **record}
+
+
+def _in_words(file: Path, error: ValidationError) -> str:
+    odd = "; ".join(f"{'.'.join(map(str, one['loc'])) or 'it'}: {one['msg']}" for one in error.errors()[:3])
+    return f"{file} is not a run record ({odd}); restore the file, or remove its folder by hand."
+
+
+def _running(path: Path, record: dict[str, Any]) -> bool:
+    """Whether the process that wrote a running record lives, as far as this machine can know."""
+    if elsewhere(owner_file(path, RUN)):
+        return bool(living(owner_file(path, RUN)))
+    return record.get("host") != socket.gethostname() or alive(record.get("pid"), record.get("pid_created"))
 
 
 def read_results(path: Path) -> dict[str, Any]:
@@ -118,15 +188,6 @@ def _opened(parameters: dict[str, Any]) -> dict[str, Any]:
         "git": git_state(),
         "versions": versions(),
     }
-
-
-def _alive(record: dict[str, Any]) -> bool:
-    try:
-        process = psutil.Process(record["pid"])
-        # numbers are used again: the owner is known by when it began, too
-        return process.status() != psutil.STATUS_ZOMBIE and abs(process.create_time() - record["pid_created"]) < 1.0
-    except (psutil.NoSuchProcess, KeyError, TypeError):
-        return False
 
 
 def new_folder(name: str) -> Path:

@@ -18,6 +18,7 @@ optimizer, position (draws of the epoch that are used), validated (step of the n
 then), best, elapsed_s, wandb_id; fingerprints and weights of the episodes, by key; world (processes). Draws and noise
 follow from seed, epoch and step, so no generator's state is needed."""
 
+import errno
 import pickle
 import time
 from collections.abc import Mapping
@@ -26,8 +27,9 @@ from typing import Any
 
 import torch
 
-from vla_lib.core.errors import UserError
+from vla_lib.core.errors import UserError, in_words
 from vla_lib.core.files import atomic_path
+from vla_lib.core.owner import Owner
 from vla_lib.core.settings import flag
 from vla_lib.features.binding import differences
 from vla_lib.policy.config import PolicyConfig
@@ -37,6 +39,8 @@ from vla_lib.training.settings import TrainingSettings, resume_conflicts
 FORMAT = "vla-policy-1"
 KEYS = ("front_door", "policy_config", "policy", "settings", "binding", "split", "step", "epoch", "metrics")
 WEIGHTLESS = ("dropout", "view_dropout", "ddim_steps")  # of a policy's config: what no weight depends on
+# of torch's zip writer, which says so of a disk that takes no more
+FULL = ("unexpected pos", "file write failed")
 # left by a writer that was killed
 LEFT_BEHIND = ("checkpoints/.*.partial", ".metrics.jsonl.*.partial", ".results.json.*.partial")
 
@@ -52,21 +56,28 @@ def save_checkpoint(path: Path, content: Content) -> None:
     with atomic_path(path) as temporary:
         try:
             torch.save({"format": FORMAT, **content}, temporary)
-        except RuntimeError as error:  # torch's zip writer reports a full disk this way
-            raise OSError(f"{error}".splitlines()[0]) from error
+        except RuntimeError as error:
+            said = f"{error}".splitlines()[0]
+            if any(words in said for words in FULL):
+                raise OSError(errno.ENOSPC, said) from error
+            raise OSError(said) from error
 
 
 class CheckpointWriter:
-    """Writes the checkpoints of a run into its folder: only the main process does, the others call in vain.
+    """Writes the checkpoints of a run into its folder: only the main process does, the folder's `owner`; the others
+    call in vain.
 
     `run`: front_door, policy_config, settings, binding, split; `data`: fingerprints, weights, world (see the module).
     The methods take a TrainState's `state_dict()`.
     """
 
-    def __init__(self, run_dir: Path, settings: TrainingSettings, run: Content, data: Content, main: bool) -> None:
-        self._folder, self._settings, self._run, self._data, self._main = run_dir, settings, run, data, main
+    def __init__(
+        self, run_dir: Path, settings: TrainingSettings, run: Content, data: Content, owner: Owner | None
+    ) -> None:
+        self._folder, self._settings, self._run, self._data = run_dir, settings, run, data
+        self._owner, self._main = owner, owner is not None
         self._tried_at, self._tried_step = time.monotonic(), -1
-        for path in [path for pattern in LEFT_BEHIND for path in run_dir.glob(pattern)] if main else []:
+        for path in [path for pattern in LEFT_BEHIND for path in run_dir.glob(pattern)] if owner else []:
             path.unlink(missing_ok=True)
 
     def due(self, step: int, interval_s: float | None = None) -> bool:
@@ -96,11 +107,13 @@ class CheckpointWriter:
 
     def _write(self, name: str, content: Content, must: bool) -> None:
         path = self._folder / "checkpoints" / name
+        if self._owner is not None:
+            self._owner.check()  # whoever was stopped for long may have lost the folder to another run
         try:
             if self._main:
                 save_checkpoint(path, self._run | content)
         except OSError as error:
-            said = f"{path} could not be written ({error}); the one written before it is untouched"
+            said = f"{path} could not be written ({in_words(error)}); the one written before it is untouched"
             if must:
                 raise UserError(f"{said}. Make room and go on with --resume.") from error
             print(f"{said}; training goes on and tries again.", flush=True)

@@ -18,6 +18,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 
 from vla_lib.core.errors import UserError, needing_room
+from vla_lib.core.owner import owned
 from vla_lib.core.progress import Progress
 from vla_lib.core.run_folder import new_folder, write_results
 from vla_lib.policy.policy import Policy
@@ -62,6 +63,8 @@ def train(settings: TrainingSettings) -> dict[str, Any]:
         # ---- the run folder: a run is gone on with, or begun where there is none; one is never trained over
         run_dir = settings.run_dir or _new_run_dir(settings, main)
         latest = run_dir / "checkpoints" / settings.checkpoints.latest
+        # before anything is looked at: of two that are started together the second one sees the first one's checkpoint
+        owner = opened.enter_context(owned(run_dir)) if main else None
         before = read_previous(settings, latest) if settings.resume else None
         if before is None:
             taken = refuse_taken(latest)
@@ -106,7 +109,7 @@ def train(settings: TrainingSettings) -> dict[str, Any]:
             "split": data.split,
         }
         compared = {"fingerprints": data.fingerprints, "weights": data.episode_weights, "world": world}
-        writer = CheckpointWriter(run_dir, settings, run, compared, main)
+        writer = CheckpointWriter(run_dir, settings, run, compared, owner)
         if before is None:
             writer.newest(state.state_dict())  # there is always something to resume from
 

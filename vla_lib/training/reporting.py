@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 
-from vla_lib.core.errors import UserError, needing_room
-from vla_lib.core.files import read_json
-from vla_lib.core.run_folder import RunFolder
+from vla_lib.core.errors import UserError, in_words, needing_room
+from vla_lib.core.run_folder import UNREADABLE, RunFolder, read_record
 from vla_lib.training.data import TrainingData
 from vla_lib.training.process import StopRequest
 from vla_lib.training.settings import TrainingSettings
@@ -32,15 +31,14 @@ def recorded(run_dir: Path, settings: TrainingSettings, stop: StopRequest) -> It
     with needing_room(path):
         if not path.exists():
             run = RunFolder.create(settings.name, settings.record(), path=run_dir)
-        elif read_json(path).get("name") == settings.name:  # else it is a notebook's, which keeps it itself
-            run = RunFolder.resume(run_dir, settings.record())
+        elif (before := read_record(run_dir))["state"] == UNREADABLE or before["name"] == settings.name:
+            run = RunFolder.resume(run_dir, settings.record())  # else it is a notebook's, which keeps it itself
     try:
         yield
     except BaseException as error:
-        said = f"{error}" if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         with contextlib.suppress(OSError):  # the error counts, not that the full disk takes no record of it
             if run is not None:
-                run.finish("cancelled" if isinstance(error, KeyboardInterrupt) else "failed", said)
+                run.finish("cancelled" if isinstance(error, KeyboardInterrupt) else "failed", in_words(error))
         raise
     with needing_room(path):
         if run is not None:

@@ -6,6 +6,7 @@ something by mistake.
 """
 
 import json
+import re
 import shutil
 import webbrowser
 from pathlib import Path
@@ -15,8 +16,9 @@ import pandas as pd
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from vla_lib.core.errors import UserError
+from vla_lib.core.owner import living, owner_file
 from vla_lib.core.progress import clock
-from vla_lib.core.run_folder import PROJECT, git_state, read_record, runs_root, versions
+from vla_lib.core.run_folder import PROJECT, UNREADABLE, git_state, read_record, runs_root, versions
 from vla_lib.workbench import runs
 from vla_lib.workbench.notebook import shown
 from vla_lib.workbench.parameters import read_parameters
@@ -27,7 +29,7 @@ LISTED = ["run", "state", "started", "duration_s", "data", "cache", "git"]
 
 def ls(
     name: Annotated[Positional[str], arg(metavar="NAME", help="only runs of this notebook, e.g. 04_train_async")] = "",
-    state: Literal["", "running", "done", "failed", "cancelled", "lost"] = "",
+    state: Literal["", "running", "done", "failed", "cancelled", "lost", "unreadable"] = "",
     sort: str = "",
 ) -> int:
     """List the runs, newest last.
@@ -49,6 +51,8 @@ def ls(
         raise UserError(f"There is no column {sort} to sort by; there are {', '.join(few.columns)}.")
     few = few.sort_values(sort) if sort else few
     print(few.dropna(axis="columns", how="all").to_string(index=False, na_rep=""))
+    for error in frame.loc[frame["state"] == UNREADABLE, "error"]:
+        print(error)
     return 0
 
 
@@ -104,7 +108,8 @@ def open(run: Run) -> int:
 def rm(
     names: Annotated[Positional[tuple[str, ...]], arg(metavar="RUN ...")], yes: FlagCreatePairsOff[bool] = False
 ) -> int:
-    """Remove run folders, checkpoints included: never a running one, nor one that the parameters of another run name.
+    """Remove run folders below runs/, checkpoints included: never a running one, one that the parameters of another run
+    name, nor a folder that was there before its run.
 
     Args:
         yes: really.
@@ -114,19 +119,30 @@ def rm(
     paths = list(dict.fromkeys(runs.find_run(name) for name in names))
     others = [read_record(path) for path in runs.find_runs() if path not in paths]
     for path in paths:
-        if read_record(path)["state"] == "running":
+        _refuse_foreign(path)
+        if (record := read_record(path))["state"] == UNREADABLE:
+            raise UserError(record["error"])
+        if record["state"] == "running" or living(owner_file(path)):
             raise UserError(f"{path.name} is running; stop it first.")
         if users := [one["started"] for one in others if path.name in json.dumps(one.get("parameters", {}))]:
             which = f"{len(users)} other runs (one begun {users[0]})"
             raise UserError(f"{path.name} is named by the parameters of {which}; remove those first.")
     named = ", ".join(path.name for path in paths)
-    size = sum(file.stat().st_size for path in paths for file in path.rglob("*") if file.is_file()) / 1e6
+    size = sum(file.lstat().st_size for path in paths for file in path.rglob("*")) / 1e6
     if not yes:
         raise UserError(f"{named}: {size:.0f} MB would be removed, checkpoints included; say --yes to do it.")
     for path in paths:
         shutil.rmtree(path)
     print(f"removed {named}: {size:.0f} MB freed")
     return 0
+
+
+def _refuse_foreign(path: Path) -> None:
+    """Raises UserError where `path` is not a folder right below the runs root that a run made for itself."""
+    if path.is_symlink() or path.resolve().parent != runs_root().resolve():
+        raise UserError(f"{path} is no run folder in {runs_root()}; only those are removed here, and no links.")
+    if not read_record(path).get("made", re.match(r"\d{8}-\d{6}", path.name)):  # records of old do not say it
+        raise UserError(f"{path} was there before its run, with other files in it; remove what you want by hand.")
 
 
 def rerun(run: Run) -> int:

@@ -25,7 +25,7 @@ from jupyter_client.manager import AsyncKernelManager
 from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
-from vla_lib.core.errors import UserError
+from vla_lib.core.errors import UserError, in_words
 from vla_lib.core.run_folder import RunFolder
 from vla_lib.workbench.jobs import JobFailed
 from vla_lib.workbench.notebook import RUN_DIR_VARIABLE, shown
@@ -90,8 +90,6 @@ def run_notebook(
     """
     path = notebook_path(name)
     values = resolve(path, given, text)
-    if run_dir is not None and (run_dir / "run.json").exists():
-        raise UserError(f"{run_dir} holds a run already; give another folder.")
     noted = {"notebook": str(path), "given": sorted(given), "data": data_state(values), **noted}
     run = RunFolder.create(path.stem, values, path=run_dir, **noted)
     executed = run.path / "notebook.ipynb"
@@ -123,7 +121,7 @@ def run_notebook(
         except DeadKernelError:
             state, error = "lost", "the kernel died (killed, or out of memory)"
         except Exception as failure:  # a full disk, a broken notebook: recorded, and shown like any other failure
-            error = f"{type(failure).__name__}: {failure}"
+            error = in_words(failure)
         finally:
             if interrupts.caught and state != "done":
                 state, error = "cancelled", error or "interrupted"

@@ -8,26 +8,30 @@ to a running job.
 import asyncio
 import contextlib
 import dataclasses
-import fcntl
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import psutil
+from annotated_types import Ge, Gt, Le
+from pydantic import BaseModel, ValidationError
 
 from vla_lib.core.errors import UserError
 from vla_lib.core.files import read_json
+from vla_lib.core.owner import Owner, living, owner_file
 from vla_lib.core.settings import Settings
 
 GRACE_S = 20.0  # longer than a checkpoint takes
 LOG_TAIL_LINES = 15
+FULL_BYTES = 2**20
 # A rank that a signal killed, in torchrun's report; ended by SIGTERM are those that torchrun stops itself.
 KILLED = re.compile(r"^ +rank +: (\d+) .*\n.*\n.*\n +traceback : Signal \d+ \((SIG(?!TERM)\w+)\)", re.M)
 OFTEN = {"SIGKILL": " (often: out of memory)"}
@@ -61,6 +65,18 @@ def flags(settings: Settings) -> list[str]:
     return words
 
 
+class _Status(BaseModel, strict=True):
+    """What is taken from a job.json without asking."""
+
+    command: list[str] = []
+    log: str = "train.log"
+    log_from: Annotated[int, Ge(0)] = 0
+    supervisor_pid: Annotated[int, Gt(0), Le(2**31)]
+    state: Literal["running", "ended"]
+    returncode: int | None = None
+    reason: str | None = None
+
+
 class Job:
     """One supervised subprocess: started here, or `attach`ed to where it was started elsewhere."""
 
@@ -80,11 +96,10 @@ class Job:
 
         Raises UserError where no job was started in that folder.
         """
-        path = Path(run_dir) / "job.json"
-        if not path.exists():
+        status = cls([], run_dir).status
+        if not status:
             which = "give the folder of a run that trains or caches (`vla runs` lists them)"
             raise UserError(f"No job was started in {run_dir}; {which}.")
-        status = read_json(path)
         job = cls(status["command"], run_dir, status["log"])
         job.attached = True
         if job.log.exists():
@@ -118,19 +133,32 @@ class Job:
 
     @property
     def status(self) -> dict[str, Any]:
-        """What the supervisor last wrote: state, returncode, reason ({} before it started)."""
+        """What the supervisor last wrote: state, returncode, reason ({} before it started). Raises UserError where
+        that is damaged."""
         path = self.run_dir / "job.json"
-        return read_json(path) if path.exists() else {}
+        if not path.exists():
+            return {}
+        status = read_json(path)
+        try:
+            return _Status.model_validate(status).model_dump() | status
+        except ValidationError as error:
+            odd = "; ".join(f"{'.'.join(map(str, one['loc'])) or 'it'}: {one['msg']}" for one in error.errors()[:3])
+            raise UserError(f"{path} is not a job's record ({odd}); remove it where no job runs any more.") from None
 
     def start(self) -> "Job":
         """Start the job; returns once its supervisor has begun. Raises UserError where one still runs in the same
         folder."""
-        self.run_dir.mkdir(parents=True, exist_ok=True)
         status, error = self.run_dir / "job.json", self.run_dir / "error.json"
-        with open(self.run_dir / "job.lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # of two starts at once the second one sees the first one's job.json
+        taken = f"A job already runs in {self.run_dir}; stop it first, or use another run folder."
+        try:
+            start = Owner.take(self.run_dir, "start")
+        except UserError:  # another one starts at this moment
+            raise UserError(taken) from None
+        try:
             if self.running:
-                raise UserError(f"A job already runs in {self.run_dir}; stop it first, or use another run folder.")
+                raise UserError(taken)
+            if who := living(owner_file(self.run_dir)):
+                raise UserError(f"{self.run_dir} is in use by {who}; stop it there first, or use another run folder.")
             for stale in (status, error):
                 stale.unlink(missing_ok=True)
             self._read = self.log.stat().st_size if self.log.exists() else 0
@@ -146,6 +174,8 @@ class Job:
             )
             while not status.exists() and self._process.poll() is None:
                 time.sleep(0.02)
+        finally:
+            start.release()
         return self
 
     @property
@@ -229,6 +259,8 @@ def explain(log: Path, returncode: int, log_from: int) -> str:
     had written."""
     said = log.read_bytes()[log_from:].decode(errors="replace") if log.exists() else ""
     lines = []
+    if shutil.disk_usage(log.parent).free < FULL_BYTES:  # whose causes can leave no word in any file
+        lines += [f"disk full: nothing more can be written below {log.parent}; make room and go on with --resume."]
     for rank, name in dict(KILLED.findall(said)).items():
         lines += [f"rank {rank} was killed by {name}{OFTEN.get(name, '')}; go on with --resume."]
     error_file = log.parent / "error.json"

@@ -154,7 +154,8 @@ class Queue:
         if path and (path / "queue.json").exists():
             rows = read_json(path / "queue.json")["runs"]
             found = {name: {**row, "state": _state(row["run"])} for name, row in rows.items()}
-        return cls(RunFolder.create(kind, {"digest": asked, "entries": len(entries)}, path=path), entries, found)
+        wanted = {"digest": asked, "entries": len(entries)}
+        return cls(RunFolder.resume(path, wanted) if path else RunFolder.create(kind, wanted), entries, found)
 
     async def work(self, waiting: list[Entry], parallel: int) -> None:
         """Run the entries, `parallel` at a time."""

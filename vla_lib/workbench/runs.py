@@ -38,7 +38,8 @@ def _time_and_name(run: Path) -> tuple[str, str]:
     if re.match(r"\d{8}-\d{6}", run.name):
         return run.name, run.name.split("-", 2)[-1]
     record = read_record(run)
-    return f"{datetime.fromisoformat(record['started']):%Y%m%d-%H%M%S}", record["name"]
+    started = f"{datetime.fromisoformat(record['started']):%Y%m%d-%H%M%S}" if record["started"] else ""
+    return started, record["name"]
 
 
 def find_run(name: str) -> Path:
@@ -63,7 +64,11 @@ def table(name: str = "", of: Iterable[Path] | None = None) -> pd.DataFrame:
     commit, + where files were changed), its parameters as `p.<name>` and its plain results as `r.<name>`."""
     rows = []
     for path in find_runs(name) if of is None else of:
-        record, results = read_record(path), plain_results(path)
+        record, results = read_record(path), {}
+        try:
+            results = plain_results(path)
+        except UserError as error:
+            record["error"] = record.get("error") or str(error)
         git = record.get("git")
         row = {key: record.get(key) for key in COLUMNS} | {
             "run": path.name,

@@ -20,7 +20,7 @@ from typing import Any
 
 import psutil
 
-from vla_lib.core.files import write_json
+from vla_lib.core.files import reserve, write_json, write_reserved
 from vla_lib.core.processes import die_with_parent, name_launcher
 
 PR_SET_CHILD_SUBREAPER = 36
@@ -65,6 +65,7 @@ def main(arguments: list[str]) -> int:
                 log.write(f"{error}\n".encode())
                 return NOT_STARTED
         write_json(status_path, status | {"returncode": None})
+        reserve(status_path)
         while child.poll() is None and status["reason"] is None:
             if caught:
                 status["reason"] = f"stopped by {signal.Signals(caught[0]).name}"
@@ -76,7 +77,7 @@ def main(arguments: list[str]) -> int:
         if child is not None:
             _sweep(child, grace_s)
             status["returncode"] = child.poll()
-        write_json(status_path, status | {"state": "ended", "ended": _now()})
+        write_reserved(status_path, status | {"state": "ended", "ended": _now()})
     return status["returncode"] or 0
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from vla_lib.core.errors import UserError
 from vla_lib.core.progress import clock
 from vla_lib.core.run_folder import read_record, read_results
 from vla_lib.policy.policy import Policy
@@ -93,7 +94,10 @@ def model_table(settings: TrainingSettings, data: TrainingData) -> pd.DataFrame:
 def _estimate(name: str, settings: TrainingSettings, samples: int, processes: int) -> str:
     """From former runs; "" where there is none to go by."""
     for run in reversed(find_runs(name)):
-        record, results = read_record(run), read_results(run)
+        try:
+            record, results = read_record(run), read_results(run)
+        except UserError:  # a damaged file of another run
+            continue
         given = record.get("parameters", {})
         alike = given.get("training_stage", "stage1") == settings.training_stage
         whole = record["state"] == "done" and results.get("wall_s") and not given.get("resume_run")
