@@ -38,6 +38,30 @@ def test_a_headless_run_leaves_notebook_page_and_record(write_notebook):
     assert "frame = 3" in page and "IntSlider(" not in page
 
 
+@pytest.mark.parametrize("most", (headless.SOCKET_BYTES, 5))
+def test_a_long_tmpdir_takes_no_run_along(most, write_notebook, tmp_path, monkeypatch):
+    """As batch systems make them: sockets go to a folder with a short name; where there is none, to TCP ports."""
+    long = tmp_path / ("x" * 100)
+    long.mkdir()
+    monkeypatch.setenv("TMPDIR", str(long))
+    monkeypatch.setattr(headless.tempfile, "tempdir", None)
+    monkeypatch.setattr(headless, "SOCKET_BYTES", most)
+    result = run_notebook(write_notebook("n: int = 1", "run.finish()"), {}, log=False)
+    assert (result.state, result.error) == ("done", None)
+
+
+def test_a_kernel_that_cannot_start_ends_the_run(write_notebook, tmp_path):
+    path = write_notebook("n: int = 1", "run.finish()")
+    code = "import sys; from pathlib import Path; from vla_lib import cli; from vla_lib.workbench import headless\n"
+    code += "headless.SOCKET_BYTES = 999; cli.main(['run', sys.argv[1], '--run-dir', sys.argv[2]])"
+    long = tmp_path / ("x" * 100)
+    long.mkdir()
+    words = [sys.executable, "-c", code, str(path), str(tmp_path / "run")]
+    done = subprocess.run(words, env={**os.environ, "TMPDIR": str(long)}, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and "File name too long" in done.stderr.splitlines()[-1]
+    assert read_record(tmp_path / "run")["state"] == "failed"
+
+
 def test_a_failing_cell_fails_the_run_with_its_cause(write_notebook):
     result = run_notebook(write_notebook("n: int = 1", "1 / 0"), {}, log=False)
     assert result.state == "failed"

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import papermill
 import psutil
@@ -35,16 +35,35 @@ from vla_lib.workbench.runs import data_state
 
 CANCELLED = ("KeyboardInterrupt", "CancelledError", "JobCancelled")
 LOG_NAME = "run.log"  # the cells' output as plain lines
+SOCKET_BYTES = 104  # at most in a Unix socket's path, 108 with its end on Linux; a batch system's TMPDIR is longer
 PATIENCE_S = 5.0  # for a kernel between two cells
 
 
 class LocalKernelManager(AsyncKernelManager):
-    """A kernel on Unix sockets: no TCP ports, so nothing listens on the network and no port can be taken."""
+    """A kernel on Unix sockets: no TCP ports, so nothing listens on the network and no port can be taken. Only where no
+    folder has a short enough name for one (SOCKET_BYTES), TCP ports of this machine alone."""
+
+    made: ClassVar[list["LocalKernelManager"]] = []
 
     def __init__(self, **keywords: Any):
         # a name of its own: jupyter_client's default is one for all kernels of a folder, so two at a time would meet
-        name = Path(tempfile.gettempdir(), f"vla-kernel-{uuid.uuid4().hex[:12]}")
-        super().__init__(transport="ipc", ip=str(name), **keywords)
+        name = f"vla-kernel-{uuid.uuid4().hex[:12]}"
+        for folder in (tempfile.gettempdir(), "/tmp", "/var/tmp", "/dev/shm"):
+            if os.access(folder, os.W_OK) and len(os.fsencode(f"{folder}/{name}-0")) < SOCKET_BYTES:
+                keywords |= {"transport": "ipc", "ip": f"{folder}/{name}"}
+                break
+        super().__init__(**keywords)
+        self.made.append(self)
+
+    @classmethod
+    def close_all(cls) -> None:
+        """Close what a run left open. A run that went well left nothing; sockets of a kernel that was never reached
+        would be waited for without end, by whichever code the garbage collector comes by in."""
+        while cls.made:
+            with contextlib.suppress(Exception):  # how the run ended is known by now
+                cls.made.pop().context.destroy(linger=0)
+        for kernel in _kernels():
+            kernel.kill()
 
 
 @dataclass(frozen=True)
@@ -125,6 +144,7 @@ def run_notebook(
         finally:
             if interrupts.caught and state != "done":
                 state, error = "cancelled", error or "interrupted"
+            LocalKernelManager.close_all()
             run.finish(state, error)
             result = RunResult(run.path, state, error, bad_input, cell)
             _write_page(executed, result.page)

@@ -1,6 +1,5 @@
 """The live progress of a job: bar with ETA, curves and a Stop button in JupyterLab, plain lines headless."""
 
-import html
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +10,14 @@ from vla_lib.core.files import read_jsonl
 from vla_lib.core.progress import read_line
 from vla_lib.workbench.busy_kernel import answering
 from vla_lib.workbench.jobs import Job
+from vla_lib.workbench.markup import Html, Markup
 from vla_lib.workbench.notebook import dataset_path, interactive, shown
 from vla_lib.workbench.plots.training import newest_figures, training_curves
 from vla_lib.workbench.widgets import drawn
 
 REDRAW_EVERY_TICKS = 6  # of half a second
 LINES = 8  # of the log
+BOLD = Markup("<b>{}</b>")
 
 
 async def follow(job: Job | Path | str) -> dict[str, Any]:
@@ -55,11 +56,11 @@ class TrainingView:
             description="Stop", icon="stop", button_style="danger", tooltip="save a checkpoint and end the job"
         )
         self._stop.on_click(self._stop_clicked)
-        self._state = ipywidgets.HTML(f"<b>{'running' if job.attached else 'starting'}</b>")
+        self._state = Html(BOLD.format("running" if job.attached else "starting"))
         self._bar = ipywidgets.FloatProgress(min=0.0, max=1.0, layout={"width": "300px", "visibility": "hidden"})
-        self._counted = ipywidgets.HTML()
-        self._figures = ipywidgets.HTML()
-        self._log = ipywidgets.HTML()
+        self._counted = Html()
+        self._figures = Html()
+        self._log = Html()
         self._curves = ipywidgets.Image(format="png", layout={"max_width": "900px", "display": "none"})
         top = ipywidgets.HBox([self._stop, self._state, self._bar, self._counted])
         display(ipywidgets.VBox([top, self._figures, self._curves, self._log]))
@@ -71,11 +72,11 @@ class TrainingView:
         self._ticks += 1
         if lines:
             self._lines = (self._lines + lines)[-LINES:]
-            self._log.value = "<pre style='font-size:12px'>" + html.escape("\n".join(self._lines)) + "</pre>"
+            self._log.value = Markup("<pre style='font-size:12px'>{}</pre>").format("\n".join(self._lines))
             self._count()
         if self._ticks % REDRAW_EVERY_TICKS == 0:
-            if self._state.value == "<b>starting</b>":
-                self._state.value = "<b>running</b>"
+            if self._state.value == BOLD.format("starting"):
+                self._state.value = BOLD.format("running")
             self.draw()
 
     def _count(self) -> None:
@@ -83,13 +84,13 @@ class TrainingView:
         if counted is not None:
             self._bar.value = counted.done / max(counted.total, 1e-9)
             self._bar.layout.visibility = "visible"
-            self._counted.value = html.escape(f"{counted.done:g} of {counted.total:g} {counted.unit}, {counted.left}")
+            self._counted.value = f"{counted.done:g} of {counted.total:g} {counted.unit}, {counted.left}"
 
     def draw(self) -> None:
         """Redraw the curves from metrics.jsonl."""
         rows = read_jsonl(self.job.run_dir / "metrics.jsonl")
         if any(key.startswith("train/") for row in rows for key in row):  # a cache job has progress, but no curves
-            self._figures.value = html.escape(newest_figures(rows))
+            self._figures.value = newest_figures(rows)
             self._curves.value = drawn(training_curves(rows))
             self._curves.layout.display = "block"
 
@@ -99,9 +100,9 @@ class TrainingView:
         self._stop.disabled = True
         status = self.job.status
         ended = status.get("reason") or ("done" if status.get("returncode") == 0 else "failed")
-        self._state.value = f"<b>{'running on, no longer shown here' if self.job.running else ended}</b>"
+        self._state.value = BOLD.format("running on, no longer shown here" if self.job.running else ended)
 
     def _stop_clicked(self, _button: Any) -> None:
-        self._state.value = "<b>stopping: saving a checkpoint</b>"
+        self._state.value = BOLD.format("stopping: saving a checkpoint")
         self._stop.disabled = True
         self.job.stop()

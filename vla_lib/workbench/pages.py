@@ -6,13 +6,13 @@ pictures encoded anew.
 """
 
 import base64
-import html
 import io
 import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import quote
 
 import nbformat
 import pandas as pd
@@ -23,6 +23,7 @@ from PIL import Image
 from vla_lib.core.files import write_text
 from vla_lib.core.progress import clock
 from vla_lib.core.run_folder import read_record
+from vla_lib.workbench.markup import Markup, joined
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
 STATES = "application/vnd.jupyter.widget-state+json"
@@ -78,13 +79,13 @@ def static_outputs(model_id: str, states: dict[str, Any]) -> list[Any]:
         for child in state.get("children", []):
             visit(child.removeprefix("IPY_MODEL_"))
         if state.get("_model_name") == "HTMLModel":
-            lines.append(state.get("value", ""))
+            lines.append(Markup(state.get("value", "")))  # escaped by whoever made the widget: see `markup`
         elif state.get("description") and "value" in state:
-            lines.append(html.escape(f"{state['description']} = {state['value']}"))
+            lines.append(f"{state['description']} = {state['value']}")
 
     visit(model_id)
     if lines:
-        recorded.insert(0, nbformat.v4.new_output("display_data", data={"text/html": "<br>".join(lines)}))
+        recorded.insert(0, nbformat.v4.new_output("display_data", data={"text/html": str(joined(lines, "<br>"))}))
     return recorded
 
 
@@ -100,18 +101,18 @@ def write_report(
 ) -> None:
     """Write `page`: the first table, the notes, the other tables, then each run with its state, times and the outputs
     of its `report` cells."""
-    shown = [table.to_html(index=False, border=0, na_rep="", classes="words") for table in tables]
-    title = html.escape(title)
+    shown = [Markup(table.to_html(index=False, border=0, na_rep="", classes="words")) for table in tables]
+    head = Markup("<title>{0}</title><style>{1}</style></head><body><h1>{0}</h1>")
     parts = [
-        "<!doctype html><html lang='en'><head><meta charset='utf-8'>",
-        f"<title>{title}</title><style>{STYLE}</style></head><body><h1>{title}</h1>",
+        Markup("<!doctype html><html lang='en'><head><meta charset='utf-8'>"),
+        head.format(title, Markup(STYLE)),
         *shown[:1],
-        *(f"<p>{html.escape(note)}</p>" for note in notes),
+        *(Markup("<p>{}</p>").format(note) for note in notes),
         *shown[1:],
         *(_section(section, page.parent) for section in sections),
-        "</body></html>",
+        Markup("</body></html>"),
     ]
-    write_text(page, _within_limit("\n".join(parts)))
+    write_text(page, _within_limit(str(joined(parts, "\n"))))
 
 
 def _within_limit(text: str) -> str:
@@ -135,31 +136,31 @@ def _encoded(data: str, quality: int, width: int) -> str:
     return min(base64.b64encode(buffer.getvalue()).decode(), data, key=len)
 
 
-def _section(section: Section, start: Path) -> str:
+def _section(section: Section, start: Path) -> Markup:
     run, record = section.run, read_record(section.run)
-    link = html.escape(os.path.relpath(run / "notebook.html", start))
     took = clock(record["duration_s"]) if record.get("duration_s") is not None else "-"
-    state = f"<span class='{'meta' if record['state'] == 'done' else 'bad'}'>{record['state']}</span>"
-    begun = html.escape(record["started"][:16].replace("T", " "))
-    whole = f"<a href='{link}'>the whole notebook</a>"
-    lines = [f"<h2>{html.escape(record['name'])}</h2>"]
-    lines += [f"<p class='meta'>{state} · {begun} UTC · took {took} · {whole}</p>"]
+    link = quote(os.path.relpath(run / "notebook.html", start))  # a name may hold # or %
+    state = Markup("<span class='{}'>{}</span>").format("meta" if record["state"] == "done" else "bad", record["state"])
+    whole = Markup("<a href='{}'>the whole notebook</a>").format(link)
+    begun = record["started"][:16].replace("T", " ")
+    lines = [Markup("<h2>{}</h2>").format(record["name"])]
+    lines += [Markup("<p class='meta'>{} · {} UTC · took {} · {}</p>").format(state, begun, took, whole)]
     if section.kept:
-        lines.append(f"<p class='meta'>not run again: {html.escape(section.kept)}</p>")
+        lines.append(Markup("<p class='meta'>not run again: {}</p>").format(section.kept))
     if record.get("error"):
-        lines.append(f"<pre class='bad'>{html.escape(record['error'])}</pre>")
+        lines.append(Markup("<pre class='bad'>{}</pre>").format(record["error"]))
     executed = run / "notebook.ipynb"
     for cell in nbformat.read(executed, as_version=4).cells if executed.exists() else []:
         if "report" in cell.metadata.get("tags", []):
             lines += [_output(output) for output in cell.get("outputs", [])]
-    return "\n".join(lines)
+    return joined(lines, "\n")
 
 
-def _output(output: Any) -> str:
+def _output(output: Any) -> Markup:
     data = output.get("data", {})
     if "image/png" in data:
-        return f"<p><img alt='figure' src='data:image/png;base64,{data['image/png'].strip()}'></p>"
+        return Markup("<p><img alt='figure' src='data:image/png;base64,{}'></p>").format(data["image/png"].strip())
     if "text/html" in data:
-        return data["text/html"]
+        return Markup(data["text/html"])
     text = output.get("text") or data.get("text/plain", "")
-    return f"<pre>{html.escape(text)}</pre>" if text.strip() else ""
+    return Markup("<pre>{}</pre>").format(text) if text.strip() else Markup("")

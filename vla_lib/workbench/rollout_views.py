@@ -27,6 +27,7 @@ from vla_lib.runtime.safety import SafetyLimits
 from vla_lib.training.checkpoint import read_checkpoint
 from vla_lib.workbench.busy_kernel import answering
 from vla_lib.workbench.jobs import JobCancelled
+from vla_lib.workbench.markup import Html, Markup
 from vla_lib.workbench.notebook import interactive, shown
 from vla_lib.workbench.plots import rollouts as plots
 from vla_lib.workbench.plots.rehearsal import moment
@@ -114,7 +115,7 @@ class PairView:
 
         one.observe(redraw, "value")
         other.observe(redraw, "value")
-        display(ipywidgets.VBox([ipywidgets.HBox([one, ipywidgets.HTML("against"), other]), picture]))
+        display(ipywidgets.VBox([ipywidgets.HBox([one, Html("against"), other]), picture]))
 
 
 # ---- a rehearsal
@@ -207,7 +208,7 @@ class RehearsalView:
             description="Stop", icon="stop", button_style="danger", tooltip="stop the robot now"
         )
         self._stop.on_click(self._stop_clicked)
-        self._state = ipywidgets.HTML("<b>loading the policy and its VLM</b>")
+        self._state = Html(Markup("<b>loading the policy and its VLM</b>"))
         self._picture = ipywidgets.Image(format="jpeg", layout={"max_width": "1100px", "visibility": "hidden"})
         display(ipywidgets.VBox([ipywidgets.HBox([self._stop, self._state]), self._picture]))
 
@@ -231,10 +232,10 @@ class RehearsalView:
         self._stop.disabled = True
         if moments:
             self.draw(moments)
-            self._state.value = f"<b>over</b>: {in_words(moments[-1])}"
+            self._state.value = Markup("<b>over</b>: {}").format(in_words(moments[-1]))
 
     def _stop_clicked(self, _button: Any) -> None:
-        self._state.value = "<b>stopping</b>"
+        self._state.value = Markup("<b>stopping</b>")
         self.process.stop()
 
 

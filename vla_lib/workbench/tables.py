@@ -1,6 +1,5 @@
 """Frames as tables that fit a page: short columns stay short, sentences wrap, long tables scroll."""
 
-import html
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -8,6 +7,7 @@ import pandas as pd
 from IPython.display import HTML
 
 from vla_lib.episodes.quality import verdict_table
+from vla_lib.workbench.markup import Markup, joined, page
 
 WRAPPING_EM = {"reasons": 24, "problem": 24, "episode": 12, "clock": 12, "used by": 12, "not better than": 12}
 STYLE = "@media print {.fit-table {max-height:none !important; overflow:visible !important}}"
@@ -19,7 +19,7 @@ RATES = {"robot_hz": "rows Hz", "pose_hz": "poses Hz", "sensor_hz": "sensor Hz",
 def fit(frame: pd.DataFrame, precision: int = 3, height_px: int = 480) -> HTML:
     """A table of at most `height_px` on screen (it scrolls; printed it is whole). The columns of WRAPPING_EM wrap."""
 
-    def cell(column: str, value: Any, tag: str = "td") -> str:
+    def cell(column: str, value: Any, tag: str = "td") -> Markup:
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if value is None or (isinstance(value, float) and pd.isna(value)):
             value = ""
@@ -29,19 +29,22 @@ def fit(frame: pd.DataFrame, precision: int = 3, height_px: int = 480) -> HTML:
         if column in WRAPPING_EM:
             wrap = f"min-width:{WRAPPING_EM[column]}em;white-space:normal;overflow-wrap:anywhere"
         style = f"padding:2px 6px;vertical-align:top;text-align:{'right' if number else 'left'};{wrap}"
-        return f"<{tag} style='{style}'>{html.escape(str(value), quote=False)}</{tag}>"
+        return Markup("<{0} style='{1}'>{2}</{0}>").format(tag, style, str(value))
 
-    heads = "".join(cell(column, str(column), "th") for column in frame.columns)
+    heads = joined(cell(column, str(column), "th") for column in frame.columns)
     rows = [map(cell, frame.columns, row) for row in frame.itertuples(index=False)]
-    body = "".join(f"<tr>{''.join(row)}</tr>" for row in rows)
-    table = f"<table style='border-collapse:collapse;font-size:11px;margin:0'><thead><tr>{heads}</tr></thead>"
-    scrolled = f"<div class='fit-table' style='max-height:{height_px}px;overflow:auto'>"
-    return HTML(f"<style>{STYLE}</style>{scrolled}{table}<tbody>{body}</tbody></table></div>")
+    body = joined(Markup("<tr>{}</tr>").format(joined(row)) for row in rows)
+    table = Markup(
+        "<style>{}</style><div class='fit-table' style='max-height:{}px;overflow:auto'>"
+        "<table style='border-collapse:collapse;font-size:11px;margin:0'><thead><tr>{}</tr></thead>"
+        "<tbody>{}</tbody></table></div>"
+    )
+    return page(table.format(Markup(STYLE), height_px, heads, body))
 
 
 def sentence(text: str) -> HTML:
     """A sentence where a table or a plot would be."""
-    return HTML(f"<p>{html.escape(text)}</p>")
+    return page(Markup("<p>{}</p>").format(text))
 
 
 def verdicts(summaries: Iterable[Mapping[str, Any]]) -> pd.DataFrame:

@@ -17,6 +17,7 @@ from vla_lib.episodes import Episode, EpisodeFiles, build_steps, find_episodes, 
 from vla_lib.episodes.episode import sensor_image
 from vla_lib.episodes.prepared import known_clocks
 from vla_lib.workbench import runs
+from vla_lib.workbench.markup import Html, Markup, joined, page
 from vla_lib.workbench.notebook import dataset_path, interactive, shown
 from vla_lib.workbench.plots.episodes import overview
 
@@ -34,20 +35,20 @@ def drawn(figure: Figure, kind: str = "png") -> bytes:
 def offline_slider(figures: Iterable[Figure], labels: Sequence[str]) -> HTML:
     """A range input over pictures of the figures: it works in a saved page without a kernel and without the network."""
     identifier = f"s{uuid.uuid4().hex[:8]}"
-    images = ""
+    images = []
     for number, (label, figure) in enumerate(zip(labels, figures, strict=True)):
         data = base64.b64encode(drawn(figure, "jpeg")).decode()
-        style = f"max-width:100%;display:{'none' if number else 'block'}"
-        images += f"<img class='{identifier}' alt='{label}' style='{style}' src='data:image/jpeg;base64,{data}'>"
-    script = (
-        f"document.querySelectorAll('.{identifier}').forEach((e,n)=>e.style.display=n==this.value?'block':'none');"
-        f"document.getElementById('{identifier}').textContent=this.dataset.labels.split('|')[this.value]"
+        image = "<img class='{}' alt='{}' style='max-width:100%;display:{}' src='data:image/jpeg;base64,{}'>"
+        images.append(Markup(image).format(identifier, label, "none" if number else "block", data))
+    script = Markup(
+        "document.querySelectorAll('.{0}').forEach((e,n)=>e.style.display=n==this.value?'block':'none');"
+        "document.getElementById('{0}').textContent=document.querySelectorAll('.{0}')[this.value].alt"
     )
-    control = (
-        f"<input type='range' min='0' max='{len(labels) - 1}' value='0' style='width:60%' aria-label='instant' "
-        f"data-labels='{'|'.join(labels)}' oninput=\"{script}\"> <span id='{identifier}'>{labels[0]}</span>"
-    )
-    return HTML(f"<div>{control}{images}</div>")
+    control = Markup(
+        "<input type='range' min='0' max='{}' value='0' style='width:60%' aria-label='instant' oninput=\"{}\"> "
+        "<span id='{}'>{}</span>"
+    ).format(len(labels) - 1, script.format(identifier), identifier, labels[0])
+    return page(Markup("<div>{}{}</div>").format(control, joined(images)))
 
 
 # ---- episodes
@@ -125,7 +126,7 @@ class EpisodeBrowser:
         self.time = ipywidgets.IntSlider(description="time (0.1 s)", layout=wide, **late)
         self.play = ipywidgets.Play(interval=700, step=5)
         self.picture = ipywidgets.Image(format="png", layout={"max_width": "1100px"})
-        self.message = ipywidgets.HTML()
+        self.message = Html()
         ipywidgets.jslink((self.play, "value"), (self.time, "value"))
         self.root.observe(self._read, "value")
         self.dataset.observe(self._list, "value")
@@ -201,7 +202,7 @@ class CheckpointPicker:
         self._first = ipywidgets.Dropdown(value=self._pairs[0], description="checkpoint", **wide)
         self._others = ipywidgets.SelectMultiple(value=rest, rows=6, description="compare with", **wide)
         lists = [self._first] if compare_with is None else [self._first, self._others]
-        self.widget = ipywidgets.VBox([*lists, ipywidgets.HTML("Run the cells below again after choosing.")])
+        self.widget = ipywidgets.VBox([*lists, Html("Run the cells below again after choosing.")])
 
     @property
     def chosen(self) -> tuple[str, ...]:

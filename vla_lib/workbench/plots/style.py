@@ -53,6 +53,7 @@ def _look() -> Any:  # matplotlib types it as a literal of all its settings
     korean = [name for name in KOREAN if name in font_manager.get_font_names()][:1]
     return {
         "font.family": ["DejaVu Sans", *korean],
+        "text.parse_math": False,  # names of files are text, also with a $ in them
         "font.size": 9,  # points; 100 dpi makes it 12.5 pixels, and 11 inches fit a page unscaled
         "xtick.labelsize": 8,
         "ytick.labelsize": 8,
