@@ -4,6 +4,7 @@ The raw episodes are written for the occasion; every row measures both figures i
 """
 
 import gc
+import io
 import os
 import shutil
 import tempfile
@@ -14,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import psutil
+from PIL import Image
 
 from benchmarks.rows import BenchRow, seconds
 from vla_lib.episodes import Episode, build_steps, find_episodes, find_prepared, load_prepared
@@ -41,8 +43,12 @@ def rows(fast: bool = False) -> list[BenchRow]:
 
 
 def write_raw(path: Path, length_s: float, windows: bool) -> None:
-    """One raw episode: 100 Hz rows, five views at 5 Hz (names only), a 650 Hz sensor; `windows`: as F2 stores it."""
+    """One raw episode: 100 Hz rows, five views at 5 Hz of 640x360, a 650 Hz sensor; `windows`: as F2 stores it."""
     path.mkdir(parents=True)
+    stream = io.BytesIO()
+    shades = np.add.outer(np.arange(360), np.arange(640))[..., None] * [1, 2, 3] % 256
+    Image.fromarray(shades.astype(np.uint8)).save(stream, "JPEG")
+    picture = stream.getvalue()
     t = np.arange(0, length_s, 0.01)
     pose = np.stack([180 + 3 * np.sin(t), np.cos(t), 150 - 0.5 * t, 3 * np.sin(t), np.cos(t), 12 + t], axis=1)
     stamps = T0 + t
@@ -53,9 +59,12 @@ def write_raw(path: Path, length_s: float, windows: bool) -> None:
     for number, (view, serial) in enumerate(VIEWS):
         folder = path / (f"images/{view}" if windows else f"{view}/left" if serial else view)
         folder.mkdir(parents=True)
-        for at in T0 + 0.01 * number + np.arange(0, length_s, 0.2):
+        for count, at in enumerate(T0 + 0.01 * number + np.arange(0, length_s, 0.2)):
+            comment = (
+                b"\xff\xfe" + (2 + count % 50).to_bytes(2, "big") + bytes(count % 50)
+            )  # no two neighbours are equal
             f1 = f"zed_{serial}_left_{at:.3f}.jpg" if serial else f"oak_CAM_A_{at:.3f}.jpg"
-            (folder / (f"{at:.6f}.jpg" if windows else f1)).write_bytes(b"\xff\xd8 a picture \xff\xd9")
+            (folder / (f"{at:.6f}.jpg" if windows else f1)).write_bytes(picture[:2] + comment + picture[2:])
     count = int(length_s * 650)
     values = np.random.default_rng(0).random((count, 1026), np.float32)
     times = T0 + np.arange(count) / 650

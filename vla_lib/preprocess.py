@@ -173,7 +173,9 @@ def ask_job(job: EpisodeJob) -> EpisodeJob:
         before = known_content(job.out)
         if before and before["metadata"].get("inputs") == inputs:
             return replace(job, inputs=inputs, evidence=Evidence.of(before["metadata"]["evidence"]))
-        return replace(job, inputs=inputs, evidence=evidence(Episode.open(job.files, listing=listing)))
+        return replace(
+            job, inputs=inputs, evidence=evidence(Episode.open(job.files, full_picture_check=None, listing=listing))
+        )
     except Exception:  # whatever is wrong with the episode
         return job
 

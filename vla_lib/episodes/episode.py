@@ -14,6 +14,7 @@ from vla_lib.core.errors import UserError
 from vla_lib.episodes.clocks import ClockOffset, Clocks
 from vla_lib.episodes.findings import Findings
 from vla_lib.episodes.layouts import EXPECTED_VIEWS, EpisodeFiles, read_layout
+from vla_lib.episodes.picture_content import sound_pictures
 from vla_lib.episodes.pictures import Listing, Pictures, read_pictures
 from vla_lib.episodes.robot_log import RobotLog, read_robot_log
 from vla_lib.episodes.sensor_log import SensorLog, read_sensor_log
@@ -41,12 +42,12 @@ class Episode:
         where: EpisodeFiles | str | Path,
         clocks: Clocks = AS_RECORDED,
         views: Sequence[str] = (),
-        full_picture_check: bool = False,
+        full_picture_check: bool | None = False,
         listing: Listing | None = None,
     ) -> "Episode":
         """Open a raw episode, its times corrected by `clocks`. `views` limits the view keys; empty: all.
 
-        listing: its pictures, where already listed.
+        full_picture_check: decode every picture; None: look at their names alone. listing: where already listed.
 
         Raises UserError where there is no usable robot log: without it nothing can be placed.
         """
@@ -58,13 +59,16 @@ class Episode:
         robot = read_robot_log(files.robot_log, findings)
         for other in files.other_logs:
             findings.exclude("robot", f"{other.name} is a second robot log and is not used", left_out=True)
-        pictures = read_pictures(files.path, findings, full_picture_check, listing)
+        pictures = read_pictures(files.path, findings, listing)
         for view in views or EXPECTED_VIEWS:
             if view not in pictures:
                 findings.exclude(view, "the view has no pictures", left_out=True)
         pictures = {view: pictures[view] for view in sorted(pictures) if not views or view in views}
         for one in pictures.values():
             one.t_s = one.t_s - clocks.cameras.offset_s
+        if full_picture_check is not None:
+            judged = (sound_pictures(files.path, one, robot, findings, full_picture_check) for one in pictures.values())
+            pictures = {one.view: one for one in judged if one is not None}
         sensor = read_sensor_log(files.sensor_files, findings)
         if sensor is not None:
             sensor.shift(clocks.sensor.offset_s)

@@ -22,8 +22,8 @@ Row = tuple[float, str, int]  # time, relative path, size in bytes
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp")
 _TIME = re.compile(r"(\d{8,})(?:\.(\d+))?\.\w+$")
+_UNSAFE = re.compile(r"[\x00-\x1f\x7f\\\ud800-\udfff]")  # line ends, backslashes, bytes that are no UTF-8
 _SERIAL = re.compile(r"(?:^|_)(\d{8})(?:_|$)")
-SMALL_PART = 0.6  # a picture smaller than this part of its view's median size is checked for being cut off
 
 
 @dataclass
@@ -33,6 +33,12 @@ class Pictures:
     view: str
     paths: list[str] = field(repr=False)  # relative to the episode folder, posix
     t_s: Array = field(repr=False)  # (n,) float64 UNIX seconds, rising
+    sizes: Array = field(repr=False)  # (n,) int64 bytes; 0 where nothing can be opened, as behind a dangling link
+
+    def only(self, chosen: Array) -> "Pictures":
+        """Those that `chosen` (n,) bool names."""
+        paths = [path for path, use in zip(self.paths, chosen.tolist(), strict=True) if use]
+        return Pictures(self.view, paths, self.t_s[chosen], self.sizes[chosen])
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -45,6 +51,7 @@ class Listing:
     rows: dict[str, list[Row]] = field(default_factory=dict)  # view key -> rows, sorted by time
     nameless: dict[str, int] = field(default_factory=dict)  # folder -> pictures without a time in their names
     read_as: dict[str, str] = field(default_factory=dict)  # view key -> how the times in its names are meant
+    unsafe: dict[str, int] = field(default_factory=dict)  # folder -> pictures whose paths cannot stand in data.pkl
 
 
 def list_pictures(episode: Path) -> Listing:
@@ -57,6 +64,9 @@ def list_pictures(episode: Path) -> Listing:
             view = number or _view_of(name)
             if name.startswith(".") or not name.endswith(SUFFIXES) or not view:
                 continue
+            if _UNSAFE.search(f"{folder}/{entry.name}"):
+                listing.unsafe[folder] = listing.unsafe.get(folder, 0) + 1
+                continue
             stamp = _TIME.search(name)
             if stamp is None:
                 listing.nameless[folder] = listing.nameless.get(folder, 0) + 1
@@ -64,7 +74,11 @@ def list_pictures(episode: Path) -> Listing:
             key = f"View{view}"
             if view != HAND_EYE:
                 key += f"_{side or ('right' if '_right_' in name else 'left')}"
-            name_parts = (stamp.group(1), stamp.group(2) or "", f"{folder}/{entry.name}", entry.stat().st_size)
+            try:
+                size = entry.stat().st_size
+            except OSError:  # a link that dangles or loops
+                size = 0
+            name_parts = (stamp.group(1), stamp.group(2) or "", f"{folder}/{entry.name}", size)
             named.setdefault(key, []).append(name_parts)
     for key, rows in sorted(named.items()):
         times, listing.read_as[key] = _read_times([row[0] for row in rows], [row[1] for row in rows])
@@ -96,13 +110,8 @@ def _unevenness(times: Array) -> float:
     return float(np.abs(steps - np.median(steps)).mean()) if len(steps) else 0.0
 
 
-def read_pictures(
-    episode: Path, findings: Findings, full_check: bool = False, listing: Listing | None = None
-) -> dict[str, Pictures]:
-    """All views of an episode, sorted by key. Cut-off pictures and names without a time are left out and said.
-
-    Cut-off pictures are looked for among those much smaller than their neighbours, with `full_check` among all.
-    """
+def read_pictures(episode: Path, findings: Findings, listing: Listing | None = None) -> dict[str, Pictures]:
+    """All views of an episode, sorted by key. Names without a time, or with one far off, are left out and said."""
     listing = listing or list_pictures(episode)
     for place, count in sorted(listing.nameless.items()):
         findings.exclude(place, f"{count} pictures in {place} carry no time in their names and are left out")
@@ -110,6 +119,9 @@ def read_pictures(
         if meant:
             text = meant if meant.startswith("its") else f"its names carry {meant}, and are read as such"
             findings.note(view, text)
+    for place, count in sorted(listing.unsafe.items()):
+        text = f"{count} pictures have a line end, a backslash or broken letters in their paths"
+        findings.exclude("pictures", f"{text} and are left out; rename them (in {place!r})")
     views = {}
     for view, rows in listing.rows.items():
         middle = rows[len(rows) // 2][0]
@@ -117,14 +129,8 @@ def read_pictures(
         if len(near) < len(rows):
             text = "pictures carry a time hours away from the others and are left out"
             findings.note(view, f"{len(rows) - len(near)} {text}")
-        small = np.inf if full_check else SMALL_PART * float(np.median([size for _, _, size in near]))
-        broken = {path for _, path, size in near if (size < small or not size) and not is_whole(episode / path)}
-        if broken:
-            text = f"{len(broken)} pictures are cut off or empty and are left out (first: {min(broken)})"
-            findings.exclude(view, text, left_out=len(broken) == len(near))
-        kept = [row for row in near if row[1] not in broken]
-        if kept:
-            views[view] = Pictures(view, [path for _, path, _ in kept], np.array([time for time, _, _ in kept]))
+        times, paths, sizes = zip(*near, strict=True)
+        views[view] = Pictures(view, list(paths), np.array(times), np.array(sizes))
     return views
 
 
@@ -150,17 +156,3 @@ def _inner(folder: Path) -> list[str]:
 def _view_of(name: str) -> int:
     serial = _SERIAL.search(name)
     return HAND_EYE if name.startswith("oak") else SERIALS.get(serial.group(1), 0) if serial else 0
-
-
-def is_whole(path: Path) -> bool:
-    """Whether a picture file has its end: a JPEG's end mark, a PNG's last chunk; other kinds only need content."""
-    try:
-        with open(path, "rb") as stream:
-            head = stream.read(4)
-            stream.seek(max(os.fstat(stream.fileno()).st_size - 64, 0))
-            tail = stream.read(64)
-    except OSError:
-        return False
-    if head[:2] == b"\xff\xd8":
-        return b"\xff\xd9" in tail
-    return b"IEND" in tail if head == b"\x89PNG" else bool(tail)

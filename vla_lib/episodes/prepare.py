@@ -58,7 +58,7 @@ class PreprocessSettings(Settings):
     sensor_window_size: Annotated[int, Ge(1)] = 65  # Samples of a full sensor window; steps without one are counted
     overwrite: bool = False  # Prepare unchanged episodes again too
     report_only: bool = False  # Measure and judge only; write nothing beside the episodes
-    check_pictures: bool = False  # Look at the end of every picture file, not only of suspiciously small ones
+    check_pictures: bool = False  # Decode every picture, in place of its header and end alone: finds damage inside
     strict: bool = False  # Exit with status 3 where anything was left out
     workers: Annotated[int, Ge(0)] = 0  # Processes; 0: one per core
     output_root: Path | None = None
