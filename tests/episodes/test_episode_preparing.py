@@ -287,6 +287,28 @@ def test_a_compressed_stream_that_breaks_off_costs_only_the_sensor(tmp_path):
     assert not (path / "sensor.npy").exists() and not load_prepared(path).has_sensor and not list(path.glob(".*"))
 
 
+@pytest.mark.parametrize("key", ("alines", "forces", "timestamps"))
+def test_a_flipped_bit_in_a_stored_sensor_file_costs_the_sensor(tmp_path, key):
+    path = Raw(seconds=1.5).write(tmp_path / "root" / "part1")
+    file = next(path.glob("*.npz"))
+    raw = bytearray(file.read_bytes())
+    raw[raw.index(f"{key}.npy".encode()) + 1500] ^= 0x40  # inside the values: a force of 1e22, a time of another day
+    file.write_bytes(raw)
+    report = prepare_all(tmp_path / "root")[0]
+    assert report.status == "written" and "ad CRC-32 for" in report.left_out[0] and key in report.left_out[0]
+    assert not (path / "sensor.npy").exists() and not load_prepared(path).has_sensor
+
+
+def test_a_small_file_that_inflates_to_hours_is_never_read(tmp_path, monkeypatch):
+    path = Raw(seconds=1.5, sensor=False).write(tmp_path / "root" / "part1")
+    held = {"timestamps": T0 + np.arange(700.0), "forces": np.zeros(700), "alines": np.zeros((700, 1025))}
+    np.savez_compressed(path / "s.npz", **held)
+    monkeypatch.setattr("vla_lib.episodes.sensor_file.SensorFile.blocks", lambda self: pytest.fail("it was read"))
+    report = prepare_all(tmp_path / "root")[0]
+    assert "700 times over" in report.left_out[0] and "beside a robot log of 1 s" in report.left_out[0]
+    assert report.status == "written" and not (path / "sensor.npy").exists()
+
+
 def test_what_was_prepared_goes_when_its_raw_files_are_no_longer_usable(root):
     prepare_all(root)
     first = find_episodes(root)[0]

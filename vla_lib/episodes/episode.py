@@ -69,7 +69,7 @@ class Episode:
         if full_picture_check is not None:
             judged = (sound_pictures(files.path, one, robot, findings, full_picture_check) for one in pictures.values())
             pictures = {one.view: one for one in judged if one is not None}
-        sensor = read_sensor_log(files.sensor_files, findings)
+        sensor = read_sensor_log(files.sensor_files, findings, float(np.ptp(robot.t_s)))
         if sensor is not None:
             sensor.shift(clocks.sensor.offset_s)
             if sensor.t_s[-1] < robot.t_s[0] or sensor.t_s[0] > robot.t_s[-1]:

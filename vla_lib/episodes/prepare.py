@@ -290,6 +290,8 @@ def _known_force(job: EpisodeJob, episode: Episode, before: dict[str, Any] | Non
 
 def _write_sensor(path: Path, sensor: SensorLog, findings: Findings) -> Array:
     """Stream all samples into an .npy file; returns their force (S,). Raises UserError where the files break off."""
+    for file in sensor.files:
+        file.check(file.keys.body)
     force = np.empty(len(sensor), np.float32)
     done = differ = holes = 0
     with open(path, "wb") as stream:

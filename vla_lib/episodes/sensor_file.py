@@ -20,6 +20,8 @@ from vla_lib.episodes.layouts import ALINE_KEYS, CHANNELS, FORCE_KEYS, TIME_KEYS
 Array = np.ndarray[Any, Any]
 
 BLOCK_ROWS = 512  # rows read at a time: 2 MB, so that the work stays in the processor's cache
+CHECK_BYTES = 1 << 20
+MOST_SAMPLES = 30_000_000  # 12 hours at 650 Hz: more is no recording
 _NO_NPZ = (OSError, zipfile.BadZipFile, ValueError, EOFError, struct.error, NotImplementedError, RuntimeError)
 
 
@@ -31,6 +33,13 @@ class Member:
     dtype: np.dtype[Any]
     fortran: bool
     offset: int | None  # byte where the values begin in the file; None where they are compressed
+    packed: tuple[int, int, int] = (0, 0, 0)
+    """Of a stored array: the byte where it begins, header and all, its length, and the CRC-32 of the whole."""
+
+    @property
+    def size(self) -> int:
+        """Bytes of the values, inflated."""
+        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
 
 
 class NpzFile:
@@ -58,17 +67,33 @@ class NpzFile:
             begin = packed.tell()
         if dtype.hasobject:
             raise ValueError(f"{info.filename} holds Python objects, which are never opened")
-        if begin + int(np.prod(shape, dtype=np.int64)) * dtype.itemsize > info.file_size:
+        member = Member(shape, dtype, fortran, None)
+        if begin + member.size > info.file_size:
             raise ValueError(f"{info.filename} is shorter than its header says")
         if info.compress_type != zipfile.ZIP_STORED:
-            return Member(shape, dtype, fortran, None)
+            return member
         with open(self.path, "rb") as stream:  # the member's own zip header: 30 bytes, its name, an extra field
             stream.seek(info.header_offset + 26)
             name, extra = struct.unpack("<HH", stream.read(4))
-        return Member(shape, dtype, fortran, info.header_offset + 30 + name + extra + begin)
+        first = info.header_offset + 30 + name + extra
+        return Member(shape, dtype, fortran, first + begin, (first, info.file_size, info.CRC))
+
+    def check(self, key: str) -> None:
+        """Compare a stored array with its CRC-32, as numpy does; a compressed one is checked as it is read.
+
+        Raises UserError where a bit is not what was written.
+        """
+        (first, left, wanted), found = self.members[key].packed, 0
+        with open(self.path, "rb") as stream:
+            stream.seek(first)
+            while left and (block := stream.read(min(left, CHECK_BYTES))):
+                found, left = zlib.crc32(block, found), left - len(block)
+        if left or found != wanted:
+            raise UserError(f"{self.path} is damaged inside (bad CRC-32 for {key}); copy it again from its source.")
 
     def load(self, key: str) -> Array:
         """The whole array; for small members only. Raises UserError where it is damaged."""
+        self.check(key)
         chunks = [np.array(chunk) for chunk in self.chunks(key, 65536)]
         return np.concatenate(chunks) if chunks else np.empty(self.members[key].shape, self.members[key].dtype)
 
@@ -158,6 +183,8 @@ class SensorFile(NpzFile):
         shape = self.members[self.keys.body].shape
         self.window = shape[1] if len(shape) == 3 else 0
         """Rows of a window; 0 where the file holds samples one by one."""
+        if max(shape[0], *self.members[self.keys.time].shape) > MOST_SAMPLES:
+            raise UserError(f"it says that it holds {shape[0]} samples, more than any recording")
         self.stamps_s = np.asarray(self.load(self.keys.time), np.float64)
         self.keep: Array = np.arange(len(self.stamps_s))
         """(K,) rows (or windows) that are used, in order."""

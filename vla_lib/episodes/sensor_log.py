@@ -24,6 +24,8 @@ from vla_lib.episodes.timeline import Cleaned, Span, clean_times, find_gaps, in_
 Array = np.ndarray[Any, Any]
 
 NOMINAL_HZ = 650.0
+LONGEST_TAIL_S = 600.0  # a sensor that goes on so much longer than the robot log was not stopped, or is not its sensor
+MOST_HZ = 5000.0
 
 
 @dataclass
@@ -83,9 +85,14 @@ class SensorLog:
         return out
 
 
-def read_sensor_log(paths: Sequence[Path], findings: Findings) -> SensorLog | None:
-    """Open all sensor files of an episode; None where there is none or none can be used (each said in `findings`)."""
-    files = sorted(_opened(paths, findings), key=lambda file: float(np.nanmin(file.stamps_s)))
+def read_sensor_log(paths: Sequence[Path], findings: Findings, robot_s: float = np.inf) -> SensorLog | None:
+    """Open all sensor files of an episode; None where there is none or none can be used (each said in `findings`).
+
+    robot_s: how long the robot log lasts. A file that lasts far longer, or is far denser than any sensor, is not used:
+    a few megabytes can inflate to many gigabytes, so this is asked before a sample is read.
+    """
+    opened = [file for file in _opened(paths, findings) if _is_in_proportion(file, robot_s, findings)]
+    files = sorted(opened, key=lambda file: float(np.nanmin(file.stamps_s)))
     if not files:
         return None
     cleaned = clean_times(np.concatenate([file.stamps_s for file in files]))
@@ -118,6 +125,19 @@ def read_sensor_log(paths: Sequence[Path], findings: Findings) -> SensorLog | No
             gaps.append((begin, end))
     cleaned.report("sensor", "samples", findings)
     return SensorLog(used, t_s, hz, sorted(gaps), cleaned)
+
+
+def _is_in_proportion(file: SensorFile, robot_s: float, findings: Findings) -> bool:
+    stamps = file.stamps_s[np.isfinite(file.stamps_s)]
+    lasts_s = float(np.ptp(np.percentile(stamps, (1, 99)))) / 0.98  # single stamps may be far off
+    size = file.members[file.keys.body].size / 1e9
+    dense = len(stamps) > MOST_HZ * max(lasts_s, 1.0)
+    if lasts_s <= robot_s + LONGEST_TAIL_S and not dense:
+        return True
+    beside = f"{len(stamps)} times over {lasts_s:.0f} s ({size:.1f} GB) beside a robot log of {robot_s:.0f} s"
+    text = f"{file.path.name} holds {beside} and is not used; cut it to the time of the recording"
+    findings.exclude("sensor", text, left_out=True)
+    return False
 
 
 def _opened(paths: Sequence[Path], findings: Findings) -> Iterator[SensorFile]:
