@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from vla_lib.core import frontdoor, pool
@@ -22,17 +23,19 @@ from vla_lib.core.errors import UserError
 from vla_lib.core.files import write_json
 from vla_lib.core.progress import Progress
 from vla_lib.episodes.clocks import CONFIRMED, FOUND, GIVEN, UNKNOWN, Clocks, Evidence, session_clocks, sessions
+from vla_lib.episodes.data_pkl import drop_prepared
 from vla_lib.episodes.datasets import DatasetTable
 from vla_lib.episodes.episode import Episode
 from vla_lib.episodes.findings import GOOD, NOT_JUDGED, REJECTED
-from vla_lib.episodes.layouts import find_episodes
 from vla_lib.episodes.motion import evidence
 from vla_lib.episodes.pictures import list_pictures
 from vla_lib.episodes.prepare import EpisodeJob, Report, known_content, prepare_episode
 from vla_lib.episodes.prepare import PreprocessSettings as Settings
 from vla_lib.episodes.quality import verdict_table
+from vla_lib.episodes.survey import Survey, survey
 
 EXIT_STRICT = 3
+MOST_REMARKS = 30
 UNWRITABLE = {errno.EROFS, errno.EACCES, errno.EPERM}
 FULL = {errno.ENOSPC, errno.EDQUOT}
 # what fails for the machine's reasons is no verdict on a recording: exit 1, and another run makes up for it
@@ -47,7 +50,12 @@ def main(settings: Settings) -> dict[str, Any]:
     Raises UserError where there is nothing to do or nothing can be written; SystemExit(1) where the machine failed
     (a killed worker), and SystemExit(3) under `strict` where anything was left out.
     """
-    reports = run_jobs(make_jobs(settings), settings.workers)
+    found = survey(settings.root, settings.dataset_dirs)
+    jobs = make_jobs(settings, found)
+    copies = [] if settings.report_only else [job for job in make_jobs(settings, found, copies=True)]
+    for job in copies:
+        drop_prepared(job.out)  # from before the copy was there: it must not be trained on beside the original
+    reports = run_jobs(jobs, settings.workers)
     statuses = [report.status for report in reports]
     results = {
         "episodes": len(reports),
@@ -57,7 +65,10 @@ def main(settings: Settings) -> dict[str, Any]:
         "interrupted": statuses.count(INTERRUPTED),
         "good": sum(report.verdict == GOOD for report in reports),
         "clocks": clock_rows(reports),
-        "left_out": left_out(reports),
+        "left_out": left_out(reports) + _same_recordings(found, settings.root),
+        "no_episodes": [f"{_shown(path, settings.root)} {why}" for path, why in found.remarks],
+        "unknown_datasets": found.unknown,
+        "notes": list(dict.fromkeys(report.note for report in reports if report.note)),
         "reports": [report.to_dict() for report in reports],
     }
     if settings.report is not None:
@@ -73,21 +84,37 @@ def main(settings: Settings) -> dict[str, Any]:
     return results
 
 
-def make_jobs(settings: Settings) -> list[EpisodeJob]:
-    """One job a raw episode. Raises UserError where a folder is missing or holds no episode."""
+def make_jobs(settings: Settings, found: Survey | None = None, copies: bool = False) -> list[EpisodeJob]:
+    """One job a recording; `copies`: for those that are there twice instead. `found`: the survey, where made already.
+
+    Raises UserError where a folder is missing or holds no episode.
+    """
     root, output_root = settings.root, settings.output_root
+    found = found or survey(root, settings.dataset_dirs)
     table = DatasetTable.load(root)
     jobs = []
-    for files in find_episodes(root, settings.dataset_dirs):
+    for files in found.episodes:
+        if (files.path in found.copies) != copies:
+            continue
         place = "/".join(part for part in (files.dataset, files.task, files.name) if part)
-        key = files.path.relative_to(root).as_posix() if root in files.path.parents else place
-        out = files.path if output_root is None else output_root / place
+        key = _shown(files.path, root) if root in files.path.parents else place
+        out = files.path if output_root is None else output_root / (key if "/" in key else place)
         jobs.append(EpisodeJob(files, key, out, table.instruction(files.dataset, files.task), settings))
-    if not jobs:
+    if not found.episodes:
         places = ", ".join(str(folder) for folder in settings.dataset_dirs) or str(root)
         meant = "an episode is a folder with a robot log (CSV with a clock and pose columns)"
-        raise UserError(f"No episode was found below {places}: {meant}.")
+        seen = "".join(f"; {path} {why}" for path, why in found.remarks[:5])
+        raise UserError(f"No episode was found below {places}: {meant}{seen}.")
     return jobs
+
+
+def _shown(path: Path, root: Path) -> str:
+    return path.relative_to(root).as_posix() if root in path.parents else str(path)
+
+
+def _same_recordings(found: Survey, root: Path) -> list[str]:
+    pairs = [(_shown(copy, root), _shown(kept, root)) for copy, kept in found.copies.items()]
+    return [f"{copy}: the same recording as {kept}; only that one is used" for copy, kept in pairs]
 
 
 def raw_state(jobs: Sequence[EpisodeJob]) -> dict[str, str]:
@@ -213,6 +240,8 @@ def left_out(reports: Sequence[Report]) -> list[str]:
 
 
 def _print(reports: Sequence[Report], results: dict[str, Any]) -> None:
+    for line in (*results["unknown_datasets"], *results["notes"]):
+        print(line)
     for row in verdict_table(report.summary for report in reports).to_dict("records"):
         print(f"{row['verdict']:<24} {row['episode']}  {row['valid']}/{row['steps']} steps  {row['reasons']}")
     print(*_clock_lines(results["clocks"]), sep="\n")
@@ -220,6 +249,10 @@ def _print(reports: Sequence[Report], results: dict[str, Any]) -> None:
     print(f"{results['episodes']} episodes: {counts}; {results['good']} good")
     if results["left_out"]:
         print("Left out:", *results["left_out"], sep="\n  ")
+    if results["no_episodes"]:
+        shown = results["no_episodes"][:MOST_REMARKS]
+        more = len(results["no_episodes"]) - len(shown)
+        print("No episodes:", *shown, *([f"and {more} more (--report FILE lists all)"] if more else []), sep="\n  ")
 
 
 def _clock_lines(rows: Sequence[dict[str, Any]]) -> list[str]:

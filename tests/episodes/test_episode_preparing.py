@@ -20,11 +20,12 @@ from raw_episodes import T0, Raw, samples
 
 from vla_lib import preprocess
 from vla_lib.core.errors import UserError
+from vla_lib.core.files import file_lock
 from vla_lib.episodes import find_episodes, find_prepared, load_prepared
-from vla_lib.episodes.prepare import folder_lock
 from vla_lib.preprocess import Settings, left_out, main, make_jobs, run_job, run_jobs
 from vla_lib.workbench.widgets import episode_table
 
+LOCK = ".data.pkl.lock"
 SMALL = Raw(seconds=1.5, camera_hz=2.0)
 
 
@@ -127,7 +128,7 @@ def test_two_runs_at_once_write_each_episode_once(root):
 
 
 def _hold(folder, ready, release):
-    with folder_lock(folder):
+    with file_lock(folder / LOCK):
         ready.set()
         release.wait(20)
 
@@ -140,9 +141,9 @@ def test_a_held_lock_is_waited_for_and_a_killed_holder_frees_it(tmp_path):
     assert ready.wait(10)
     os.kill(holder.pid, signal.SIGKILL)
     holder.join()
-    with folder_lock(tmp_path):
-        assert (tmp_path / ".data.pkl.lock").exists()
-    assert not (tmp_path / ".data.pkl.lock").exists()
+    with file_lock(tmp_path / LOCK):
+        assert (tmp_path / LOCK).exists()
+    assert not (tmp_path / LOCK).exists()
 
 
 def test_a_lock_file_that_went_while_waiting_is_not_taken_for_the_lock(tmp_path):
@@ -150,11 +151,11 @@ def test_a_lock_file_that_went_while_waiting_is_not_taken_for_the_lock(tmp_path)
 
     def second():
         opened.set()
-        with folder_lock(tmp_path):
-            seen.append((tmp_path / ".data.pkl.lock").exists())
+        with file_lock(tmp_path / LOCK):
+            seen.append((tmp_path / LOCK).exists())
 
     waiting = threading.Thread(target=second)
-    with folder_lock(tmp_path):
+    with file_lock(tmp_path / LOCK):
         waiting.start()
         assert opened.wait(10)
         time.sleep(0.3)  # by now it waits for the file that goes with this lock

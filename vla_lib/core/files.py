@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import secrets
@@ -14,21 +15,25 @@ import xxhash
 
 from vla_lib.core.errors import UserError
 
+NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF}
+"""What mounts without file locks answer; the last: NFS, where a file of another user can only be opened for reading."""
+
 
 @contextlib.contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; at success it is flushed to disk and renamed over `path`, else removed.
 
     The temporary name starts with a dot and ends in `.partial`, so no reader's pattern takes it for a whole file.
-    Raises OSError as the file system does.
+    Whoever may read the folder may read the file. Raises OSError as the file system does.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.partial")
     try:
         yield temporary
         with open(temporary, "rb") as written:
             os.fsync(written.fileno())
+            _share(temporary, path.parent.stat().st_mode & 0o444)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -47,6 +52,57 @@ def file_checksum(path: Path) -> str:
     """`checksum` of a whole file, in pieces. Raises OSError."""
     with open(path, "rb") as file:
         return checksum(iter(partial(file.read, 1 << 20), b""))
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it; each is open to whom the one around it is, whatever the user's umask."""
+    if not path.is_dir():
+        make_folder(path.parent)
+        path.mkdir(exist_ok=True)
+        _share(path, path.parent.stat().st_mode & 0o777)
+
+
+def _share(path: Path, mode: int) -> None:
+    """Add rights; a file system that has none, or a file of somebody else, keeps what it has."""
+    with contextlib.suppress(PermissionError, NotImplementedError):
+        before = path.stat().st_mode & 0o777
+        if before | mode != before:
+            path.chmod(before | mode)
+
+
+@contextlib.contextmanager
+def file_lock(path: Path) -> Iterator[bool]:
+    """Hold the lock file `path`, waiting for it; it goes with the lock, and a killed holder's is free at once.
+
+    Yields False on a mount without file locks: then nothing is held, and nobody waits. A lock file that another user's
+    killed process left is taken over. Raises OSError where no file can be written there.
+    """
+    while True:
+        try:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except PermissionError:
+            if not path.exists():
+                raise
+            handle = os.open(path, os.O_RDONLY)  # another user's: it can be locked for reading just as well
+        locked = True
+        try:
+            _share(path, 0o666)  # whoever comes next may be somebody else
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                os.close(handle)
+                raise
+            locked = False
+        with contextlib.suppress(FileNotFoundError):
+            if not locked or os.path.samestat(os.fstat(handle), os.stat(path)):
+                break
+        os.close(handle)  # it went while we waited: ask again
+    try:
+        yield locked
+    finally:
+        with contextlib.suppress(OSError):
+            path.unlink()
+        os.close(handle)
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -84,10 +140,13 @@ def append_jsonl(path: str | Path, value: dict[str, Any]) -> None:
 
     Raises OSError, also where the disk took only a part.
     """
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    path = Path(path)
+    make_folder(path.parent)
     line = (json.dumps(value, ensure_ascii=False, default=_plain) + "\n").encode()
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     try:
+        if not os.fstat(handle).st_size:
+            _share(path, path.parent.stat().st_mode & 0o444)
         if os.write(handle, line) < len(line):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
     finally:

@@ -83,6 +83,46 @@ def read_pickle(path: Path) -> dict[str, Any]:
     return content
 
 
+def is_ours(path: Path) -> bool:
+    """Whether a data.pkl, whole or not, or a sensor.npy carries our mark. Raises OSError where it cannot be read.
+
+    data.pkl: the names of its schema. sensor.npy: a header of version 2, which numpy itself writes only at need.
+    """
+    with open(path, "rb") as stream:
+        head = stream.read(4096)
+        if path.name == SENSOR_NAME:
+            return head.startswith(b"\x93NUMPY\x02")
+        content = head + stream.read()
+    return b"schema_version" in content and b"fingerprint" in content
+
+
+def drop_prepared(out: Path) -> None:
+    """Remove what we prepared in a folder; files of others stay."""
+    for path in (out / DATA_NAME, out / SENSOR_NAME):
+        if path.exists() and is_ours(path):
+            path.unlink()
+
+
+def clear_way(out: Path, set_aside: bool) -> None:
+    """Clear the way of what a killed run of ours left unfinished, and of files that we did not write, by another name.
+
+    Raises UserError where it is not to be set aside, or where the other name is taken.
+    """
+    for name in (DATA_NAME, SENSOR_NAME):
+        for left in out.glob(f".{name}.*.partial"):
+            left.unlink(missing_ok=True)
+    ours = {path: path.exists() and is_ours(path) for path in (out / DATA_NAME, out / SENSOR_NAME)}
+    ours[out / SENSOR_NAME] |= ours[out / DATA_NAME]  # of before the mark: our data.pkl stands beside it
+    for path in (path for path, mine in ours.items() if path.exists() and not mine):
+        aside = path.with_name(path.name + ".theirs")
+        if not set_aside:
+            remedy = f"give --set-aside to rename it to {aside.name}, or --output-root FOLDER to prepare elsewhere"
+            raise UserError(f"{path} was not written by this library and is left alone; {remedy}.")
+        if aside.exists():
+            raise UserError(f"{path} cannot be set aside, since {aside} exists; move one of them away.")
+        path.rename(aside)
+
+
 def write_pickle(path: Path, content: dict[str, Any]) -> None:
     """Write one data.pkl atomically, with the checksum of its content in its metadata."""
     content = content | {"metadata": content["metadata"] | {"checksum": content_checksum(content)}}

@@ -5,11 +5,12 @@
     White_silicone_white_circle: {weight: 2, instruction: "Insert into the white square silicone"}
     New_dataset*: {weight: 3, instruction: "Perform {task} insertion task"}
 
-The first entry of the file that matches and names the field wins, then the built-in table, then weight 1.
+The first entry of the file that matches (in any case) and names the field wins, then the built-in table, then weight 1.
+A dataset is known by its own folder's name at whatever depth below the root: a folder that no entry names is said.
 Weight w means: each step of the dataset is drawn w times as often as a step of weight 1.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -68,10 +69,27 @@ class DatasetTable:
             return str(DEFAULT["instruction"])
         return text.replace("{task}", " ".join(task.replace("_", " ").split()))
 
+    def knows(self, folder: str) -> bool:
+        """Whether an entry, other than one for all, names a dataset folder of this name."""
+        patterns = (pattern.split("/")[0] for pattern in (*self.entries, *BUILT_IN))
+        return any(_matches(folder, pattern) for pattern in patterns if pattern.strip("*"))
+
+    def unknown(self, places: Iterable[tuple[str, str]]) -> list[str]:
+        """One sentence a dataset of the (dataset, task) pairs that no entry matches, with what it gets."""
+        names = sorted({dataset for dataset, _ in places if not ("*" in self.entries or self.knows(dataset))})
+        gets = f"weight {DEFAULT['weight']:g} and the instruction '{DEFAULT['instruction']}'"
+        return [
+            f"Dataset {name} is in no table: it gets {gets}; {TABLE_NAME} at the root changes it." for name in names
+        ]
+
     def _look_up(self, name: str, dataset: str, task: str) -> Any:
         entries = (*self.entries.items(), *BUILT_IN.items())
         known = ((pattern, values[name]) for pattern, values in entries if name in values)
-        return next(v for p, v in known if fnmatchcase(dataset, p) or fnmatchcase(f"{dataset}/{task}", p))
+        return next(v for p, v in known if _matches(dataset, p) or _matches(f"{dataset}/{task}", p))
+
+
+def _matches(name: str, pattern: str) -> bool:
+    return fnmatchcase(name.casefold(), pattern.casefold())
 
 
 def _checked(content: Any, path: Path) -> dict[str, dict[str, Any]]:

@@ -13,7 +13,7 @@ import numpy as np
 from vla_lib.core.errors import UserError
 from vla_lib.episodes.clocks import ClockOffset, Clocks
 from vla_lib.episodes.findings import Findings
-from vla_lib.episodes.layouts import EXPECTED_VIEWS, EpisodeFiles, read_layout
+from vla_lib.episodes.layouts import EXPECTED_VIEWS, EpisodeFiles, describe_log, read_layout
 from vla_lib.episodes.picture_content import sound_pictures
 from vla_lib.episodes.pictures import Listing, Pictures, read_pictures
 from vla_lib.episodes.robot_log import RobotLog, read_robot_log
@@ -54,7 +54,8 @@ class Episode:
         files = where if isinstance(where, EpisodeFiles) else read_layout(where)
         if files.robot_log is None:
             needed = "a CSV with a clock and six pose columns"
-            raise UserError(f"{files.path} holds no robot log ({needed}); it cannot be used.")
+            there = "".join(f"; it {describe_log(log)}" for log in files.unknown_logs)
+            raise UserError(f"{files.path} holds no robot log ({needed}){there}; it cannot be used.")
         findings = Findings()
         robot = read_robot_log(files.robot_log, findings)
         for other in files.other_logs:

@@ -1,17 +1,19 @@
-"""The lab's layouts: what its recorders call columns, keys and folders, and the episodes found below a dataset root.
+"""The lab's layouts: what its recorders call columns, keys and folders, and the parts of one episode.
 
-An episode is a folder that holds a CSV with robot columns. Folders that look like one (by name, view folders or sensor
-files) but hold no robot log are returned too, so that they can be reported and never vanish.
+An episode is a folder that holds a robot log. Folders that look like one (by name, pictures or sensor files) but hold
+no robot log are episodes too, so that they can be reported and never vanish. `survey` finds all of them.
 """
 
+import contextlib
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from vla_lib.core.errors import UserError
 from vla_lib.episodes.csv_table import HEAD_BYTES, sniff
+from vla_lib.episodes.datasets import DatasetTable
 
 # Robot logs. Any case; a name in a tuple before another is the better one.
 CLOCKS = ("origin_timestamp", "epoch_s", "timestamp", "recv_timestamp", "send_timestamp")
@@ -26,14 +28,14 @@ FORCE_KEYS = ("forces", "force", "force_data", "forces_data")
 ALINE_KEYS = ("alines", "aline", "a_lines", "a_line", "ascans", "ascan", "oct", "oct_data", "fpi")
 # Folders and cameras.
 EPISODE_NAME = re.compile(
-    r"^(recv_all_|episode_|data_collection_)\d{8}_\d{6}|^ZED_Captures_\d+|^Captures_?\d+", re.IGNORECASE
+    r"^(recv_all_|episode_|data_collection_|async_inference_)\d{8}_\d{6}|^ZED_Captures_\d+|^Captures_?\d+",
+    re.IGNORECASE,
 )
 VIEW_FOLDER = re.compile(r"^view[ _-]?(\d)(?!\d)", re.IGNORECASE)
 SERIALS = {"41182735": 1, "49429257": 2, "44377151": 3, "49045152": 4}
 HAND_EYE = 5
 EXPECTED_VIEWS = ("View1_left", "View2_left", "View3_left", "View4_left", "View5")
-MAX_DEPTH = 5  # levels searched below a root: dataset / task / episode, and room for two more
-SKIPPED_FOLDERS = {"cache", "__pycache__", "runs", "wandb"}
+PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp")
 
 
 @dataclass(frozen=True)
@@ -73,40 +75,32 @@ def columns_of(names: Sequence[str]) -> RobotColumns | None:
     return RobotColumns(clock, pose, joints, force) if clock and pose else None
 
 
+def describe_log(path: Path) -> str:
+    """A CSV that is not known, with its columns."""
+    with contextlib.suppress(OSError), open(path, encoding="utf-8", errors="replace") as stream:
+        columns = [cell.strip() for cell in stream.readline(2000).split(",")]
+        shown = ", ".join(columns[:8]) + (f" and {len(columns) - 8} more" if len(columns) > 8 else "")
+        return f"holds {path.name} with the columns {shown}" if shown.strip() else f"holds {path.name}, which is empty"
+    return f"holds {path.name}, which cannot be read"
+
+
 @dataclass(frozen=True)
 class EpisodeFiles:
     """Where the parts of one raw episode lie."""
 
     path: Path
-    dataset: str  # the top folder of the dataset below the root
+    dataset: str  # the folder that the table of datasets knows, else the top folder below the root
     task: str  # folders between dataset and episode (`Needle_insertion`), or empty
     layout: str  # `F0`..`F3`, judged by columns and folders
     robot_log: Path | None
     other_logs: tuple[Path, ...]  # further CSV files with robot columns: reported, not used
     sensor_files: tuple[Path, ...]  # all .npz files of the episode
+    unknown_logs: tuple[Path, ...] = ()  # CSV files without robot columns: reported, not used
+    pictures: bool = False  # whether a view's folder holds pictures
 
     @property
     def name(self) -> str:
         return self.path.name
-
-
-def find_episodes(root: str | Path, dataset_dirs: Sequence[str | Path] = ()) -> list[EpisodeFiles]:
-    """All raw episodes below `root`, or only those below `dataset_dirs`, sorted by path.
-
-    A dataset folder or an episode itself may be given too. Symbolic links are followed once; loops end.
-    Raises UserError where a folder does not exist.
-    """
-    root = Path(root)
-    found: dict[Path, EpisodeFiles] = {}
-    for top in map(Path, dataset_dirs or (root,)):
-        if not top.is_dir() and dataset_dirs and (root / top).is_dir():
-            top = root / top
-        if not top.is_dir():
-            raise UserError(f"There is no dataset folder {top}; give an existing folder.")
-        base = root if root in (top, *top.parents) else top.parent
-        for files in _walk(top, base, 0, set()):
-            found.setdefault(files.path, files)
-    return sorted(found.values(), key=lambda files: files.path.as_posix())
 
 
 def read_layout(path: str | Path) -> EpisodeFiles:
@@ -114,66 +108,72 @@ def read_layout(path: str | Path) -> EpisodeFiles:
     path = Path(path)
     if not path.is_dir():
         raise UserError(f"There is no episode folder {path}.")
-    parent = path.parent  # F2 and F3 keep a task folder between dataset and episode
-    base = parent.parent.parent if parent.parent.name.lower().startswith("new_dataset") else parent.parent
-    files = _examine(path, list(path.iterdir()), base)
+    files = examine(path, list(os.scandir(path)), path.parent.parent, DatasetTable())
     if files is None:
         raise UserError(f"{path} is no episode: it holds no robot log, no sensor file and no view folders.")
     return files
 
 
-def dataset_of(path: Path, root: Path) -> tuple[str, str]:
-    """(dataset, task) of an episode folder: the first folder below the root, and those between it and the episode."""
-    parts = path.relative_to(root).parts if root in path.parents else ()
-    if len(parts) < 2:  # the root is the dataset itself, or the episode
-        return (root if parts else path.parent).resolve().name, ""
-    return parts[0], "/".join(parts[1:-1])
+def place_of(path: Path, root: Path, table: DatasetTable) -> tuple[str, str]:
+    """(dataset, task) of an episode at `path` below `root`.
+
+    The dataset is the outermost folder that the table knows: below the root, else the root, else the folder around it.
+    Where none is known it is the first folder below the root. The task is what lies between dataset and episode.
+    """
+    inner = path.relative_to(root).parts[:-1] if root in path.parents else ()
+    above = root.resolve().parts[-2:] if root in path.parents else path.resolve().parts[-3:-1]
+    folders = (*above, *inner)
+    for number in (*range(len(above), len(folders)), *reversed(range(len(above)))):
+        if table.knows(folders[number]):
+            return folders[number], "/".join(folders[number + 1 :])
+    if not inner:  # the root is the dataset itself, or the episode
+        return folders[-1], ""
+    return inner[0], "/".join(inner[1:])
 
 
-def _walk(folder: Path, base: Path, depth: int, seen: set[tuple[int, int]]) -> Iterator[EpisodeFiles]:
-    try:
-        status = folder.stat()
-        entries = sorted(folder.iterdir())
-    except OSError:
-        return
-    if (status.st_dev, status.st_ino) in seen:
-        return
-    seen.add((status.st_dev, status.st_ino))
-    raw = any(entry.suffix.lower() in (".csv", ".npz") for entry in entries)
-    if not raw and any(entry.name == "data.pkl" for entry in entries):
-        return  # prepared under an output root: its raw files lie elsewhere
-    files = _examine(folder, entries, base)
-    if files is not None and (folder != base or files.robot_log):  # a root must hold a log itself to be an episode
-        yield files
-    elif depth < MAX_DEPTH:
-        for entry in entries:
-            if not entry.name.startswith(".") and entry.name not in SKIPPED_FOLDERS and entry.is_dir():
-                yield from _walk(entry, base, depth + 1, seen)
-
-
-def _examine(folder: Path, entries: list[Path], base: Path) -> EpisodeFiles | None:
-    entries = [entry for entry in entries if not entry.name.startswith(".")]
-    csvs = [entry for entry in entries if entry.suffix.lower() == ".csv"]
-    sensors = [entry for entry in entries if entry.suffix.lower() == ".npz"]
-    views = [entry for entry in entries if VIEW_FOLDER.match(entry.name) and entry.is_dir()]
-    images = any(entry.name.lower() == "images" and entry.is_dir() for entry in entries)
+def examine(folder: Path, entries: Iterable[os.DirEntry[str]], root: Path, table: DatasetTable) -> EpisodeFiles | None:
+    """The parts of the episode that lie right in `folder` (its `entries`); None where nothing looks like an episode."""
+    seen = sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
+    csvs = [folder / entry.name for entry in seen if entry.name.lower().endswith(".csv")]
+    sensors = [folder / entry.name for entry in seen if entry.name.lower().endswith(".npz")]
+    images = [folder / entry.name for entry in seen if entry.name.lower() == "images" and is_folder(entry)]
+    views = [folder / entry.name for entry in seen if VIEW_FOLDER.match(entry.name) and is_folder(entry)]
     columns = {path: found for path in csvs if (found := robot_columns(path))}
     logs = sorted(columns, key=lambda path: (-path.stat().st_size, path.name))
+    views = [view for view in views if _holds_pictures(view)]
     # a blank log was never written: an episode to record again, not to pass over
-    looks_like_one = EPISODE_NAME.match(folder.name) or views or (sensors and csvs)
-    if not logs and not looks_like_one and all(path.stat().st_size for path in csvs):
+    blank = any(not path.stat().st_size for path in csvs)
+    if not (logs or blank or EPISODE_NAME.match(folder.name) or views or (sensors and csvs)):
         return None
-    dataset, task = dataset_of(folder, base)
-    layout = _layout(columns[logs[0]] if logs else None, images, views, folder.name.lower())
+    dataset, task = place_of(folder, root, table)
     return EpisodeFiles(
         path=folder,
         dataset=dataset,
         task=task,
-        layout=layout,
+        layout=_layout(columns[logs[0]] if logs else None, bool(images), views, folder.name.lower()),
         robot_log=logs[0] if logs else None,
         other_logs=tuple(logs[1:]),
-        sensor_files=tuple(sorted(sensors)),
+        sensor_files=tuple(sensors),
+        unknown_logs=tuple(path for path in csvs if path not in columns),
+        pictures=bool(views or images),
     )
+
+
+def is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry is a folder or a link to one; a link to itself is none, and no file needs a `stat`."""
+    return entry.is_dir(follow_symlinks=False) or (entry.is_symlink() and os.path.isdir(entry.path))
+
+
+def _holds_pictures(view: Path) -> bool:
+    """Whether a view's folder, or one right below it (left, right), holds pictures."""
+    with os.scandir(view) as entries:
+        inner = []
+        for entry in entries:
+            if entry.name.lower().endswith(PICTURE_SUFFIXES):
+                return True
+            if is_folder(entry):
+                inner.append(entry.path)
+    return any(name.lower().endswith(PICTURE_SUFFIXES) for path in inner for name in os.listdir(path))
 
 
 def _layout(columns: RobotColumns | None, images: bool, views: list[Path], name: str) -> str:
@@ -188,6 +188,6 @@ def _layout(columns: RobotColumns | None, images: bool, views: list[Path], name:
             return "F1"
         if first and first.name.startswith(("ZED_", "OAK_")) and "CAM_A" not in first.name:
             return "F3"
-    by_name = {"data_collection": "F3", "episode": "F2"}
+    by_name = {"data_collection": "F3", "async_inference": "F3", "episode": "F2"}
     found = next((layout for start, layout in by_name.items() if name.startswith(start)), None)
     return found or ("F0" if "captures" in name else "F1")

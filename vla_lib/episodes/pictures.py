@@ -14,13 +14,12 @@ from typing import Any
 import numpy as np
 
 from vla_lib.episodes.findings import Findings
-from vla_lib.episodes.layouts import HAND_EYE, SERIALS, VIEW_FOLDER
+from vla_lib.episodes.layouts import HAND_EYE, PICTURE_SUFFIXES, SERIALS, VIEW_FOLDER
 from vla_lib.episodes.timeline import FAR_S, in_seconds
 
 Array = np.ndarray[Any, Any]
 Row = tuple[float, str, int]  # time, relative path, size in bytes
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp")
 _TIME = re.compile(r"(\d{8,})(?:\.(\d+))?\.\w+$")
 _UNSAFE = re.compile(r"[\x00-\x1f\x7f\\\ud800-\udfff]")  # line ends, backslashes, bytes that are no UTF-8
 _SERIAL = re.compile(r"(?:^|_)(\d{8})(?:_|$)")
@@ -62,7 +61,7 @@ def list_pictures(episode: Path) -> Listing:
         for entry in os.scandir(episode / folder):
             name = entry.name.lower()
             view = number or _view_of(name)
-            if name.startswith(".") or not name.endswith(SUFFIXES) or not view:
+            if name.startswith(".") or not name.endswith(PICTURE_SUFFIXES) or not view:
                 continue
             if _UNSAFE.search(f"{folder}/{entry.name}"):
                 listing.unsafe[folder] = listing.unsafe.get(folder, 0) + 1

@@ -4,24 +4,29 @@ Files appear whole or not at all; a lock keeps two runs from writing the same ep
 alone.
 """
 
-import contextlib
 import hashlib
 import json
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 from annotated_types import Ge, Gt, Le
-from filelock import FileLock
 from pydantic import Field
 
 from vla_lib.core.errors import UserError
-from vla_lib.core.files import atomic_path, file_checksum
+from vla_lib.core.files import atomic_path, file_checksum, file_lock, make_folder
 from vla_lib.core.settings import Settings, settings
 from vla_lib.episodes.clocks import Clocks, Evidence
-from vla_lib.episodes.data_pkl import DATA_NAME, SCHEMA, SENSOR_NAME, check_content, read_checked, write_pickle
+from vla_lib.episodes.data_pkl import (
+    DATA_NAME,
+    SCHEMA,
+    SENSOR_NAME,
+    check_content,
+    clear_way,
+    read_checked,
+    write_pickle,
+)
 from vla_lib.episodes.episode import Episode
 from vla_lib.episodes.findings import FATAL, NOTE, REJECTED, Finding, Findings
 from vla_lib.episodes.layouts import CHANNELS, EpisodeFiles
@@ -30,14 +35,16 @@ from vla_lib.episodes.quality import Rates, judge, measure, summary_row
 from vla_lib.episodes.sensor_file import NpzFile
 from vla_lib.episodes.sensor_log import SensorLog
 from vla_lib.episodes.steps import Steps, build_steps, image_index, sensor_index, stream_gaps, window_full
+from vla_lib.episodes.survey import recording_id
 
 Array = np.ndarray[Any, Any]
 
 LOCK_NAME = ".data.pkl.lock"
+NO_LOCKS_NOTE = "File locks do not work on this mount: run one preprocessing at a time there."
 CODE_VERSION = 2  # raised whenever the same inputs and settings give other values: part of the fingerprint
 DIFFER = "differ between the windows that share them; the first window's stand"
 NO_NUMBERS = "hold values that are no numbers"
-UNKEPT = ("key", "status", "clocks")  # of a report, in data.pkl
+UNKEPT = ("key", "status", "clocks", "note")  # of a report, in data.pkl
 """Ends of the two findings that only reading every sample can make."""
 
 
@@ -57,6 +64,8 @@ class PreprocessSettings(Settings):
     views: tuple[str, ...] = ()  # View keys to keep, such as View1_left View5; default: all
     sensor_window_size: Annotated[int, Ge(1)] = 65  # Samples of a full sensor window; steps without one are counted
     overwrite: bool = False  # Prepare unchanged episodes again too
+    set_aside: bool = False
+    """Rename a data.pkl or sensor.npy that this library did not write to NAME.theirs; default: refuse, leave it."""
     report_only: bool = False  # Measure and judge only; write nothing beside the episodes
     check_pictures: bool = False  # Decode every picture, in place of its header and end alone: finds damage inside
     strict: bool = False  # Exit with status 3 where anything was left out
@@ -150,6 +159,7 @@ class Report:
     summary: dict[str, Any]  # the row of the table of all episodes
     rates: list[dict[str, Any]]  # one measured row per stream
     clocks: list[dict[str, Any]] = field(default_factory=list)  # its session's rows: see `Clocks.rows`
+    note: str = ""  # what concerns the machine and not the recording
 
     def to_dict(self) -> dict[str, Any]:
         return dict(vars(self))
@@ -164,30 +174,39 @@ def prepare_episode(job: EpisodeJob) -> Report:
         if job.settings.report_only:
             report = _Study(job, job.open(), "reported").report
         else:
-            with folder_lock(job.out):
-                report = _prepare(job)
+            listing = None if job.inputs else list_pictures(job.files.path)
+            job = replace(job, inputs=job.inputs or job.fingerprint(listing))
+            fingerprint = hashlib.sha256(f"{job.inputs} {job.clocks.shifts()}".encode()).hexdigest()[:32]
+            # first without the lock: a root that is read-only does not matter where nothing is to be written
+            report = _unchanged(job, fingerprint) or _prepare(job, listing, fingerprint)
     except UserError as error:
         return job.failed("rejected", str(error))
     return replace(report, clocks=job.clocks.rows() if job.evidence else [])
 
 
-def _prepare(job: EpisodeJob) -> Report:
-    for name in (DATA_NAME, SENSOR_NAME):
-        for left in job.out.glob(f".{name}.*.partial"):  # what a killed run left unfinished
-            left.unlink(missing_ok=True)
-    listing = None if job.inputs else list_pictures(job.files.path)
-    job = replace(job, inputs=job.inputs or job.fingerprint(listing))
-    fingerprint = hashlib.sha256(f"{job.inputs} {job.clocks.shifts()}".encode()).hexdigest()[:32]
+def _unchanged(job: EpisodeJob, fingerprint: str) -> Report | None:
+    """The report of an episode that is prepared already from the same inputs; None where there is something to do."""
     before = None if job.settings.overwrite else known_content(job.out)
     now = {"fingerprint": fingerprint, "sensor_window_size": job.settings.sensor_window_size}
     if before and now.items() <= before["metadata"].items() and _sensor_whole(job.out, before):
         known = before["metadata"]["report"]
         return Report(job.key, "unchanged", **known | {"summary": known["summary"] | {"episode": job.key}})
-    try:
-        return _write(job, job.open(listing), fingerprint, before)
-    except UserError:
-        (job.out / DATA_NAME).unlink(missing_ok=True)  # what was prepared from other inputs must not stand for these
-        raise
+    return None
+
+
+def _prepare(job: EpisodeJob, listing: Listing | None, fingerprint: str) -> Report:
+    make_folder(job.out)
+    with file_lock(job.out / LOCK_NAME) as locked:
+        report = _unchanged(job, fingerprint)  # by another run, while this one waited
+        if report is None:
+            clear_way(job.out, job.settings.set_aside)
+            before = None if job.settings.overwrite else known_content(job.out)
+            try:
+                report = _write(job, job.open(listing), fingerprint, before)
+            except UserError:
+                (job.out / DATA_NAME).unlink(missing_ok=True)  # made from other inputs: it must not stand for these
+                raise
+        return replace(report, note="" if locked else NO_LOCKS_NOTE)
 
 
 def known_content(out: Path) -> dict[str, Any] | None:
@@ -296,7 +315,7 @@ def _write_sensor(path: Path, sensor: SensorLog, findings: Findings) -> Array:
     done = differ = holes = 0
     with open(path, "wb") as stream:
         header = {"descr": "<f4", "fortran_order": False, "shape": (len(sensor), CHANNELS)}
-        np.lib.format.write_array_header_1_0(stream, header)
+        np.lib.format.write_array_header_2_0(stream, header)  # version 2: the mark that it is ours
         for block, disagree in sensor.blocks():
             if done + len(block) > len(sensor):
                 raise UserError("the sensor files hold more samples than their times")
@@ -318,6 +337,9 @@ def _content(study: _Study, fingerprint: str, force: Array | None) -> dict[str, 
     job, episode, steps, rates, report = study.job, study.episode, study.steps, study.rates, study.report
     sensor, pictures = episode.sensor, episode.pictures
     metadata = {
+        "schema_version": SCHEMA,
+        "fingerprint": fingerprint,
+        "recording": recording_id(episode.files),
         "episode_name": episode.name,
         "dataset": episode.files.dataset,
         "task": episode.files.task,
@@ -345,8 +367,6 @@ def _content(study: _Study, fingerprint: str, force: Array | None) -> dict[str, 
         "sensor_bytes_findings": any(finding.text.endswith((DIFFER, NO_NUMBERS)) for finding in study.findings),
         "verdict": report.verdict,
         "findings": [finding.to_dict() for finding in study.findings],
-        "schema_version": SCHEMA,
-        "fingerprint": fingerprint,
         "sensor_window_size": job.settings.sensor_window_size,
         "report": {name: value for name, value in vars(report).items() if name not in UNKEPT},
         "num_full_windows": report.summary["full_windows"],
@@ -357,6 +377,7 @@ def _content(study: _Study, fingerprint: str, force: Array | None) -> dict[str, 
         index = sensor_index(sensor.t_s, steps.t_s)
         sensor_data = {"force": force, "timestamp": sensor.t_s, "index": index, "array": SENSOR_NAME}
     return {
+        "metadata": metadata,  # first: also a file that is cut off shows whose it is
         "action": steps.action,
         "timestamp": steps.t_s,
         "valid": steps.valid,
@@ -366,7 +387,6 @@ def _content(study: _Study, fingerprint: str, force: Array | None) -> dict[str, 
         "image_index": {view: image_index(one, steps.t_s) for view, one in pictures.items()},
         "sensor_data": sensor_data,
         "instruction": job.instruction,
-        "metadata": metadata,
     }
 
 
@@ -383,15 +403,3 @@ def _link_pictures(episode: Episode, out: Path) -> None:
             needed = f"below an output root it must be a link to {target}; remove it or choose another root"
             raise UserError(f"{link} is in the way: {needed}.")
         link.symlink_to(target, target_is_directory=True)
-
-
-@contextlib.contextmanager
-def folder_lock(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock: one run at a time prepares an episode; a killed run's lock is free at once."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / LOCK_NAME
-    with FileLock(path):  # whoever waited for a lock file that is gone asks again
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)

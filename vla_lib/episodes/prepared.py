@@ -4,7 +4,6 @@ A thousand episodes open in about a second, and an untouched one costs a few kil
 """
 
 import errno
-import os
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,35 +17,13 @@ from vla_lib.core.files import file_checksum
 from vla_lib.episodes.clocks import Clocks
 from vla_lib.episodes.data_pkl import DATA_NAME, read_checked
 from vla_lib.episodes.episode import Episode
-from vla_lib.episodes.layouts import CHANNELS, MAX_DEPTH, SKIPPED_FOLDERS
+from vla_lib.episodes.layouts import CHANNELS
 from vla_lib.episodes.steps import pose_rows, window_full
 from vla_lib.episodes.timeline import Span
 
 Array = np.ndarray[Any, Any]
 BEYOND = 1e12  # that no sensor measures, in any unit (a guess)
 AGAIN = "prepare its dataset again with python -m vla_lib.preprocess --overwrite"
-
-
-def find_prepared(root: str | Path) -> list[Path]:
-    """All folders below `root` (itself included) with a data.pkl, sorted. Raises UserError where root is no folder."""
-    if not Path(root).is_dir():
-        raise UserError(f"There is no dataset folder {root}; give an existing folder.")
-    found: list[Path] = []
-    seen: set[tuple[int, int]] = set()  # links are followed once, so that loops end
-    for folder, inner, names in os.walk(root, followlinks=True):
-        status = os.stat(folder)
-        known = (status.st_dev, status.st_ino) in seen
-        seen.add((status.st_dev, status.st_ino))
-        if DATA_NAME in names and not known:
-            found.append(Path(folder))
-        if known or DATA_NAME in names or len(Path(folder).relative_to(root).parts) >= MAX_DEPTH:
-            inner.clear()
-        inner[:] = [name for name in inner if name not in SKIPPED_FOLDERS and not _holds_pictures(name)]
-    return sorted(found)
-
-
-def _holds_pictures(name: str) -> bool:
-    return name.startswith(".") or name.lower().startswith(("view", "images"))
 
 
 OPEN_MAPS = 64  # sensor files: each mapped one is an open file, of which a process has 1,024 where nobody raised it

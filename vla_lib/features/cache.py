@@ -36,8 +36,11 @@ def cache_folder(root: str | Path) -> Path:
 
 
 def episode_key(root: str | Path, episode_dir: str | Path) -> str:
-    """Path of an episode relative to the dataset root, with forward slashes."""
-    return Path(episode_dir).resolve().relative_to(Path(root).resolve()).as_posix()
+    """Path of an episode relative to the dataset root, with forward slashes. A linked episode has its link's path."""
+    root, folder = Path(root).absolute(), Path(episode_dir).absolute()
+    if root not in folder.parents:  # the same folders under another spelling
+        root, folder = root.resolve(), folder.resolve()
+    return folder.relative_to(root).as_posix()
 
 
 def feature_file(folder: Path, key: str) -> Path:

@@ -1,0 +1,193 @@
+"""The survey of a dataset root: its episodes, those recorded twice, and what was looked at and is no episode."""
+
+import contextlib
+import hashlib
+import os
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from vla_lib.core.errors import UserError
+from vla_lib.episodes.data_pkl import DATA_NAME
+from vla_lib.episodes.datasets import DatasetTable
+from vla_lib.episodes.layouts import EPISODE_NAME, VIEW_FOLDER, EpisodeFiles, describe_log, examine, is_folder
+
+MAX_DEPTH = 8  # levels searched below a root: collecting folder / dataset / task / episode, and room for more
+CACHE_FOLDERS = ("qwen_vl_features", "run.json")
+"""A folder that holds one of them is ours: a VL cache or a run."""
+NAS_MARKS = ("#", "@", "$")  # a NAS's own folders: #recycle, #snapshot, @eaDir, @Recycle, $RECYCLE.BIN
+NAS_FOLDERS = {"lost+found", "system volume information"}
+OTHERS = {"__pycache__", "wandb", "images"}
+
+
+@dataclass
+class Survey:
+    """What lies below a dataset root."""
+
+    episodes: list[EpisodeFiles] = field(default_factory=list)  # sorted by path, copies included
+    copies: dict[Path, Path] = field(default_factory=dict)
+    """Folder of an episode whose recording is there twice -> folder of the one that is kept."""
+    remarks: list[tuple[Path, str]] = field(default_factory=list)  # what else was looked at: path, why it is no episode
+    unknown: list[str] = field(default_factory=list)  # sentences about datasets that no table names
+
+
+def survey(root: str | Path, dataset_dirs: Sequence[str | Path] = ()) -> Survey:
+    """Search `root`, or only `dataset_dirs` (datasets or episodes). Links are followed, loops end, real folders win.
+
+    Raises UserError where a folder does not exist or datasets.yaml cannot be understood.
+    """
+    root = Path(root)
+    table = DatasetTable.load(root)
+    result = Survey()
+    found: dict[Path, EpisodeFiles] = {}
+    for top in map(Path, dataset_dirs or (root,)):
+        if not top.is_dir() and dataset_dirs and (root / top).is_dir():
+            top = root / top
+        if not top.is_dir():
+            raise UserError(f"There is no dataset folder {top}; give an existing folder.")
+        base = root if root in (top, *top.parents) else top.parent
+        for files in _below(top, base, table, (), result.remarks):
+            real = files.path.resolve()
+            if real not in found or found[real].path.absolute() != real:
+                found[real] = files
+    result.episodes = sorted(found.values(), key=lambda files: files.path.as_posix())
+    result.copies = _copies(result.episodes, table)
+    kept = (files for files in result.episodes if files.path not in result.copies)
+    result.unknown = table.unknown((files.dataset, files.task) for files in kept)
+    return result
+
+
+def find_episodes(root: str | Path, dataset_dirs: Sequence[str | Path] = ()) -> list[EpisodeFiles]:
+    """All raw episodes of `survey`, sorted by path. Raises UserError as it does."""
+    return survey(root, dataset_dirs).episodes
+
+
+def find_prepared(root: str | Path) -> list[Path]:
+    """All folders below `root` (itself included) with a data.pkl, sorted. Raises UserError where root is no folder.
+
+    A data.pkl in a folder that holds prepared episodes is a stray one and not counted.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise UserError(f"There is no dataset folder {root}; give an existing folder.")
+    found: dict[str, Path] = {}
+    for folder in _prepared_below(root, ()):
+        real = os.path.realpath(folder)
+        if real not in found or os.path.abspath(found[real]) != real:
+            found[real] = folder
+    return sorted(found.values())
+
+
+def _prepared_below(folder: Path, above: tuple[tuple[int, int], ...]) -> list[Path]:
+    entries, above = _look(folder, above)
+    inner = []
+    for entry in entries:
+        if not VIEW_FOLDER.match(entry.name) and is_folder(entry) and not _passed_over(entry):
+            inner += _prepared_below(folder / entry.name, above)
+    return inner or [folder for entry in entries if entry.name == DATA_NAME]
+
+
+def recording_id(files: EpisodeFiles) -> str | None:
+    """What identifies a recording wherever it is copied to: a hash of its robot log; None where that holds no rows."""
+    if files.robot_log is None:
+        return None
+    content = files.robot_log.read_bytes()
+    return hashlib.sha256(content).hexdigest()[:32] if len(content.splitlines()) > 2 else None
+
+
+def _look(
+    folder: Path, above: tuple[tuple[int, int], ...]
+) -> tuple[list[os.DirEntry[str]], tuple[tuple[int, int], ...]]:
+    """The sorted entries of a folder, and the folders above and at it; no entries where a link leads in a circle."""
+    status = folder.stat()
+    here = (status.st_dev, status.st_ino)
+    if here in above or len(above) > MAX_DEPTH:
+        return [], above
+    with os.scandir(folder) as entries:
+        return sorted(entries, key=lambda entry: entry.name), (*above, here)
+
+
+def _passed_over(entry: os.DirEntry[str]) -> str:
+    """Why a folder is not searched; empty where it is. A space where that goes without saying."""
+    name = entry.name.lower()
+    if name.startswith(NAS_MARKS) or name in NAS_FOLDERS or name.startswith(".trash"):
+        return "is a folder of the NAS or the file manager and is not searched"
+    ours = name.startswith(".") or name in OTHERS
+    return " " if ours or any(os.path.exists(os.path.join(entry.path, mark)) for mark in CACHE_FOLDERS) else ""
+
+
+def _below(
+    folder: Path, base: Path, table: DatasetTable, above: tuple[tuple[int, int], ...], remarks: list[tuple[Path, str]]
+) -> list[EpisodeFiles]:
+    try:
+        entries, above = _look(folder, above)
+        prepared = any(entry.name == DATA_NAME for entry in entries)
+        raw = any(entry.name.lower().endswith((".csv", ".npz")) for entry in entries)
+        files = examine(folder, entries, base, table) if raw or not prepared else None
+    except OSError as error:
+        remarks.append((folder, f"cannot be read ({error.strerror})"))
+        return []
+    if files is not None and folder == base and files.robot_log is None:
+        files = None  # a root must hold a log itself to be an episode
+    whole = files is not None and files.robot_log and (files.pictures or files.sensor_files)
+    if files is not None and whole and EPISODE_NAME.match(folder.name):
+        return [files]
+    inner: list[EpisodeFiles] = []
+    said = len(remarks)
+    for entry in entries:
+        if is_folder(entry):
+            why = _passed_over(entry)
+            if why.strip():
+                remarks.append((folder / entry.name, why))
+            elif not why:
+                inner += _below(folder / entry.name, base, table, above, remarks)
+    if files is None:
+        if not prepared or inner:
+            remarks += [(folder, text) for text in _strangers(folder, entries, bool(inner))]
+        return inner
+    # an episode holds no episodes: what lies beside them in a dataset's folder is not one
+    if any(one.robot_log is not None and (one.pictures or one.sensor_files or not whole) for one in inner):
+        odd = [log.name for log in (files.robot_log, *files.other_logs, *files.unknown_logs) if log]
+        odd += [entry.name for entry in entries if VIEW_FOLDER.match(entry.name) or entry.name == DATA_NAME]
+        remarks.append((folder, f"holds episodes, so it is none itself in spite of {', '.join(odd) or 'its name'}"))
+        return inner
+    del remarks[said:]  # parts of this episode
+    return [files]
+
+
+def _strangers(folder: Path, entries: Iterable[os.DirEntry[str]], dataset: bool) -> list[str]:
+    """What is said of a folder that is no episode: unknown logs and, unless it holds episodes, other files."""
+    names = [e.name for e in entries if not e.name.startswith(".") and not is_folder(e)]
+    logs = [name for name in names if name.lower().endswith(".csv")]
+    told = [f"{describe_log(folder / name)}, which is no robot log" for name in logs]
+    if DATA_NAME in names and dataset:
+        told.append(f"holds a {DATA_NAME} that belongs to none of the episodes below it")
+    others = sorted({os.path.splitext(name)[1].lower() or name for name in names if name not in logs})
+    if others and not dataset:
+        told.append(f"holds no robot log ({len(names) - len(logs)} other files: {', '.join(others[:5])})")
+    return told
+
+
+def _copies(episodes: Iterable[EpisodeFiles], table: DatasetTable) -> dict[Path, Path]:
+    """Episodes with the same robot log, byte by byte, are one recording.
+
+    Kept is the one with a sensor file, with pictures, in a dataset that the table knows, with the shortest path.
+    """
+    by_size: dict[int, list[EpisodeFiles]] = defaultdict(list)
+    for files in episodes:
+        if files.robot_log is not None:
+            by_size[files.robot_log.stat().st_size].append(files)
+    groups: dict[str, list[EpisodeFiles]] = defaultdict(list)
+    for alike in by_size.values():
+        for files in alike if len(alike) > 1 else ():  # most sizes are there once: nothing has to be read
+            with contextlib.suppress(OSError):
+                if known := recording_id(files):
+                    groups[known].append(files)
+
+    def rank(files: EpisodeFiles) -> tuple[bool, bool, bool, int, str]:
+        place = files.path.as_posix()
+        return not files.sensor_files, not files.pictures, not table.knows(files.dataset), len(place), place
+
+    kept = {known: min(group, key=rank).path for known, group in groups.items()}
+    return {files.path: kept[k] for k, group in groups.items() for files in group if files.path != kept[k]}
