@@ -23,13 +23,13 @@ from vla_lib.core.errors import UserError
 from vla_lib.core.files import write_json
 from vla_lib.core.progress import Progress
 from vla_lib.episodes.clocks import CONFIRMED, FOUND, GIVEN, UNKNOWN, Clocks, Evidence, session_clocks, sessions
-from vla_lib.episodes.data_pkl import drop_prepared
+from vla_lib.episodes.data_pkl import drop_prepared, known_content
 from vla_lib.episodes.datasets import DatasetTable
 from vla_lib.episodes.episode import Episode
 from vla_lib.episodes.findings import GOOD, NOT_JUDGED, REJECTED
 from vla_lib.episodes.motion import evidence
 from vla_lib.episodes.pictures import list_pictures
-from vla_lib.episodes.prepare import EpisodeJob, Report, known_content, prepare_episode
+from vla_lib.episodes.prepare import EpisodeJob, Report, prepare_episode
 from vla_lib.episodes.prepare import PreprocessSettings as Settings
 from vla_lib.episodes.quality import verdict_table
 from vla_lib.episodes.survey import Survey, survey

@@ -157,6 +157,14 @@ def read_checked(path: Path) -> dict[str, Any]:
     return content
 
 
+def known_content(out: Path) -> dict[str, Any] | None:
+    """What the folder's data.pkl holds; None where there is none that can be trusted."""
+    try:
+        return read_checked(out / DATA_NAME)
+    except UserError:
+        return None
+
+
 def check_content(content: dict[str, Any], where: Path) -> None:
     """Raise UserError, naming the key, where the contract is broken. `where` is the file, for the message."""
     try:

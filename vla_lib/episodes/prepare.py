@@ -24,7 +24,7 @@ from vla_lib.episodes.data_pkl import (
     SENSOR_NAME,
     check_content,
     clear_way,
-    read_checked,
+    known_content,
     write_pickle,
 )
 from vla_lib.episodes.episode import Episode
@@ -207,14 +207,6 @@ def _prepare(job: EpisodeJob, listing: Listing | None, fingerprint: str) -> Repo
                 (job.out / DATA_NAME).unlink(missing_ok=True)  # made from other inputs: it must not stand for these
                 raise
         return replace(report, note="" if locked else NO_LOCKS_NOTE)
-
-
-def known_content(out: Path) -> dict[str, Any] | None:
-    """What the folder's data.pkl holds; None where there is none that can be trusted."""
-    try:
-        return read_checked(out / DATA_NAME)
-    except UserError:
-        return None
 
 
 def _sensor_whole(out: Path, content: dict[str, Any]) -> bool:
