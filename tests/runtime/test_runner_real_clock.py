@@ -76,6 +76,18 @@ def test_a_vlm_process_that_dies_stops_the_run(how):
     assert len(robot.stops) == 1
 
 
+def test_the_vlm_process_sees_the_very_pictures_also_larger_ones():
+    vlm = vlm_process(make_quick)
+    try:
+        for side in (2, 40, 3):  # the shared memory grows, and is then larger than needed
+            pictures = {
+                view: np.full((side, 6, 3), value, np.uint8)[:, ::2] for view, value in (("View1", 7), ("View5", 9))
+            }
+            assert vlm.compute(pictures, "insert")[0].tolist() == [[8.0, 6.0]]
+    finally:
+        vlm.close()
+
+
 def test_a_vlm_that_cannot_be_made_says_why():
     with pytest.raises(RuntimeError, match="ValueError: no such weights"):
         vlm_process(make_broken)

@@ -8,8 +8,10 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import BrokenExecutor, Executor, Future, wait
 from dataclasses import dataclass
+from multiprocessing.shared_memory import SharedMemory
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 
 from vla_lib.core.pool import OneProcess
@@ -74,15 +76,19 @@ class SimulatedVlm:
 class LiveVlm:
     """Computes on an executor of one worker, beside the control loop. `close` ends it, whatever it does."""
 
-    def __init__(self, compute: Compute, executor: Executor):
+    def __init__(self, compute: Compute, executor: Executor, shared: "SharedPictures | None" = None):
         self.failure = ""
-        self._compute, self.executor = compute, executor
+        self._compute, self.executor, self._shared = compute, executor, shared
         self._done: Features | None = None
         self._busy = False
 
     def compute(self, pictures: Mapping[str, Any], instruction: str) -> tuple[Any, Any]:
         """Features of these pictures, waited for."""
-        return self.executor.submit(self._compute, pictures, instruction).result()
+        return self._submit(pictures, instruction).result()
+
+    def _submit(self, pictures: Mapping[str, Any], instruction: str) -> Future[tuple[Any, Any]]:
+        given = pictures if self._shared is None else self._shared.put(pictures)
+        return self.executor.submit(self._compute, given, instruction)
 
     def submit(self, pictures: Mapping[str, Any], instruction: str, step: int, now_s: float) -> None:
         """Begin with these pictures."""
@@ -99,7 +105,7 @@ class LiveVlm:
 
         self._busy = True
         try:
-            self.executor.submit(self._compute, pictures, instruction).add_done_callback(finished)
+            self._submit(pictures, instruction).add_done_callback(finished)
         except BrokenExecutor as error:  # it died since the last job
             self.failure = _words(error)
 
@@ -114,6 +120,44 @@ class LiveVlm:
     def close(self) -> None:
         """End the worker."""
         self.executor.shutdown(wait=False)
+        if self._shared is not None:
+            self._shared.close()
+
+
+class SharedPictures:
+    """One moment's pictures in memory that both processes see: pickling five of 1280x720 held the loop for 40 ms."""
+
+    def __init__(self) -> None:
+        self._memory: SharedMemory | None = None
+
+    def put(self, pictures: Mapping[str, Any]) -> dict[str, tuple[str, int, tuple[int, ...], str]]:
+        """Copy them in; view -> (name of the memory, offset, shape, dtype). Those put in before are gone."""
+        arrays = {view: np.asarray(picture) for view, picture in pictures.items()}
+        size = sum(array.nbytes for array in arrays.values())
+        if self._memory is None or self._memory.size < size:
+            self.close()
+            self._memory = SharedMemory(create=True, size=max(1, size))
+        placed, offset = {}, 0
+        for view, array in arrays.items():
+            np.ndarray(array.shape, array.dtype, self._memory.buf, offset)[...] = array
+            placed[view] = (self._memory.name, offset, array.shape, array.dtype.str)
+            offset += array.nbytes
+        return placed
+
+    def close(self) -> None:
+        """Give the memory back."""
+        if self._memory is not None:
+            self._memory.close()
+            self._memory.unlink()
+            self._memory = None
+
+
+def _shared_picture(name: str, offset: int, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    memory = SharedMemory(name)
+    try:
+        return np.ndarray(shape, dtype, memory.buf, offset).copy()
+    finally:
+        memory.close()
 
 
 def vlm_process(make: Callable[[], Compute], start_timeout_s: float = 120.0) -> LiveVlm:
@@ -131,7 +175,7 @@ def vlm_process(make: Callable[[], Compute], start_timeout_s: float = 120.0) -> 
     except BaseException:
         process.shutdown(wait=False)
         raise
-    return LiveVlm(_extract, process)
+    return LiveVlm(_extract, process, SharedPictures())
 
 
 def _words(error: BaseException) -> str:
@@ -149,9 +193,9 @@ def _make(make: Callable[[], Compute]) -> None:
     _compute = make()
 
 
-def _extract(pictures: Mapping[str, Any], instruction: str) -> tuple[Any, Any]:
+def _extract(placed: Mapping[str, Any], instruction: str) -> tuple[Any, Any]:
     """As arrays: a tensor would travel through shared memory, which is gone when its process dies."""
-    tokens, mask = _compute(pictures, instruction)
+    tokens, mask = _compute({view: _shared_picture(*place) for view, place in placed.items()}, instruction)
     if tokens.dtype == torch.bfloat16:  # numpy has none; float32 holds it exactly
         tokens = tokens.float()
     return tokens.numpy(), mask.numpy()
