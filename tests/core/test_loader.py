@@ -72,18 +72,22 @@ def test_a_killed_worker_names_both_limits():
         list(loader.load(Items(lambda: os.kill(os.getpid(), signal.SIGKILL)), 1))
 
 
-def limited(number):
-    """A worker's own limit, as the machine's would be; Python ignores the signal of the second one."""
-    return lambda: resource.setrlimit(number, (20, 20))
+def limited(number, most):
+    """A worker's own limit, as the machine's would be; Python ignores the signal of too large a file."""
+    return lambda: resource.setrlimit(number, (most, most))
 
 
 @pytest.mark.parametrize(
-    ("limit", "cause"),
-    [(resource.RLIMIT_NOFILE, "Too many open files"), (resource.RLIMIT_FSIZE, "File too large")],
-    ids=["no open file left", "no shared memory left"],
+    ("limit", "most", "cause"),
+    [
+        (resource.RLIMIT_NOFILE, 5, "Too many open files"),
+        (resource.RLIMIT_FSIZE, 1 << 16, "File too large"),
+        (resource.RLIMIT_FSIZE, 1, ""),
+    ],
+    ids=["no open file left", "no shared memory left", "no room for the log either"],
 )
-def test_a_batch_that_cannot_be_handed_over_is_an_error(limit, cause, capfd):
+def test_a_batch_that_cannot_be_handed_over_is_an_error(limit, most, cause, capfd):
     """torch drops it with a traceback, and would wait for ever."""
     with pytest.raises(UserError, match="ulimit -n"):
-        list(loader.load(Items(limited(limit), megabytes=1), 1))
+        list(loader.load(Items(limited(limit, most), megabytes=1), 1))
     assert cause in capfd.readouterr().err

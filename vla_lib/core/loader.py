@@ -55,7 +55,7 @@ def _patiently(items: Iterator[Any], workers: list[BaseProcess], stop: Callable[
     try:
         while True:
             try:
-                with _telling_losses():
+                with _telling_losses() if workers else contextlib.nullcontext():
                     item = next(items)
             except StopIteration:
                 return
@@ -78,6 +78,7 @@ def _patiently(items: Iterator[Any], workers: list[BaseProcess], stop: Callable[
         for worker in workers:  # a stopped one would never end, and so neither would this process
             if worker.is_alive() and worker.pid:
                 os.kill(worker.pid, signal.SIGCONT)
+        del items  # ends the workers now, though an error's traceback may hold this frame
 
 
 def _states(workers: list[BaseProcess]) -> str:
@@ -95,14 +96,23 @@ def _telling_losses() -> Iterator[None]:
     """Inside, a lost worker or batch becomes a UserError with the limits that it may have met."""
     try:
         yield
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, OSError, EOFError) as error:
+        # a worker hands over its batch itself, so one that just dies is a connection that breaks; what `dataset` raised
+        # in a worker says "Caught"
         full = isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENOSPC)
-        if not full and not any(words in str(error) for words in LOST):
+        broken = isinstance(error, ConnectionError | FileNotFoundError | EOFError) and "Caught" not in str(error)
+        if not full and not broken and not any(words in str(error) for words in LOST):
             raise
+        if broken:  # torch raises once more when the worker is gone: here, not somewhere later
+            with contextlib.suppress(RuntimeError):
+                time.sleep(POLL_S)
+        cause = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"A loader worker or its batch is lost ({str(error).splitlines()[0]}). {limits()} If the log above names "
+            f"A loader worker or its batch is lost ({cause}). {limits()} If the log above names "
             "neither, memory was short. Raise what was, or pass a smaller --num-workers, and go on with --resume."
-        ) from error
+        ) from error.with_traceback(
+            None
+        )  # its frames would keep torch's iterator, and that raises for each dead worker
 
 
 def limits() -> str:
@@ -139,5 +149,7 @@ def _begin(_: int) -> None:
 
 
 def _lose(error: Exception, _: Any) -> None:
-    print(f"error: a loader worker cannot hand over its batch: {error}", file=sys.stderr, flush=True)
-    os._exit(1)  # the parent notices a worker that is gone
+    try:
+        print(f"error: a loader worker cannot hand over its batch: {error}", file=sys.stderr, flush=True)
+    finally:  # also where the log's disk is full
+        os._exit(1)  # the parent notices a worker that is gone
