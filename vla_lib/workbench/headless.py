@@ -212,16 +212,20 @@ class Interrupts:
         threading.Thread(target=self._pass_on, args=(kernels[0],), daemon=True).start()
 
     def _pass_on(self, kernel: psutil.Process) -> None:
-        """Interrupt the kernel once, as soon as it listens: between two cells ipykernel ignores SIGINT. Where it runs
-        no cell for seconds, none is coming any more: then this process, which waits for one, is interrupted again."""
-        deadline = time.monotonic() + PATIENCE_S
+        """Interrupt the kernel once, as soon as it listens: between two cells ipykernel ignores SIGINT. Where it runs no
+        cell for seconds, none is coming, or the interrupt has hit the answer of one: then this process, which waits
+        for it, is interrupted again."""
+        passed_on, deadline = False, time.monotonic() + PATIENCE_S
         with contextlib.suppress(psutil.Error, OSError):
-            while _ignores_interrupts(kernel.pid) and not self._over.wait(0.02):
-                if time.monotonic() > deadline:
-                    kernel = psutil.Process()
-                    break
-            if not self._over.is_set():
-                kernel.send_signal(signal.SIGINT)
+            while not self._over.wait(0.02):
+                if not _ignores_interrupts(kernel.pid):
+                    deadline = time.monotonic() + PATIENCE_S
+                    if not passed_on:
+                        kernel.send_signal(signal.SIGINT)
+                    passed_on = True
+                elif time.monotonic() > deadline:
+                    psutil.Process().send_signal(signal.SIGINT)
+                    return
 
 
 def _kernels() -> list[psutil.Process]:
