@@ -16,13 +16,14 @@ import tracemalloc
 import numpy as np
 import pytest
 from conftest import prepare_all
+from dying_worker import die_on_the_first
 from raw_episodes import T0, Raw, samples
 
 from vla_lib import preprocess
 from vla_lib.core.errors import UserError
 from vla_lib.core.files import file_lock
 from vla_lib.episodes import find_episodes, find_prepared, load_prepared
-from vla_lib.preprocess import Settings, left_out, main, make_jobs, run_job, run_jobs
+from vla_lib.preprocess import Settings, left_out, main, make_jobs, run_jobs
 from vla_lib.workbench.widgets import episode_table
 
 LOCK = ".data.pkl.lock"
@@ -186,7 +187,7 @@ def test_a_kill_in_the_middle_leaves_no_half_file(root):
 
 
 def test_a_worker_that_dies_names_its_episode_and_the_rest_goes_on(root, monkeypatch):
-    monkeypatch.setattr(preprocess, "run_job", _die_on_the_first)
+    monkeypatch.setattr(preprocess, "run_job", die_on_the_first)
     reports = prepare_all(root, 2)
     assert [report.status for report in reports] == ["interrupted", "written"]
     assert "worker process ended" in reports[0].reasons[0]
@@ -197,7 +198,7 @@ def test_what_the_machine_failed_at_is_no_verdict_and_another_run_makes_up_for_i
     def fail(job):
         raise raised
 
-    monkeypatch.setattr(preprocess, *(("prepare_episode", fail) if raised else ("run_job", _die_on_the_first)))
+    monkeypatch.setattr(preprocess, *(("prepare_episode", fail) if raised else ("run_job", die_on_the_first)))
     settings = Settings(dataset_root=root, workers=1 if raised else 2)
     with pytest.raises(SystemExit) as end:
         main(settings)
@@ -207,12 +208,6 @@ def test_what_the_machine_failed_at_is_no_verdict_and_another_run_makes_up_for_i
     monkeypatch.undo()
     assert main(settings)["interrupted"] == 0
     assert len(find_prepared(root)) == 2
-
-
-def _die_on_the_first(job):
-    if job.key.endswith("1"):
-        os.kill(os.getpid(), signal.SIGKILL)
-    return run_job(job)
 
 
 # --- hostile and broken input ----------------------------------------------------------------------------------

@@ -39,6 +39,8 @@ def run_jobs(
             error = future.exception()
             if isinstance(error, ProcessExpired):
                 error = WorkerDied(f"its worker process ended with status {error.exitcode} (out of memory?)")
+            elif isinstance(error, BrokenExecutor):
+                error = WorkerDied(f"no worker process could be started ({error}); the errors above say why")
             yield futures[future], future.result() if error is None else error
     finally:
         pool.stop()

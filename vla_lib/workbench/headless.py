@@ -212,8 +212,8 @@ class Interrupts:
         threading.Thread(target=self._pass_on, args=(kernels[0],), daemon=True).start()
 
     def _pass_on(self, kernel: psutil.Process) -> None:
-        """Interrupt the kernel once, as soon as it listens: between two cells ipykernel ignores SIGINT. Where it runs no
-        cell for seconds, none is coming, or the interrupt has hit the answer of one: then this process, which waits
+        """Interrupt the kernel once, as soon as it listens: between two cells ipykernel ignores SIGINT. Where it runs
+        no cell for seconds, none is coming, or the interrupt has hit the answer of one: then this process, which waits
         for it, is interrupted again."""
         passed_on, deadline = False, time.monotonic() + PATIENCE_S
         with contextlib.suppress(psutil.Error, OSError):
