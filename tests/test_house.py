@@ -106,7 +106,7 @@ def test_the_library_stays_thin():
     # Guards and the lab's real recordings came on top. Bounds fall as rooms get thinner; functions raise them.
     modules = [path.read_text().splitlines() for path in (PROJECT / "vla_lib").rglob("*.py")]
     assert len(modules) <= 126
-    assert sum(map(len, modules)) <= 18_200
+    assert sum(map(len, modules)) <= 18_400
 
 
 def test_modules_stay_one_noun_long():

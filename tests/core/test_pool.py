@@ -26,4 +26,4 @@ def test_a_script_without_its_guard_gets_pythons_own_error(tmp_path):
     script.write_text("from vla_lib.core.pool import run_jobs\nprint(list(run_jobs(len, ['a'], 1)))\n")
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=60)
     assert "before the\n        current process has finished its bootstrapping phase" in done.stderr
-    assert "BrokenProcessPool" in done.stdout  # and it ends
+    assert "no worker process could be started" in done.stdout  # and it ends

@@ -17,6 +17,7 @@ from vla_lib.core.errors import UserError
 
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF}
 """What mounts without file locks answer; the last: NFS, where a file of another user can only be opened for reading."""
+NO_LOCKS_SENTENCE = "File locks do not work on this mount: run one preprocessing at a time there."
 
 
 @contextlib.contextmanager

@@ -13,12 +13,13 @@ import numpy as np
 from vla_lib.core.errors import UserError
 from vla_lib.episodes.clocks import ClockOffset, Clocks
 from vla_lib.episodes.findings import Findings
+from vla_lib.episodes.hdf5 import CAMERAS, picture_file, read_h5
 from vla_lib.episodes.layouts import EXPECTED_VIEWS, EpisodeFiles, describe_log, read_layout
 from vla_lib.episodes.picture_content import sound_pictures
 from vla_lib.episodes.pictures import Listing, Pictures, read_pictures
 from vla_lib.episodes.robot_log import RobotLog, read_robot_log
 from vla_lib.episodes.sensor_log import SensorLog, read_sensor_log
-from vla_lib.episodes.timeline import newest_at_or_before
+from vla_lib.episodes.timeline import clean_times, newest_at_or_before
 
 Array = np.ndarray[Any, Any]
 
@@ -57,6 +58,8 @@ class Episode:
             there = "".join(f"; it {describe_log(log)}" for log in files.unknown_logs)
             raise UserError(f"{files.path} holds no robot log ({needed}){there}; it cannot be used.")
         findings = Findings()
+        if files.layout == "F4":
+            return cls._open_h5(files, files.robot_log, clocks, views, findings)
         robot = read_robot_log(files.robot_log, findings)
         for other in files.other_logs:
             findings.exclude("robot", f"{other.name} is a second robot log and is not used", left_out=True)
@@ -81,6 +84,28 @@ class Episode:
         if files.layout != "F0" and not files.sensor_files:
             findings.exclude("sensor", "there is no sensor file", left_out=True)
         return cls(files, robot, sensor, pictures, clocks, findings)
+
+    @classmethod
+    def _open_h5(
+        cls, files: EpisodeFiles, file: Path, clocks: Clocks, views: Sequence[str], findings: Findings
+    ) -> "Episode":
+        table, samples, times, pictures = read_h5(file, findings)
+        robot = read_robot_log(file, findings, table)
+        for view in (view for view in views or CAMERAS if view not in pictures):
+            findings.exclude(view, "the view has no pictures", left_out=True)
+        pictures = {view: pictures[view] for view in sorted(pictures) if not views or view in views}
+        sensor = None
+        if samples is not None:
+            hz = 1 / (times[1] - times[0])
+            sensor = SensorLog([samples], times, hz, [], clean_times(times))
+        return cls(files, robot, sensor, pictures, clocks, findings)
+
+    def picture(self, name: str) -> Path:
+        """The file of a picture, by its relative path; one of an HDF5 file may have to be taken out first."""
+        path = self.path / name
+        if self.layout == "F4" and self.files.robot_log is not None and not path.is_file():
+            return picture_file(self.files.robot_log, name)
+        return path
 
     @property
     def path(self) -> Path:
@@ -144,7 +169,7 @@ def pictures_at(episode: Episode, at_s: float) -> list[PictureAt]:
     found = []
     for view, pictures in episode.pictures.items():
         number = int(newest_at_or_before(pictures.t_s, np.asarray(at_s)))
-        path = episode.path / pictures.paths[number] if number >= 0 else None
+        path = episode.picture(pictures.paths[number]) if number >= 0 else None
         age_ms = (at_s - float(pictures.t_s[number])) * 1e3 if number >= 0 else float("nan")
         found.append(PictureAt(view, number, path, age_ms))
     return found

@@ -35,6 +35,7 @@ VIEW_FOLDER = re.compile(r"^view[ _-]?(\d)(?!\d)", re.IGNORECASE)
 SERIALS = {"41182735": 1, "49429257": 2, "44377151": 3, "49045152": 4}
 HAND_EYE = 5
 EXPECTED_VIEWS = ("View1_left", "View2_left", "View3_left", "View4_left", "View5")
+H5_SUFFIXES = (".h5", ".hdf5")
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp")
 
 
@@ -91,8 +92,8 @@ class EpisodeFiles:
     path: Path
     dataset: str  # the folder that the table of datasets knows, else the top folder below the root
     task: str  # folders between dataset and episode (`Needle_insertion`), or empty
-    layout: str  # `F0`..`F3`, judged by columns and folders
-    robot_log: Path | None
+    layout: str  # `F0`..`F4`, judged by columns and folders
+    robot_log: Path | None  # in F4 the one file that holds everything
     other_logs: tuple[Path, ...]  # further CSV files with robot columns: reported, not used
     sensor_files: tuple[Path, ...]  # all .npz files of the episode
     unknown_logs: tuple[Path, ...] = ()  # CSV files without robot columns: reported, not used
@@ -106,12 +107,28 @@ class EpisodeFiles:
 def read_layout(path: str | Path) -> EpisodeFiles:
     """The parts of the one episode at `path`. Raises UserError where the folder does not look like an episode."""
     path = Path(path)
+    if path.suffix.lower() in H5_SUFFIXES and path.is_file():
+        return h5_files(path, path.parent.parent, DatasetTable())
+    raw = path.is_dir() and any(name.lower().endswith((".csv", ".npz")) for name in os.listdir(path))
+    for suffix in () if raw else H5_SUFFIXES:
+        for stem in (path.name, path.name.removesuffix("_h5")):
+            if (file := path.with_name(stem + suffix)).is_file():
+                return h5_files(file, path.parent.parent, DatasetTable())
     if not path.is_dir():
         raise UserError(f"There is no episode folder {path}.")
     files = examine(path, list(os.scandir(path)), path.parent.parent, DatasetTable())
     if files is None:
         raise UserError(f"{path} is no episode: it holds no robot log, no sensor file and no view folders.")
     return files
+
+
+def h5_files(file: Path, root: Path, table: DatasetTable) -> EpisodeFiles:
+    """The episode that is one HDF5 file. Its folder is of the file's stem beside it, or STEM_h5 where that is taken."""
+    folder = file.with_suffix("")
+    if folder.is_dir() and any(name.lower().endswith((".csv", ".npz")) for name in os.listdir(folder)):
+        folder = folder.with_name(f"{folder.name}_h5")
+    dataset, task = place_of(folder, root, table)
+    return EpisodeFiles(folder, dataset, task, "F4", file, (), (), pictures=True)
 
 
 def place_of(path: Path, root: Path, table: DatasetTable) -> tuple[str, str]:

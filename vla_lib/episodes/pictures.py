@@ -56,6 +56,8 @@ class Listing:
 def list_pictures(episode: Path) -> Listing:
     """List all pictures of an episode without opening any."""
     listing = Listing()
+    if not episode.is_dir():  # an HDF5 file that nothing was written from yet
+        return listing
     named: dict[str, list[tuple[str, str, str, int]]] = {}  # view key -> whole seconds, fraction, path, size
     for folder, number, side in _folders(episode):
         for entry in os.scandir(episode / folder):

@@ -15,7 +15,7 @@ from annotated_types import Ge, Gt, Le
 from pydantic import Field
 
 from vla_lib.core.errors import UserError
-from vla_lib.core.files import atomic_path, file_checksum, file_lock, make_folder
+from vla_lib.core.files import NO_LOCKS_SENTENCE, atomic_path, file_checksum, file_lock, make_folder
 from vla_lib.core.settings import Settings, settings
 from vla_lib.episodes.clocks import Clocks, Evidence
 from vla_lib.episodes.data_pkl import (
@@ -29,18 +29,18 @@ from vla_lib.episodes.data_pkl import (
 )
 from vla_lib.episodes.episode import Episode
 from vla_lib.episodes.findings import FATAL, NOTE, REJECTED, Finding, Findings
+from vla_lib.episodes.hdf5 import write_pictures
 from vla_lib.episodes.layouts import CHANNELS, EpisodeFiles
 from vla_lib.episodes.pictures import Listing, list_pictures
 from vla_lib.episodes.quality import Rates, judge, measure, summary_row
-from vla_lib.episodes.sensor_file import NpzFile
+from vla_lib.episodes.sensor_file import NpzFile, SensorFile
 from vla_lib.episodes.sensor_log import SensorLog
 from vla_lib.episodes.steps import Steps, build_steps, image_index, sensor_index, stream_gaps, window_full
-from vla_lib.episodes.survey import recording_id
+from vla_lib.episodes.survey import file_id, recording_id
 
 Array = np.ndarray[Any, Any]
 
 LOCK_NAME = ".data.pkl.lock"
-NO_LOCKS_NOTE = "File locks do not work on this mount: run one preprocessing at a time there."
 CODE_VERSION = 2  # raised whenever the same inputs and settings give other values: part of the fingerprint
 DIFFER = "differ between the windows that share them; the first window's stand"
 NO_NUMBERS = "hold values that are no numbers"
@@ -124,7 +124,7 @@ class EpisodeJob:
         versions = [SCHEMA, CODE_VERSION, self.files.layout]
         digest = hashlib.sha256(json.dumps([*versions, values], sort_keys=True).encode())
         for log in (self.files.robot_log, *self.files.other_logs):
-            if log is not None:
+            if log is not None and self.files.layout != "F4":
                 digest.update(log.name.encode() + hashlib.sha256(log.read_bytes()).digest())
         digest.update(self.sensor_signature().encode())
         digest.update(repr((listing or list_pictures(self.files.path)).rows).encode())
@@ -132,7 +132,7 @@ class EpisodeJob:
 
     def sensor_signature(self) -> str:
         """What identifies the sensor files' content without reading it."""
-        parts = []
+        parts = [file_id(self.files.robot_log)] if self.files.layout == "F4" and self.files.robot_log else []
         for path in self.files.sensor_files:
             try:
                 parts.append(f"{path.name} {NpzFile(path).signature}")
@@ -206,7 +206,7 @@ def _prepare(job: EpisodeJob, listing: Listing | None, fingerprint: str) -> Repo
             except UserError:
                 (job.out / DATA_NAME).unlink(missing_ok=True)  # made from other inputs: it must not stand for these
                 raise
-        return replace(report, note="" if locked else NO_LOCKS_NOTE)
+        return replace(report, note="" if locked else NO_LOCKS_SENTENCE)
 
 
 def _sensor_whole(out: Path, content: dict[str, Any]) -> bool:
@@ -281,7 +281,9 @@ def _write(job: EpisodeJob, episode: Episode, fingerprint: str, before: dict[str
     if content["sensor_data"] is not None:
         content["sensor_data"]["checksum"] = checksum
     check_content(content, out / DATA_NAME)
-    if episode.path.resolve() != out.resolve():
+    if episode.layout == "F4" and episode.files.robot_log is not None:
+        write_pictures(episode.files.robot_log, episode.pictures, out)
+    elif episode.path.resolve() != out.resolve():
         _link_pictures(episode, out)
     write_pickle(out / DATA_NAME, content)
     if episode.sensor is None:
@@ -302,7 +304,8 @@ def _known_force(job: EpisodeJob, episode: Episode, before: dict[str, Any] | Non
 def _write_sensor(path: Path, sensor: SensorLog, findings: Findings) -> Array:
     """Stream all samples into an .npy file; returns their force (S,). Raises UserError where the files break off."""
     for file in sensor.files:
-        file.check(file.keys.body)
+        if isinstance(file, SensorFile):  # HDF5 has checksums of its own, where it was written with any
+            file.check(file.keys.body)
     force = np.empty(len(sensor), np.float32)
     done = differ = holes = 0
     with open(path, "wb") as stream:
@@ -354,7 +357,7 @@ def _content(study: _Study, fingerprint: str, force: Array | None) -> dict[str, 
             "robot_receive_lag_s": episode.robot.clock_lag_s,
         },
         "evidence": job.evidence.to_dict() if job.evidence else None,
-        "inputs": job.inputs if job.evidence else "",
+        "inputs": job.inputs if job.evidence or episode.layout == "F4" else "",
         "gaps": {stream: [list(span) for span in spans] for stream, spans in steps.gaps.items()},
         "sensor_bytes_findings": any(finding.text.endswith((DIFFER, NO_NUMBERS)) for finding in study.findings),
         "verdict": report.verdict,

@@ -21,7 +21,7 @@ LEAST_VALID_S = 0.8  # one chunk of eight actions at 10 Hz: less cannot be train
 LEAST_VALID_PART = 0.5
 STILL_MM = 0.5
 FAR_START_S = 2.0
-EXPECTED_SENSOR_HZ = (600.0, 700.0)
+EXPECTED_SENSOR_HZ = (600.0, 710.0)
 OLD_POSE_PART = 0.9
 CLOCK_OFF_S = 0.02
 STAGGER_S = 0.5  # streams of one recording may begin this far apart without any clock being wrong
@@ -215,7 +215,7 @@ def summary_row(
     """One row of the table of all episodes (plain values)."""
     robot = rates["robot"] if rates else None
     sensor = rates.get("sensor") if rates else None
-    views = [row for row in rates.values() if row.stream.startswith("View")] if rates else []
+    views = [row for row in rates.values() if row.stream not in ("robot", "sensor")] if rates else []
     cameras = [row.hz for row in views]
     return {
         "episode": key,

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from vla_lib.core.errors import UserError
-from vla_lib.episodes.csv_table import read_table
+from vla_lib.episodes.csv_table import Table, read_table
 from vla_lib.episodes.findings import Findings
 from vla_lib.episodes.layouts import columns_of, robot_columns
 from vla_lib.episodes.plausibility import plausible
@@ -43,12 +43,14 @@ class RobotLog:
         return new
 
 
-def read_robot_log(path: Path, findings: Findings) -> RobotLog:
+def read_robot_log(path: Path, findings: Findings, table: Table | None = None) -> RobotLog:
     """Read one robot log, whatever is wrong with some of its rows (said in `findings`).
+
+    table: its rows, where it is no CSV.
 
     Raises UserError where the file holds no robot columns, no row or no usable row.
     """
-    columns = robot_columns(path)
+    columns = robot_columns(path) if table is None else columns_of([str(name) for name in table.frame])
     if columns is None:
         needed = "a clock and six pose columns are needed"
         raise UserError(f"{path} has no robot columns ({needed}); it cannot be used as a robot log.")
@@ -56,7 +58,7 @@ def read_robot_log(path: Path, findings: Findings) -> RobotLog:
         named = f"its orientation is a quaternion (columns {', '.join(columns.quaternion)})"
         remedy = "write the Mecademic Euler angles pose_a, pose_b, pose_r (degrees, intrinsic XYZ) in their place"
         raise UserError(f"{path}: {named}, whose order and frame are not known; {remedy}.")
-    table = read_table(path, columns_of)
+    table = table or read_table(path, columns_of)
     for text in table.notes:
         findings.note("robot", text)
     cells = table.frame

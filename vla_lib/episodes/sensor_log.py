@@ -17,6 +17,7 @@ import numpy as np
 
 from vla_lib.core.errors import UserError
 from vla_lib.episodes.findings import Findings
+from vla_lib.episodes.hdf5 import H5Samples
 from vla_lib.episodes.layouts import CHANNELS
 from vla_lib.episodes.sensor_file import SensorFile, bits
 from vla_lib.episodes.timeline import Cleaned, Span, clean_times, find_gaps, in_seconds, spread_packets
@@ -32,7 +33,7 @@ MOST_HZ = 5000.0
 class SensorLog:
     """The whole sensor stream of an episode, in the robot's time."""
 
-    files: list[SensorFile]
+    files: Sequence[SensorFile | H5Samples]
     t_s: Array  # (S,) float64 UNIX seconds, clock offset already taken off
     hz: float  # rate from the median interval
     gaps: list[Span]  # spans without samples (in windows: within which samples were lost)
@@ -54,7 +55,8 @@ class SensorLog:
         The lab's recorder fills a window before it records; its derived windowed files begin with the first sample.
         """
         first = self.files[0]
-        return (float(self.t_s[0]), *([float(self.t_s[int(first.new[0]) - 1])] if first.window else []))
+        ends = [float(self.t_s[int(first.new[0]) - 1])] if isinstance(first, SensorFile) and first.window else []
+        return (float(self.t_s[0]), *ends)
 
     def shift(self, offset_s: float) -> None:
         """Take a clock offset off all times (the sensor's clock was ahead by offset_s)."""

@@ -11,7 +11,17 @@ from pathlib import Path
 from vla_lib.core.errors import UserError
 from vla_lib.episodes.data_pkl import DATA_NAME
 from vla_lib.episodes.datasets import DatasetTable
-from vla_lib.episodes.layouts import EPISODE_NAME, VIEW_FOLDER, EpisodeFiles, describe_log, examine, is_folder
+from vla_lib.episodes.hdf5 import is_episode
+from vla_lib.episodes.layouts import (
+    EPISODE_NAME,
+    H5_SUFFIXES,
+    VIEW_FOLDER,
+    EpisodeFiles,
+    describe_log,
+    examine,
+    h5_files,
+    is_folder,
+)
 
 MAX_DEPTH = 8  # levels searched below a root: collecting folder / dataset / task / episode, and room for more
 CACHE_FOLDERS = ("qwen_vl_features", "run.json")
@@ -92,8 +102,21 @@ def recording_id(files: EpisodeFiles) -> str | None:
     """What identifies a recording wherever it is copied to: a hash of its robot log; None where that holds no rows."""
     if files.robot_log is None:
         return None
+    if files.layout == "F4":
+        return file_id(files.robot_log)
     content = files.robot_log.read_bytes()
     return hashlib.sha256(content).hexdigest()[:32] if len(content.splitlines()) > 2 else None
+
+
+def file_id(path: Path) -> str:
+    """What identifies a large file without reading all of it: its size, and 64 blocks of it."""
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with open(path, "rb") as stream:
+        for number in range(64):
+            stream.seek(size * number // 64)
+            digest.update(stream.read(16384))
+    return digest.hexdigest()[:32]
 
 
 def _look(
@@ -133,10 +156,11 @@ def _below(
     whole = files is not None and files.robot_log and (files.pictures or files.sensor_files)
     if files is not None and whole and EPISODE_NAME.match(folder.name):
         return [files]
-    inner: list[EpisodeFiles] = []
     said = len(remarks)
+    inner = _h5_episodes(folder, entries, base, table, remarks)
+    ours = {one.path.name for one in inner}  # what was prepared from them
     for entry in entries:
-        if is_folder(entry):
+        if is_folder(entry) and entry.name not in ours:
             why = _passed_over(entry)
             if why.strip():
                 remarks.append((folder / entry.name, why))
@@ -154,6 +178,25 @@ def _below(
         return inner
     del remarks[said:]  # parts of this episode
     return [files]
+
+
+def _h5_episodes(
+    folder: Path, entries: Iterable[os.DirEntry[str]], base: Path, table: DatasetTable, remarks: list[tuple[Path, str]]
+) -> list[EpisodeFiles]:
+    found = []
+    for entry in entries:
+        path = folder / entry.name
+        if path.suffix.lower() not in H5_SUFFIXES or entry.name.startswith("."):
+            continue
+        try:
+            is_one = is_episode(path)
+        except UserError:  # damaged: an episode to record again, if it is called one
+            is_one = bool(EPISODE_NAME.match(path.name))
+        if is_one:
+            found.append(h5_files(path, base, table))
+        else:
+            remarks.append((path, "holds no poses of an arm"))
+    return found
 
 
 def _strangers(folder: Path, entries: Iterable[os.DirEntry[str]], dataset: bool) -> list[str]:

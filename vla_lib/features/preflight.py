@@ -18,7 +18,7 @@ from vla_lib.features.reader import tick_steps
 from vla_lib.features.settings import CacheSettings
 from vla_lib.features.vlm import load_processor, open_checkpoint, resolve_layer
 
-STANDARD_VIEWS = ("View1_left", "View2_left", "View3_left", "View4_left", "View5")
+STANDARD_VIEWS = ("View1_left", "View2_left", "View3_left", "View4_left", "View5", "camera1", "camera2", "camera3")
 HEADER_BYTES = 4096  # of one episode's file, about
 SPARE_BYTES = 64 << 20  # left free beyond what the build writes
 
