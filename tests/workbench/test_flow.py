@@ -266,6 +266,8 @@ def test_run_all_does_again_what_new_data_ask_for_and_stops_at_the_first_failure
     known = next((data / "White_silicone_white_circle").iterdir())
     new = known.with_name("recv_all_20260101_120000")
     shutil.copytree(known, new, ignore=shutil.ignore_patterns("data.pkl", "sensor.npy"))
+    log = next(new.glob("*.csv"))
+    log.write_text("".join(log.read_text().splitlines(keepends=True)[:-1]))  # else it would be the same recording twice
     try:
         assert run_all(data, processes=1, lr=1e30) == 1
     finally:
