@@ -280,10 +280,10 @@ def test_run_all_does_again_what_new_data_ask_for_and_stops_at_the_first_failure
     lines = said[said.index("\nerror: ") :].splitlines()[1:]
     failed = max(runs_folder.glob("*-04_train_async"))
     order = [
-        "error: UserError: The loss is not finite",  # the cause
+        "error: UserError: The loss is not finite at step",  # the cause
         "Traceback (most recent call last):",  # of the rank
         "Last lines of ",  # of the log, without torchrun's own report
-        "04_train_async failed at In [",
+        f"04_train_async failed at In [8]: {failed / 'notebook.html'}",
         "04_train_async        failed  ",  # the table of steps
         f"report: {run_of(runs_folder, 'run-all') / 'report.html'}",
     ]
