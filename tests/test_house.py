@@ -101,8 +101,8 @@ def test_reading_episodes_imports_nothing_heavy():
     assert done.stdout.strip() == "[]"
 
 
-# Files and lines of each room at most. 12,500 lines in 100 files were asked for what the library did when it was cleared;
-# it is 15,500 in 116, and guards and the real recordings came on top. Bounds fall as rooms get thinner.
+# Files and lines of each room at most. What the library did when it was cleared was asked to be 12,500 lines in
+# 100 files and is 15,500 in 116; guards and the real recordings came on top. Bounds fall as rooms get thinner.
 BOUNDS = {
     "": (7, 600),
     "core": (11, 1120),
