@@ -175,6 +175,7 @@ RUN_HERE = (
     "python -m vla_lib.preprocess",
     "vla cache ls",
     "vla cache verify",
+    "vla export",
     "vla runs",
     "vla --help",
 )

@@ -106,7 +106,7 @@ def test_reading_episodes_imports_nothing_heavy():
 BOUNDS = {
     "": (7, 600),
     "core": (11, 1120),
-    "episodes": (23, 4400),
+    "episodes": (26, 5000),
     "features": (14, 2180),
     "policy": (7, 680),
     "training": (14, 2100),

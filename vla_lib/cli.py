@@ -16,6 +16,7 @@ from tyro.extras import SubcommandApp
 from vla_lib.core.errors import UserError
 from vla_lib.core.frontdoor import EXIT_BAD_INPUT
 from vla_lib.core.run_folder import PROJECT, runs_root
+from vla_lib.episodes.lerobot_export import ExportSettings
 from vla_lib.workbench import commands
 from vla_lib.workbench.parameters import describe, notebook_path
 
@@ -103,6 +104,16 @@ def demo(size: Literal["demo", "small"] = "demo", vl_model: Model = "tiny", npro
     return demo.run(_model(vl_model), nproc_per_node, size)
 
 
+def export(settings: Annotated[ExportSettings, arg(name="")]) -> int:
+    """Write the prepared episodes below a root as a LeRobot dataset (v3.0)."""
+    from vla_lib.episodes import lerobot_export
+
+    done = lerobot_export.export(settings)
+    print("left out:", *done["left_out"], sep="\n  ") if done["left_out"] else None
+    print(f"{done['status']}: {done['episodes']} LeRobot episodes, {done['frames']} frames in {settings.out}")
+    return 0
+
+
 def doctor() -> int:
     """Look at the machine, and say what to do."""
     from vla_lib.workbench import doctor
@@ -131,6 +142,7 @@ COMMANDS: tuple[Callable[..., int], ...] = (
     commands.cache,
     run_all,
     demo,
+    export,
     lab,
 )
 ACTIONS: tuple[Callable[..., int], ...] = (commands.ls, commands.show, commands.diff, commands.open, commands.rm)
