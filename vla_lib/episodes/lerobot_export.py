@@ -155,7 +155,7 @@ def _plan(settings: ExportSettings) -> tuple[list[Shard], list[dict[str, Any]], 
         runs = _runs(valid)
         if not valid.all():
             what = f"{(~valid).sum()} of {len(valid)} steps are not valid and left out"
-            left_out.append(f"{key}: {what}; {len(runs)} LeRobot episodes")
+            left_out.append(f"{key}: {what}; it becomes {len(runs)} LeRobot episode(s)")
         for begin, end in runs:
             number, first = len(parts), parts[-1].first + len(parts[-1]) if parts else 0
             task = tasks.setdefault(episode.instruction, len(tasks))
