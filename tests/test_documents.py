@@ -25,13 +25,14 @@ from vla_lib.core.files import write_text
 from vla_lib.core.run_folder import PROJECT, RunFolder
 from vla_lib.evaluation import rehearsal
 from vla_lib.runtime.robot_io import RobotIO
-from vla_lib.workbench import queue, run_all
+from vla_lib.workbench import run_all, sweeps
 from vla_lib.workbench.parameters import notebook_path, resolve
 
 DOCUMENTS = sorted(str(path.relative_to(PROJECT)) for path in [*PROJECT.glob("*.md"), *PROJECT.glob("docs/*.md")])
 PAIRS = (("README.md", "README.ko.md"), ("docs/INFERENCE_GUIDE.md", "docs/INFERENCE_GUIDE.ko.md"))
 PROGRAMS = ("vla", "python", "torchrun", "papermill", "make", "conda", "ruff", "pre-commit")
 FLOW, LAB_BOOK = "tests/workbench/test_flow.py::", "tests/workbench/test_lab_book.py::"
+SWEEPS = "tests/workbench/test_sweeps.py::"
 ELSEWHERE = {  # how a command begins: the test that runs it
     "make test": "tests/test_house.py::test_the_readmes_commands_are_the_makefiles",
     "make lint": "tests/test_house.py::test_ruff_is_clean",
@@ -40,8 +41,8 @@ ELSEWHERE = {  # how a command begins: the test that runs it
     "papermill": "tests/workbench/test_headless.py::test_plain_papermill_works_too",
     "vla run 07_rehearse -p checkpoint runs/": f"{FLOW}test_notebook_07_rehearses_in_real_time_without_a_person",
     "vla run-all": f"{FLOW}test_run_all_skips_every_step_that_is_up_to_date",
-    "vla sweep": f"{LAB_BOOK}test_a_sweep_survives_a_failing_run_and_goes_on_where_it_was",
-    "vla night": f"{LAB_BOOK}test_a_stopped_queue_leaves_no_process_and_true_records",
+    "vla sweep": f"{SWEEPS}test_a_sweep_survives_a_failing_run_and_goes_on_where_it_was",
+    "vla night": f"{SWEEPS}test_a_stopped_queue_leaves_no_process_and_true_records",
     "vla rerun": f"{LAB_BOOK}test_a_run_is_repeated_and_says_what_has_changed",
     "vla doctor": f"{LAB_BOOK}test_the_doctor_names_what_is_missing_and_what_to_do",
     "vla cache rm": "tests/features/test_features_cache.py::test_list_verify_remove",
@@ -118,8 +119,8 @@ def understand(words: list[str]) -> None:
             plan = run_all.FlowPlan(arguments.dataset_root, diffusion=arguments.diffusion)
             run_all.assign(given, plan.notebooks)
         elif rest[0] == "sweep":
-            for entry in queue.grid(arguments.notebook, arguments.grid, given):
-                resolve(notebook_path(entry.notebook), entry.parameters, text=True)
+            how = {name: getattr(arguments, name, default) for name, default in SWEEP.items()}
+            sweeps.plan_sweep(arguments.notebook, fixed=given, **how).check()
         elif rest[0] == "run":
             resolve(notebook_path(arguments.notebook), given, text=True)
     elif words[:3] == ["python", "-m", "pytest"]:
@@ -170,6 +171,7 @@ def run_in_process(words: list[str]) -> int | None:
 
 SMALL = "--picture-width 32 --picture-height 24 --idle-tail-s 0.2"
 SMALLER = {"--episodes-f1 30 --episodes-f2 10": f"--episodes-f1 1 --episodes-f2 0 {SMALL}"}
+SWEEP = {"grid": (), "search": (), "trials": 0, "seeds": 1}
 RUN_HERE = (
     "python -m needle_rig",
     "python -m vla_lib.preprocess",
@@ -238,7 +240,7 @@ def test_the_shown_list_of_a_night_is_one(tmp_path):
     for document in PAIRS[0]:
         (shown,) = re.findall(r"vla night jobs.yaml +#.*?(- \{.*\}\})", read(document))
         (tmp_path / "jobs.yaml").write_text(shown)
-        (entry,) = queue.read_list(tmp_path / "jobs.yaml")
+        (entry,) = sweeps.read_list(tmp_path / "jobs.yaml")
         resolve(notebook_path(entry.notebook), entry.parameters, text=True)
 
 

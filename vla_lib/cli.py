@@ -36,34 +36,57 @@ Pairs = Annotated[
 
 
 # The heavy modules are imported where a command needs them: `--help` comes at once.
-def run(notebook: Notebook, parameters: Pairs = (), run_dir: Path | None = None) -> int:
+def run(
+    notebook: Notebook,
+    parameters: Pairs = (),
+    run_dir: Path | None = None,
+    resume: FlagCreatePairsOff[bool] = False,
+) -> int:
     """Run a notebook headless into a run folder; `vla run NOTEBOOK --help` lists its parameters.
 
     Args:
         run_dir: this run folder instead of a new one below runs/.
+        resume: go on with the run that --run-dir holds, a training from its checkpoint.
     """
     from vla_lib.workbench import headless
 
-    return headless.run_and_print(notebook, once(parameters), text=True, run_dir=run_dir)
+    return headless.run_and_print(notebook, once(parameters), text=True, run_dir=run_dir, resume=resume)
 
 
 def sweep(
     notebook: Notebook,
-    grid: Annotated[tuple[str, ...], arg(metavar="NAME=VALUE,VALUE ...", help="values of each parameter to vary")],
+    grid: Annotated[tuple[str, ...], arg(metavar="NAME=VALUE,VALUE ...", help="every combination of these")] = (),
+    search: Annotated[tuple[str, ...], arg(metavar="NAME=LOW..HIGH[:log] ...", help="values that Optuna draws")] = (),
+    trials: int = 0,
+    seeds: int = 1,
+    prune: FlagCreatePairsOff[bool] = False,
+    objective: str = "val_action_loss",
+    maximize: FlagCreatePairsOff[bool] = False,
     parameters: Pairs = (),
     parallel: AtATime = 1,
 ) -> int:
-    """Run a notebook with every combination of some parameters' values."""
-    from vla_lib.workbench import queue
+    """Run a notebook with many settings. The same command goes on with a sweep that was stopped or had failures, and
+    joins one that runs, from any machine that sees the runs folder.
 
-    return queue.run("sweep", queue.grid(notebook, grid, once(parameters)), parallel)
+    Args:
+        trials: settings in all, of a search.
+        seeds: repetitions of each setting, each with a seed of its own.
+        prune: stop runs whose held-out error is above the median of the runs before them.
+        objective: the result to make small.
+        maximize: make it large instead.
+    """
+    from vla_lib.workbench import sweeps, worker
+
+    how = {"objective": objective, "maximize": maximize, "prune": prune}
+    plan = sweeps.plan_sweep(notebook, grid, once(parameters), search, trials, seeds, **how)
+    return worker.run(plan, parallel)
 
 
 def night(jobs: Annotated[Positional[Path], arg(metavar="JOBS", help="the YAML file")], parallel: AtATime = 1) -> int:
     """Run a YAML list of notebooks: - {name: wide, notebook: 04_train_async, parameters: {lr: 1e-4}}"""
-    from vla_lib.workbench import queue
+    from vla_lib.workbench import sweeps, worker
 
-    return queue.run("night", queue.read_list(jobs), parallel)
+    return worker.run(sweeps.Plan("night", sweeps.read_list(jobs)), parallel)
 
 
 def run_all(

@@ -38,6 +38,26 @@ def test_a_headless_run_leaves_notebook_page_and_record(write_notebook):
     assert "frame = 3" in page and "IntSlider(" not in page
 
 
+def test_a_stopped_run_goes_on_in_its_own_folder(write_notebook, tmp_path, capsys):
+    """With its checkpoint, which the notebook is given as `resume_run`; its parameters stay those of the run."""
+    path = write_notebook(
+        "n: int = 1\nresume_run: str = ''",
+        "(run.path / 'checkpoints').mkdir(exist_ok=True); (run.path / 'checkpoints' / 'latest.pt').touch()\n"
+        "if not resume_run: raise KeyboardInterrupt",
+        "run.add_results(n=n, went_on=resume_run); run.finish()",
+    )
+    words = ["run", str(path), "-p", "n", "2", "--resume", "--run-dir", str(tmp_path / "run")]
+    for status in (130, 0):
+        with pytest.raises(SystemExit) as ended:
+            cli.main(words)
+        assert ended.value.code == status
+    record = read_record(tmp_path / "run")
+    assert (record["state"], record["parameters"]) == ("done", {"n": 2, "resume_run": ""})
+    assert read_json(tmp_path / "run" / "results.json") == {"n": 2, "went_on": str(tmp_path / "run")}
+    with pytest.raises(UserError, match="--resume needs --run-dir"):
+        run_notebook(path, {}, resume=True)
+
+
 @pytest.mark.parametrize("most", (headless.SOCKET_BYTES, 5))
 def test_a_long_tmpdir_takes_no_run_along(most, write_notebook, tmp_path, monkeypatch):
     """As batch systems make them: sockets go to a folder with a short name; where there is none, to TCP ports."""

@@ -1,14 +1,8 @@
-"""The lab book's commands: queues of runs that survive failures and go on, runs shown, compared, removed and repeated,
-the machine looked at."""
+"""The lab book's commands: runs shown, compared, removed and repeated, the machine looked at."""
 
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
-import pandas as pd
 import pytest
 
 from vla_lib import cli
@@ -17,138 +11,8 @@ from vla_lib.core.files import read_json, write_json, write_text
 from vla_lib.core.owner import owned
 from vla_lib.core.run_folder import RunFolder, git_state, read_record
 from vla_lib.training import metrics
-from vla_lib.workbench import commands, doctor, queue, runs
+from vla_lib.workbench import commands, doctor, runs
 from vla_lib.workbench.jobs import Job
-from vla_lib.workbench.parameters import resolve
-
-CELL = """
-if n == 2 and not __import__('pathlib').Path(flag).exists():
-    raise ValueError('two is broken')
-run.add_results(step=10 * n); run.finish()
-"""
-
-
-def test_a_sweep_survives_a_failing_run_and_goes_on_where_it_was(write_notebook, runs_folder, tmp_path, capsys):
-    path = write_notebook("n: int = 1\nflag: str = ''", CELL)
-    entries = queue.grid(str(path), ["n=1,2"], {"flag": str(tmp_path / "mended")})
-    assert queue.run("sweep", entries, parallel=2) == 1
-    said = capsys.readouterr().out
-    assert "failed after" in said and "ValueError: two is broken" in said
-    (folder,) = runs_folder.glob("*-sweep")
-    first = read_json(folder / "queue.json")["runs"]
-    assert (read_record(folder)["state"], first["n=1"]["state"], first["n=2"]["state"]) == ("failed", "done", "failed")
-
-    (tmp_path / "mended").touch()
-    assert queue.run("sweep", entries) == 0
-    after = read_json(folder / "queue.json")["runs"]
-    assert after["n=1"] == first["n=1"]  # not done again
-    assert after["n=2"]["run"] != first["n=2"]["run"]
-    table = pd.read_csv(folder / "comparison.csv")
-    assert table[["entry", "state", "n", "step"]].values.tolist() == [["n=1", "done", 1, 10], ["n=2", "done", 2, 20]]
-    assert len(list(runs_folder.glob("*-sweep"))) == 1
-
-
-def test_a_stopped_queue_leaves_no_process_and_true_records(write_notebook, runs_folder, tmp_path):
-    path = write_notebook("n: int = 1", "import time; print('begun', flush=True); time.sleep(600)")
-    jobs = tmp_path / "jobs.yaml"
-    jobs.write_text(f"- {{name: long, notebook: {path}, parameters: {{n: 3}}}}\n- {{notebook: {path}}}\n")
-    process = night_process(jobs)
-    while not any("begun" in log.read_text() for log in runs_folder.glob("*-small/run.log")):
-        assert process.poll() is None
-        time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    assert process.wait() == 130
-    (run,) = runs_folder.glob("*-small")
-    (night,) = runs_folder.glob("*-night")
-    assert (read_record(run)["state"], read_record(night)["state"]) == ("cancelled", "cancelled")
-    assert read_record(run)["parameters"] == {"n": 3}
-
-
-def night_process(jobs: Path) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-m", "vla_lib.cli", "night", str(jobs)], stdout=subprocess.PIPE, text=True
-    )
-
-
-def test_a_queue_stopped_before_its_run_began_ends_in_order(write_notebook, runs_folder, tmp_path):
-    jobs = tmp_path / "jobs.yaml"
-    jobs.write_text(f"- {{name: first, notebook: {write_notebook('n: int = 1', 'run.finish()')}}}\n")
-    process = night_process(jobs)
-    assert any("started first" in line for line in process.stdout)
-    process.send_signal(signal.SIGINT)
-    assert process.wait() == 130
-    (night,) = runs_folder.glob("*-night")
-    assert read_record(night)["state"] == "cancelled"
-    table = pd.read_csv(night / "comparison.csv")
-    assert table["entry"].tolist() == ["first"] and table["state"].isin(["lost", "cancelled"]).all()
-
-
-def test_a_run_that_never_begins_is_lost_and_stands_beside_the_others(write_notebook, runs_folder, monkeypatch, capsys):
-    path = write_notebook("n: int = 1", "run.add_results(step=n); run.finish()")
-    job = queue.Queue.job
-
-    def broken(self: queue.Queue, entry: queue.Entry, target: Path) -> Job:
-        made = job(self, entry, target)
-        if entry.name == "n=2":
-            made.command = [sys.executable, "-c", "raise SystemExit(3)"]
-        return made
-
-    monkeypatch.setattr(queue.Queue, "job", broken)
-    assert queue.run("sweep", queue.grid(str(path), ["n=1,2"], {}), parallel=2) == 1
-    assert "it never began, see " in capsys.readouterr().out
-    (sweep,) = runs_folder.glob("*-sweep")
-    table = pd.read_csv(sweep / "comparison.csv")
-    assert table[["entry", "state"]].values.tolist() == [["n=1", "done"], ["n=2", "lost"]]
-    assert read_record(sweep)["error"] == "1 of 2 runs did not end as done: n=2"
-
-
-@pytest.mark.parametrize(
-    "text, said",
-    (
-        ("- {notebook: 04_train_async, parameters: {lrr: 1e-4}}", "has no parameter lrr"),
-        (
-            "- {name: a, notebook: 04_train_async, parameters: {lr: 2026-01-01}}",
-            "night, a: 04_train_async: parameter lr wants float",
-        ),
-        (
-            "- {notebook: 04_train_async, parameters: {lr: [1e-4, {a: b}]}}",
-            "entry 1: parameter lr is one value or a list of words",
-        ),
-        ("- {name: [a], notebook: 04_train_async}", "entry 1: its name is text"),
-        ("- {name: a}", "entry 1: wants a notebook"),
-        ("- {notebook: 04_train_async\n", "cannot be read as YAML"),
-        ("[]", "must hold a list of runs"),
-        ("- {name: a, notebook: 04_train_async}\n- {name: a, notebook: 06_evaluate}", "two entries are named 'a'"),
-    ),
-)
-def test_a_bad_list_starts_nothing(text, said, tmp_path, runs_folder):
-    (tmp_path / "jobs.yaml").write_text(text)
-    with pytest.raises(UserError, match=said):
-        queue.run("night", queue.read_list(tmp_path / "jobs.yaml"))
-    assert not runs_folder.exists()
-
-
-def test_values_of_a_list_mean_what_command_line_words_mean(tmp_path, write_notebook):
-    path = write_notebook("name: str = ''\nlr: float = 1.0\non: bool = False\nviews: list[str] = []")
-    (tmp_path / "jobs.yaml").write_text(
-        f"- notebook: {path}\n  parameters: {{name: no, lr: 1e-4, on: true, views: [View1, 2026-01-01]}}\n"
-    )
-    (entry,) = queue.read_list(tmp_path / "jobs.yaml")
-    values = {"name": "no", "lr": 1e-4, "on": True, "views": ["View1", "2026-01-01"]}
-    assert resolve(path, entry.parameters, text=True) == values
-
-
-def test_a_grid_is_every_combination_and_bad_axes_are_named():
-    entries = queue.grid("04_train_async", ["lr=1e-4,5e-5", "vlm_reuse_count=3,4"], {"seed": "1"})
-    assert [entry.name for entry in entries][:2] == ["lr=1e-4 vlm_reuse_count=3", "lr=1e-4 vlm_reuse_count=4"]
-    assert len(entries) == 4 and entries[3].parameters == {"seed": "1", "lr": "5e-5", "vlm_reuse_count": "4"}
-    for axis in ("lr", "lr=", "=3", "lr=1,"):
-        with pytest.raises(UserError, match="NAME=VALUE"):
-            queue.grid("04_train_async", [axis], {})
-    with pytest.raises(UserError, match="given twice"):
-        queue.grid("04_train_async", ["lr=1,2"], {"lr": "3"})
-    with pytest.raises(UserError, match="a value of seed is given twice"):
-        queue.grid("04_train_async", ["seed=1,2,1"], {})
 
 
 @pytest.fixture

@@ -1,9 +1,9 @@
 """A run's folder `runs/<UTC time>-<name>/`: its record run.json, whose state is always true, and its results.json. Both
 are written here only.
 
-run.json holds state (running, done, failed, cancelled, lost), parameters, git, versions, times, the owner's process and
-the error. It is written atomically at every change. A record that says `running` while its process is gone is read as
-`lost` (see `read_record`).
+run.json holds state (running, done, failed, cancelled, lost, pruned), parameters, git, versions, times, the owner's
+process and the error. It is written atomically at every change. A record that says `running` while its process is gone
+is read as `lost` (see `read_record`).
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from vla_lib.core.files import read_json, reserve, write_json, write_reserved
 from vla_lib.core.owner import Owner, alive, elsewhere, living, owner_file
 
 PROJECT = Path(__file__).resolve().parents[2]
-STATES = ("running", "done", "failed", "cancelled", "lost")
+STATES = ("running", "done", "failed", "cancelled", "lost", "pruned")
 UNREADABLE = "unreadable"  # what stands for the state of a record that is none
 RUN = "run"  # the role of whoever writes run.json
 VERSIONS_OF = ("vla-workbench", "torch", "transformers", "accelerate", "diffusers", "numpy", "papermill", "mujoco")
@@ -53,7 +53,7 @@ class _Record(BaseModel, strict=True):
     """What readers take from a record without asking; there may be more."""
 
     name: str
-    state: Literal["running", "done", "failed", "cancelled", "lost"]
+    state: Literal["running", "done", "failed", "cancelled", "lost", "pruned"]
     started: Annotated[str, AfterValidator(datetime.fromisoformat)]
     parameters: dict[str, Any] = {}
     duration_s: float | None = None
@@ -153,6 +153,14 @@ def _running(path: Path, record: dict[str, Any]) -> bool:
     if elsewhere(owner_file(path, RUN)):
         return bool(living(owner_file(path, RUN)))
     return record.get("host") != socket.gethostname() or alive(record.get("pid"), record.get("pid_created"))
+
+
+def close_as_pruned(path: Path, why: str) -> str:
+    """Say of a cancelled run that a sweep has stopped it as a poor one; returns that state."""
+    record = read_record(path)
+    if record["state"] == "cancelled":
+        write_json(Path(path) / "run.json", record | {"state": "pruned", "error": why})
+    return "pruned"
 
 
 def read_results(path: Path) -> dict[str, Any]:

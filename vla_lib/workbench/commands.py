@@ -29,7 +29,7 @@ LISTED = ["run", "state", "started", "duration_s", "data", "cache", "git"]
 
 def ls(
     name: Annotated[Positional[str], arg(metavar="NAME", help="only runs of this notebook, e.g. 04_train_async")] = "",
-    state: Literal["", "running", "done", "failed", "cancelled", "lost", "unreadable"] = "",
+    state: Literal["", "running", "done", "failed", "cancelled", "lost", "pruned", "unreadable"] = "",
     sort: str = "",
 ) -> int:
     """List the runs, newest last.

@@ -99,18 +99,23 @@ def run_notebook(
     text: bool = False,
     log: bool = True,
     run_dir: Path | None = None,
+    resume: bool = False,
     **noted: Any,
 ) -> RunResult:
     """Execute a notebook headless in a run folder of its own (`run_dir`: this one, which must hold no run yet).
 
-    `given`: parameter values, or command-line words with `text`; `noted`: what the run's record holds besides. Raises
-    UserError for an unknown notebook, parameter name or type, before a kernel starts; a failing cell is not raised but
-    returned as state `failed`.
+    `given`: parameter values, or command-line words with `text`; `resume`: a run that `run_dir` holds is gone on with,
+    a training from its checkpoint, all cells run again; `noted`: what the run's record holds besides. Raises UserError
+    for an unknown notebook, parameter name or type, before a kernel starts; a failing cell is not raised but returned
+    as state `failed`.
     """
     path = notebook_path(name)
     values = resolve(path, given, text)
     noted = {"notebook": str(path), "given": sorted(given), "data": data_state(values), **noted}
-    run = RunFolder.create(path.stem, values, path=run_dir, **noted)
+    run = _open_run(path.stem, values, run_dir, resume, noted)
+    handed = {parameter: values[parameter] for parameter in given}
+    if resume and "resume_run" in values and any((run.path / "checkpoints").glob("*.pt")):
+        handed["resume_run"] = str(run.path)
     executed = run.path / "notebook.ipynb"
     plain = PlainLog(run.path / LOG_NAME, log)
     state, error, bad_input, cell = "failed", None, False, None
@@ -119,7 +124,7 @@ def run_notebook(
             papermill.execute_notebook(
                 str(path),
                 str(executed),
-                parameters={parameter: values[parameter] for parameter in given},
+                parameters=handed,
                 kernel_name="python3",
                 kernel_manager_class=LocalKernelManager,
                 cwd=str(path.parent),
@@ -149,6 +154,16 @@ def run_notebook(
             result = RunResult(run.path, state, error, bad_input, cell)
             _write_page(executed, result.page)
     return result
+
+
+def _open_run(
+    name: str, values: dict[str, Any], run_dir: Path | None, resume: bool, noted: dict[str, Any]
+) -> RunFolder:
+    if resume and run_dir is None:
+        raise UserError("--resume needs --run-dir, the folder of the run to go on with.")
+    if resume and run_dir is not None and (run_dir / "run.json").exists():
+        return RunFolder.resume(run_dir.expanduser().absolute(), values)
+    return RunFolder.create(name, values, path=run_dir, **noted)
 
 
 def run_and_print(name: str | Path, given: dict[str, Any], **how: Any) -> int:

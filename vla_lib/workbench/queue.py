@@ -1,223 +1,235 @@
-"""Named notebook runs, some at a time, each in a process of its own: a failing one stops nothing, what is done is not
-done again.
+"""The queue of a sweep or night: an Optuna study in its run folder, shared by all workers that see the folder.
 
-    vla sweep 04_train_async --grid lr=1e-4,5e-5 vlm_reuse_count=3,4 --parallel 2
-    vla night jobs.yaml          # - {name: wide, notebook: 04_train_async, parameters: {width: 256}}
-
-The queue's folder below runs/ holds queue.json (what is asked for, and each entry's run), the supervised jobs, and
-comparison.csv. The same command goes on with a queue that was stopped or had failures. An entry is a `vla run`, so that
-a crash touches no other entry.
+The journal file `study.journal` holds one trial an entry, waiting until a worker claims it, so nothing is done twice
+and no budget is exceeded. An entry whose worker is gone, or gave it back, waits again and keeps its run folder. Claims
+are made one at a time, under a lock file that works on network mounts too.
 """
 
-import asyncio
-import itertools
-import json
-import sys
-import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+import contextlib
+import math
+import secrets
+import socket
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pandas as pd
-import yaml
+from optuna.exceptions import ExperimentalWarning, UpdateFinishedTrialError
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+from optuna.trial import FrozenTrial, TrialState
 
 from vla_lib.core.errors import UserError
-from vla_lib.core.files import read_json, write_json, write_text
-from vla_lib.core.progress import clock
+from vla_lib.core.owner import Owner, living, owner_file
 from vla_lib.core.run_folder import RunFolder, new_folder, read_record, runs_root
 from vla_lib.workbench import runs
-from vla_lib.workbench.jobs import GRACE_S, Job, JobCancelled, JobFailed
-from vla_lib.workbench.notebook import shown
-from vla_lib.workbench.parameters import notebook_path, resolve
+from vla_lib.workbench.parameters import notebook_path
+from vla_lib.workbench.sweeps import Entry, Plan, word
+
+JOURNAL = "study.journal"
+STUDY = "study"
+ENDED_WELL = ("done", "pruned")
+SURE_AFTER = 3  # runs that end before one may be pruned; a guess
+LEFT = ("cancelled", "lost")  # a queue whose record nobody keeps
+
+
+@contextlib.contextmanager
+def exclusive(path: Path) -> Iterator[None]:
+    """Inside, nobody else holds `<path>.lock`, on any machine; a killed holder's lock is taken over after 30 s."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = JournalFileOpenLock(str(path))
+    lock.acquire()
+    try:
+        yield
+    finally:
+        with contextlib.suppress(RuntimeError):  # it was taken over
+            lock.release()
+
+
+def open_study(folder: Path, **options: Any) -> optuna.Study:
+    """The study in a queue's folder. Raises UserError where there is none and no `options` to make one."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    journal = folder / JOURNAL
+    if not options and not journal.exists():
+        raise UserError(f"{folder} holds no {JOURNAL}; give the folder of a sweep or a night (`vla runs` lists them).")
+    storage = JournalStorage(JournalFileBackend(str(journal), lock_obj=JournalFileOpenLock(str(journal))))
+    if not options:
+        return optuna.load_study(study_name=STUDY, storage=storage)
+    return optuna.create_study(study_name=STUDY, storage=storage, load_if_exists=True, **options)
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One run of a queue: a name, a notebook and its parameters as command-line words."""
+class Claim:
+    """An entry that this worker has to itself: its trial, its parameters as words, its run folder, and whether that
+    holds an earlier try to go on with."""
 
-    name: str
-    notebook: str
-    parameters: dict[str, str] = field(default_factory=dict)
+    trial: optuna.Trial
+    entry: Entry
+    words: dict[str, str]
+    run: Path
+    resume: bool
 
-
-def grid(notebook: str, axes: Sequence[str], fixed: dict[str, str]) -> list[Entry]:
-    """Every combination of `name=value,value` axes over the `fixed` parameters. Raises UserError for anything else than
-    such an axis."""
-    values: dict[str, list[str]] = {}
-    for axis in axes:
-        name, _, words = axis.partition("=")
-        if not name or not all(words.split(",")):
-            raise UserError(f"--grid wants NAME=VALUE,VALUE..., not {axis!r}.")
-        if name in values or name in fixed:
-            raise UserError(f"Parameter {name} is given twice; give it once.")
-        values[name] = words.split(",")
-        if len(set(values[name])) < len(values[name]):
-            raise UserError(f"--grid {axis}: a value of {name} is given twice; give each once.")
-    chosen = [dict(zip(values, combination, strict=True)) for combination in itertools.product(*values.values())]
-    return [Entry(" ".join(f"{key}={value}" for key, value in one.items()), notebook, fixed | one) for one in chosen]
+    @property
+    def title(self) -> str:
+        """The entry's name, with what was drawn for it."""
+        drawn = [f"{name}={value}" for name, value in self.words.items() if name not in self.entry.parameters]
+        return " ".join([self.entry.name, *drawn])
 
 
-def read_list(path: Path) -> list[Entry]:
-    """The entries of a YAML list of `{name, notebook, parameters}`; values mean what the same words mean on a command
-    line.
-
-    Raises UserError naming the file and the entry for anything else.
-    """
-    try:  # the base loader leaves text as it is: neither dates nor `no` for False
-        listed = yaml.load(Path(path).read_text(), Loader=yaml.BaseLoader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}.") from None
-    if not isinstance(listed, list) or not listed:
-        example = "`- {name: wide, notebook: 04_train_async, parameters: {lr: 1e-4}}`"
-        raise UserError(f"{path} must hold a list of runs: {example}.")
-    found: list[Entry] = []
-    for number, row in enumerate(listed, 1):
-        where = f"{path}, entry {number}"
-        known = isinstance(row, dict) and not set(row) - {"name", "notebook", "parameters"}
-        if not known or not isinstance(row.get("notebook"), str):
-            raise UserError(f"{where}: wants a notebook, and may have a name and parameters; it is {row!r}.")
-        parameters, name = row.get("parameters") or {}, row.get("name") or f"{number} {row['notebook']}"
-        if not isinstance(parameters, dict):
-            raise UserError(f"{where}: parameters are NAME: VALUE pairs, not {parameters!r}.")
-        if not isinstance(name, str):
-            raise UserError(f"{where}: its name is text, not {name!r}.")
-        if name in [entry.name for entry in found]:
-            raise UserError(f"{path}: two entries are named {name!r}; name each once.")
-        words = {key: _word(value, f"{where}: parameter {key}") for key, value in parameters.items()}
-        found.append(Entry(name, row["notebook"], words))
-    return found
-
-
-def _word(value: Any, where: str) -> str:
-    """A value of a YAML list as a command-line word; a list of words is one too."""
-    if isinstance(value, list) and all(isinstance(item, str) for item in value):
-        return json.dumps(value)
-    if not isinstance(value, str):
-        raise UserError(f"{where} is one value or a list of words, not {value!r}.")
-    return value
-
-
-def run(kind: str, entries: list[Entry], parallel: int = 1) -> int:
-    """Run the entries, `parallel` at a time; prints each one's start and end, then the comparison. Returns 0, 1 where
-    one failed, 130 where it was stopped. Raises UserError for an unknown notebook, parameter or value before anything
-    starts."""
-    if parallel < 1:
-        raise UserError(f"--parallel is {parallel}; give 1 or more.")
-    for entry in entries:
-        try:
-            resolve(notebook_path(entry.notebook), entry.parameters, text=True)
-        except UserError as error:
-            raise UserError(f"{kind}, {entry.name}: {error}") from None
-    queue = Queue.open(kind, entries)
-    waiting = [entry for entry in entries if queue.found.get(entry.name, {}).get("state") != "done"]
-    done = len(entries) - len(waiting)
-    print(f"{kind}: {len(entries)} runs, {done} done already; {shown(queue.folder.path)}", flush=True)
-    state, why = "failed", ""
-    try:
-        asyncio.run(queue.work(waiting, parallel))
-        failed = [name for name, row in queue.found.items() if row["state"] != "done"]
-        state = "failed" if failed else "done"
-        why = f"{len(failed)} of {len(entries)} runs did not end as done: {', '.join(failed)}" if failed else ""
-    except KeyboardInterrupt:
-        state, why = "cancelled", "interrupted; the same command goes on"
-    finally:
-        queue.folder.finish(state, why or None)
-        table = queue.comparison()
-        write_text(queue.folder.path / "comparison.csv", table.to_csv(index=False))
-        where = shown(queue.folder.path / "comparison.csv")
-        print(f"\n{table.to_string(index=False, na_rep='')}\n\n{where}", flush=True)
-        if why:
-            print(f"error: {why}", file=sys.stderr)
-    return {"done": 0, "cancelled": 130}.get(state, 1)
-
-
-@dataclass
 class Queue:
-    """A queue's folder, its entries, and of each that was started its run and state."""
+    """A queue's folder, what it asks for, and this worker's part in it.
 
-    folder: RunFolder
-    entries: list[Entry]
-    found: dict[str, dict[str, str]]
+    The record run.json is kept by one worker; where that one leaves, another takes it up (`keep_record`).
+    """
+
+    def __init__(self, path: Path, plan: Plan, record: RunFolder | None):
+        self.path, self.plan, self.record = path, plan, record
+        self._entries = {entry.name: entry for entry in plan.entries}
+        role = f"{socket.gethostname()}-{secrets.token_hex(4)}"
+        self.worker = Owner.take(path / "workers", role)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ExperimentalWarning)
+            sampler = optuna.samplers.TPESampler(constant_liar=True)  # runs that others have begun count as poor ones
+        pruner = optuna.pruners.MedianPruner(SURE_AFTER) if plan.prune else optuna.pruners.NopPruner()
+        direction = "maximize" if plan.maximize else "minimize"
+        self.study = open_study(path, direction=direction, sampler=sampler, pruner=pruner)
 
     @classmethod
-    def open(cls, kind: str, entries: list[Entry]) -> "Queue":
-        """The newest unfinished queue that asks for the same, else a new one. Raises UserError where that one is
-        running."""
-        asked = runs.digest([asdict(entry) for entry in entries])
-        same = [path for path in runs.find_runs(kind) if read_record(path)["parameters"].get("digest") == asked]
-        same = [path for path in same if read_record(path)["state"] != "done"]
-        path, found = (same[-1] if same else None), {}
-        if path and read_record(path)["state"] == "running":
-            which = f"process {read_record(path)['pid']}, {path.name}"
-            raise UserError(f"The same {kind} is running already ({which}); wait for it, or stop it with Ctrl-C there.")
-        if path and (path / "queue.json").exists():
-            rows = read_json(path / "queue.json")["runs"]
-            found = {name: {**row, "state": _state(row["run"])} for name, row in rows.items()}
-        wanted = {"digest": asked, "entries": len(entries)}
-        return cls(RunFolder.resume(path, wanted) if path else RunFolder.create(kind, wanted), entries, found)
+    def open(cls, plan: Plan) -> "Queue":
+        """Join the running queue that asks for the same; else go on with the newest that did not end well, its failed
+        entries waiting again; else begin a new one."""
+        wanted = plan.record
+        with exclusive(runs_root() / f".{plan.kind}"):
+            known = [(path, read_record(path)) for path in runs.find_runs(plan.kind)]
+            same = [one for one in known if one[1]["parameters"].get("digest") == wanted["digest"]]
+            path, state = next(((p, r["state"]) for p, r in reversed(same) if r["state"] != "done"), (None, ""))
+            record = None
+            if path is None:
+                record = RunFolder.create(plan.kind, wanted)
+            elif state != "running":
+                record = RunFolder.resume(path, wanted)
+            queue = cls(path or record.path, plan, record)  # type: ignore[union-attr]
+            with exclusive(queue.path / "claim"):
+                queue._fill(again=record is not None)
+        return queue
 
-    async def work(self, waiting: list[Entry], parallel: int) -> None:
-        """Run the entries, `parallel` at a time."""
-        slots = asyncio.Semaphore(parallel)
-        await asyncio.gather(*(self.run(entry, slots) for entry in waiting))
+    def newest(self) -> dict[str, FrozenTrial]:
+        """The newest trial of each entry that has one."""
+        trials = self.study.get_trials(deepcopy=False)
+        return {trial.user_attrs["entry"]: trial for trial in trials if trial.user_attrs.get("entry") in self._entries}
 
-    async def run(self, entry: Entry, slots: asyncio.Semaphore) -> None:
-        """Run one entry to its end, however that is, once there is a slot for it."""
-        async with slots:
-            target, start = new_folder(notebook_path(entry.notebook).stem), time.monotonic()
-            row = self.found[entry.name] = {"run": target.name, "state": "running"}
-            self.save()
-            job = self.job(entry, target)
-            print(f"{_now()} started {entry.name}: {shown(target)}", flush=True)
-            try:
-                await job.watch(lambda lines: None)
-            except (JobFailed, JobCancelled) as error:
-                task = asyncio.current_task()
-                if task and task.cancelling():  # Ctrl-C: this entry is stopped, and so is the queue
-                    raise asyncio.CancelledError from error
-            finally:
-                row["state"] = _state(target.name)
-                self.save()
-            cause = "" if row["state"] == "done" else f"\n  {_cause(target, job.log)}"
-            print(f"{_now()} {row['state']} after {clock(time.monotonic() - start)}: {entry.name}{cause}", flush=True)
+    def claim(self) -> Claim | None:
+        """The next waiting entry, now this worker's; None where none waits."""
+        with exclusive(self.path / "claim"):
+            self._fill()
+            if not self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
+                return None
+            trial = self.study.ask(self.plan.space)
+            entry, before = self._entries[trial.user_attrs["entry"]], trial.user_attrs.get("run")
+            run = runs_root() / before if before else new_folder(notebook_path(entry.notebook).stem)
+            trial.set_user_attr("run", run.name)
+            trial.set_user_attr("worker", self.worker.file.name)
+            drawn = {name: word(trial.params[name]) for name in self.plan.searched}
+            return Claim(trial, entry, entry.parameters | drawn, run, resume=before is not None)
 
-    def job(self, entry: Entry, target: Path) -> Job:
-        """The supervised `vla run` of an entry in the run folder `target`; it is given time to stop a training of its
-        own."""
-        words = [word for name, value in entry.parameters.items() for word in ("-p", name, value)]
-        command = [sys.executable, "-m", "vla_lib.cli", "run", str(notebook_path(entry.notebook))]
-        folder = self.folder.path / "jobs" / target.name
-        return Job([*command, "--run-dir", str(target), *words], folder, "vla.log", grace_s=2 * GRACE_S + 15)
+    def _fill(self, again: bool = False) -> None:
+        """Let wait: entries that nobody has begun (repetitions of a searched setting once it is drawn), those whose
+        worker is gone or gave them back, and with `again` those that did not end well."""
+        for trial in self.newest().values():
+            if trial.state == TrialState.RUNNING and self._gone(trial):
+                with contextlib.suppress(UpdateFinishedTrialError, ValueError):
+                    self.study.tell(trial.number, state=TrialState.FAIL)
+        newest = self.newest()
+        drawn = {trial.user_attrs["setting"]: trial.params for trial in newest.values() if self._whole(trial)}
+        begun = {trial.user_attrs["setting"] for trial in newest.values()}
+        for entry in self.plan.entries:
+            found, run = newest.get(entry.name), None
+            if found is None:
+                if self.plan.searched and entry.setting in begun and entry.setting not in drawn:
+                    continue
+                begun.add(entry.setting)
+            else:
+                state = found.user_attrs.get("state")
+                if found.state != TrialState.FAIL or (state and not (again and state not in ENDED_WELL)):
+                    continue
+                run = found.user_attrs.get("run") if state in (None, *LEFT) else None
+            axes = {name: entry.parameters[name] for name in self.plan.space if name not in self.plan.searched}
+            known = drawn.get(entry.setting) or (found.params if found else {})
+            attributes = {"entry": entry.name, "setting": entry.setting, **({"run": run} if run else {})}
+            self.study.enqueue_trial({**known, **axes}, user_attrs=attributes)
 
-    def save(self) -> None:
-        """Write queue.json."""
-        asked = [asdict(entry) for entry in self.entries]
-        write_json(self.folder.path / "queue.json", {"entries": asked, "runs": self.found})
+    def _whole(self, trial: FrozenTrial) -> bool:
+        return bool(self.plan.searched) and set(self.plan.searched) <= trial.params.keys()
+
+    def _gone(self, trial: FrozenTrial) -> bool:
+        """Whether nobody works on a claimed trial any more; a run whose worker was killed may still save a checkpoint.
+        One without a worker's name was left in the middle of its claim, as claims are made one at a time."""
+        name = trial.user_attrs.get("worker")
+        probe = self.worker.file.with_suffix(".partial")
+        if name and living(self.path / "workers" / name, probe):
+            return False
+        run = runs_root() / str(trial.user_attrs.get("run"))
+        began = (run / "run.json").exists()
+        return not living(owner_file(run)) and not (began and read_record(run)["state"] == "running")
+
+    def tell(self, claim: Claim, state: str, error: str = "") -> str:
+        """Close a claimed entry: done, pruned, failed, cancelled or lost. Returns the state, which is failed where a
+        search misses its objective."""
+        value = runs.plain_results(claim.run).get(self.plan.objective) if state == "done" else None
+        known = isinstance(value, int | float) and math.isfinite(value)
+        if state == "done" and self.plan.searched and not known:
+            state, error = "failed", f"its results have no {self.plan.objective}, which the search asks for"
+        try:
+            claim.trial.set_user_attr("state", state)
+            claim.trial.set_user_attr("error", error)
+            if state == "done":  # without the objective it is beyond every plot
+                worst = -math.inf if self.plan.maximize else math.inf
+                self.study.tell(claim.trial, float(value) if known else worst)  # type: ignore[arg-type]
+            else:
+                self.study.tell(claim.trial, state=TrialState.PRUNED if state == "pruned" else TrialState.FAIL)
+        except UpdateFinishedTrialError:  # this worker gave no sign of life for long
+            print(f"{claim.entry.name} was taken over by another worker meanwhile", flush=True)
+        return state
+
+    def give_back(self, claim: Claim) -> None:
+        """Let a claimed entry wait again; it goes on in the same run folder."""
+        with contextlib.suppress(UpdateFinishedTrialError), exclusive(self.path / "claim"):
+            self.study.tell(claim.trial, state=TrialState.FAIL)
+            self._fill()
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row an entry: entry, setting, state (waiting, running, or how it ended), run, value, error."""
+        newest, rows = self.newest(), []
+        for entry in self.plan.entries:
+            trial = newest.get(entry.name)
+            row = {"entry": entry.name, "setting": entry.setting, "state": "waiting", "run": None, "value": None}
+            if trial is not None:
+                known = trial.user_attrs
+                open_state = {TrialState.RUNNING: "running", TrialState.WAITING: "waiting"}.get(trial.state, "waiting")
+                row |= {"state": known.get("state") or open_state, "run": known.get("run"), "error": known.get("error")}
+                if trial.state.is_finished() and trial.values and math.isfinite(trial.values[0]):
+                    row["value"] = trial.values[0]
+            rows.append(row)
+        return rows
+
+    def keep_record(self) -> None:
+        """Take up the queue's record where the worker that kept it has left."""
+        if self.record is None and read_record(self.path)["state"] in LEFT:
+            with contextlib.suppress(UserError):  # another was quicker
+                self.record = RunFolder.resume(self.path, self.plan.record)
 
     def comparison(self) -> pd.DataFrame:
-        """One row an entry that was started: name, state, duration, the parameters that differ between entries, the key
-        results; `lost` alone where it never began."""
-        known = [entry.name for entry in self.entries if entry.name in self.found]
-        folders = {name: runs_root() / self.found[name]["run"] for name in known}
+        """One row an entry that was begun: name, state, duration, the parameters that differ between entries, the key
+        results; entries without a record have a state alone."""
+        rows = {row["entry"]: row for row in self.rows() if row["run"]}
+        folders = {name: runs_root() / row["run"] for name, row in rows.items()}
         begun = {name: path for name, path in folders.items() if (path / "run.json").exists()}
         table = runs.table(of=begun.values())
         table.insert(0, "entry", list(begun))
-        table = runs.short(table, ("entry", "state", "duration_s")).astype(object).set_index("entry").reindex(known)
-        table["state"] = table["state"].fillna("lost")
+        table = runs.short(table, ("entry", "state", "duration_s")).astype(object)
+        table = table.set_index("entry").reindex(list(rows))
+        table["state"] = [row["state"] for row in rows.values()]
         return table.reset_index()
-
-
-def _state(run: str) -> str:
-    path = runs_root() / run
-    return read_record(path)["state"] if (path / "run.json").exists() else "lost"
-
-
-def _cause(run: Path, log: Path) -> str:
-    if not (run / "run.json").exists():
-        return f"it never began, see {log}"
-    return (read_record(run).get("error") or "").partition("\n")[0]
-
-
-def _now() -> str:
-    return time.strftime("%H:%M:%S")

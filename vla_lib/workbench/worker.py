@@ -1,0 +1,175 @@
+"""A worker of a sweep or night: claims entries of the shared queue and runs each as a `vla run` of its own.
+
+A failing run stops nothing. Ctrl-C and SIGTERM stop the runs, which save their checkpoints, and give their entries
+back; the same command goes on. A killed worker's entries are gone on with by any other worker.
+"""
+
+import asyncio
+import signal
+import sys
+import time
+from pathlib import Path
+
+from vla_lib.core.errors import UserError
+from vla_lib.core.files import read_jsonl, write_text
+from vla_lib.core.progress import clock
+from vla_lib.core.run_folder import close_as_pruned, read_record, write_results
+from vla_lib.workbench.jobs import GRACE_S, Job, JobCancelled, JobFailed
+from vla_lib.workbench.notebook import shown
+from vla_lib.workbench.parameters import notebook_path
+from vla_lib.workbench.queue import ENDED_WELL, Claim, Queue
+from vla_lib.workbench.sweeps import Plan
+
+WAIT_S = 1.0  # between two looks at a queue in which others work
+
+
+def run(plan: Plan, parallel: int = 1) -> int:
+    """Work on the queue of `plan` until all its entries have ended, `parallel` at a time; prints each one's start and
+    end, then the comparison. Returns 0, 1 where an entry failed, 130 where this worker was stopped. Raises UserError
+    before anything starts."""
+    if parallel < 1:
+        raise UserError(f"--parallel is {parallel}; give 1 or more.")
+    plan.check()
+    queue = Queue.open(plan)
+    done = sum(row["state"] in ENDED_WELL for row in queue.rows())
+    joined = "" if queue.record else ", joined"
+    print(f"{plan.kind}: {len(plan.entries)} runs, {done} done already{joined}; {shown(queue.path)}", flush=True)
+    stopped = False
+    before = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    try:
+        asyncio.run(Worker(queue).work(parallel))
+    except KeyboardInterrupt:
+        stopped = True
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        exit_status = conclude(queue, stopped)
+        queue.worker.release()
+    return exit_status
+
+
+def conclude(queue: Queue, stopped: bool) -> int:
+    """Close the queue's record where this worker keeps it, write and print the comparison; returns the exit status."""
+    rows = queue.rows()
+    failed = [row["entry"] for row in rows if row["state"] not in ENDED_WELL]
+    queue.keep_record()
+    stopped = stopped and any(row["state"] in ("waiting", "running") for row in rows)
+    state = "cancelled" if stopped else "failed" if failed else "done"
+    why = f"{len(failed)} of {len(rows)} runs did not end as done: {', '.join(failed)}" if failed else ""
+    if stopped:
+        why = "interrupted; the same command goes on"
+    table = queue.comparison()
+    if queue.record:
+        write_results(queue.path, {"entries": rows, "objective": queue.plan.objective})
+        write_text(queue.path / "comparison.csv", table.to_csv(index=False))
+        queue.record.finish(state, why or None)
+    print(f"\n{table.to_string(index=False, na_rep='')}\n\n{shown(queue.path / 'comparison.csv')}", flush=True)
+    if why:
+        print(f"error: {why}", file=sys.stderr)
+    return {"done": 0, "cancelled": 130}.get(state, 1)
+
+
+class Worker:
+    """Runs entries of a queue, some at a time."""
+
+    def __init__(self, queue: Queue):
+        self.queue = queue
+        self._jobs: set[Job] = set()
+
+    async def work(self, parallel: int) -> None:
+        """Run entries until all of the queue's have ended, here or elsewhere."""
+        places = [asyncio.create_task(self._place()) for _ in range(parallel)]
+        keeper = asyncio.create_task(self._keep_record())
+        try:
+            ended, _ = await asyncio.wait(places, return_when=asyncio.FIRST_EXCEPTION)
+            for place in ended:
+                place.result()
+        finally:
+            for job in self._jobs:  # all at once: each is given time to save its checkpoint
+                job.stop()
+            for task in (keeper, *places):
+                task.cancel()
+            await asyncio.gather(keeper, *places, return_exceptions=True)
+
+    async def _keep_record(self) -> None:
+        while True:
+            self.queue.keep_record()
+            await asyncio.sleep(WAIT_S)
+
+    async def _place(self) -> None:
+        while True:
+            claim = self.queue.claim()
+            if claim is not None:
+                await self._run(claim)
+            elif all(row["state"] not in ("waiting", "running") for row in self.queue.rows()):
+                return
+            else:
+                await asyncio.sleep(WAIT_S)
+
+    async def _run(self, claim: Claim) -> None:
+        """Run a claimed entry to its end, however that is."""
+        name, start = claim.title, time.monotonic()
+        job = self._job(claim)
+        self._jobs.add(job)
+        print(f"{_now()} {'goes on with' if claim.resume else 'started'} {name}: {shown(claim.run)}", flush=True)
+        watch = _Validations(claim, self.queue.plan.objective)
+        try:
+            await job.watch(lambda _lines: job.stop() if watch.poor() else None)
+        except (JobFailed, JobCancelled) as error:
+            task = asyncio.current_task()
+            if task and task.cancelling():  # Ctrl-C: this entry waits again
+                self.queue.give_back(claim)
+                raise asyncio.CancelledError from error
+        finally:
+            self._jobs.discard(job)
+        state = _state(claim.run)
+        if watch.pruned and state == "cancelled":
+            state = close_as_pruned(claim.run, watch.pruned)
+        cause = "" if state == "done" else _cause(claim.run, job.log)
+        state = self.queue.tell(claim, state, cause)
+        cause = f"\n  {cause}" if cause else ""
+        print(f"{_now()} {state} after {clock(time.monotonic() - start)}: {name}{cause}", flush=True)
+
+    def _job(self, claim: Claim) -> Job:
+        """The supervised `vla run` of an entry; it is given time to stop a training of its own."""
+        words = [word for name, value in claim.words.items() for word in ("-p", name, value)]
+        command = [sys.executable, "-m", "vla_lib.cli", "run", str(notebook_path(claim.entry.notebook))]
+        command += ["--run-dir", str(claim.run), *(["--resume"] if claim.resume else [])]
+        job = Job([*command, *words], self.queue.path / "jobs" / claim.run.name, "vla.log", grace_s=2 * GRACE_S + 15)
+        job.environment = {"WANDB_RUN_GROUP": self.queue.path.name}
+        return job
+
+
+class _Validations:
+    """Reports a run's validations to Optuna as they come in its metrics.jsonl, until its pruner calls the run poor."""
+
+    def __init__(self, claim: Claim, objective: str):
+        self.claim, self.pruned = claim, ""
+        self.key = objective.replace("val_", "val/", 1)
+        self._file, self._bytes, self._rows = claim.run / "metrics.jsonl", 0, 0
+
+    def poor(self) -> bool:
+        size = self._file.stat().st_size if self._file.exists() else 0
+        if self.pruned or size == self._bytes:
+            return bool(self.pruned)
+        self._bytes = size
+        rows = [row for row in read_jsonl(self._file) if self.key in row]
+        for row in rows[self._rows :]:
+            self.claim.trial.report(row[self.key], row["step"])
+            if self.claim.trial.should_prune():
+                self.pruned = f"pruned at step {row['step']}: {self.key} {row[self.key]:.4g} is poorer than the others'"
+        self._rows = len(rows)
+        return bool(self.pruned)
+
+
+def _state(run: Path) -> str:
+    return read_record(run)["state"] if (run / "run.json").exists() else "lost"
+
+
+def _cause(run: Path, log: Path) -> str:
+    if not (run / "run.json").exists():
+        return f"it never began, see {log}"
+    return (read_record(run).get("error") or "").partition("\n")[0]
+
+
+def _now() -> str:
+    return time.strftime("%H:%M:%S")
