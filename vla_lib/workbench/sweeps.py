@@ -60,9 +60,8 @@ class Plan:
         """Raises UserError for an unknown notebook, parameter or value, before anything starts."""
         ends: list[dict[str, str]] = [{}, {}]
         for name in self.searched:
-            one = self.space[name]
-            values = one.choices if isinstance(one, CategoricalDistribution) else (one.low, one.high)  # type: ignore[attr-defined]
-            ends = [end | {name: word(value)} for end, value in zip(ends, (values[0], values[-1]), strict=True)]
+            values = _ends(self.space[name])
+            ends = [end | {name: word(value)} for end, value in zip(ends, values, strict=True)]
         for entry, end in itertools.product(self.entries, ends[: 2 if self.searched else 1]):
             try:
                 resolve(notebook_path(entry.notebook), entry.parameters | end, text=True)
@@ -107,6 +106,13 @@ def plan_sweep(
         title = " ".join([name, *(f"seed={value}" for value in seed.values())]).strip()
         entries.append(Entry(title, notebook, fixed | one | seed, name))
     return Plan("sweep", entries, space, tuple(name for name in space if name not in axes), **how)
+
+
+def _ends(one: BaseDistribution) -> tuple[Any, Any]:
+    if isinstance(one, CategoricalDistribution):
+        return one.choices[0], one.choices[-1]
+    assert isinstance(one, IntDistribution | FloatDistribution)
+    return one.low, one.high
 
 
 def _named(axis: str, flag: str, wanted: str, taken: dict[str, Any]) -> tuple[str, str]:
