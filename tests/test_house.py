@@ -23,8 +23,9 @@ MAY_IMPORT = {
     "policy": {"core", "episodes", "features"},
     "training": {"core", "episodes", "features", "policy"},
     "runtime": {"core", "episodes", "features", "policy"},
-    "evaluation": {"core", "episodes", "features", "policy", "training", "runtime"},
-    "workbench": {"core", "episodes", "features", "policy", "training", "runtime", "evaluation"},
+    "robots": {"core", "episodes", "runtime"},
+    "evaluation": {"core", "episodes", "features", "policy", "training", "runtime", "robots"},
+    "workbench": {"core", "episodes", "features", "policy", "training", "runtime", "robots", "evaluation"},
 }
 MAY_IMPORT_THE_RIG = ("vla_lib.evaluation.", "vla_lib.workbench.demo")
 
@@ -110,7 +111,8 @@ BOUNDS = {
     "features": (14, 2180),
     "policy": (7, 680),
     "training": (14, 2100),
-    "runtime": (10, 1320),
+    "runtime": (10, 1360),
+    "robots": (11, 1400),
     "evaluation": (9, 1340),
     "workbench": (33, 5020),
 }

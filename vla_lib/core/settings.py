@@ -8,7 +8,7 @@ A stage's record inherits from its groups (data, policy, learning, running), so 
 its type with the range, its default, and what `--help` says of it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Self, TypeVar, cast, dataclass_transform, get_args, get_type_hints
@@ -39,7 +39,12 @@ class Settings:
         try:
             return make(values)
         except ValidationError as error:
-            raise UserError("; ".join(_sentence(one) for one in error.errors()) + ".") from None
+            raise UserError("; ".join(_sentence(one, cls.written) for one in error.errors()) + ".") from None
+
+    @classmethod
+    def written(cls, name: str) -> str:
+        """How a setting is written where it is given: here, on the command line."""
+        return flag(name)
 
     @classmethod
     def of(cls, parameters: Mapping[str, Any], **more: Any) -> Self:
@@ -66,8 +71,8 @@ def flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def _sentence(error: Any) -> str:
-    name = flag(str(error["loc"][0])) if error["loc"] else "The settings"
+def _sentence(error: Any, written: Callable[[str], str]) -> str:
+    name = written(str(error["loc"][0])) if error["loc"] else "The settings"
     if error["type"] == "missing":
         return f"{name} is missing; give it"
     if error["type"] == "unexpected_keyword_argument":

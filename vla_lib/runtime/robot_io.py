@@ -35,7 +35,8 @@ class RobotIO(Protocol):
     """A robot. One thread calls `read_observation` and `send_action`; `stop` may come from any, at any moment, twice.
 
     One that takes actions and does not move says so with `moves = False`: it is judged by where it is, not by where it
-    was sent.
+    was sent. One that knows what it cannot carry out (a joint's limit, a singularity) has `refuses(action)`, which says
+    why, "" where it can; such an action is not sent, the run is held.
     """
 
     def read_observation(self) -> Observation:
@@ -75,6 +76,11 @@ class DryRunIO:
     def send_action(self, action: np.ndarray) -> None:
         """Log the action."""
         self._write({"timestamp": self._timestamp, "action": np.asarray(action, float).tolist()})
+
+    def refuses(self, action: np.ndarray) -> str:
+        """The source's, where it has one."""
+        refuses = getattr(self.source, "refuses", None)
+        return str(refuses(action)) if refuses is not None else ""
 
     def stop(self, reason: str) -> None:
         """Log the stop."""

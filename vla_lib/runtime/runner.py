@@ -76,6 +76,7 @@ class Runner:
         self._retreat_left = 0
         self._force_tail = np.empty(0, np.float32)
         self._begin_s = 0.0
+        self._key: Callable[[], bool] | None = None
         if hasattr(expert, "usual_step"):  # an expert that learnt from demonstrations knows their speed
             for warning in safety.slow_limits(limits, settings.period_s, *expert.usual_step()):
                 self.log.event(0.0, "warning", warning)
@@ -97,14 +98,18 @@ class Runner:
         except Exception as error:
             self.log.event(self.clock.now() - self._begin_s, "stop failed", f"{type(error).__name__}: {error}")
 
-    def run(self, max_s: float, until: Callable[[], str] | None = None) -> RunLog:
+    def run(
+        self, max_s: float, until: Callable[[], str] | None = None, held: Callable[[], bool] | None = None
+    ) -> RunLog:
         """Run for `max_s` seconds, until `until()` gives a reason or safety ends it; the robot is stopped in any case.
+
+        `held()`: whether a person holds the hold-to-run key; without it the robot does not start, and is held.
 
         Raises what `watch` or a wrong setting (UserError) raises; failures of robot, policy and VLM end the run with a
         named reason.
         """
         begin_s, period_s, step = self.clock.now(), self.settings.period_s, 0
-        self._begin_s = begin_s
+        self._begin_s, self._key = begin_s, held
         patience_s = max(self.limits.watchdog_s, 3 * period_s)
         watchdog = None if self.clock.simulated else Watchdog(patience_s, lambda: self.request_stop(safety.WATCHDOG))
         try:
@@ -169,12 +174,12 @@ class Runner:
             self._stop(tick, f"{safety.VLM_DIED}: {self.vlm.failure}")
         elif not self._started and self._retreat_blocked(tick):
             self._stop(tick, safety.RETREAT_BLOCKED)
-        elif not self._started and (missing := unseen or self._missing(window)):
+        elif not self._started and (missing := unseen or self._missing(window) or self._released()):
             if tick.t_s > self.limits.start_s:
                 self._stop(tick, f"{safety.NOT_READY}: {missing}")
             else:
                 tick.mode, tick.reason = "wait", missing
-        elif reason := self._condition(tick, observation, window) or unseen or self._stale(tick):
+        elif reason := self._released() or self._condition(tick, observation, window) or unseen or self._stale(tick):
             self._plan.clear()
             self._hold(tick, reason)
         else:
@@ -228,6 +233,9 @@ class Runner:
         follows = off_mm <= limits.follow_mm and off_deg <= limits.follow_deg
         return streams.state_fault or ("" if follows else safety.NOT_FOLLOWING)
 
+    def _released(self) -> str:
+        return safety.KEY_RELEASED if self._key is not None and not self._key() else ""
+
     def _stale(self, tick: Tick) -> str:
         return safety.STALE_VL if tick.vl_age_s is None or tick.vl_age_s > self.limits.vl_age_s + 1e-9 else ""
 
@@ -257,6 +265,10 @@ class Runner:
             if edge in tick.limited and np.linalg.norm(limited[part]) < 1e-3 * np.linalg.norm(action[part]):
                 self._plan.clear()
                 return self._hold(tick, edge)
+        refuses = getattr(self.io, "refuses", None)
+        if refuses is not None and (reason := refuses(limited)):
+            self._plan.clear()
+            return self._hold(tick, reason)
         self._send(tick, limited)
 
     def _limit(self, tick: Tick, action: np.ndarray) -> np.ndarray:

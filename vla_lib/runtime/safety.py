@@ -18,7 +18,7 @@ FORCE_LIMIT, VLM_DIED, NOT_READY = "force limit", "VLM worker died", "not ready"
 STATE_AHEAD, SENSOR_AHEAD, VIEW_AHEAD = "state stamped ahead", "sensor stamped ahead", "view stamped ahead"
 STATE_ORDER, SENSOR_ORDER, VIEW_ORDER = "state out of order", "sensor out of order", "view out of order"
 FROZEN_SENSOR, FROZEN_VIEW, CLOCK_STEP = "frozen sensor", "frozen view", "clock step"
-ROTATION_RANGE, RETREAT_BLOCKED = "rotation range", "retreat leaves the box"
+ROTATION_RANGE, RETREAT_BLOCKED, KEY_RELEASED = "rotation range", "retreat leaves the box", "hold-to-run key released"
 WATCHDOG, OPERATOR, ROBOT_FAILED, EXPERT_FAILED = "watchdog", "operator", "robot failed", "policy failed"
 
 

@@ -1,0 +1,99 @@
+"""Clocks of other hosts while messages arrive, and what is told of a stream: rate, age, offset, what was refused.
+
+Offset of a sender = least (received - sent), that is its clock's offset plus the least transport, kept over some
+seconds. A stamp moved by it never lies after its arrival; one from a clock that jumps ahead does, and is left there.
+"""
+
+import time
+from collections import Counter, deque
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import numpy as np
+
+T = TypeVar("T", float, np.ndarray)
+
+AHEAD_S = 0.05  # as SafetyLimits.ahead_s: more than this is a jump, not a quicker message
+WINDOW_S = 5.0
+SETTLE_S = 1.0  # in the first second a backlog may hide how quick messages can be
+SLEW = 0.05  # seconds a second: stamps moved by a falling offset still ascend, at 650 Hz in batches of 15, too
+
+
+class HostClock:
+    """The offset of one sender's clock to this host's. `arrived` for each message, `local` for its stamps."""
+
+    def __init__(self, window_s: float = WINDOW_S, ahead_s: float = AHEAD_S):
+        self.window_s, self.ahead_s = window_s, ahead_s
+        self.jumps = 0  # messages that came from the future
+        self._parts: deque[list[float]] = deque()  # [begin, least difference] of tenths of the window
+        self._first_s = self._good_s = self._sent_s = 0.0
+        self.offset_s: float | None = None
+        """What stamps are moved by."""
+
+    def arrived(self, received_s: float, sent_s: float) -> None:
+        """Take a message's times: this host's and the sender's."""
+        difference = received_s - sent_s
+        if self.offset_s is None or received_s - self._good_s > self.window_s:  # new, or the clock was set for good
+            self._parts.clear()
+            self._first_s = received_s
+        elif difference < self.offset_s - self.ahead_s and received_s - self._first_s > SETTLE_S:
+            self.jumps += 1
+            return
+        self._good_s = received_s
+        if not self._parts or received_s - self._parts[-1][0] > self.window_s / 10:
+            self._parts.append([received_s, difference])
+        self._parts[-1][1] = min(self._parts[-1][1], difference)
+        while received_s - self._parts[0][0] > self.window_s:
+            self._parts.popleft()
+        least = min(part[1] for part in self._parts)
+        if self.offset_s is None or self.offset_s - least > self.ahead_s or least > self.offset_s:
+            self.offset_s = least
+        else:
+            self.offset_s = max(least, self.offset_s - SLEW * max(0.0, sent_s - self._sent_s))
+        self._sent_s = sent_s
+
+    @property
+    def offset_ms(self) -> float | None:
+        """The offset as people read it; None before the first message, and for a clock that counts from a boot."""
+        known = self.offset_s is not None and abs(self.offset_s) < 1e8
+        return round(1000 * self.offset_s, 1) if known and self.offset_s is not None else None
+
+    def local(self, stamp_s: T) -> T:
+        """Stamps of the sender, one or an array, on this host's clock."""
+        return stamp_s + (self.offset_s or 0.0)
+
+
+@dataclass
+class Meter:
+    """What a stream did. `refused`: messages that were not understood, by what was wrong with them."""
+
+    name: str
+    clock: HostClock = field(default_factory=HostClock)
+    refused: Counter[str] = field(default_factory=Counter)
+    newest_s: float | None = None  # stamp of the newest item, this host's clock
+    count: int = 0
+    failure: str = ""  # why the stream ended
+    _arrivals: deque[tuple[float, int]] = field(default_factory=deque)
+
+    def took(self, received_s: float, stamp_s: float, items: int = 1) -> None:
+        """Note that items came, the newest of this stamp."""
+        self.count += items
+        self.newest_s = stamp_s
+        self._arrivals.append((received_s, items))
+        while received_s - self._arrivals[0][0] > 2.0:
+            self._arrivals.popleft()
+
+    def report(self) -> dict[str, float | int | str | None]:
+        """Rate (over 2 s), age and offset now, as a table shows them."""
+        now, arrivals = time.time(), list(self._arrivals)
+        recent = [items for at, items in arrivals if now - at <= 2.0]
+        span_s = min(2.0, now - arrivals[0][0]) if arrivals else 0.0
+        return {
+            "stream": self.name,
+            "rate_hz": round(sum(recent) / span_s, 1) if span_s > 0 else 0.0,
+            "age_ms": None if self.newest_s is None else round(1000 * (now - self.newest_s), 1),
+            "clock_offset_ms": self.clock.offset_ms,
+            "received": self.count,
+            "refused": ", ".join(f"{count} {what}" for what, count in self.refused.items()),
+            "fault": self.failure or (f"{self.clock.jumps} stamped ahead" if self.clock.jumps else ""),
+        }
