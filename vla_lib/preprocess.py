@@ -27,12 +27,14 @@ from vla_lib.episodes.data_pkl import drop_prepared, known_content
 from vla_lib.episodes.datasets import DatasetTable
 from vla_lib.episodes.episode import Episode
 from vla_lib.episodes.findings import GOOD, NOT_JUDGED, REJECTED
+from vla_lib.episodes.marks import Marks
 from vla_lib.episodes.motion import evidence
 from vla_lib.episodes.pictures import list_pictures
 from vla_lib.episodes.prepare import EpisodeJob, Report, prepare_episode
 from vla_lib.episodes.prepare import PreprocessSettings as Settings
 from vla_lib.episodes.quality import verdict_table
 from vla_lib.episodes.survey import Survey, survey
+from vla_lib.episodes.verdicts import keep_verdicts
 
 EXIT_STRICT = 3
 MOST_REMARKS = 30
@@ -51,13 +53,13 @@ def main(settings: Settings) -> dict[str, Any]:
     (a killed worker), and SystemExit(3) under `strict` where anything was left out.
     """
     found = survey(settings.root, settings.dataset_dirs)
-    jobs = make_jobs(settings, found)
-    copies = [] if settings.report_only else [job for job in make_jobs(settings, found, copies=True)]
-    for job in copies:
+    every, copies = make_jobs(settings, found), make_jobs(settings, found, copies=True)
+    jobs, excluded = used(every), [job for job in every if job.left_out]
+    for job in () if settings.report_only else copies:
         drop_prepared(job.out)  # from before the copy was there: it must not be trained on beside the original
     reports = run_jobs(jobs, settings.workers)
     statuses = [report.status for report in reports]
-    results = {
+    results: dict[str, Any] = {
         "episodes": len(reports),
         "written": statuses.count("written"),
         "unchanged": statuses.count("unchanged"),
@@ -65,12 +67,20 @@ def main(settings: Settings) -> dict[str, Any]:
         "interrupted": statuses.count(INTERRUPTED),
         "good": sum(report.verdict == GOOD for report in reports),
         "clocks": clock_rows(reports),
-        "left_out": left_out(reports) + _same_recordings(found, settings.root),
+        "excluded": len(excluded),
+        "left_out": left_out(reports)
+        + [f"{job.key}: {job.left_out}" for job in excluded]
+        + _same_recordings(found, settings.root),
         "no_episodes": [f"{_shown(path, settings.root)} {why}" for path, why in found.remarks],
         "unknown_datasets": found.unknown,
         "notes": list(dict.fromkeys(report.note for report in reports if report.note)),
         "reports": [report.to_dict() for report in reports],
     }
+    if not settings.report_only:
+        rows = {report.key: report.summary for report in reports if report.verdict != NOT_JUDGED}
+        keys = None if settings.dataset_dirs else {job.key for job in (*every, *copies)}
+        failed = keep_verdicts(settings.prepared_root, rows, keys)
+        results["notes"] += [failed] if failed else []
     if settings.report is not None:
         write_json(settings.report, results)
     if not settings.quiet:
@@ -85,13 +95,14 @@ def main(settings: Settings) -> dict[str, Any]:
 
 
 def make_jobs(settings: Settings, found: Survey | None = None, copies: bool = False) -> list[EpisodeJob]:
-    """One job a recording; `copies`: for those that are there twice instead. `found`: the survey, where made already.
+    """One job a recording, also those that the marks leave out (see `used`); `copies`: for those that are there twice
+    instead. `found`: the survey, where made already.
 
     Raises UserError where a folder is missing or holds no episode.
     """
     root, output_root = settings.root, settings.output_root
     found = found or survey(root, settings.dataset_dirs)
-    table = DatasetTable.load(root)
+    table, marks = DatasetTable.load(root), Marks.load(settings.prepared_root)
     jobs = []
     for files in found.episodes:
         if (files.path in found.copies) != copies:
@@ -99,13 +110,21 @@ def make_jobs(settings: Settings, found: Survey | None = None, copies: bool = Fa
         place = "/".join(part for part in (files.dataset, files.task, files.name) if part)
         key = _shown(files.path, root) if root in files.path.parents else place
         out = files.path if output_root is None else output_root / (key if "/" in key else place)
-        jobs.append(EpisodeJob(files, key, out, table.instruction(files.dataset, files.task), settings))
+        mark = marks.of(key)
+        files = replace(files, task=mark.task or files.task)
+        sentence = table.instruction(files.dataset, files.task)
+        jobs.append(EpisodeJob(files, key, out, sentence, settings, mark=mark, left_out=marks.left_out(key)))
     if not found.episodes:
         places = ", ".join(str(folder) for folder in settings.dataset_dirs) or str(root)
         meant = "an episode is a folder with a robot log (CSV with a clock and pose columns)"
         seen = "".join(f"; {path} {why}" for path, why in found.remarks[:5])
         raise UserError(f"No episode was found below {places}: {meant}{seen}.")
     return jobs
+
+
+def used(jobs: Sequence[EpisodeJob]) -> list[EpisodeJob]:
+    """The jobs that no mark leaves out."""
+    return [job for job in jobs if not job.left_out]
 
 
 def _shown(path: Path, root: Path) -> str:
@@ -218,7 +237,7 @@ def run_job(job: EpisodeJob) -> Report:
         if error.errno in FULL:
             remedy = "free some space or give --output-root FOLDER"
             raise UserError(f"The disk is full at {job.out} ({why}); {remedy}.") from error
-        if error.errno in UNWRITABLE and not os.access(name, os.R_OK):
+        if error.errno in UNWRITABLE - {errno.EROFS} and not os.access(name, os.R_OK):
             return job.failed("failed", f"{name} cannot be read ({why})")
         if error.errno in UNWRITABLE:
             remedy = "give --output-root FOLDER to prepare into another place"
@@ -248,6 +267,7 @@ def _print(reports: Sequence[Report], results: dict[str, Any]) -> None:
         print(f"{row['verdict']:<24} {row['episode']}  {row['valid']}/{row['steps']} steps  {row['reasons']}")
     print(*_clock_lines(results["clocks"]), sep="\n")
     counts = f"{results['written']} written, {results['unchanged']} unchanged, {results['rejected']} rejected"
+    counts += f", {results['excluded']} more excluded by marks" if results["excluded"] else ""
     print(f"{results['episodes']} episodes: {counts}; {results['good']} good")
     if results["left_out"]:
         print("Left out:", *results["left_out"], sep="\n  ")

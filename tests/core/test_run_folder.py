@@ -1,3 +1,4 @@
+import errno
 import os
 import re
 import subprocess
@@ -101,3 +102,12 @@ def test_a_bad_record_is_one_that_says_so(bad):
     assert record["state"] == "unreadable" and f"{run.path}/run.json" in record["error"]
     with pytest.raises(UserError, match=re.escape("run.json")):
         RunFolder.resume(run.path, {})
+
+
+def test_a_full_runs_folder_is_one_sentence(monkeypatch, tmp_path):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("vla_lib.core.run_folder.Owner.take", full)
+    with pytest.raises(UserError, match=r"cannot be written .disk full: .* Make room there, or set VLA_RUNS"):
+        RunFolder.create("01_inspect_episodes", {})

@@ -24,6 +24,7 @@ from vla_lib.preprocess import Settings, main
 
 SMALL = Raw(seconds=1.5, camera_hz=2.0)
 ROBOT_HEADER = "origin_timestamp," + ",".join(f"pose_{k}" for k in "xyzabr")
+OURS = ("data.pkl", "sensor.npy", "verdicts.json")
 
 
 def report(root, **settings):
@@ -127,11 +128,11 @@ def test_a_recording_counts_once_however_often_it_was_copied(tmp_path):
     assert prepared[0].status == "written"
     shutil.copytree(path, tmp_path / "a_backup" / path.name)
     next((tmp_path / "a_backup" / path.name).glob("*.npz")).unlink()
-    before = {p for p in tmp_path.rglob("*") if p.name not in ("data.pkl", "sensor.npy")}
+    before = {p for p in tmp_path.rglob("*") if p.name not in OURS}
     results = report(tmp_path)
     assert results["written"] == 1 and find_prepared(tmp_path) == [path]
     assert sum(f"the same recording as part1/{path.name}" in line for line in results["left_out"]) == 2
-    assert {p for p in tmp_path.rglob("*") if p.name not in ("data.pkl", "sensor.npy")} == before
+    assert {p for p in tmp_path.rglob("*") if p.name not in OURS} == before
 
 
 def test_logs_without_rows_are_not_the_same_recording(tmp_path):

@@ -24,7 +24,7 @@ from vla_lib.core.errors import UserError
 from vla_lib.core.files import file_lock
 from vla_lib.episodes import find_episodes, find_prepared, load_prepared
 from vla_lib.preprocess import Settings, left_out, main, make_jobs, run_jobs
-from vla_lib.workbench.widgets import episode_table
+from vla_lib.workbench.triage import episode_table
 
 LOCK = ".data.pkl.lock"
 SMALL = Raw(seconds=1.5, camera_hz=2.0)
@@ -36,7 +36,7 @@ def statuses(reports):
 
 def everything(root):
     """Every raw file's path, size and time of change."""
-    ours = {"data.pkl", "sensor.npy"}
+    ours = {"data.pkl", "sensor.npy", "verdicts.json"}
     return {
         p.relative_to(root).as_posix(): (p.stat().st_size, p.stat().st_mtime_ns)
         for p in root.rglob("*")

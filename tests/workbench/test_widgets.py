@@ -5,7 +5,7 @@ import pytest
 from needle_rig.recorder import record
 from needle_rig.settings import RecordSettings
 from vla_lib.core.errors import UserError
-from vla_lib.workbench import widgets
+from vla_lib.workbench import triage, widgets
 
 
 @pytest.fixture(scope="module")
@@ -42,14 +42,14 @@ def test_the_browser_filters_by_dataset_and_text(root):
 
 
 def test_the_static_twin_needs_neither_kernel_nor_network(root):
-    page = widgets.EpisodeView(widgets.choose_episode(root)).slider(3).data
+    page = widgets.EpisodeView(triage.open_first(root)[0]).slider(3).data
     assert page.count("data:image/jpeg;base64") == 3
     assert "http" not in page
 
 
 def test_a_missing_episode_is_told_with_what_there_is(root):
     with pytest.raises(UserError, match="the datasets there are New_dataset, White_silicone_white_circle"):
-        widgets.choose_episode(root, "part1")
+        triage.open_first(root, "part1")
 
 
 def test_where_every_episode_is_rejected_that_is_told():

@@ -22,7 +22,7 @@ import psutil
 from annotated_types import Gt, Le
 from pydantic import AfterValidator, BaseModel, ValidationError
 
-from vla_lib.core.errors import UserError
+from vla_lib.core.errors import UserError, needing_room
 from vla_lib.core.files import read_json, reserve, write_json, write_reserved
 from vla_lib.core.owner import Owner, alive, elsewhere, living, owner_file
 
@@ -78,12 +78,13 @@ class RunFolder:
     @classmethod
     def create(cls, name: str, parameters: dict[str, Any], path: Path | None = None, **extra: Any) -> "RunFolder":
         """Make the folder (or use the given one) and write a `running` record owned by this process. Raises UserError
-        where the folder holds a run already, or another process works in it."""
+        where the folder holds a run already, another process works in it, or it cannot be written."""
         made = True  # by us: `vla runs rm` removes no folder that was there before
         if path is not None:
             path = Path(path).expanduser().absolute()
             made = not path.exists() or not {file.name for file in path.iterdir()} - {owner_file(path).name}
-        return cls(path or new_folder(name))._open({"name": name, **_opened(parameters), "made": made, **extra})
+        with needing_room(path or runs_root(), "Make room there, or set VLA_RUNS to a folder that can be written."):
+            return cls(path or new_folder(name))._open({"name": name, **_opened(parameters), "made": made, **extra})
 
     @classmethod
     def resume(cls, path: Path, parameters: dict[str, Any]) -> "RunFolder":

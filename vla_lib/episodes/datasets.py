@@ -7,7 +7,7 @@
 
 The first entry of the file that matches (in any case) and names the field wins, then the built-in table, then weight 1.
 A dataset is known by its own folder's name at whatever depth below the root: a folder that no entry names is said.
-Weight w means: each step of the dataset is drawn w times as often as a step of weight 1.
+Weight w means: each step of the dataset is drawn w times as often as a step of weight 1; 0 leaves it out (`marks`).
 """
 
 from collections.abc import Iterable, Mapping
@@ -101,8 +101,8 @@ def _checked(content: Any, path: Path) -> dict[str, dict[str, Any]]:
             keys = "with the keys weight and instruction, nothing else"
             raise UserError(f"{path}: the entry {name!r} must be a mapping {keys}.")
         weight = values.get("weight", 1.0)
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < float("inf"):
-            raise UserError(f"{path}: the weight of {name!r} must be a positive number, but it is {weight!r}.")
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < float("inf"):
+            raise UserError(f"{path}: the weight of {name!r} must be a number of 0 or more, but it is {weight!r}.")
         if not isinstance(values.get("instruction", ""), str):
             raise UserError(f"{path}: the instruction of {name!r} must be a text, but it is {values['instruction']!r}.")
     return {str(name): dict(values) for name, values in content.items()}

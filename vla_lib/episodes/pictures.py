@@ -6,13 +6,14 @@ the view; elsewhere the camera's serial number does. The time is the number at t
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from vla_lib.core.errors import UserError
 from vla_lib.episodes.findings import Findings
 from vla_lib.episodes.layouts import HAND_EYE, PICTURE_SUFFIXES, SERIALS, VIEW_FOLDER
 from vla_lib.episodes.timeline import FAR_S, in_seconds
@@ -157,3 +158,21 @@ def _inner(folder: Path) -> list[str]:
 def _view_of(name: str) -> int:
     serial = _SERIAL.search(name)
     return HAND_EYE if name.startswith("oak") else SERIALS.get(serial.group(1), 0) if serial else 0
+
+
+def link_pictures(source: Path, views: Mapping[str, Pictures], out: Path) -> None:
+    """Below an output root the picture folders are links to the raw ones, so that relative paths hold there too.
+
+    Raises UserError where something else lies in the way.
+    """
+    folders = {path.split("/")[0] for pictures in views.values() for path in pictures.paths}
+    for folder in sorted(folders):
+        link, target = out / folder, (source / folder).resolve()
+        if link.is_symlink() and link.resolve() != target:
+            link.unlink()
+        if link.is_symlink():
+            continue
+        if link.exists():
+            needed = f"below an output root it must be a link to {target}; remove it or choose another root"
+            raise UserError(f"{link} is in the way: {needed}.")
+        link.symlink_to(target, target_is_directory=True)

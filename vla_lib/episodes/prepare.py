@@ -31,7 +31,8 @@ from vla_lib.episodes.episode import Episode
 from vla_lib.episodes.findings import FATAL, NOTE, REJECTED, Finding, Findings
 from vla_lib.episodes.hdf5 import write_pictures
 from vla_lib.episodes.layouts import CHANNELS, EpisodeFiles
-from vla_lib.episodes.pictures import Listing, list_pictures
+from vla_lib.episodes.marks import MARKS_NAME, Mark
+from vla_lib.episodes.pictures import Listing, link_pictures, list_pictures
 from vla_lib.episodes.quality import Rates, judge, measure, summary_row
 from vla_lib.episodes.sensor_file import NpzFile, SensorFile
 from vla_lib.episodes.sensor_log import SensorLog
@@ -85,6 +86,11 @@ class PreprocessSettings(Settings):
         """The folder below which datasets are told apart."""
         return self.dataset_root if self.dataset_root is not None else self.dataset_dirs[0].resolve().parent
 
+    @property
+    def prepared_root(self) -> Path:
+        """The root that later steps are given: where data.pkl, marks and verdicts lie."""
+        return self.output_root or self.root
+
 
 @dataclass(frozen=True)
 class EpisodeJob:
@@ -99,6 +105,8 @@ class EpisodeJob:
     """`fingerprint` of the raw files and settings, where it was taken already."""
     evidence: Evidence | None = None  # for its clocks
     clocks: Clocks = Clocks()
+    mark: Mark = Mark()
+    left_out: str = ""  # why the marks leave it out
 
     def open(self, listing: Listing | None = None) -> Episode:
         """The opened episode. Raises UserError where it has no usable robot log."""
@@ -121,6 +129,7 @@ class EpisodeJob:
             "dataset": self.files.dataset,
             "task": self.files.task,
         }
+        values |= {"trim": self.mark.trim} if self.mark.trim != Mark().trim else {}
         versions = [SCHEMA, CODE_VERSION, self.files.layout]
         digest = hashlib.sha256(json.dumps([*versions, values], sort_keys=True).encode())
         for log in (self.files.robot_log, *self.files.other_logs):
@@ -226,7 +235,8 @@ class _Study:
     def __init__(self, job: EpisodeJob, episode: Episode, status: str):
         self.job, self.episode, self.status = job, episode, status
         gaps = stream_gaps(episode)
-        self.steps: Steps = build_steps(episode, job.settings.action_hz, job.settings.rotation == "euler", gaps)
+        euler = job.settings.rotation == "euler"
+        self.steps: Steps = build_steps(episode, job.settings.action_hz, euler, gaps, job.mark.trim)
         self.rates: Rates = measure(episode, gaps)
         self.judge()
 
@@ -234,13 +244,15 @@ class _Study:
         """Findings and report, of what is known by now."""
         window, steps, sensor = self.job.settings.sensor_window_size, self.steps, self.episode.sensor
         full = np.zeros(len(steps), bool)
-        extra = []
+        begin_s, end_s = self.job.mark.trim
+        cut = f"only {begin_s:g} s to {min(end_s, self.episode.duration_s):.4g} s are used ({MARKS_NAME})"
+        extra = [Finding(NOTE, "episode", cut)] if self.job.mark.trim != Mark().trim else []
         if sensor is not None:
             ends = sensor_index(sensor.t_s, steps.t_s)
             full = window_full(ends, sensor.t_s, steps.t_s, window, sensor.hz, steps.gaps.get("sensor", []))
             if not full.all():
                 text = f"steps have no full window of {window} samples behind them"
-                extra = [Finding(NOTE, "sensor", f"{(~full).sum()} of {len(steps)} {text}")]
+                extra.append(Finding(NOTE, "sensor", f"{(~full).sum()} of {len(steps)} {text}"))
         self.findings = judge(self.episode, steps, self.rates, extra)
         duration_s = self.episode.duration_s
         summary = summary_row(self.job.key, self.episode.layout, self.findings, self.rates, steps, duration_s)
@@ -284,7 +296,7 @@ def _write(job: EpisodeJob, episode: Episode, fingerprint: str, before: dict[str
     if episode.layout == "F4" and episode.files.robot_log is not None:
         write_pictures(episode.files.robot_log, episode.pictures, out)
     elif episode.path.resolve() != out.resolve():
-        _link_pictures(episode, out)
+        link_pictures(episode.path, episode.pictures, out)
     write_pickle(out / DATA_NAME, content)
     if episode.sensor is None:
         (out / SENSOR_NAME).unlink(missing_ok=True)
@@ -338,6 +350,7 @@ def _content(study: _Study, fingerprint: str, force: Array | None) -> dict[str, 
         "episode_name": episode.name,
         "dataset": episode.files.dataset,
         "task": episode.files.task,
+        "trim": list(job.mark.trim),
         "layout": episode.layout,
         "robot_hz": rates["robot"].hz,
         "robot_pose_hz": rates["robot"].distinct_hz,
@@ -383,18 +396,3 @@ def _content(study: _Study, fingerprint: str, force: Array | None) -> dict[str, 
         "sensor_data": sensor_data,
         "instruction": job.instruction,
     }
-
-
-def _link_pictures(episode: Episode, out: Path) -> None:
-    """Below an output root the picture folders are links to the raw ones, so that relative paths hold there too."""
-    folders = {path.split("/")[0] for pictures in episode.pictures.values() for path in pictures.paths}
-    for folder in sorted(folders):
-        link, target = out / folder, (episode.path / folder).resolve()
-        if link.is_symlink() and link.resolve() != target:
-            link.unlink()
-        if link.is_symlink():
-            continue
-        if link.exists():
-            needed = f"below an output root it must be a link to {target}; remove it or choose another root"
-            raise UserError(f"{link} is in the way: {needed}.")
-        link.symlink_to(target, target_is_directory=True)

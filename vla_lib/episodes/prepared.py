@@ -4,6 +4,7 @@ A thousand episodes open in about a second, and an untouched one costs a few kil
 """
 
 import errno
+import shlex
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +19,9 @@ from vla_lib.episodes.clocks import Clocks
 from vla_lib.episodes.data_pkl import DATA_NAME, read_checked
 from vla_lib.episodes.episode import Episode
 from vla_lib.episodes.layouts import CHANNELS
+from vla_lib.episodes.marks import MARKS_NAME, Mark, Marks
 from vla_lib.episodes.steps import pose_rows, window_full
+from vla_lib.episodes.survey import all_prepared
 from vla_lib.episodes.timeline import Span
 
 Array = np.ndarray[Any, Any]
@@ -239,6 +242,33 @@ def load_prepared(path: str | Path) -> PreparedEpisode:
     """Open one prepared episode folder (or its data.pkl). Raises UserError where it cannot be trusted."""
     path = Path(path)
     return PreparedEpisode(path.parent if path.name == DATA_NAME else path)
+
+
+def load_used(root: str | Path) -> dict[str, PreparedEpisode]:
+    """Every prepared episode below `root` that the marks do not leave out, by its path below it.
+
+    Raises UserError where there is none, where one cannot be trusted, or was prepared before its marks (trim, task)
+    were changed.
+    """
+    marks, states = Marks.load(root), all_prepared(root)
+    if not states:
+        command = f"python -m vla_lib.preprocess --dataset-root {shlex.quote(str(root))}"
+        raise UserError(f"There are no prepared episodes (data.pkl) below {root}; run `{command}` first.")
+    if all(states.values()):
+        first, why = next(iter(states.items()))
+        raise UserError(f"All {len(states)} prepared episodes below {root} are left out ({first.name}: {why}).")
+    found = {}
+    for folder in (folder for folder, why in states.items() if not why):
+        key = folder.relative_to(root).as_posix()
+        episode, mark = load_prepared(folder), marks.of(key)
+        trim, task = tuple(episode.metadata.get("trim", Mark().trim)), mark.task or episode.task
+        if (trim, episode.task) != (mark.trim, task):
+            raise UserError(
+                f"{folder} was prepared before its line in {MARKS_NAME} was changed; run python -m vla_lib.preprocess "
+                "on its dataset again, which prepares only such episodes."
+            )
+        found[key] = episode
+    return found
 
 
 def known_clocks(folder: Path) -> Clocks:

@@ -82,11 +82,16 @@ def _early_end(t_s: Array, end_s: float, longest_s: float) -> list[Span]:
 
 
 def build_steps(
-    episode: Episode, hz: float = 10.0, euler: bool = False, gaps: Mapping[str, list[Span]] | None = None
+    episode: Episode,
+    hz: float = 10.0,
+    euler: bool = False,
+    gaps: Mapping[str, list[Span]] | None = None,
+    trim: Span = (0.0, float("inf")),
 ) -> Steps:
-    """The action grid of an episode. `euler`: wrap-corrected Euler differences instead of rotation vectors.
+    """The action grid of an episode. `euler`: wrap-corrected Euler differences instead of rotation vectors; `trim`:
+    only steps within these seconds after the first robot row.
 
-    Raises UserError where the robot log covers no step or implausibly many.
+    Raises UserError where the robot log, or what the trim leaves of it, covers no step, or implausibly many.
     """
     gaps = dict(stream_gaps(episode) if gaps is None else gaps)
     robot = episode.robot
@@ -97,8 +102,14 @@ def build_steps(
     if len(t_s) > MOST_STEPS:
         lasts = f"seems to last {episode.duration_s:.0f} s; its times cannot be right"
         raise UserError(f"{episode.path}: the robot log {lasts}.")
+    begin_s, end_s = trim
+    inside = (t_s - episode.start_s >= begin_s - 1e-6) & (t_s - episode.start_s + 1 / hz <= end_s + 1e-6)
+    if not inside.any():
+        raise UserError(f"{episode.path}: no step lies within {begin_s:g} s to {end_s:g} s, to which it is trimmed.")
+    used = np.flatnonzero(inside)
+    ends = episode.start_s + np.arange(used[0], used[-1] + 2) / hz
+    t_s = ends[:-1]
     rows = pose_rows(robot)
-    ends = np.append(t_s, episode.start_s + len(t_s) / hz)
     pose, turned = interpolate(robot.t_s[rows], robot.pose[rows], ends)
     action = delta_action(pose[:-1], pose[1:], euler)
     if not euler:  # of the exact rotations: the poses' angles are rounded to the log's branch

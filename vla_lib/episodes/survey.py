@@ -3,7 +3,7 @@
 import contextlib
 import hashlib
 import os
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +22,7 @@ from vla_lib.episodes.layouts import (
     h5_files,
     is_folder,
 )
+from vla_lib.episodes.marks import Marks
 
 MAX_DEPTH = 8  # levels searched below a root: collecting folder / dataset / task / episode, and room for more
 CACHE_FOLDERS = ("qwen_vl_features", "run.json")
@@ -74,10 +75,16 @@ def find_episodes(root: str | Path, dataset_dirs: Sequence[str | Path] = ()) -> 
 
 
 def find_prepared(root: str | Path) -> list[Path]:
-    """All folders below `root` (itself included) with a data.pkl, sorted. Raises UserError where root is no folder.
+    """All folders below `root` (itself included) with a data.pkl, sorted, but those that the marks leave out.
 
-    A data.pkl in a folder that holds prepared episodes is a stray one and not counted.
+    A data.pkl in a folder that holds prepared episodes is a stray one and not counted. Raises UserError where root is
+    no folder, or its marks cannot be understood.
     """
+    return [folder for folder, why in all_prepared(root).items() if not why]
+
+
+def all_prepared(root: str | Path) -> dict[Path, str]:
+    """All folders below `root` with a data.pkl, sorted, each with why it is left out ("" where it is used)."""
     root = Path(root)
     if not root.is_dir():
         raise UserError(f"There is no dataset folder {root}; give an existing folder.")
@@ -86,7 +93,16 @@ def find_prepared(root: str | Path) -> list[Path]:
         real = os.path.realpath(folder)
         if real not in found or os.path.abspath(found[real]) != real:
             found[real] = folder
-    return sorted(found.values())
+    marks = Marks.load(root)
+    return {folder: marks.left_out(folder.relative_to(root).as_posix()) for folder in sorted(found.values())}
+
+
+def left_out(root: str | Path) -> str:
+    """How many prepared episodes below `root` the marks leave out, and why; "" where none."""
+    states = all_prepared(root)
+    reasons = Counter(why.partition(" (")[0] for why in states.values() if why)
+    words = ", ".join(f"{count} {why}" for why, count in reasons.items())
+    return f"{reasons.total()} of {len(states)} prepared episodes: {words}" if words else ""
 
 
 def _prepared_below(folder: Path, above: tuple[tuple[int, int], ...]) -> list[Path]:

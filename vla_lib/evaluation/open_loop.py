@@ -16,6 +16,7 @@ import torch
 from vla_lib.core.errors import UserError
 from vla_lib.core.progress import Progress
 from vla_lib.episodes import PreparedEpisode, load_prepared
+from vla_lib.episodes.marks import Marks
 from vla_lib.evaluation.metrics import DIMENSIONS, UNITS, Metrics, baseline_chunks, open_loop_metrics
 from vla_lib.features.cache import FeatureCache
 from vla_lib.features.extractor import FeatureExtractor
@@ -98,6 +99,16 @@ def evaluate_open_loop(
         raise UserError(
             f"{checkpoint} was trained with no {episodes} episodes; train again with --val-fraction above 0."
         )
+    marks = Marks.load(dataset_root)
+    left_out = {key: why for key in keys if (why := marks.left_out(key))}
+    keys = [key for key in keys if key not in left_out]
+    if left_out:
+        first = next(iter(left_out))
+        said = f"{len(left_out)} of {len(keys) + len(left_out)} {episodes} episodes are left out"
+        said += f" ({first}: {left_out[first]})"
+        if not keys:
+            raise UserError(f"{said}; none is left to evaluate on.")
+        print(f"{said}.", flush=True)
     prepared = [_episode(dataset_root, key) for key in keys]
     samples = sample_set(prepared, dataset_root, info)
     trained = [_episode(dataset_root, key) for key in info["split"]["train"]]

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from vla_lib.core.errors import UserError
 from vla_lib.core.files import atomic_path, checksum, read_json
-from vla_lib.episodes import PreparedEpisode, find_prepared, load_prepared
+from vla_lib.episodes import PreparedEpisode, find_prepared, load_used
 from vla_lib.features import binding as bindings
 from vla_lib.features.binding import TokenLayout
 
@@ -225,7 +225,7 @@ def list_bindings(root: str | Path, runs: str | Path | None = None) -> list[dict
     `covered`: prepared episodes with fresh features; `stale`: with features from other data; `missing`: with none. A
     folder that is not ours or was altered is listed with its `problem`. runs: the folder of run folders (None: none).
     """
-    episodes = [load_prepared(folder) for folder in find_prepared(root)]
+    episodes = list(load_used(root).values()) if find_prepared(root) else []
     names = ("model", "layer", "dtype", "pooling", "views", "tick_stride", "image_resize_height", "image_resize_width")
     rows = []
     for folder in sorted(path for path in cache_folder(root).glob("*") if path.is_dir()):

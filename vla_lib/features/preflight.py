@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from vla_lib.core.errors import UserError
-from vla_lib.episodes import PreparedEpisode, find_prepared, load_prepared
+from vla_lib.episodes import PreparedEpisode, load_used
+from vla_lib.episodes.survey import left_out
 from vla_lib.features.binding import TokenLayout
 from vla_lib.features.cache import cache_folder, coverage_state, episode_key
 from vla_lib.features.extractor import default_device, default_dtype
@@ -45,6 +46,7 @@ class Preflight:
     episodes: list[PlannedEpisode]
     free_bytes: int
     others: list[str]
+    left_out: str  # how many prepared episodes the marks leave out, and why
 
     def todo(self, overwrite: bool = False) -> list[PlannedEpisode]:
         """The episodes to compute."""
@@ -71,6 +73,7 @@ class Preflight:
         ticks, size = sum(episode.ticks for episode in todo), sum(episode.bytes for episode in todo)
         free = f"free: {self.free_bytes / 1e9:.1f} GB"
         lines.append(f"  to do: {len(todo)} episodes, {ticks} ticks, {size / 1e6:.1f} MB; {free}")
+        lines += [f"  left out: {self.left_out}"] if self.left_out else []
         if self.others:
             lines.append(f"  other caches here: {', '.join(self.others)}")
         return "\n".join(lines)
@@ -127,15 +130,10 @@ def device_of(settings: CacheSettings) -> str:
 
 
 def load_episodes(root: Path) -> list[PreparedEpisode]:
-    """Every prepared episode under `root`. Raises UserError where there is none."""
+    """Every prepared episode under `root` that is used. Raises UserError where there is none."""
     if not root.is_dir():
         raise UserError(f"There is no dataset root {root}; check --dataset-root.")
-    episodes = [load_prepared(folder) for folder in find_prepared(root)]
-    if not episodes:
-        raise UserError(
-            f"There are no prepared episodes (data.pkl) under {root}; run `python -m vla_lib.preprocess` first."
-        )
-    return episodes
+    return list(load_used(root).values())
 
 
 def choose_views(episodes: Sequence[PreparedEpisode], asked: Sequence[str]) -> tuple[str, ...]:
@@ -173,7 +171,7 @@ def plan_build(root: Path, episodes: Sequence[PreparedEpisode], binding: Mapping
         )
     others = sorted(path.parent.name for path in base.glob("*/binding.json") if path.parent.name != binding["id"])
     existing = next(path for path in (folder, *folder.parents) if path.exists())
-    return Preflight(dict(binding), planned, shutil.disk_usage(existing).free, others)
+    return Preflight(dict(binding), planned, shutil.disk_usage(existing).free, others, left_out(root))
 
 
 def share_out(episodes: Sequence[PlannedEpisode], ranks: int) -> list[list[PlannedEpisode]]:

@@ -16,8 +16,8 @@ import pandas as pd
 
 from vla_lib.core.errors import UserError
 from vla_lib.core.settings import flag
-from vla_lib.episodes import DatasetTable, PreparedEpisode, find_prepared, load_prepared
-from vla_lib.features.cache import FeatureCache, episode_key
+from vla_lib.episodes import DatasetTable, PreparedEpisode, load_used
+from vla_lib.features.cache import FeatureCache
 from vla_lib.policy.config import PolicyConfig
 from vla_lib.training.checkpoint import check_stage1, read_stage1
 from vla_lib.training.samples import SampleSet
@@ -152,8 +152,8 @@ def prepare_data(settings: TrainingSettings, split: Split | None = None) -> Trai
     keys = [*split["train"], *split["val"]]
     if gone := [key for key in keys if key not in episodes]:
         raise UserError(
-            f"{len(gone)} episodes of the checkpoint's split are gone from {root} (first: {gone[0]}); "
-            "restore them or start a new run."
+            f"{len(gone)} episodes of the checkpoint's split are gone from {root}, or left out there "
+            f"(first: {gone[0]}); restore them or start a new run."
         )
     if settings.sensor_enabled and not any(episodes[key].has_sensor for key in keys):
         raise UserError(f"No episode below {root} has sensor data; pass --no-sensor-enabled to train without it.")
@@ -190,11 +190,7 @@ def _open_episodes(settings: TrainingSettings) -> dict[str, PreparedEpisode]:
     root = settings.dataset_root
     if not root.is_dir():
         raise UserError(f"--dataset-root {root} is not a folder; give the folder that the datasets lie in.")
-    episodes = {episode_key(root, folder): load_prepared(folder) for folder in find_prepared(root)}
-    if not episodes:
-        command = f"python -m vla_lib.preprocess --dataset-root {shlex.quote(str(root))}"
-        raise UserError(f"No data.pkl below {root}; run `{command}` first.")
-    return episodes
+    return load_used(root)
 
 
 def cache_command(settings: TrainingSettings, binding: Mapping[str, Any] | None = None) -> str:

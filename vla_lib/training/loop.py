@@ -78,7 +78,7 @@ def train(settings: TrainingSettings) -> dict[str, Any]:
         # ---- data, weights, optimiser
         data = prepare_data(settings, before["split"] if before else None)
         if main:
-            print("\n".join(reporting.data_lines(data)), flush=True)
+            print("\n".join(reporting.data_lines(data, settings.dataset_root)), flush=True)
         if before is not None:
             check_previous(before, data.binding, data.fingerprints, data.episode_weights, str(latest))
         state, model = build(settings, data, accelerator)

@@ -11,6 +11,7 @@ import torch
 
 from vla_lib.core.errors import UserError, in_words, needing_room
 from vla_lib.core.run_folder import UNREADABLE, RunFolder, read_record
+from vla_lib.episodes.survey import left_out
 from vla_lib.training.data import TrainingData
 from vla_lib.training.process import StopRequest
 from vla_lib.training.settings import TrainingSettings
@@ -84,9 +85,9 @@ def not_finite(settings: TrainingSettings, step: int, largest: list[tuple[float,
     return f"The loss is not finite at step {step}: {odd}; {remedy}."
 
 
-def data_lines(data: TrainingData) -> list[str]:
-    """One line a dataset: episodes, steps, weight, share of the draws."""
-    return [
+def data_lines(data: TrainingData, root: Path) -> list[str]:
+    """One line a dataset: episodes, steps, weight, share of the draws; before them, what the marks leave out."""
+    return ([f"left out: {words}"] if (words := left_out(root)) else []) + [
         f"{row['dataset']}: {row['train_episodes']} training and {row['val_episodes']} held-out episodes, "
         f"{row['train_steps']} steps, weight {row['weight']:g}, {100 * row['share']:.1f} % of the draws"
         for row in data.weights_table()

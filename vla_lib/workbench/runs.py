@@ -91,20 +91,22 @@ def short(frame: pd.DataFrame, columns: Iterable[str]) -> pd.DataFrame:
 
 def data_state(parameters: dict[str, Any]) -> dict[str, Any] | None:
     """Number and fingerprint of the prepared episodes that a run's `dataset_root` holds (and of the weights that they
-    are drawn with), and the caches there; None where it names no folder."""
-    from vla_lib.episodes import find_prepared
+    are drawn with), how many more the marks leave out, and the caches there; None where it names no folder."""
     from vla_lib.episodes.datasets import TABLE_NAME
+    from vla_lib.episodes.survey import all_prepared
 
     root = PROJECT / Path(str(parameters.get("dataset_root") or "")).expanduser()
     if not parameters.get("dataset_root") or not root.is_dir():
         return None
-    files = [folder / "data.pkl" for folder in find_prepared(root)]
+    prepared = all_prepared(root)
+    files = [file for folder, why in prepared.items() if not why and (file := folder / "data.pkl").is_file()]
     state: list[Any] = [
         (file.relative_to(root).as_posix(), file.stat().st_size, file.stat().st_mtime_ns) for file in files
     ]
     state += [table.read_text() for table in (root / TABLE_NAME,) if table.is_file()]
     caches = sorted(path.parent.name for path in root.glob("cache/qwen_vl_features/*/binding.json"))
-    return {"episodes": len(files), "fingerprint": digest(state, 12), "caches": caches}
+    left_out = len(prepared) - len(files)
+    return {"episodes": len(files), "left_out": left_out, "fingerprint": digest(state, 12), "caches": caches}
 
 
 def digest(value: Any, characters: int = 16) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 
 from vla_lib.core.errors import UserError
 from vla_lib.core.run_folder import read_record, read_results
+from vla_lib.episodes.marks import Marks
 from vla_lib.episodes.prepare import PreprocessSettings
 from vla_lib.features.settings import CacheSettings
 from vla_lib.workbench import runs
@@ -84,17 +85,18 @@ def _finished(notebook: str, values: Values) -> list[Path]:
 def _inspected(values: Values) -> Check:
     from vla_lib.episodes import find_episodes
 
-    found = find_episodes(dataset_path(values["dataset_root"]))
-    logs = [files.robot_log for files in found if files.robot_log is not None]
-    inputs = runs.digest(sorted((str(log), log.stat().st_size, log.stat().st_mtime_ns) for log in logs))
-    return Check("the recordings are unchanged since", inputs=inputs)
+    root = dataset_path(values["dataset_root"])
+    logs = [files.robot_log for files in find_episodes(root) if files.robot_log is not None]
+    state: list[Any] = sorted((str(log), log.stat().st_size, log.stat().st_mtime_ns) for log in logs)
+    state += sorted(Marks.load(root).entries.items())
+    return Check("the recordings and their marks are unchanged since", inputs=runs.digest(state))
 
 
 def _prepared(values: Values) -> Check:
     from vla_lib import preprocess
     from vla_lib.episodes import load_prepared
 
-    jobs = preprocess.make_jobs(PreprocessSettings.of(values))
+    jobs = preprocess.used(preprocess.make_jobs(PreprocessSettings.of(values)))
     now = preprocess.raw_state(jobs)
 
     def current(job: Any) -> bool:

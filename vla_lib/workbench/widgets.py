@@ -13,13 +13,14 @@ from IPython.display import HTML, display
 from matplotlib.figure import Figure
 
 from vla_lib.core.errors import UserError
-from vla_lib.episodes import Episode, EpisodeFiles, build_steps, find_episodes, load_prepared
+from vla_lib.episodes import Episode, EpisodeFiles, build_steps, find_episodes
 from vla_lib.episodes.episode import sensor_image
 from vla_lib.episodes.prepared import known_clocks
 from vla_lib.workbench import runs
 from vla_lib.workbench.markup import Html, Markup, joined, page
 from vla_lib.workbench.notebook import dataset_path, interactive, shown
 from vla_lib.workbench.plots.episodes import overview
+from vla_lib.workbench.triage import episode_table
 
 STEP_S = 0.1
 ALL = "all datasets"
@@ -54,34 +55,6 @@ def offline_slider(figures: Iterable[Figure], labels: Sequence[str]) -> HTML:
 # ---- episodes
 
 
-def episode_table(root: Path) -> pd.DataFrame:
-    """All raw episodes below `root`, with verdict and steps of those that are prepared."""
-    rows = []
-    for files in find_episodes(root):
-        row: dict[str, Any] = {"dataset": files.dataset, "task": files.task, "episode": files.name}
-        row |= {"layout": files.layout, "verdict": "not judged yet (notebook 02)"}
-        if (files.path / "data.pkl").exists():
-            try:
-                known = load_prepared(files.path).metadata
-                row |= {"verdict": known["verdict"], "steps": known["num_actions"]}
-                row["seconds"] = round(known["duration_seconds"], 1)
-            except UserError as error:
-                row["verdict"] = f"data.pkl refused: {error}"
-        rows.append(row)
-    return pd.DataFrame(rows)
-
-
-def choose_episode(root: Path, dataset: str = "", episode: str = "") -> EpisodeFiles:
-    """The first episode below `root` of that dataset with that text in its name. Raises UserError where none fits."""
-    found = find_episodes(root)
-    fits = [files for files in found if dataset in ("", files.dataset) and episode in files.name]
-    if not fits:
-        names = ", ".join(sorted({files.dataset for files in found})) or "none at all"
-        wanted = f"dataset '{dataset}' and '{episode}' in its name"
-        raise UserError(f"No episode below {root} has {wanted}; the datasets there are {names}.")
-    return fits[0]
-
-
 def best_report(reports: Iterable[Mapping[str, Any]]) -> Mapping[str, Any]:
     """The report of the episode with the most valid steps. Raises UserError where every one is rejected."""
     kept = [report for report in reports if report["verdict"] != "rejected"]
@@ -95,8 +68,8 @@ def best_report(reports: Iterable[Mapping[str, Any]]) -> Mapping[str, Any]:
 class EpisodeView:
     """One opened episode with its action steps and thinned A-scans, ready to be drawn at any instant."""
 
-    def __init__(self, files: EpisodeFiles, action_hz: float = 10.0):
-        self.episode = Episode.open(files, known_clocks(files.path))
+    def __init__(self, files: EpisodeFiles | Episode, action_hz: float = 10.0):
+        self.episode = files if isinstance(files, Episode) else Episode.open(files, known_clocks(files.path))
         self.steps = build_steps(self.episode, action_hz)
         self.mmode = sensor_image(self.episode)
 
@@ -141,14 +114,14 @@ class EpisodeBrowser:
         display(self.widget)
 
     def _read(self, _change: Any = None) -> None:
-        root = Path(self.root.value).expanduser()
+        root = dataset_path(self.root.value)
         try:
             self._files = find_episodes(root)
         except UserError as error:
             self._files, self.message.value = [], str(error)
         table = episode_table(root) if self._files else pd.DataFrame(columns=["episode", "verdict"])
-        verdicts = dict(zip(table["episode"], table["verdict"], strict=True))
-        self._label = {files.path: f"{files.name}  [{verdicts[files.name]}]" for files in self._files}
+        verdicts = zip(self._files, table["verdict"], strict=True)
+        self._label = {files.path: f"{files.name}  [{verdict}]" for files, verdict in verdicts}
         self.dataset.options = [ALL, *sorted({files.dataset for files in self._files})]
         self._list()
 
