@@ -137,6 +137,27 @@ def export(settings: Annotated[ExportSettings, arg(name="")]) -> int:
     return 0
 
 
+def record(
+    robot: Annotated[Path, arg(help="the rig's robot.yaml")],
+    dataset_root: Path = PROJECT / "runs" / "recordings",
+    dataset: str = "recordings",
+    seconds: float = 0.0,
+    by: str = "",
+) -> int:
+    """Record a raw episode of a lab's rig while a person moves the arm.
+
+    Args:
+        dataset_root: where the dataset lies.
+        dataset: name of the dataset, a folder.
+        seconds: how long; 0: until Ctrl-C.
+        by: who judges it.
+    """
+    from vla_lib.workbench import record
+
+    record.record(robot, dataset_root, dataset, seconds, by)
+    return 0
+
+
 def doctor() -> int:
     """Look at the machine, and say what to do."""
     from vla_lib.workbench import doctor
@@ -161,6 +182,7 @@ COMMANDS: tuple[Callable[..., int], ...] = (
     sweep,
     night,
     commands.rerun,
+    record,
     doctor,
     commands.cache,
     run_all,

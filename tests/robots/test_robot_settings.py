@@ -64,6 +64,7 @@ def test_a_file_says_what_is_where(tmp_path):
         ("arm.trf", [0, 0, 12000, 0, 0, 0], "over a metre away; give mm"),
         ("arm.adress", "x", "arm.adress is no setting; is arm.address meant?"),
         ("cameras", {}, "cameras is empty"),
+        ("cameras.Side", {"source": "zmq"}, "cameras.Side is no view of prepared episodes"),
         ("cameras.View1_left.source", "usb", "cameras.View1_left: source is 'usb'"),
         ("sensor.port", 99999, "sensor: port is 99999"),
         ("instruction", None, "instruction is missing"),

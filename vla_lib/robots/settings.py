@@ -12,6 +12,7 @@ Unknown keys, values in other units and limits that cannot hold are refused with
 """
 
 import difflib
+import re
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from pathlib import Path
@@ -30,6 +31,7 @@ from vla_lib.runtime.safety import SafetyLimits
 Port = Annotated[int, Ge(0), Le(65535)]
 Frame = tuple[float, float, float, float, float, float]
 ZERO: Frame = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+VIEW_KEY = re.compile(r"View[1-4]_(left|right)|View5")
 S = TypeVar("S", bound=Settings)
 
 # (least, greatest) that a limit of this arm at this task may be. Guesses with wide margins: they catch other units.
@@ -134,6 +136,8 @@ class RobotSettings(FileSettings):
         cameras = _mapping(top.get("cameras"), "cameras")
         if not cameras:
             raise UserError("cameras is empty; name the views that the policy was trained on.")
+        if strange := [str(view) for view in cameras if not VIEW_KEY.fullmatch(str(view))]:
+            raise UserError(f"cameras.{strange[0]} is no view of prepared episodes; those are View1_left to View5.")
         given["cameras"] = {str(v): _section(CameraSettings, one, f"cameras.{v}") for v, one in cameras.items()}
         if top.get("sensor") is not None:
             given["sensor"] = _section(SensorSettings, top["sensor"], "sensor")
