@@ -138,7 +138,7 @@ def export(settings: Annotated[ExportSettings, arg(name="")]) -> int:
 
 
 def record(
-    robot: Annotated[Path, arg(help="the rig's robot.yaml")],
+    robot: Path = Path("robot.yaml"),
     dataset_root: Path = PROJECT / "runs" / "recordings",
     dataset: str = "recordings",
     seconds: float = 0.0,
@@ -147,6 +147,7 @@ def record(
     """Record a raw episode of a lab's rig while a person moves the arm.
 
     Args:
+        robot: the file that says what is where.
         dataset_root: where the dataset lies.
         dataset: name of the dataset, a folder.
         seconds: how long; 0: until Ctrl-C.
