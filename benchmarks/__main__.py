@@ -20,7 +20,7 @@ from vla_lib.core.errors import UserError
 from vla_lib.core.files import write_json
 from vla_lib.core.settings import Settings, settings
 
-ROOMS = ("episodes", "features", "runtime", "needle_rig", "training")
+ROOMS = ("episodes", "features", "runtime", "needle_rig", "training", "workbench")
 ALL = (*ROOMS, "gpu")
 
 

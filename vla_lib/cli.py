@@ -25,7 +25,8 @@ FRONT_DOORS = """front doors, each with --help, and each under torchrun where it
   python -m vla_lib.preprocess, build_vl_cache, train_async, train_diffusion, evaluate; python -m needle_rig"""
 
 Notebook = Annotated[Positional[str], arg(metavar="NOTEBOOK", help="path or name, e.g. 04_train_async")]
-AtATime = Annotated[int, arg(help="runs at a time")]
+AtATime = Annotated[int, arg(help="runs at a time; 0: as many as there are GPUs for, one on a CPU")]
+GpusPerRun = Annotated[int, arg(help="GPUs of each run; 0: one a process (nproc_per_node)")]
 Model = Annotated[str, arg(help="VL model: hub name, folder, or tiny")]
 Processes = Annotated[int, arg(help="processes of torchrun")]
 Pairs = Annotated[
@@ -63,7 +64,8 @@ def sweep(
     objective: str = "val_action_loss",
     maximize: FlagCreatePairsOff[bool] = False,
     parameters: Pairs = (),
-    parallel: AtATime = 1,
+    parallel: AtATime = 0,
+    gpus_per_run: GpusPerRun = 0,
 ) -> int:
     """Run a notebook with many settings. The same command goes on with a sweep that was stopped or had failures, and
     joins one that runs, from any machine that sees the runs folder.
@@ -79,14 +81,18 @@ def sweep(
 
     how = {"objective": objective, "maximize": maximize, "prune": prune}
     plan = sweeps.plan_sweep(notebook, grid, once(parameters), search, trials, seeds, **how)
-    return worker.run(plan, parallel)
+    return worker.run(plan, parallel, gpus_per_run)
 
 
-def night(jobs: Annotated[Positional[Path], arg(metavar="JOBS", help="the YAML file")], parallel: AtATime = 1) -> int:
+def night(
+    jobs: Annotated[Positional[Path], arg(metavar="JOBS", help="the YAML file")],
+    parallel: AtATime = 0,
+    gpus_per_run: GpusPerRun = 0,
+) -> int:
     """Run a YAML list of notebooks: - {name: wide, notebook: 04_train_async, parameters: {lr: 1e-4}}"""
     from vla_lib.workbench import sweeps, worker
 
-    return worker.run(sweeps.Plan("night", sweeps.read_list(jobs)), parallel)
+    return worker.run(sweeps.Plan("night", sweeps.read_list(jobs)), parallel, gpus_per_run)
 
 
 def run_all(

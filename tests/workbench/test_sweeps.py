@@ -1,5 +1,6 @@
 """Sweeps and nights: a queue that several workers share, that survives failures and kills, and goes on."""
 
+import itertools
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import sweep_stub
 from vla_lib.core.errors import UserError
 from vla_lib.core.files import append_jsonl, read_json
 from vla_lib.core.run_folder import RunFolder, read_record, write_results
-from vla_lib.workbench import sweeps, worker
+from vla_lib.workbench import devices, sweeps, worker
 from vla_lib.workbench.jobs import Job
 from vla_lib.workbench.parameters import resolve
 from vla_lib.workbench.queue import Claim, Queue
@@ -313,3 +314,63 @@ def test_a_grid_is_every_combination_and_bad_axes_are_named():
 def test_a_bad_search_is_refused(asked, said):
     with pytest.raises(UserError, match=said):
         sweeps.plan_sweep("04_train_async", asked.pop("grid", []), {}, **asked).check()
+
+
+@pytest.fixture
+def four_gpus(tmp_path, monkeypatch):
+    monkeypatch.setattr(devices, "LOCKS", tmp_path)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
+
+
+def test_no_gpu_is_given_to_two_runs(four_gpus, tmp_path, monkeypatch):
+    """Also where the worker that took it is gone and its run still ends: the run's supervisor holds it."""
+    gpus = devices.Gpus.find(per_run=2)
+    first, second = gpus.take(), gpus.take()
+    assert {*first.names, *second.names} == {"0", "1", "2", "3"} and gpus.take() is None
+    assert first.variables == {"CUDA_VISIBLE_DEVICES": "0,1"}
+    job = Job(["sleep", "600"], tmp_path / "job")
+    job.held = first.handles
+    job.start()
+    first.release()
+    assert devices.Gpus.find(per_run=1).take() is None
+    job.stop()
+    job._process.wait()
+    assert gpus.take().names == ("0", "1")
+    with pytest.raises(UserError, match="wants 5 GPUs, but there are 4"):
+        devices.Gpus.find(per_run=5)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert devices.Gpus.find(per_run=5).take().variables == {}
+
+
+def test_runs_at_once_have_gpus_of_their_own_and_a_share_of_the_cores(
+    four_gpus, write_notebook, runs_folder, monkeypatch, capsys
+):
+    """Two workers' worth of runs, two GPUs each: what each saw is what it was given, and none was shared."""
+    path = write_notebook("n: int = 1\nnproc_per_node: int = 2")
+    monkeypatch.setattr(devices.os, "sched_getaffinity", lambda _: range(16))
+    for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
+    code = """
+import json, os, sys, time
+seen = {name: os.environ.get(name) for name in ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "WANDB_RUN_GROUP")}
+begun = time.time(); time.sleep(0.3)
+json.dump({**seen, "begun": begun, "ended": time.time()}, open(sys.argv[1], "w"))
+"""
+    given: list[Path] = []
+
+    def stand_in(self: worker.Worker, claim: Claim) -> Job:
+        RunFolder.create("small", {}, path=claim.run).finish("done")
+        given.append(claim.run / "seen.json")
+        return Job([sys.executable, "-c", code, str(given[-1])], self.queue.path / "jobs" / claim.run.name, "vla.log")
+
+    monkeypatch.setattr(worker.Worker, "_job", stand_in)
+    assert worker.run(sweeps.plan_sweep(str(path), ["n=1,2,3,4"], {})) == 0
+    said = capsys.readouterr().out
+    assert "2 at a time, 2 to a run, of 4 GPUs (0, 1, 2, 3), 4 CPU threads to a process" in said
+    seen = [read_json(file) for file in given]
+    (sweep,) = runs_folder.glob("*-sweep")
+    assert {(one["OMP_NUM_THREADS"], one["WANDB_RUN_GROUP"]) for one in seen} == {("4", sweep.name)}
+    assert {one["CUDA_VISIBLE_DEVICES"] for one in seen} == {"0,1", "2,3"}
+    for one, other in itertools.combinations(seen, 2):
+        if one["begun"] < other["ended"] and other["begun"] < one["ended"]:
+            assert one["CUDA_VISIBLE_DEVICES"] != other["CUDA_VISIBLE_DEVICES"]

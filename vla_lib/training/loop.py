@@ -91,7 +91,8 @@ def train(settings: TrainingSettings) -> dict[str, Any]:
         if main:
             count = sum(weight.numel() for weight in state.trained.parameters())
             precision = accelerator.mixed_precision.replace("no", "float32")
-            print(f"{count:,} parameters, {world} process(es) on {device.type}, {precision}", flush=True)
+            threads = f"{torch.get_num_threads()} CPU thread(s) each"
+            print(f"{count:,} parameters, {world} process(es) on {device.type}, {threads}, {precision}", flush=True)
             if before is not None:
                 print(f"resumed {latest} at step {state.step}, epoch {state.epoch}", flush=True)
 

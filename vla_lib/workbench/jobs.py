@@ -28,6 +28,7 @@ from vla_lib.core.errors import UserError
 from vla_lib.core.files import read_json
 from vla_lib.core.owner import Owner, living, owner_file
 from vla_lib.core.settings import Settings
+from vla_lib.workbench.devices import thread_variables
 
 GRACE_S = 20.0  # longer than a checkpoint takes
 LOG_TAIL_LINES = 15
@@ -86,6 +87,7 @@ class Job:
         self.log = self.run_dir / log
         self.grace_s = grace_s
         self.environment: dict[str, str] = {}
+        self.held: tuple[int, ...] = ()  # open files that the supervisor holds to its end
         self.attached = False
         self._process: subprocess.Popen[bytes] | None = None
         self._read = 0
@@ -120,15 +122,14 @@ class Job:
         """`torchrun --nproc_per_node=N -m MODULE FLAGS --run-dir RUN_DIR`, on a free port of this machine; `resume`:
         with --resume.
 
-        Ranks on the CPU share its cores: each gets its part as OMP_NUM_THREADS unless the variable is set already.
+        Ranks on the CPU share its cores (see `devices.thread_variables`).
         """
         if nproc_per_node < 1:
             raise UserError(f"nproc_per_node is {nproc_per_node}; give 1 or more processes.")
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc_per_node}"]
         words = [*flags(settings), "--run-dir", str(run_dir), *(["--resume"] if resume else [])]
         job = cls([*torchrun, "-m", module, *words], run_dir, log)
-        threads = max(1, (os.cpu_count() or 1) // nproc_per_node)
-        job.environment = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
+        job.environment = thread_variables(nproc_per_node)
         return job
 
     @property
@@ -170,6 +171,7 @@ class Job:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
+                pass_fds=self.held,
                 start_new_session=True,  # Ctrl-C reaches this process alone, which then decides
             )
             while not status.exists() and self._process.poll() is None:

@@ -56,17 +56,20 @@ class Plan:
         notebooks = sorted({entry.notebook for entry in self.entries})
         return {"digest": runs.digest([known, asked]), "entries": len(known), "notebooks": notebooks, **asked}
 
-    def check(self) -> None:
-        """Raises UserError for an unknown notebook, parameter or value, before anything starts."""
+    def check(self) -> int:
+        """The most processes of an entry's torchrun. Raises UserError for an unknown notebook, parameter or value."""
+        processes = 1
         ends: list[dict[str, str]] = [{}, {}]
         for name in self.searched:
-            values = _ends(self.space[name])
-            ends = [end | {name: word(value)} for end, value in zip(ends, values, strict=True)]
+            both = zip(ends, _ends(self.space[name]), strict=True)
+            ends = [end | {name: word(value)} for end, value in both]
         for entry, end in itertools.product(self.entries, ends[: 2 if self.searched else 1]):
             try:
-                resolve(notebook_path(entry.notebook), entry.parameters | end, text=True)
+                values = resolve(notebook_path(entry.notebook), entry.parameters | end, text=True)
             except UserError as error:
                 raise UserError(f"{self.kind}, {entry.name}: {error}") from None
+            processes = max(processes, values.get("nproc_per_node", 1))
+        return processes
 
 
 def plan_sweep(

@@ -14,6 +14,7 @@ from vla_lib.core.errors import UserError
 from vla_lib.core.files import read_jsonl, write_text
 from vla_lib.core.progress import clock
 from vla_lib.core.run_folder import close_as_pruned, read_record, write_results
+from vla_lib.workbench.devices import Gpus, Share, thread_variables
 from vla_lib.workbench.jobs import GRACE_S, Job, JobCancelled, JobFailed
 from vla_lib.workbench.notebook import shown
 from vla_lib.workbench.parameters import notebook_path
@@ -23,21 +24,29 @@ from vla_lib.workbench.sweeps import Plan
 WAIT_S = 1.0  # between two looks at a queue in which others work
 
 
-def run(plan: Plan, parallel: int = 1) -> int:
-    """Work on the queue of `plan` until all its entries have ended, `parallel` at a time; prints each one's start and
-    end, then the comparison. Returns 0, 1 where an entry failed, 130 where this worker was stopped. Raises UserError
+def run(plan: Plan, parallel: int = 0, gpus_per_run: int = 0) -> int:
+    """Work on the queue of `plan` until all its entries have ended; prints each one's start and end, and a comparison.
+
+    parallel: entries at a time; 0: as many as there are GPUs for, one on a CPU. gpus_per_run: GPUs of each; 0: one a
+    process of its torchrun. Returns 0, 1 where an entry failed, 130 where this worker was stopped. Raises UserError
     before anything starts."""
-    if parallel < 1:
-        raise UserError(f"--parallel is {parallel}; give 1 or more.")
-    plan.check()
+    if parallel < 0 or gpus_per_run < 0:
+        raise UserError("--parallel and --gpus-per-run are 0 (chosen here) or more.")
+    processes = plan.check()
+    gpus = Gpus.find(gpus_per_run or processes)
+    parallel = parallel or max(1, len(gpus.names) // gpus.per_run)
+    threads = thread_variables(parallel * processes)
     queue = Queue.open(plan)
     done = sum(row["state"] in ENDED_WELL for row in queue.rows())
     joined = "" if queue.record else ", joined"
     print(f"{plan.kind}: {len(plan.entries)} runs, {done} done already{joined}; {shown(queue.path)}", flush=True)
+    named = f"{gpus.per_run} to a run, of {len(gpus.names)} GPUs ({', '.join(gpus.names)})"
+    where = f"{named if gpus.names else 'on the CPU'}, {threads['OMP_NUM_THREADS']} CPU threads to a process"
+    print(f"{parallel} at a time, {where}", flush=True)
     stopped = False
     before = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
-        asyncio.run(Worker(queue).work(parallel))
+        asyncio.run(Worker(queue, gpus, threads).work(parallel))
     except KeyboardInterrupt:
         stopped = True
     finally:
@@ -71,8 +80,8 @@ def conclude(queue: Queue, stopped: bool) -> int:
 class Worker:
     """Runs entries of a queue, some at a time."""
 
-    def __init__(self, queue: Queue):
-        self.queue = queue
+    def __init__(self, queue: Queue, gpus: Gpus, threads: dict[str, str]):
+        self.queue, self.gpus, self.threads = queue, gpus, threads
         self._jobs: set[Job] = set()
 
     async def work(self, parallel: int) -> None:
@@ -97,20 +106,30 @@ class Worker:
 
     async def _place(self) -> None:
         while True:
-            claim = self.queue.claim()
-            if claim is not None:
-                await self._run(claim)
-            elif all(row["state"] not in ("waiting", "running") for row in self.queue.rows()):
+            share = self.gpus.take()  # before an entry is claimed: another worker may have GPUs for that
+            claim = self.queue.claim() if share else None
+            if claim and share:
+                try:
+                    await self._run(claim, share)
+                finally:
+                    share.release()
+                continue
+            if share:
+                share.release()
+            if all(row["state"] not in ("waiting", "running") for row in self.queue.rows()):
                 return
-            else:
-                await asyncio.sleep(WAIT_S)
+            await asyncio.sleep(WAIT_S)
 
-    async def _run(self, claim: Claim) -> None:
+    async def _run(self, claim: Claim, share: Share) -> None:
         """Run a claimed entry to its end, however that is."""
         name, start = claim.title, time.monotonic()
         job = self._job(claim)
+        job.environment = {**self.threads, **share.variables, "WANDB_RUN_GROUP": self.queue.path.name}
+        job.held = share.handles
         self._jobs.add(job)
-        print(f"{_now()} {'goes on with' if claim.resume else 'started'} {name}: {shown(claim.run)}", flush=True)
+        begins = "goes on with" if claim.resume else "started"
+        on = f" on GPU {', '.join(share.names)}" if share.names else ""
+        print(f"{_now()} {begins} {name}{on}: {shown(claim.run)}", flush=True)
         watch = _Validations(claim, self.queue.plan.objective)
         try:
             await job.watch(lambda _lines: job.stop() if watch.poor() else None)
@@ -134,9 +153,7 @@ class Worker:
         words = [word for name, value in claim.words.items() for word in ("-p", name, value)]
         command = [sys.executable, "-m", "vla_lib.cli", "run", str(notebook_path(claim.entry.notebook))]
         command += ["--run-dir", str(claim.run), *(["--resume"] if claim.resume else [])]
-        job = Job([*command, *words], self.queue.path / "jobs" / claim.run.name, "vla.log", grace_s=2 * GRACE_S + 15)
-        job.environment = {"WANDB_RUN_GROUP": self.queue.path.name}
-        return job
+        return Job([*command, *words], self.queue.path / "jobs" / claim.run.name, "vla.log", grace_s=2 * GRACE_S + 15)
 
 
 class _Validations:
