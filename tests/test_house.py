@@ -114,7 +114,7 @@ BOUNDS = {
     "runtime": (10, 1360),
     "robots": (12, 1640),
     "evaluation": (9, 1340),
-    "workbench": (35, 5130),
+    "workbench": (36, 5260),
 }
 
 
