@@ -17,6 +17,7 @@ from vla_lib.core.errors import UserError
 from vla_lib.core.frontdoor import EXIT_BAD_INPUT
 from vla_lib.core.run_folder import PROJECT, runs_root
 from vla_lib.episodes.lerobot_export import ExportSettings
+from vla_lib.episodes.lerobot_import import ImportSettings
 from vla_lib.workbench import commands
 from vla_lib.workbench.parameters import describe, notebook_path
 
@@ -143,6 +144,19 @@ def export(settings: Annotated[ExportSettings, arg(name="")]) -> int:
     return 0
 
 
+def import_(settings: Annotated[ImportSettings, arg(name="")]) -> int:
+    """Bring a LeRobot dataset (v3.0) in below a root, and prepare it."""
+    from vla_lib import preprocess
+    from vla_lib.episodes import PreprocessSettings, lerobot_import
+
+    done = lerobot_import.bring_in(settings)
+    print(f"The states are away from the declared actions by {done['residual']}")
+    print(*(f"{camera} is View{number}" for camera, (number, _) in done["views"].items()), sep="\n")
+    print(*(f"left out: {text}" for text in done["left_out"]), sep="\n")
+    preprocess.main(PreprocessSettings(settings.dataset_root, (done["folder"],), settings.action_hz))
+    return 0
+
+
 def record(
     robot: Path = Path("robot.yaml"),
     dataset_root: Path = PROJECT / "runs" / "recordings",
@@ -195,6 +209,7 @@ COMMANDS: tuple[Callable[..., int], ...] = (
     run_all,
     demo,
     export,
+    import_,
     lab,
 )
 ACTIONS: tuple[Callable[..., int], ...] = (commands.ls, commands.show, commands.diff, commands.open, commands.rm)
@@ -205,7 +220,7 @@ def parse(words: Sequence[str]) -> "functools.partial[int]":
     --help."""
     app, runs = SubcommandApp(), SubcommandApp()
     for command in COMMANDS:
-        app.command(_later(command))
+        app.command(name=command.__name__.strip("_").replace("_", "-"))(_later(command))
     for action in ACTIONS:
         runs.command(is_default=action is commands.ls)(_later(action))
     app.command(runs, name="runs", help="The lab book: list runs (also without ACTION), show, compare, open, remove.")

@@ -5,6 +5,7 @@ LeRobot is no dependency: VLA_LEROBOT_PYTHON names a Python that has it, else th
 
 import json
 import os
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,12 @@ import pandas as pd
 import pytest
 from conftest import prepare_all
 from PIL import Image
-from raw_episodes import T0, Raw
+from raw_episodes import T0, Raw, smooth_pose, true_action
+from scipy.spatial.transform import Rotation
 
+from vla_lib import cli
 from vla_lib.core.errors import UserError
-from vla_lib.episodes import find_prepared, lerobot_export, lerobot_shard, load_prepared
+from vla_lib.episodes import DatasetTable, find_prepared, lerobot_export, lerobot_import, lerobot_shard, load_prepared
 from vla_lib.episodes.lerobot_export import ExportSettings, export
 
 LEROBOT = os.environ.get("VLA_LEROBOT_PYTHON", "")
@@ -223,3 +226,176 @@ def test_statistics_are_those_of_lerobot(recorded, exported, tmp_path):
     del away["video std"]
     assert max(away.values()) < 1e-3, away
     assert found["counts"]["action"] == len(truth(recorded)["action"])
+
+
+# ---- import
+
+
+def import_(*words: Any) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["import", *map(str, words)])
+    assert ended.value.code == 0
+
+
+def by_start(root: Path) -> dict[float, Any]:
+    episodes = [load_prepared(folder) for folder in find_prepared(root)]
+    return {round(float(episode.timestamp[0]), 3): episode for episode in episodes}
+
+
+def test_a_round_trip_keeps_actions_pictures_and_sensor(recorded, exported, tmp_path, capsys):
+    import_("--from-lerobot", exported, "--dataset-root", tmp_path / "root", "--actions", "delta")
+    assert "0.0% of the motion in place" in capsys.readouterr().out
+    back, compared = by_start(tmp_path / "root"), 0
+    for row in episode_rows(exported).to_dict("records"):
+        ours, first = load_prepared(recorded / row["vla/episode"]), row["vla/first_step"]
+        theirs = back[round(row["vla/start_unix_s"], 3)]
+        assert len(theirs) == row["length"] and theirs.valid.all()
+        steps = slice(first, first + row["length"])
+        assert np.abs(theirs.action - ours.action[steps]).max() < 2e-4  # states are rounded to float32
+        assert np.abs(theirs.state - ours.state[steps]).max() < 1e-4
+        assert theirs.instruction == ours.instruction and theirs.views == VIEWS
+        for step in range(0, row["length"], 3):
+            paths = ours.picture_path("View5", first + step), theirs.picture_path("View5", step)
+            one, other = (np.asarray(Image.open(path), float) for path in paths)
+            assert np.abs(one - other).mean() < 4.0
+            window = ours.sensor_window(first + step, 65)
+            if window is not None and step > 1:
+                assert np.array_equal(theirs.sensor_window(step, 65), window)
+                compared += 1
+    assert compared > 8
+    table = DatasetTable.load(tmp_path / "root")
+    weights = {table.weight(episode.dataset, episode.task) for episode in back.values()}
+    assert weights == {2.0, 3.0}
+
+
+def made(folder: Path, fps: float, written: str, seconds: float = 4.0, **info: Any) -> Path:
+    """A LeRobot dataset written by hand: two episodes, cameras `top` and `wrist`, metres and radians.
+
+    written: `tool` (deltas in the tool frame) or `pose` (where to go); orientations are rotation vectors.
+    """
+    frames, length = [], round(seconds * fps)
+    t = np.arange(length) / fps
+    for number in range(2):
+        pose, after = (smooth_pose(t + number + shift) for shift in (0, 1 / fps))
+        turned, target = (Rotation.from_euler("XYZ", one[:, 3:], degrees=True) for one in (pose, after))
+        action = np.hstack([after[:, :3] / 1000, target.as_rotvec()])
+        if written == "tool":
+            place = turned.inv().apply(after[:, :3] - pose[:, :3]) / 1000
+            action = np.hstack([place, (turned.inv() * target).as_rotvec()])
+        state = np.hstack([pose[:, :3] / 1000, turned.as_rotvec(), np.full((length, 1), 0.04)])
+        frames += [
+            {"observation.state": s, "action": a, "episode_index": number} for s, a in zip(state, action, strict=True)
+        ]
+    table = pd.concat(frames).assign(index=range(2 * length), task_index=0)
+    for name in ("data/chunk-000", "meta/episodes/chunk-000", "videos/observation.images.top/chunk-000"):
+        (folder / name).mkdir(parents=True)
+    (folder / "videos/observation.images.wrist/chunk-000").mkdir(parents=True)
+    table.to_parquet(folder / "data/chunk-000/file-000.parquet")
+    rows, features = [], {"observation.state": {"dtype": "float32", "shape": [7]}, "action": {"dtype": "float32"}}
+    features["action"]["shape"] = [6]
+    features["observation.state"]["names"] = ["ee.x", "ee.y", "ee.z", "ee.wx", "ee.wy", "ee.wz", "grip"]
+    for camera in ("observation.images.top", "observation.images.wrist"):
+        features[camera] = {"dtype": "video", "shape": [36, 64, 3], "names": ["height", "width", "channels"]}
+        with av.open(str(folder / "videos" / camera / "chunk-000/file-000.mp4"), "w") as container:
+            stream = container.add_stream("libx264", rate=int(fps))
+            stream.width, stream.height, stream.pix_fmt = 64, 36, "yuv420p"
+            for k in range(2 * length):  # the picture tells its number
+                pixels = np.full((36, 64, 3), 40, np.uint8)
+                pixels[:, : 8 + 2 * (k % 28)] = 200
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+            container.mux(stream.encode())
+    for number in range(2):
+        row = {"episode_index": number, "tasks": ["Push the point"], "length": length}
+        row |= {"data/chunk_index": 0, "data/file_index": 0, "dataset_from_index": number * length}
+        for camera in ("top", "wrist"):
+            name = f"videos/observation.images.{camera}"
+            row |= {f"{name}/chunk_index": 0, f"{name}/file_index": 0, f"{name}/from_timestamp": number * length / fps}
+        rows.append(row)
+    pd.DataFrame(rows).to_parquet(folder / "meta/episodes/chunk-000/file-000.parquet")
+    paths = {"data_path": "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"}
+    paths |= {"video_path": "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"}
+    values = {"codebase_version": "v3.0", "fps": fps, "features": features} | paths | info
+    (folder / "meta/info.json").write_text(json.dumps(values))
+    return folder
+
+
+@pytest.mark.parametrize(("fps", "written"), [(30.0, "tool"), (5.0, "pose"), (10.0, "pose")])
+def test_what_others_wrote_becomes_episodes_at_our_rate(fps, written, tmp_path):
+    """Other rates, views and units; no sensor, no joints."""
+    source = made(tmp_path / "theirs", fps, written)
+    words = {"actions": "pose"} if written == "pose" else {"actions": "delta", "frame": "tool"}
+    units = {"lengths": "m", "angles": "rad", "rotation": "rotvec"}
+    lerobot_import.bring_in(cli.ImportSettings(source, tmp_path / "root", **words, **units))
+    prepare_all(tmp_path / "root")
+    episodes = list(by_start(tmp_path / "root").values())
+    assert len(episodes) == 2
+    for number, episode in enumerate(episodes):
+        assert len(episode) == 40 and episode.valid.all() and not episode.has_sensor
+        assert episode.views == ["View1_left", "View2_left"] and episode.instruction == "Push the point"
+        t = np.arange(40) / 10
+        wanted = true_action(smooth_pose, t + number)
+        if fps >= 10:
+            assert np.abs(episode.action[:, :6] - wanted).max() < 2e-3
+        else:  # between two states the way is straight
+            pairs = episode.action[:, :6].reshape(20, 2, 6).sum(axis=1)
+            assert np.abs(pairs - true_action(smooth_pose, t[::2] + number, 0.2)).max() < 0.02
+        assert np.abs(episode.state[:, 6:9] - smooth_pose(t + number)[:, :3])[:: 1 if fps >= 10 else 2].max() < 1e-3
+        for step in range(40):  # the newest picture at or before the step
+            frame = int(np.floor(step / 10 * fps + 1e-9)) + number * round(4 * fps)
+            with Image.open(episode.picture_path("View2_left", step)) as picture:
+                bright = (np.asarray(picture.convert("L"), float) > 120).mean(axis=0) > 0.5
+            assert abs(int(bright.sum()) - (8 + 2 * (frame % 28))) <= 1
+
+
+def test_what_contradicts_the_states_is_refused(tmp_path):
+    source = made(tmp_path / "theirs", 10.0, "tool")
+
+    def refused(match: str, *words: str, root: str = "root") -> None:
+        settings = cli.ImportSettings(source, tmp_path / root, **dict(zip(words[::2], words[1::2], strict=True)))
+        with pytest.raises(UserError, match=match):
+            lerobot_import.bring_in(settings)
+        assert not list(tmp_path.glob(f"{root}/*/*/data_collection*"))
+
+    right = ("lengths", "m", "angles", "rad", "rotation", "rotvec")
+    refused("no delta in the base frame.*with --frame tool", "actions", "delta", *right)
+    refused("no pose.*with --actions delta --frame tool", "actions", "pose", *right)
+    refused("hold no joints", "actions", "joints", *right)
+    tool = ("actions", "delta", "frame", "tool", "lengths", "m")
+    refused("with --rotation rotvec", *tool, "angles", "rad", "rotation", "euler")
+    refused("with --angles rad", *tool, "rotation", "rotvec")
+    (tmp_path / "taken" / "theirs").mkdir(parents=True)
+    refused("is not this import", "actions", "delta", "frame", "tool", *right, root="taken")
+    video = source / "videos/observation.images.wrist/chunk-000/file-000.mp4"
+    video.write_bytes(video.read_bytes()[:2000])
+    refused("cannot be read", "actions", "delta", "frame", "tool", *right)
+    info = json.loads((source / "meta/info.json").read_text())
+    (source / "meta/info.json").write_text(json.dumps(info | {"codebase_version": "v2.1"}))
+    refused("convert", "actions", "delta", *right)
+
+
+def test_a_sensor_stream_outside_the_dataset_is_not_read(exported, tmp_path):
+    shutil.copytree(exported, tmp_path / "theirs")
+    file = tmp_path / "theirs" / "meta" / "episodes" / "chunk-000" / "file-000.parquet"
+    rows = pd.read_parquet(file)
+    rows["vla/sensor"] = "../../private"
+    rows.to_parquet(file)
+    with pytest.raises(UserError, match="outside its folder"):
+        lerobot_import.bring_in(cli.ImportSettings(tmp_path / "theirs", tmp_path / "root", "delta"))
+
+
+@needs_lerobot
+def test_what_lerobot_writes_comes_in(tmp_path):
+    t, lengths = np.arange(25) / 10, np.array([25, 18])
+    state = np.concatenate([np.hstack([smooth_pose(t[:n]) * 0.1, smooth_pose(t[:n])]) for n in lengths])
+    action = np.concatenate([true_action(smooth_pose, t[:n]) for n in lengths])
+    pictures = np.random.default_rng(0).integers(0, 255, (1, len(state), 48, 64, 3), np.uint8)
+    names = [f"joint_{k}" for k in range(1, 7)] + ["x", "y", "z", "a", "b", "r"]
+    values = {"state": state.astype(np.float32), "action": action.astype(np.float32), "pictures": pictures}
+    np.savez(tmp_path / "in.npz", **values, views=["front"], names=names, fps=10, lengths=lengths)
+    lerobot("write", tmp_path / "theirs", tmp_path / "in.npz")
+    import_("--from-lerobot", tmp_path / "theirs", "--dataset-root", tmp_path / "root", "--actions", "delta")
+    episodes = list(by_start(tmp_path / "root").values())
+    assert [len(episode) for episode in episodes] == lengths.tolist()
+    found = np.concatenate([episode.action[:, :6] for episode in episodes])
+    assert np.abs(found - action).max() < 2e-3
+    assert [episode.instruction for episode in episodes] == ["task 0", "task 1"]

@@ -5,7 +5,8 @@
     White_silicone_white_circle: {weight: 2, instruction: "Insert into the white square silicone"}
     New_dataset*: {weight: 3, instruction: "Perform {task} insertion task"}
 
-The first entry of the file that matches (in any case) and names the field wins, then the built-in table, then weight 1.
+The first entry of the file that matches (in any case) and names the field wins, then those of a datasets.yaml inside a
+dataset's folder (an imported dataset brings one), then the built-in table, then weight 1.
 A dataset is known by its own folder's name at whatever depth below the root: a folder that no entry names is said.
 Weight w means: each step of the dataset is drawn w times as often as a step of weight 1; 0 leaves it out (`marks`).
 """
@@ -48,15 +49,17 @@ class DatasetTable:
     @classmethod
     def load(cls, root: str | Path) -> "DatasetTable":
         """The table that holds below `root`. Raises UserError where datasets.yaml cannot be understood."""
-        path = Path(root) / TABLE_NAME
-        if not path.is_file():
-            return cls()
-        try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            said = " ".join(str(error).split())
-            raise UserError(f"{path} cannot be read as YAML ({said}); correct or remove it.") from error
-        return cls(_checked(content or {}, path))
+        entries: dict[str, dict[str, Any]] = {}
+        for path in (Path(root) / TABLE_NAME, *sorted(Path(root).glob(f"*/{TABLE_NAME}"))):
+            if not path.is_file():
+                continue
+            try:
+                content = yaml.safe_load(path.read_text(encoding="utf-8"))
+            except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+                said = " ".join(str(error).split())
+                raise UserError(f"{path} cannot be read as YAML ({said}); correct or remove it.") from error
+            entries |= {name: one for name, one in _checked(content or {}, path).items() if name not in entries}
+        return cls(entries)
 
     def weight(self, dataset: str, task: str = "") -> float:
         """How often a step of the dataset is drawn, relative to weight 1."""
