@@ -48,7 +48,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = rows[(rows < 1.5) | (rows > 1.9)]
     Raw("F1", scenery=True, seconds=4, row_times=rows, right=True).write(root / "White_silicone_white_circle")
     Raw("F2", scenery=True, start=T0 + 600).write(root / "New_dataset" / "Red_point")
-    Raw("F3", scenery=True, sensor=False, start=T0 + 1200).write(root / "New_dataset3" / "Eye_trocar")
+    Raw("F3", scenery=True, sensor=False, start=T0 + 1200.7654321).write(root / "New_dataset3" / "Eye_trocar")
     prepare_all(root)
     return root
 
@@ -258,6 +258,7 @@ def test_a_round_trip_keeps_actions_pictures_and_sensor(recorded, exported, tmp_
             paths = ours.picture_path("View5", first + step), theirs.picture_path("View5", step)
             one, other = (np.asarray(Image.open(path), float) for path in paths)
             assert np.abs(one - other).mean() < 4.0
+            assert theirs.clocks.sensor.offset_s == 0.0
             window = ours.sensor_window(first + step, 65)
             if window is not None and step > 1:
                 assert np.array_equal(theirs.sensor_window(step, 65), window)
@@ -283,9 +284,8 @@ def made(folder: Path, fps: float, written: str, seconds: float = 4.0, **info: A
             place = turned.inv().apply(after[:, :3] - pose[:, :3]) / 1000
             action = np.hstack([place, (turned.inv() * target).as_rotvec()])
         state = np.hstack([pose[:, :3] / 1000, turned.as_rotvec(), np.full((length, 1), 0.04)])
-        frames += [
-            {"observation.state": s, "action": a, "episode_index": number} for s, a in zip(state, action, strict=True)
-        ]
+        columns = {"observation.state": list(state), "action": list(action), "episode_index": number}
+        frames.append(pd.DataFrame(columns))
     table = pd.concat(frames).assign(index=range(2 * length), task_index=0)
     for name in ("data/chunk-000", "meta/episodes/chunk-000", "videos/observation.images.top/chunk-000"):
         (folder / name).mkdir(parents=True)

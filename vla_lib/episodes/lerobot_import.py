@@ -359,6 +359,7 @@ def _write_robot(source: LeRobotDataset, row: dict[str, Any], start_s: float, pa
     at_s = np.arange((len(t_s) - 1) * between + 1) / (source.fps * between)
     poses, _ = interpolate(t_s, pose, at_s)
     columns = {"origin_timestamp": start_s + at_s}
+    columns["origin_timestamp"][-1] += 2e-6  # the last step must not be lost to the rounding of its ends
     if joints is not None:
         columns |= {f"joint_{k + 1}": np.interp(at_s, t_s, joints[:, k]) for k in range(6)}
     columns |= {f"pose_{axis}": poses[:, k] for k, axis in enumerate("xyzabr")}

@@ -26,6 +26,7 @@ Curves = dict[str, tuple[Array, Array]]  # name -> times (each on its own clock)
 
 SEARCH_S = 3.0  # lags that are compared, to either side
 MOST_S = 60.0  # of the sensor stream are read: more tells little more
+SLOWEST_ROW_S = 0.025  # rows that come more slowly tell no offset of a few milliseconds
 STEP_S = 0.005  # of the common time axis and of the sensor's lags
 GROUP_S = 0.02  # A-scans are averaged over this span: a layer moves less than a few bins in it
 SMOOTH_S = 0.03
@@ -57,7 +58,7 @@ def sensor_match(episode: Episode) -> MotionMatch | None:
     """The tip's motion along the tool against the layers of the A-scan; None where either tells nothing."""
     robot, sensor = episode.robot, episode.sensor
     rows = pose_rows(robot)
-    if sensor is None or len(rows) < 50:
+    if sensor is None or len(rows) < 50 or np.median(np.diff(robot.t_s)) > SLOWEST_ROW_S:
         return None
     around_s = _around(episode.sensor_start_s)
     end_s = min(episode.end_s, episode.start_s + MOST_S) + SEARCH_S
