@@ -179,6 +179,14 @@ def test_av1_other_sizes_and_chosen_views(recorded, tmp_path):
         export(ExportSettings(recorded, tmp_path / "none", image_resize_width=64))
 
 
+def test_marks_decide_what_goes_out(recorded, tmp_path):
+    shutil.copytree(recorded, tmp_path / "root")
+    (tmp_path / "root" / "marks.yaml").write_text("New_dataset3: {exclude: true, note: blurred}\n")
+    done = export(ExportSettings(tmp_path / "root", tmp_path / "out", workers=1))
+    assert not episode_rows(tmp_path / "out")["vla/episode"].str.contains("New_dataset3").any()
+    assert any("blurred" in text for text in done["left_out"])
+
+
 def test_a_damaged_sensor_is_not_exported(tmp_path):
     path = Raw("F1").write(tmp_path / "root" / "White_silicone_white_circle")
     prepare_all(tmp_path / "root")

@@ -34,8 +34,8 @@ from vla_lib.core.settings import Settings, settings
 from vla_lib.episodes.datasets import DatasetTable
 from vla_lib.episodes.lerobot_shard import CODECS, FILES_A_CHUNK, INDEX_COLUMNS, Part, Shard, feature, write_shard
 from vla_lib.episodes.lerobot_stats import Stats, combine
-from vla_lib.episodes.prepared import PreparedEpisode, load_prepared
-from vla_lib.episodes.survey import find_prepared
+from vla_lib.episodes.prepared import PreparedEpisode, load_used
+from vla_lib.episodes.survey import all_prepared
 
 Array = np.ndarray[Any, Any]
 
@@ -126,16 +126,10 @@ def _plan(settings: ExportSettings) -> tuple[list[Shard], list[dict[str, Any]], 
     """All shards, what each source episode is, and a sentence for each thing left out. Raises UserError."""
     if (settings.image_resize_height is None) != (settings.image_resize_width is None):
         raise UserError("Give both --image-resize-height and --image-resize-width, or none of them.")
-    root, left_out = settings.dataset_root, []
-    episodes: list[PreparedEpisode] = []
-    for folder in find_prepared(root):
-        try:
-            episodes.append(load_prepared(folder))
-        except UserError as error:
-            left_out.append(str(error))
-    if not episodes:
-        said = f": {left_out[0]}" if left_out else "; run python -m vla_lib.preprocess first"
-        raise UserError(f"No prepared episode was found below {root}{said}.")
+    root = settings.dataset_root
+    used = load_used(root)
+    episodes = list(used.values())
+    left_out = [f"{folder.relative_to(root).as_posix()}: {why}" for folder, why in all_prepared(root).items() if why]
     fps = _same_rate(episodes)
     views = list(settings.views) or sorted(set.intersection(*(set(episode.views) for episode in episodes)))
     lacking = [f"{one.path} has no {view}" for one in episodes for view in views if view not in one.views]
@@ -149,8 +143,7 @@ def _plan(settings: ExportSettings) -> tuple[list[Shard], list[dict[str, Any]], 
     tasks: dict[str, int] = {}
     parts: list[Part] = []
     sources = []
-    for episode in episodes:
-        key = episode.path.relative_to(root).as_posix() if episode.path != root else episode.path.name
+    for key, episode in used.items():
         valid = episode.valid & np.all([episode.image_index[view] >= 0 for view in views], axis=0)
         runs = _runs(valid)
         if not valid.all():
