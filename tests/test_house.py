@@ -191,3 +191,12 @@ def test_the_readme_is_short():
     for name in ("README.md", "README.ko.md"):
         text = (PROJECT / name).read_text()
         assert len(text.splitlines()) <= 130 and len(text.split()) <= 1300, name
+
+
+def test_helpers_of_tests_have_names_of_their_own():
+    """pytest imports them by their bare names, so files of two rooms that run together would share one."""
+    helpers = [path for path in (PROJECT / "tests").rglob("*.py") if path.name != "conftest.py"]
+    names = [path.stem for path in helpers]
+    assert sorted({name for name in names if names.count(name) > 1}) == []
+    from_conftest = re.compile(r"^\s*(from|import) conftest\b", re.MULTILINE)
+    assert [path.name for path in helpers if from_conftest.search(path.read_text())] == []

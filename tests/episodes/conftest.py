@@ -1,19 +1,13 @@
-"""Shared by the tests of the episodes room: recordings that are written once, and a shortcut to prepare one."""
+"""Shared by the tests of the episodes room: recordings that are written once, and one that is prepared."""
 
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from preparing import prepare_all
 from raw_episodes import Raw
 
 from vla_lib.episodes import PreparedEpisode, load_prepared
-from vla_lib.episodes.prepare import Report
-from vla_lib.preprocess import Settings, make_jobs, run_jobs
-
-
-def prepare_all(root: Path, workers: int = 1, **settings) -> list[Report]:
-    """Prepare everything below a root, in this process."""
-    return run_jobs(make_jobs(Settings(root, **settings)), workers, show=False)
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from conftest import prepare_all
+from preparing import prepare_all
 from raw_episodes import T0, Raw, but
 
 from vla_lib.episodes import Episode, find_prepared, load_prepared

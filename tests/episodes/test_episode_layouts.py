@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from conftest import prepare_all
+from preparing import prepare_all
 from raw_episodes import JPEG, Raw
 
 from vla_lib.core.errors import UserError

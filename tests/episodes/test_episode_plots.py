@@ -5,7 +5,7 @@ import io
 import matplotlib
 import numpy as np
 import pytest
-from conftest import prepare_all
+from preparing import prepare_all
 from raw_episodes import JPEG, Raw, but
 
 from vla_lib.episodes import Episode, build_steps, find_prepared, load_prepared, recheck

@@ -15,8 +15,8 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from conftest import prepare_all
 from dying_worker import die_on_the_first
+from preparing import prepare_all
 from raw_episodes import T0, Raw, samples
 
 from vla_lib import preprocess

@@ -5,7 +5,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from conftest import prepare_all
+from preparing import prepare_all
 from raw_episodes import JPEG, T0, jpeg, smooth_pose, true_action
 
 from vla_lib.episodes import Episode, find_episodes, find_prepared, load_prepared

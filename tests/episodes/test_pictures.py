@@ -5,8 +5,8 @@ import os
 
 import numpy as np
 import pytest
-from conftest import prepare_all
 from PIL import Image
+from preparing import prepare_all
 from raw_episodes import JPEG, T0, Raw, smooth_pose
 
 from vla_lib.episodes import Episode, build_steps, judge, load_prepared

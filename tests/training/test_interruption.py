@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from conftest import SMALL, launch, wandb_rows
+from front_doors import SMALL, launch, wandb_rows
 from synthetic import write_dataset
 
 from vla_lib.core.errors import UserError

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import SMALL, launch
+from front_doors import SMALL, launch
 from PIL import Image, ImageDraw
 from synthetic import VIEWS, write_dataset
 

@@ -8,7 +8,7 @@ import time
 from types import SimpleNamespace
 
 import pytest
-from conftest import wandb_rows
+from front_doors import wandb_rows
 
 from vla_lib.core.files import append_jsonl, read_jsonl
 from vla_lib.training import metrics

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import socket
 import subprocess
 import time
@@ -13,14 +12,13 @@ from typing import Any
 
 import nbformat
 import pytest
+from chromium import CHROMIUM, FLAGS
 
 from vla_lib.core.files import write_json
 from vla_lib.core.run_folder import PROJECT
 from vla_lib.workbench import lab as jupyterlab
 from vla_lib.workbench.parameters import read_parameters
 
-CHROMIUM = shutil.which("chromium")
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
 TOKEN = "a-token-of-the-test"
 KERNEL = (
     "(async () => { const panel = window.jupyterapp.shell.currentWidget;"

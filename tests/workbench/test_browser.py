@@ -6,7 +6,7 @@ from typing import Any
 
 import nbformat
 import pytest
-from conftest import CHROMIUM
+from chromium import CHROMIUM
 from nbformat import v4
 
 from needle_rig.recorder import record

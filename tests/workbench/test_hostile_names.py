@@ -10,6 +10,7 @@ import ipywidgets
 import nbformat
 import pandas as pd
 import pytest
+from chromium import CHROMIUM, FLAGS
 from matplotlib.figure import Figure
 from nbformat import v4
 
@@ -20,7 +21,6 @@ from vla_lib.workbench import live, pages, rollout_views, tables, widgets
 from vla_lib.workbench.jobs import Job
 from vla_lib.workbench.pages import Section, export_html, static_outputs, write_report
 
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
 PROJECT = Path(__file__).resolve().parents[2]
 BAIT = "window.caught=(window.caught||0)+1"
 HOSTILE = (
@@ -115,7 +115,7 @@ def test_no_name_runs_in_any_view(tmp_path, monkeypatch):
             found[make.__name__, number] = make(folder, name)
         found["rollouts", number] = rollout_views_of(tmp_path, name, monkeypatch)
     with sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path="/usr/bin/chromium", args=FLAGS)
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         page = browser.new_page()
 
         def caught() -> bool:
