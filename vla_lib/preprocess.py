@@ -22,7 +22,18 @@ from vla_lib.core import frontdoor, pool
 from vla_lib.core.errors import UserError
 from vla_lib.core.files import write_json
 from vla_lib.core.progress import Progress
-from vla_lib.episodes.clocks import CONFIRMED, FOUND, GIVEN, UNKNOWN, Clocks, Evidence, session_clocks, sessions
+from vla_lib.episodes.clocks import (
+    CONFIRMED,
+    FOUND,
+    GIVEN,
+    HALF_FRAME_S,
+    SMALLEST_S,
+    UNKNOWN,
+    Clocks,
+    Evidence,
+    session_clocks,
+    sessions,
+)
 from vla_lib.episodes.data_pkl import drop_prepared, known_content
 from vla_lib.episodes.datasets import DatasetTable
 from vla_lib.episodes.episode import Episode
@@ -191,10 +202,16 @@ def with_clocks(jobs: Sequence[EpisodeJob]) -> list[EpisodeJob]:
     known = [job for job in jobs if job.evidence is not None]
     starts_s = [job.evidence.start_s for job in known if job.evidence is not None]
     clocks: dict[str, Clocks] = {}
-    for numbers in sessions([job.files.dataset for job in known], starts_s):
+    h5 = [job.files.layout == "F4" for job in known]  # a recorder of its own, whose times are rebuilt
+    kinds = [f"{job.files.dataset}{' (F4)' * one}" for job, one in zip(known, h5, strict=True)]
+    for numbers in sessions(kinds, starts_s):
         members = [known[number] for number in numbers]
         told = [job.evidence for job in members if job.evidence is not None]
-        pooled = session_clocks(members[0].files.dataset, told, members[0].settings.sensor_clock_offset_ms)
+        given_ms, smallest_s = (
+            members[0].settings.sensor_clock_offset_ms,
+            HALF_FRAME_S if h5[numbers[0]] else SMALLEST_S,
+        )
+        pooled = session_clocks(kinds[numbers[0]], told, given_ms, smallest_s)
         clocks |= {job.key: one for job, one in zip(members, pooled, strict=True)}
     return [replace(job, clocks=clocks.get(job.key, job.clocks)) for job in jobs]
 
@@ -216,8 +233,6 @@ def ask_job(job: EpisodeJob) -> EpisodeJob:
     try:
         listing = list_pictures(job.files.path)
         inputs = job.fingerprint(listing)
-        if job.files.layout == "F4":
-            return replace(job, inputs=inputs)  # frames and samples are of one clock, and their times are rebuilt
         before = known_content(job.out)
         if before and before["metadata"].get("inputs") == inputs:
             return replace(job, inputs=inputs, evidence=Evidence.of(before["metadata"]["evidence"]))

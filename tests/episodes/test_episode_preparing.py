@@ -295,14 +295,32 @@ def test_a_flipped_bit_in_a_stored_sensor_file_costs_the_sensor(tmp_path, key):
     assert not (path / "sensor.npy").exists() and not load_prepared(path).has_sensor
 
 
-def test_a_small_file_that_inflates_to_hours_is_never_read(tmp_path, monkeypatch):
+def write_sensor(path, t_s):
+    held = {"timestamps": T0 + t_s, "forces": np.arange(len(t_s), dtype=np.float32)}
+    np.savez_compressed(path / "s.npz", **held, alines=np.zeros((len(t_s), 1025), np.float32))
+
+
+def test_of_a_small_file_that_inflates_to_hours_only_the_time_of_the_log_is_used(tmp_path):
     path = Raw(seconds=1.5, sensor=False).write(tmp_path / "root" / "part1")
-    held = {"timestamps": T0 + np.arange(700.0), "forces": np.zeros(700), "alines": np.zeros((700, 1025))}
-    np.savez_compressed(path / "s.npz", **held)
-    monkeypatch.setattr("vla_lib.episodes.sensor_file.SensorFile.blocks", lambda self: pytest.fail("it was read"))
+    write_sensor(path, np.arange(-100.0, 600, 0.2))
     report = prepare_all(tmp_path / "root")[0]
-    assert "700 times over" in report.left_out[0] and "beside a robot log of 1 s" in report.left_out[0]
-    assert report.status == "written" and not (path / "sensor.npy").exists()
+    said = "3500 times over 700 s (0.0 GB) beside a robot log of 1 s: only the samples within 10 s of it are used"
+    assert report.status == "written" and any(said in text for text in report.reasons)
+    assert not any("impossible" in text for text in report.reasons)
+    stream = load_prepared(path).sensor
+    assert stream[:, 0].tolist() == list(range(450, 450 + len(stream))) and 107 <= len(stream) <= 109
+
+
+def test_a_file_that_is_denser_than_any_sensor_or_far_away_is_never_read(tmp_path, monkeypatch):
+    path = Raw(seconds=1.5, sensor=False).write(tmp_path / "root" / "part1")
+    away = Raw(seconds=1.5, sensor=False).write(tmp_path / "root" / "part1", "recv_all_20251020_234016")
+    write_sensor(path, np.arange(0, 1, 1e-4))
+    write_sensor(away, np.arange(5000.0, 5700))
+    monkeypatch.setattr("vla_lib.episodes.sensor_file.SensorFile.blocks", lambda self: pytest.fail("it was read"))
+    dense, far = prepare_all(tmp_path / "root")
+    assert "10000 times over 1 s" in dense.left_out[0] and "beside a robot log of 1 s" in dense.left_out[0]
+    assert "700 times over" in far.left_out[0]
+    assert dense.status == far.status == "written" and not (path / "sensor.npy").exists()
 
 
 def test_what_was_prepared_goes_when_its_raw_files_are_no_longer_usable(root):

@@ -20,6 +20,8 @@ CLEAR_LIKELIHOOD = 8.0
 """By this much must the logarithm of the best lag's likelihood lie above that of any lag further than 0.3 s away."""
 SMALLEST_S = 0.005
 """Smaller offsets are left alone, and larger ones are rounded to it: a session that grows keeps its shift."""
+HALF_FRAME_S = 0.5 / 15
+"""As SMALLEST_S, for F4: its times are rebuilt, and frames that came unevenly look like an offset of less."""
 ONE_CLOCK_S = 0.04  # estimates of a session that differ by more are not of one clock
 SESSION_GAP_S = 4 * 3600.0
 GIVEN, FOUND, CONFIRMED, UNKNOWN = "given", "found from motion", "confirmed by motion", "unknown"
@@ -127,17 +129,19 @@ def sessions(datasets: Sequence[str], starts_s: Sequence[float]) -> list[list[in
     return found
 
 
-def session_clocks(dataset: str, evidence: Sequence[Evidence], given_ms: float | None = None) -> list[Clocks]:
-    """The clocks of each episode of one session."""
+def session_clocks(
+    dataset: str, evidence: Sequence[Evidence], given_ms: float | None = None, smallest_s: float = SMALLEST_S
+) -> list[Clocks]:
+    """The clocks of each episode of one session. Offsets below `smallest_s` are left alone."""
     name = f"{dataset} {datetime.fromtimestamp(min(one.start_s for one in evidence), UTC):%Y-%m-%d %H:%M}"
-    sensor = _pooled([one.sensor for one in evidence])
+    sensor = _pooled([one.sensor for one in evidence], smallest_s)
     if given_ms is not None:
         sensor = [given(given_ms)] * len(evidence)
-    cameras = _pooled([one.cameras for one in evidence])
+    cameras = _pooled([one.cameras for one in evidence], smallest_s)
     return [Clocks(*pair, name) for pair in zip(sensor, cameras, strict=True)]
 
 
-def _pooled(estimates: Sequence[Estimate | None]) -> list[ClockOffset]:
+def _pooled(estimates: Sequence[Estimate | None], smallest_s: float) -> list[ClockOffset]:
     """The offset of each episode: the weighted mean of all clear estimates that are near their median.
 
     An episode that clearly says otherwise (a host's clock was set in the middle of a session) keeps its own.
@@ -147,18 +151,18 @@ def _pooled(estimates: Sequence[Estimate | None]) -> list[ClockOffset]:
         return [ClockOffset()] * len(estimates)
     middle = float(np.median([one.offset_s for one in clear]))
     near = [one for one in clear if abs(one.offset_s - middle) <= ONE_CLOCK_S]
-    shared = _decided(near) if near else ClockOffset()
-    alone = {one: _decided([one]) for one in clear if one not in near}
+    shared = _decided(near, smallest_s) if near else ClockOffset()
+    alone = {one: _decided([one], smallest_s) for one in clear if one not in near}
     return [alone.get(one, shared) if one is not None else shared for one in estimates]
 
 
-def _decided(clear: Sequence[Estimate]) -> ClockOffset:
+def _decided(clear: Sequence[Estimate], smallest_s: float) -> ClockOffset:
     offsets = np.array([one.offset_s for one in clear])
     weights = np.array([1 / max(one.uncertainty_s, 0.001) ** 2 for one in clear])
     mean = float(np.average(offsets, weights=weights))
     spread = float(np.average((offsets - mean) ** 2, weights=weights)) ** 0.5  # where the episodes disagree
     uncertainty_s = max(float(weights.sum()) ** -0.5, spread / len(clear) ** 0.5)
-    if abs(mean) < max(SMALLEST_S, uncertainty_s):
+    if abs(mean) < max(smallest_s, uncertainty_s):
         return ClockOffset(0.0, CONFIRMED, mean, uncertainty_s, len(clear))
     shift = round(mean / SMALLEST_S) * SMALLEST_S
     return ClockOffset(shift, FOUND, mean, uncertainty_s, len(clear))

@@ -12,7 +12,9 @@ import numpy as np
 
 from vla_lib.core.errors import UserError
 from vla_lib.episodes.clocks import ClockOffset, Clocks
+from vla_lib.episodes.commands import Commands, read_commands
 from vla_lib.episodes.findings import Findings
+from vla_lib.episodes.frozen import frozen_spans
 from vla_lib.episodes.hdf5 import CAMERAS, picture_file, read_h5
 from vla_lib.episodes.layouts import EXPECTED_VIEWS, EpisodeFiles, describe_log, read_layout
 from vla_lib.episodes.picture_content import sound_pictures
@@ -36,6 +38,7 @@ class Episode:
     pictures: dict[str, Pictures]  # view key -> pictures, sorted by key
     clocks: Clocks  # what was taken off the sensor's times and the pictures'
     findings: Findings
+    commands: Commands | None = None  # of a rollout: what the policy ordered
 
     @classmethod
     def open(
@@ -73,7 +76,9 @@ class Episode:
         if full_picture_check is not None:
             judged = (sound_pictures(files.path, one, robot, findings, full_picture_check) for one in pictures.values())
             pictures = {one.view: one for one in judged if one is not None}
-        sensor = read_sensor_log(files.sensor_files, findings, float(np.ptp(robot.t_s)))
+        ahead_s = clocks.sensor.offset_s
+        span = (float(robot.t_s[0]) + ahead_s, float(robot.t_s[-1]) + ahead_s)  # on the sensor's clock
+        sensor = read_sensor_log(files.sensor_files, findings, span)
         if sensor is not None:
             sensor.shift(clocks.sensor.offset_s)
             if sensor.t_s[-1] < robot.t_s[0] or sensor.t_s[0] > robot.t_s[-1]:
@@ -83,7 +88,11 @@ class Episode:
                 sensor = None
         if files.layout != "F0" and not files.sensor_files:
             findings.exclude("sensor", "there is no sensor file", left_out=True)
-        return cls(files, robot, sensor, pictures, clocks, findings)
+        if full_picture_check is not None:
+            frozen = frozen_spans(files.path, robot, sensor, pictures, findings)
+            robot.unknown = sorted([*robot.unknown, *frozen])
+        commands = read_commands(files.commands, robot.clock_lag_s or 0.0, findings)
+        return cls(files, robot, sensor, pictures, clocks, findings, commands)
 
     @classmethod
     def _open_h5(
@@ -98,6 +107,8 @@ class Episode:
         if samples is not None:
             hz = 1 / (times[1] - times[0])
             sensor = SensorLog([samples], times, hz, [], clean_times(times))
+            sensor.shift(clocks.sensor.offset_s)
+        robot.unknown = sorted([*robot.unknown, *frozen_spans(files.path, robot, sensor, {}, findings)])
         return cls(files, robot, sensor, pictures, clocks, findings)
 
     def picture(self, name: str) -> Path:

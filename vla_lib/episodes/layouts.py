@@ -7,6 +7,7 @@ no robot log are episodes too, so that they can be reported and never vanish. `s
 import contextlib
 import os
 import re
+import zipfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,9 @@ POSES = tuple(tuple(f"{prefix}{axis}" for axis in "xyzabr") for prefix in ("pose
 JOINTS = tuple(tuple(f"{prefix}{number}" for number in range(1, 7)) for prefix in ("joint_", "joint_angle_", "j"))
 QUATERNION = re.compile(r"(^|_)q(uat(ernion)?)?_?[wxyz]$", re.IGNORECASE)
 FORCES = ("force", "force_mn", "force_n")
+NPZ_LOG = {"timestamps", "poses"}
+"""Arrays of a robot log that was converted to an .npz file, joints beside them; at times all that is left of it."""
+COMMANDS = re.compile(r"^inference_results.*\.json$", re.IGNORECASE)  # what a policy ordered in a rollout
 # Sensor files. Where no key has one of the names, one that contains `time` or `force` will do, or the right shape.
 CHANNELS = 1026  # of a sample: force, then 1025 depth bins of the A-scan
 TIME_KEYS = ("timestamps", "timestamp", "times", "time", "recv_timestamps", "recv_timestamp", "t")
@@ -76,6 +80,15 @@ def columns_of(names: Sequence[str]) -> RobotColumns | None:
     return RobotColumns(clock, pose, joints, force) if clock and pose else None
 
 
+def is_npz_log(path: Path) -> bool:
+    """Whether an .npz file holds a robot log, by the names of its arrays."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return {f"{name}.npy" for name in NPZ_LOG} <= set(archive.namelist())
+    except (OSError, zipfile.BadZipFile):
+        return False
+
+
 def describe_log(path: Path) -> str:
     """A CSV that is not known, with its columns."""
     with contextlib.suppress(OSError), open(path, encoding="utf-8", errors="replace") as stream:
@@ -98,6 +111,7 @@ class EpisodeFiles:
     sensor_files: tuple[Path, ...]  # all .npz files of the episode
     unknown_logs: tuple[Path, ...] = ()  # CSV files without robot columns: reported, not used
     pictures: bool = False  # whether a view's folder holds pictures
+    commands: tuple[Path, ...] = ()  # JSON files of what a policy ordered
 
     @property
     def name(self) -> str:
@@ -157,6 +171,10 @@ def examine(folder: Path, entries: Iterable[os.DirEntry[str]], root: Path, table
     views = [folder / entry.name for entry in seen if VIEW_FOLDER.match(entry.name) and is_folder(entry)]
     columns = {path: found for path in csvs if (found := robot_columns(path))}
     logs = sorted(columns, key=lambda path: (-path.stat().st_size, path.name))
+    # beside a CSV, one is a copy of it; only the name is asked then, since a file of thousands costs a look each
+    copies = [path for path in sensors if (not logs or "robot" in path.name.lower()) and is_npz_log(path)]
+    sensors = [path for path in sensors if path not in copies]
+    logs = logs or copies[:1]
     views = [view for view in views if _holds_pictures(view)]
     # a blank log was never written: an episode to record again, not to pass over
     blank = any(not path.stat().st_size for path in csvs)
@@ -167,12 +185,13 @@ def examine(folder: Path, entries: Iterable[os.DirEntry[str]], root: Path, table
         path=folder,
         dataset=dataset,
         task=task,
-        layout=_layout(columns[logs[0]] if logs else None, bool(images), views, folder.name.lower()),
+        layout=_layout(columns.get(logs[0]) if logs else None, bool(images), views, folder.name.lower()),
         robot_log=logs[0] if logs else None,
         other_logs=tuple(logs[1:]),
         sensor_files=tuple(sensors),
         unknown_logs=tuple(path for path in csvs if path not in columns),
         pictures=bool(views or images),
+        commands=tuple(folder / entry.name for entry in seen if COMMANDS.match(entry.name)),
     )
 
 

@@ -6,34 +6,33 @@ time says so by its uncertainty. The sign of the tool's axis differs between rig
 counts. All times in seconds.
 """
 
-import contextlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from scipy.ndimage import gaussian_filter1d
 from scipy.spatial.transform import Rotation
 
 from vla_lib.episodes.clocks import Estimate, Evidence
 from vla_lib.episodes.episode import Episode
+from vla_lib.episodes.layouts import EXPECTED_VIEWS
+from vla_lib.episodes.motion_cues import GROUP_S, layer_speed, picture_change
 from vla_lib.episodes.steps import pose_rows
 
 Array = np.ndarray[Any, Any]
+HAND_EYE_VIEW = EXPECTED_VIEWS[-1]
 Curves = dict[str, tuple[Array, Array]]  # name -> times (each on its own clock) and values
 
 SEARCH_S = 3.0  # lags that are compared, to either side
 MOST_S = 60.0  # of the sensor stream are read: more tells little more
 SLOWEST_ROW_S = 0.025  # rows that come more slowly tell no offset of a few milliseconds
 STEP_S = 0.005  # of the common time axis and of the sensor's lags
-GROUP_S = 0.02  # A-scans are averaged over this span: a layer moves less than a few bins in it
 SMOOTH_S = 0.03
 PART_S = 0.5  # length of the parts that the jackknife leaves out
-MOST_SHIFT = 60  # depth bins that a layer may move between two groups (22 mm/s); more is a mismatch
-MOST_PICTURES = 120  # of each view are looked at
-SMALL = (80, 45)  # pixels, in which pictures are compared
+MOST_VIEWS, MOST_PICTURES = 3, 50
+"""So many views are looked at, and pictures of each: decoding is what preparing waits for. On 12 recordings of the rig
+five views of 120 told the clock to 20 ms in 6, three of 50 with the hand-eye view among them in 7."""
 PICTURE_STEP_S = 0.02
 PICTURE_PARTS = 12
 
@@ -50,8 +49,9 @@ class MotionMatch:
 
 def evidence(episode: Episode) -> Evidence:
     """What one episode's motion says of the sensor's clock and of the cameras'."""
-    found = [match.estimate if match else None for match in (sensor_match(episode), camera_match(episode))]
-    return Evidence(episode.start_s, *found)
+    # frames and poses of an HDF5 file are of one instant
+    matches = (sensor_match(episode), camera_match(episode) if episode.layout != "F4" else None)
+    return Evidence(episode.start_s, *(match.estimate if match else None for match in matches))
 
 
 def sensor_match(episode: Episode) -> MotionMatch | None:
@@ -99,12 +99,13 @@ def camera_match(episode: Episode) -> MotionMatch | None:
     t_s, points = episode.robot.t_s[rows], _tool_points(episode.robot.pose[rows])
     around_s = _around(episode.cameras_start_s)
     views: dict[str, tuple[Array, Array]] = {}
-    for view, pictures in episode.pictures.items():
+    # the right camera sees what the left one sees; all that the hand-eye one sees moves
+    left = sorted(view for view in episode.pictures if not view.endswith("_right"))
+    for view in sorted(left, key=lambda view: view != HAND_EYE_VIEW)[:MOST_VIEWS]:
+        pictures = episode.pictures[view]
         first = int(np.searchsorted(pictures.t_s, episode.start_s + around_s - SEARCH_S))
         part = slice(first, first + MOST_PICTURES)
-        if (
-            not view.endswith("_right") and len(pictures.paths[part]) > 20
-        ):  # the right camera sees what the left one sees
+        if len(pictures.paths[part]) > 20:
             paths = [episode.path / path for path in pictures.paths[part]]
             views[view] = pictures.t_s[part] + episode.camera_clock.offset_s, picture_change(paths)
     return _match_pictures(t_s, points, views, around_s + episode.camera_clock.offset_s)
@@ -141,55 +142,6 @@ def _match_pictures(
     return _conclude(found, lags_s, 2.0, {"arm (root of mm/s)": (t_s[1:], np.sqrt(speed)), **curves})
 
 
-def picture_change(paths: Sequence[Path]) -> Array:
-    """(n - 1,) mean change of grey level (0..255) from each of n pictures to the next; NaN where one is broken."""
-    change, before = np.full(max(len(paths) - 1, 0), np.nan), None
-    for number, path in enumerate(paths):
-        now = None
-        with contextlib.suppress(OSError, ValueError, SyntaxError), Image.open(path) as picture:
-            picture.draft("L", (SMALL[0] * 2, SMALL[1] * 2))  # the JPEG decoder's own shrinking
-            now = np.asarray(picture.convert("L").resize(SMALL, Image.Resampling.BILINEAR), np.float32)
-        if before is not None and now is not None:
-            change[number - 1] = np.abs(now - before).mean()
-        before = now
-    return change
-
-
-def layer_speed(t_s: Array, blocks: Iterable[Array], hz: float) -> tuple[Array, Array, Array] | None:
-    """How fast the layers of the A-scan move: times (M,), depth bins a second (M,), and whether a shift is sound (M,).
-
-    t_s (S,): of the samples that are looked at; blocks: (n, 1025) A-scans in order, at `hz`. The shift between
-    successive groups of scans is the peak of their cross-correlation, between bins by a parabola.
-    """
-    count = max(1, round(GROUP_S * hz))
-    groups = len(t_s) // count
-    if groups < 20:
-        return None
-    scans = np.concatenate(list(_means(blocks, count, groups)))[:groups]
-    groups = len(scans)
-    at_s = t_s[: groups * count].reshape(groups, count)
-    edges = np.diff(gaussian_filter1d(scans, 1.5, axis=1), axis=1)  # brightness drifts; edges stay
-    edges -= edges.mean(axis=1, keepdims=True)
-    spectrum = np.fft.rfft(edges, 2048, axis=1)
-    match = np.fft.irfft(spectrum[1:] * spectrum[:-1].conj(), axis=1)
-    match = np.concatenate([match[:, -MOST_SHIFT:], match[:, : MOST_SHIFT + 1]], axis=1)
-    rows, best = np.arange(groups - 1), np.clip(match.argmax(axis=1), 1, 2 * MOST_SHIFT - 1)
-    left, peak, right = (match[rows, best + k] for k in (-1, 0, 1))
-    curvature = left - 2 * peak + right
-    shift = best - MOST_SHIFT + np.where(curvature < 0, (left - right) / np.where(curvature < 0, 2 * curvature, 1), 0.0)
-    energy = (edges**2).sum(axis=1)
-    alike = peak / np.maximum(np.sqrt(energy[1:] * energy[:-1]), 1e-12)
-    centre = at_s.mean(axis=1)
-    speed = shift / np.maximum(np.diff(centre), 1e-6)
-    whole = np.ptp(at_s, axis=1) < 2 * GROUP_S  # no gap of the stream inside
-    sound = (alike > 0.5) & whole[1:] & whole[:-1]
-    if sound.sum() < 20:
-        return None
-    middle = np.median(speed[sound])
-    sound &= np.abs(speed - middle) < 12 * (np.median(np.abs(speed[sound] - middle)) + 1.0)
-    return (centre[1:] + centre[:-1]) / 2, speed, sound
-
-
 def tip_speed(t_s: Array, pose: Array, at_s: Array) -> Array:
     """Speed of the tip along the tool's z axis (mm/s) at evenly spaced times, smoothed as `layer_speed` is."""
     place = np.stack([np.interp(at_s, t_s, pose[:, k]) for k in range(3)], axis=1)
@@ -205,20 +157,6 @@ def _tool_points(pose: Array) -> Array:
     """(T, 9) mm: the tip and points of the tool 100 mm behind and 30 mm beside it: what a camera sees of a turn."""
     axes = Rotation.from_euler("XYZ", pose[:, 3:], degrees=True).as_matrix()
     return np.concatenate([pose[:, :3], pose[:, :3] - 100 * axes[:, :, 2], pose[:, :3] + 30 * axes[:, :, 0]], axis=1)
-
-
-def _means(blocks: Iterable[Array], count: int, groups: int) -> Iterable[Array]:
-    """Means of every `count` rows, whatever blocks they come in, until there are `groups`."""
-    rest: Array | None = None
-    for block in blocks:
-        rows = block if rest is None else np.concatenate([rest, block])
-        whole = len(rows) // count
-        if whole:
-            yield rows[: whole * count].reshape(whole, count, -1).mean(axis=1, dtype=np.float32)
-        rest = rows[whole * count :].copy()  # a block is only valid until the next
-        groups -= whole
-        if groups <= 0:
-            return
 
 
 def _covered(t_s: Array, at_s: Array, longest_s: float) -> Array:

@@ -42,7 +42,7 @@ from vla_lib.episodes.survey import file_id, recording_id
 Array = np.ndarray[Any, Any]
 
 LOCK_NAME = ".data.pkl.lock"
-CODE_VERSION = 2  # raised whenever the same inputs and settings give other values: part of the fingerprint
+CODE_VERSION = 3  # raised whenever the same inputs and settings give other values: part of the fingerprint
 DIFFER = "differ between the windows that share them; the first window's stand"
 NO_NUMBERS = "hold values that are no numbers"
 UNKEPT = ("key", "status", "clocks", "note")  # of a report, in data.pkl
@@ -370,7 +370,7 @@ def _content(study: _Study, fingerprint: str, force: Array | None) -> dict[str, 
             "robot_receive_lag_s": episode.robot.clock_lag_s,
         },
         "evidence": job.evidence.to_dict() if job.evidence else None,
-        "inputs": job.inputs if job.evidence or episode.layout == "F4" else "",
+        "inputs": job.inputs if job.evidence else "",
         "gaps": {stream: [list(span) for span in spans] for stream, spans in steps.gaps.items()},
         "sensor_bytes_findings": any(finding.text.endswith((DIFFER, NO_NUMBERS)) for finding in study.findings),
         "verdict": report.verdict,

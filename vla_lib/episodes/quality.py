@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 
 from vla_lib.episodes.clocks import FOUND, UNKNOWN, ClockOffset
+from vla_lib.episodes.commands import POLICY
 from vla_lib.episodes.episode import Episode
 from vla_lib.episodes.findings import GOOD, NOT_JUDGED, REJECTED, USABLE, Finding, Findings
 from vla_lib.episodes.robot_log import RobotLog
@@ -112,6 +113,8 @@ def measure(episode: Episode, gaps: Mapping[str, list[Span]] | None = None) -> R
     for view, pictures in episode.pictures.items():
         cameras, repeats = episode.camera_clock, int((np.diff(pictures.t_s) == 0).sum())
         rows.append(row(view, pictures.t_s, repeats, cameras.how, offset=cameras.offset_s))
+    if episode.commands is not None:
+        rows.append(row(POLICY, episode.commands.t_s, 0, "the recorder's"))
     return {row.stream: row for row in rows}
 
 
@@ -216,7 +219,7 @@ def summary_row(
     """One row of the table of all episodes (plain values)."""
     robot = rates["robot"] if rates else None
     sensor = rates.get("sensor") if rates else None
-    views = [row for row in rates.values() if row.stream not in ("robot", "sensor")] if rates else []
+    views = [row for row in rates.values() if row.stream not in ("robot", "sensor", POLICY)] if rates else []
     cameras = [row.hz for row in views]
     return {
         "episode": key,

@@ -1,4 +1,4 @@
-"""A robot log (CSV of any layout) with strictly rising times, poses and joints. Seconds, mm, degrees.
+"""A robot log (CSV of any layout, or the .npz file that is left of one): rising times, poses, joints. s, mm, degrees.
 
 The columns decide, not the file's name (see `layouts`): a clock, six pose columns, and six joints where present.
 """
@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from vla_lib.core.errors import UserError
 from vla_lib.episodes.csv_table import Table, read_table
 from vla_lib.episodes.findings import Findings
 from vla_lib.episodes.layouts import columns_of, robot_columns
 from vla_lib.episodes.plausibility import plausible
+from vla_lib.episodes.sensor_file import NpzFile
 from vla_lib.episodes.timeline import Cleaned, Span, clean_times, in_seconds
 
 Array = np.ndarray[Any, Any]
@@ -50,6 +52,8 @@ def read_robot_log(path: Path, findings: Findings, table: Table | None = None) -
 
     Raises UserError where the file holds no robot columns, no row or no usable row.
     """
+    if table is None and path.suffix.lower() == ".npz":
+        table = _npz_table(path)
     columns = robot_columns(path) if table is None else columns_of([str(name) for name in table.frame])
     if columns is None:
         needed = "a clock and six pose columns are needed"
@@ -110,6 +114,21 @@ def read_robot_log(path: Path, findings: Findings, table: Table | None = None) -
         cleaned=cleaned,
         unknown=motion.spans,
     )
+
+
+def _npz_table(path: Path) -> Table:
+    """The log that was converted to an .npz file: its times are the recorder's."""
+    file = NpzFile(path)
+    t_s, poses = file.load("timestamps"), file.load("poses")
+    joints = file.load("joints") if "joints" in file.members else None
+    if poses.shape != (len(t_s), 6) or t_s.ndim != 1 or (joints is not None and joints.shape != poses.shape):
+        shown = ", ".join(f"{name} {member.shape}" for name, member in file.members.items())
+        raise UserError(f"{path} is no robot log: six values a pose and as many times are needed (found {shown}).")
+    columns = {"recv_timestamp": t_s} | {f"pose_{axis}": poses[:, k] for k, axis in enumerate("xyzabr")}
+    if joints is not None:
+        columns |= {f"joint_{k + 1}": joints[:, k] for k in range(6)}
+    note = f"the CSV is gone; {path.name} is used, whose times are the recorder's"
+    return Table(pd.DataFrame(columns).astype(np.float64), [note])
 
 
 def _is_clock(stamps: Array) -> bool:

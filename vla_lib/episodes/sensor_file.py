@@ -190,6 +190,7 @@ class SensorFile(NpzFile):
         """(K,) rows (or windows) that are used, in order."""
         self.new: Array = np.full(len(self.stamps_s), self.window or 1)
         """(K,) samples of each that none before it holds: the last rows of a window."""
+        self.cut = 0  # times of `stamps_s` that were taken out, since they lie far from the robot log
 
     def __len__(self) -> int:
         return int(self.new.sum())
@@ -217,6 +218,8 @@ class SensorFile(NpzFile):
                 inside = slice(None) if last - first == len(block) else self.keep[first:last] - start
                 yield block[inside], 0
             start += len(block)
+            if not len(self.keep) or start > self.keep[-1]:
+                return
 
     def _rows(self) -> Iterator[Array]:
         if not self.keys.force:

@@ -25,7 +25,9 @@ from vla_lib.episodes.timeline import Cleaned, Span, clean_times, find_gaps, in_
 Array = np.ndarray[Any, Any]
 
 NOMINAL_HZ = 650.0
-LONGEST_TAIL_S = 600.0  # a sensor that goes on so much longer than the robot log was not stopped, or is not its sensor
+LONGEST_TAIL_S = 600.0  # a sensor that goes on so much longer than the robot log was not stopped
+TAIL_S = 10.0  # of such a sensor, so much is kept before and after the robot log
+SAME_PART = 0.5  # a file of which this part lies in the time of another one holds the same samples, or other ones
 MOST_HZ = 5000.0
 
 
@@ -87,16 +89,18 @@ class SensorLog:
         return out
 
 
-def read_sensor_log(paths: Sequence[Path], findings: Findings, robot_s: float = np.inf) -> SensorLog | None:
+def read_sensor_log(paths: Sequence[Path], findings: Findings, robot: Span = (-np.inf, np.inf)) -> SensorLog | None:
     """Open all sensor files of an episode; None where there is none or none can be used (each said in `findings`).
 
-    robot_s: how long the robot log lasts. A file that lasts far longer, or is far denser than any sensor, is not used:
-    a few megabytes can inflate to many gigabytes, so this is asked before a sample is read.
+    robot: when the robot log begins and ends, on the sensor's clock. Of a file that lasts far longer only that time is
+    used, and none that is far denser than any sensor: a few megabytes can inflate to many gigabytes, so this is asked
+    before a sample is read.
     """
-    opened = [file for file in _opened(paths, findings) if _is_in_proportion(file, robot_s, findings)]
-    files = sorted(opened, key=lambda file: float(np.nanmin(file.stamps_s)))
+    opened = [file for file in _opened(paths, findings) if _is_in_proportion(file, robot, findings)]
+    files = sorted(_once(opened, findings), key=lambda file: float(np.nanmin(file.stamps_s)))
     if not files:
         return None
+    cut = sum(file.cut for file in files)
     cleaned = clean_times(np.concatenate([file.stamps_s for file in files]))
     begins = np.cumsum([0, *(len(file.stamps_s) for file in files)])
     used, times, rates = [], [], []
@@ -125,20 +129,66 @@ def read_sensor_log(paths: Sequence[Path], findings: Findings, robot_s: float = 
     for begin, end in find_gaps(t_s, max(3 * interval, 0.02)):
         if not any(b <= begin + 1e-6 and end <= e + 1e-6 for b, e in gaps):
             gaps.append((begin, end))
-    cleaned.report("sensor", "samples", findings)
+    cleaned.report("sensor", "samples", findings, known=cut)
     return SensorLog(used, t_s, hz, sorted(gaps), cleaned)
 
 
-def _is_in_proportion(file: SensorFile, robot_s: float, findings: Findings) -> bool:
-    stamps = file.stamps_s[np.isfinite(file.stamps_s)]
+def _is_in_proportion(file: SensorFile, robot: Span, findings: Findings) -> bool:
+    """Whether the file can be this recording's, of which it keeps only what lies around the robot log where it is far
+    longer."""
+    finite = np.isfinite(file.stamps_s)
+    stamps, robot_s = file.stamps_s[finite], robot[1] - robot[0]
     lasts_s = float(np.ptp(np.percentile(stamps, (1, 99)))) / 0.98  # single stamps may be far off
     size = file.members[file.keys.body].size / 1e9
     dense = len(stamps) > MOST_HZ * max(lasts_s, 1.0)
     if lasts_s <= robot_s + LONGEST_TAIL_S and not dense:
         return True
     beside = f"{len(stamps)} times over {lasts_s:.0f} s ({size:.1f} GB) beside a robot log of {robot_s:.0f} s"
-    text = f"{file.path.name} holds {beside} and is not used; cut it to the time of the recording"
-    findings.exclude("sensor", text, left_out=True)
+    away = finite & ((file.stamps_s < robot[0] - TAIL_S) | (file.stamps_s > robot[1] + TAIL_S))
+    if dense or away.sum() == finite.sum():
+        text = f"{file.path.name} holds {beside} and is not used; cut it to the time of the recording"
+        findings.exclude("sensor", text, left_out=True)
+        return False
+    findings.exclude("sensor", f"{file.path.name} holds {beside}: only the samples within {TAIL_S:g} s of it are used")
+    file.stamps_s = np.where(away, np.nan, file.stamps_s)
+    file.cut = int(away.sum())
+    return True
+
+
+def _once(files: Sequence[SensorFile], findings: Findings) -> list[SensorFile]:
+    """The files without those that hold the time of another one again, as the lab's derived windowed files do.
+
+    Samples one by one go before windows that were cut from them, and long files before short ones.
+    """
+    kept: list[SensorFile] = []
+    for file in sorted(files, key=lambda file: (file.window > 0, -len(file.stamps_s))):
+        others = (other for other in kept if _shared_part(file, other) > SAME_PART)
+        other = next(others, None)
+        if other is None:
+            kept.append(file)
+        elif _same_samples(file, other):
+            findings.note("sensor", f"{file.path.name} holds the samples of {other.path.name} again; they count once")
+        else:
+            text = f"{file.path.name} holds other samples of the same time as {other.path.name} and is not used"
+            findings.exclude("sensor", f"{text}; move one of them away", left_out=True)
+    return kept
+
+
+def _shared_part(file: SensorFile, other: SensorFile) -> float:
+    """The part of a file's times that lies within another's."""
+    stamps = file.stamps_s[np.isfinite(file.stamps_s)]
+    inside = (stamps >= np.nanmin(other.stamps_s)) & (stamps <= np.nanmax(other.stamps_s))
+    return float(inside.mean())
+
+
+def _same_samples(file: SensorFile, other: SensorFile) -> bool:
+    """Whether the first sample (of windows: the first of the first window) is one of the other file's, bit by bit."""
+    first = next(file.windows())[0] if file.window else next(file.blocks())[0][0]
+    first = np.array(first, np.float32)
+    for block, _ in other.blocks():
+        alike = np.flatnonzero(bits(block[:, 0]) == bits(first[:1]))
+        if any(np.array_equal(bits(block[row]), bits(first)) for row in alike.tolist()):
+            return True
     return False
 
 

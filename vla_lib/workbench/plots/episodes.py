@@ -89,13 +89,20 @@ def sensor(
 
 @plot
 def actions(episode: Episode, steps: Steps, at_s: float | None = None, axes: Panels = None) -> Figure:
-    """The motion of every step in the base frame: displacement (mm) and, in a second panel, rotation (deg)."""
+    """The motion of every step in the base frame: displacement (mm) and, in a second panel, rotation (deg).
+
+    Of a rollout also what the policy ordered, as it was recorded.
+    """
     title = f"{episode.name}: actions in the base frame"
+    title += " (dots: what the policy ordered, in its own units)" if episode.commands is not None else ""
     figure, found = panels(axes, (10, 4.8), (2, 1), title, sharex=True)
     rows = (("mm", 0, ("dx", "dy", "dz")), ("deg", 3, ("rx", "ry", "rz")))
     for panel, (unit, first, names) in zip(found, rows, strict=False):
         for column, name in enumerate(names, first):
-            panel.step(steps.t_s - episode.start_s, steps.action[:, column], where="post", lw=1.1, label=name)
+            (line,) = panel.step(steps.t_s - episode.start_s, steps.action[:, column], where="post", lw=1.1, label=name)
+            if episode.commands is not None:
+                sent_s = episode.commands.t_s - episode.start_s
+                panel.plot(sent_s, episode.commands.action[:, column], ".", ms=4, color=line.get_color())
         panel.set_ylabel(f"action per\n{1e3 / steps.hz:.0f} ms ({unit})")
         _finish(panel, episode, steps, at_s)
     found[-1].set_xlabel(TIME)
