@@ -110,7 +110,7 @@ BOUNDS = {
     "episodes": (29, 5665),
     "features": (14, 2180),
     "policy": (7, 680),
-    "training": (14, 2100),
+    "training": (14, 2140),
     "runtime": (10, 1360),
     "robots": (12, 1640),
     "evaluation": (9, 1340),

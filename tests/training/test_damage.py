@@ -1,16 +1,23 @@
 """Damage is noticed where it would be learned from: the run stops with the file's name."""
 
+import os
 import pickle
+import re
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from front_doors import launch
 from synthetic import write_dataset
 
 from vla_lib.core.errors import UserError
 from vla_lib.core.files import file_checksum
+from vla_lib.core.run_folder import read_record
 from vla_lib.episodes import find_prepared, load_prepared
 from vla_lib.episodes.data_pkl import read_pickle, write_pickle
+from vla_lib.episodes.findings import NO_NUMBERS
 from vla_lib.features.cache import FeatureCache
 from vla_lib.training.samples import SampleSet, batches
 
@@ -33,10 +40,11 @@ def learn(root, workers=0):
 
 
 def alter_pickle(root, act, keep=True):
+    """`keep`: the checksums stay; None: there are none."""
     path = find_prepared(root)[1] / "data.pkl"
     content = read_pickle(path)
     act(content)
-    if not keep:
+    if keep is False:
         del content["metadata"]["checksum"], content["sensor_data"]["checksum"]
     path.write_bytes(pickle.dumps(content))
     return path
@@ -126,6 +134,41 @@ def test_files_without_checksums_open_and_their_ranges_are_looked_at(root):
     alter_sensor(root, huge)
     with pytest.raises(UserError, match="sensor.npy is damaged"):
         learn(root)
-    path = alter_pickle(root, planted)
+    alter_sensor(root, lambda stream: stream.__setitem__((100, 7), 1.0))
+    learn(root)
+    alter_sensor(root, nan)
+    with pytest.raises(UserError, match="sensor.npy is damaged"):
+        learn(root)
+    said = [{"weight": "excluded", "stream": "sensor", "text": f"1 samples {NO_NUMBERS}", "left_out": False}]
+    alter_pickle(root, lambda content: content["metadata"].update(findings=said), keep=None)
+    learn(root)  # the recording held it already, and its windows are left out
+    path = alter_pickle(root, planted, keep=None)
     with pytest.raises(UserError, match=f"{path}: the action of step 5 moves by 150 mm"):
         learn(root)
+
+
+RANKS = {"batch_size": 2, "grad_accum_steps": 1, "max_steps": 40, "val_fraction": 0.0, "epochs": 99}
+
+
+def test_two_ranks_stop_with_the_name_of_the_file_that_one_of_them_met(root, tmp_path):
+    path = alter_sensor(root, flip)
+    done = launch("train_async", {**RANKS, "dataset_root": root, "run_dir": tmp_path / "run"}, processes=2)
+    assert done.returncode != 0 and f"{path} is damaged" in done.stdout + done.stderr
+    record = read_record(tmp_path / "run")
+    assert record["state"] == "failed" and str(path) in record["error"]
+
+
+def test_two_ranks_name_the_episode_and_step_of_a_loss_that_is_not_finite_on_one_of_them(mixed, tmp_path):
+    root = tmp_path / "data"
+    shutil.copytree(mixed, root)
+    victim = find_prepared(root)[2]
+    words = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    words.append(str(Path(__file__).with_name("rank_worker.py")))
+    flags = {**RANKS, "dataset_root": root, "run_dir": tmp_path / "run"}
+    done = launch(words, flags, environment={"SPOILT": f"{victim}{os.pathsep}7"})
+    output = done.stdout + done.stderr
+    assert done.returncode != 0
+    assert re.search(rf"not finite at step \d+: it comes from step 7 \(0.7 s\) of episode {victim}; look", output), (
+        output
+    )
+    assert read_record(tmp_path / "run")["state"] == "failed"

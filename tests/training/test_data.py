@@ -15,12 +15,17 @@ from synthetic import write_dataset
 from vla_lib.core.errors import UserError
 from vla_lib.episodes import find_prepared, load_prepared
 from vla_lib.episodes.data_pkl import DATA_NAME, read_checked, write_pickle
+from vla_lib.episodes.findings import NO_NUMBERS
 from vla_lib.features.cache import FeatureCache, cache_folder
+from vla_lib.policy.config import PolicyConfig
+from vla_lib.policy.normaliser import Normaliser
+from vla_lib.training import reporting
 from vla_lib.training.data import prepare_data, split_episodes
 from vla_lib.training.samples import SampleSet, batches
 from vla_lib.training.schedule import EpochPlan, draw_epoch
 from vla_lib.training.settings import AsyncSettings
 from vla_lib.training.statistics import training_statistics
+from vla_lib.workbench import training_preflight
 
 
 def sample_set(root, **options) -> SampleSet:
@@ -218,6 +223,9 @@ def test_spoilt_sensor_values_are_masked_not_spread(tmp_path):
     stream = np.load(folder / "sensor.npy")
     stream[-70:, 5] = np.nan
     np.save(folder / "sensor.npy", stream)
+    content = pickle.loads((folder / "data.pkl").read_bytes())  # the recording held them
+    content["metadata"]["findings"] = [{"text": f"1 samples {NO_NUMBERS}"}]
+    (folder / "data.pkl").write_bytes(pickle.dumps(content))
     samples = sample_set(tmp_path)
     batch = samples.batch(np.arange(len(samples)))
     assert torch.isfinite(batch["sensor"]).all() and not batch["sensor_mask"][-1] and batch["sensor_mask"][0]
@@ -240,7 +248,61 @@ def test_statistics_are_those_of_the_episodes_given(mixed):
     assert not torch.allclose(training_statistics(fewer)["state_mean"], found["state_mean"])
 
 
+@pytest.mark.parametrize("far", (80.0, 154.0))
+def test_a_few_impossible_actions_neither_shrink_the_others_nor_pull_harder_than_the_farthest(mixed, far):
+    """One glitched step in each dimension, which slipped through all checks, and three states of zeros."""
+    samples = sample_set(mixed)
+    before = training_statistics(samples)
+    samples._action[3:5, :3] += torch.tensor([[far], [-far]])
+    samples._action[7, 3] = 150.0
+    samples._state[:3] = 1e3
+    after = training_statistics(samples)
+    for name in ("action_std", "state_std"):
+        spread = before[name] > 1e-3
+        assert (after[name][spread] / before[name][spread]).max() < 2, name  # not eight or more
+    assert after["action_range"] < 4 * before["action_range"]
+    normaliser = Normaliser(PolicyConfig("regression", ("View1_left", "View5"), 24, *[(0,) * 49] * 3))
+    normaliser.load_statistics(after)
+    healthy, glitch = normaliser.target(samples._action[20:30]), normaliser.target(samples._action[3])
+    assert glitch.abs().max() == after["action_range"] and healthy.abs().max() < after["action_range"]
+    back = normaliser.raw_action(healthy)
+    assert torch.allclose(back, samples._action[20:30], atol=1e-4)
+
+
 # ---- checks before a training
+
+
+def mark_recordings(root, recordings):
+    """Write into each prepared episode which recording it is of."""
+    for folder, recording in zip(find_prepared(root), recordings, strict=True):
+        content = read_checked(folder / DATA_NAME)
+        content["metadata"]["recording"] = recording
+        write_pickle(folder / DATA_NAME, content)
+
+
+def test_copies_that_were_prepared_apart_count_once_and_never_stand_on_both_sides(mixed, tmp_path):
+    root = tmp_path / "data"
+    shutil.copytree(mixed, root)
+    keys = [folder.relative_to(root).as_posix() for folder in find_prepared(root)]
+    mark_recordings(root, ["a", "b", "c", "a", "a", "b", "d", "e"])
+    settings = AsyncSettings(dataset_root=root, sensor_window_size=13, val_fraction=0.3)
+    data = prepare_data(settings)
+    used = data.split["train"] + data.split["val"]
+    recordings = [load_prepared(root / key).metadata["recording"] for key in used]
+    assert sorted(recordings) == ["a", "b", "c", "d", "e"] and len(data.notes) == 3
+    assert all(f"{key} is the same recording as" in " ".join(data.notes) for key in keys if key not in used)
+    shown = training_preflight.table("04_train_async", dataclasses.replace(settings, max_steps=1), data, 1)
+    assert list(shown[shown["what"] == "note"]["value"]) == list(data.notes)
+    left = next(key for key in keys if key not in used)
+    old = {"train": [left], "val": [used[0]]}  # a run that began before goes on as it was
+    assert prepare_data(settings, old).split == old
+
+
+def test_a_dataset_that_no_table_names_is_told_with_its_weight_before_the_training(tmp_path):
+    write_dataset(tmp_path, {"Pig_eye": 2, "part1": 1}, steps=10)
+    data = prepare_data(AsyncSettings(dataset_root=tmp_path, sensor_window_size=13))
+    assert len(data.notes) == 1 and "Pig_eye" in data.notes[0] and "weight 1" in data.notes[0]
+    assert data.notes[0] in reporting.data_lines(data, tmp_path)
 
 
 def test_no_cache_names_the_command_that_builds_it(tmp_path):

@@ -251,6 +251,14 @@ def test_vision_tokens_are_read_in_parts_masked_where_unreadable_and_made_again_
         for view, place in enumerate(row):
             if place >= 0:
                 torch.testing.assert_close(parts.pictures[place].tokens, whole.pictures[whole.ticks[tick][view]].tokens)
+    value = torch.load(path, weights_only=True)
+    value["pictures"][1][1][0, 0] += 1  # one number, in a file that is whole
+    path.unlink()
+    torch.save(value, path)
+    with pytest.raises(UserError, match=f"^{path} is damaged.*--resume"):
+        VisionCache(cache, extractor).episode(episode)
+    torch.save({name: value[name] for name in value if name != "xxh3"}, path)  # as earlier versions wrote it
+    assert VisionCache(cache, extractor).episode(episode)
 
 
 def test_the_loss_falls(seen, tmp_path):

@@ -11,7 +11,7 @@ from PIL import Image
 from vla_lib.core.errors import UserError
 from vla_lib.core.files import write_json, write_text
 from vla_lib.core.run_folder import RunFolder
-from vla_lib.workbench import runs, widgets
+from vla_lib.workbench import runs, up_to_date, widgets
 from vla_lib.workbench.pages import Section, write_report
 
 
@@ -26,6 +26,20 @@ def test_the_table_shows_states_parameters_and_results():
     assert frame.loc[0, "r.val_mae_mm"] == 0.2
     assert "r.curve" not in frame
     assert list(runs.table("06_evaluate")["state"]) == ["cancelled"]
+
+
+def test_a_finished_run_whose_results_are_damaged_is_made_again_and_stops_nothing(tmp_path):
+    values = {"dataset_root": str(tmp_path), "instants": 6}
+    (tmp_path / "part1" / "recv_all_20250101_000001").mkdir(parents=True)
+    run = RunFolder.create("01_inspect_episodes", values, inputs=up_to_date._inspected(values).inputs)
+    run.finish("done")
+    for content in ("{", "[]", "null", "\0"):
+        write_json(run.path / "results.json", {"episodes": 1})
+        assert up_to_date.look("01_inspect_episodes", values).current
+        write_text(run.path / "results.json", content)
+        found = up_to_date.look("01_inspect_episodes", values)
+        assert not found.current and str(run.path / "results.json") in found.why
+        assert "results.json" in runs.table().loc[0, "error"]
 
 
 def test_an_empty_lab_book_is_an_empty_table():

@@ -10,6 +10,7 @@ from typing import Any
 NOTE, EXCLUDED, FATAL = "note", "excluded", "fatal"
 """A note changes nothing; `excluded` leaves some data out; `fatal` makes the episode useless."""
 GOOD, USABLE, REJECTED = "good", "usable with exclusions", "rejected"
+NO_NUMBERS = "hold values that are no numbers"  # how the sentence about a sensor's ends
 NOT_JUDGED = "not judged"  # the machine failed, not the recording
 
 

@@ -28,7 +28,7 @@ from vla_lib.episodes.data_pkl import (
     write_pickle,
 )
 from vla_lib.episodes.episode import Episode
-from vla_lib.episodes.findings import FATAL, NOTE, REJECTED, Finding, Findings
+from vla_lib.episodes.findings import FATAL, NO_NUMBERS, NOTE, REJECTED, Finding, Findings
 from vla_lib.episodes.hdf5 import write_pictures
 from vla_lib.episodes.layouts import CHANNELS, EpisodeFiles
 from vla_lib.episodes.marks import MARKS_NAME, Mark
@@ -44,9 +44,8 @@ Array = np.ndarray[Any, Any]
 LOCK_NAME = ".data.pkl.lock"
 CODE_VERSION = 3  # raised whenever the same inputs and settings give other values: part of the fingerprint
 DIFFER = "differ between the windows that share them; the first window's stand"
-NO_NUMBERS = "hold values that are no numbers"
+"""End of the finding, beside NO_NUMBERS, that only reading every sample can make."""
 UNKEPT = ("key", "status", "clocks", "note")  # of a report, in data.pkl
-"""Ends of the two findings that only reading every sample can make."""
 
 
 @settings

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from vla_lib.core.errors import UserError
-from vla_lib.core.files import atomic_path
+from vla_lib.core.files import atomic_path, checksum
 from vla_lib.episodes import PreparedEpisode
 from vla_lib.features.cache import DAMAGES, VISION, EpisodeFeatures, FeatureCache, episode_key, feature_file
 from vla_lib.features.extractor import EncodedPicture, FeatureExtractor
@@ -30,6 +30,7 @@ class VisionTokens:
 
     pictures: list[EncodedPicture]
     ticks: list[list[int]]
+    xxh3: str | None = None  # of all tensors; None in files of earlier versions
 
 
 class VisionCache:
@@ -73,6 +74,7 @@ class VisionCache:
                 "fingerprint": episode.fingerprint,
                 "pictures": [tuple(picture) for picture in pictures],
                 "ticks": [[places[number] for number in tick] for tick in plan.ticks],
+                "xxh3": _digest(pictures),
             }
             try:
                 with atomic_path(self._file(episode)) as temporary, open(temporary, "wb") as file:
@@ -84,13 +86,19 @@ class VisionCache:
             done(len(pictures))
 
     def episode(self, episode: PreparedEpisode) -> VisionTokens:
-        """Vision tokens of an episode. Raises UserError where there are none."""
+        """Vision tokens of an episode, read whole when first asked for. Raises UserError, naming the file, where there
+        are none or they are damaged."""
         key = str(episode.path)
         if key not in self._open:
             if (found := self._read(episode)) is None:
                 raise UserError(
                     f"The vision tokens of {episode.path} are missing or stale; start the training again, "
                     "which computes them."
+                )
+            if found.xxh3 not in (None, _digest(found.pictures)):
+                raise UserError(
+                    f"{self._file(episode)} is damaged: it is not what was written; remove it and start the training "
+                    "again with --resume, which computes it."
                 )
             self._open[key] = found
         return self._open[key]
@@ -119,9 +127,15 @@ class VisionCache:
             value = torch.load(self._file(episode), weights_only=True, mmap=True, map_location="cpu")
             if (value["binding"], value["fingerprint"]) != (self.cache.binding["id"], episode.fingerprint):
                 return None
-            return VisionTokens([EncodedPicture(*picture) for picture in value["pictures"]], value["ticks"])
+            pictures = [EncodedPicture(*picture) for picture in value["pictures"]]
+            return VisionTokens(pictures, value["ticks"], value.get("xxh3"))
         except DAMAGES:
             return None
+
+
+def _digest(pictures: Sequence[EncodedPicture]) -> str:
+    tensors = (tensor for _, tokens, deep in pictures for tensor in (tokens, *deep))
+    return checksum(tensor.contiguous().view(torch.uint8).numpy().data for tensor in tensors)
 
 
 class ComputedFeatures:

@@ -23,7 +23,7 @@ class Normaliser(nn.Module):
     action_mean: Tensor
     action_std: Tensor
     action_varies: Tensor  # 1 where the dimension is learnt, 0 where it is constant
-    action_range: Tensor  # largest normalised action: what x0 is clamped to
+    action_range: Tensor  # largest normalised action: what targets and x0 are held to
     state_mean: Tensor
     state_std: Tensor
     token_mean: Tensor
@@ -66,6 +66,10 @@ class Normaliser(nn.Module):
     def action(self, action: Tensor) -> Tensor:
         """(..., 7) mm, deg -> normalised."""
         return (action.float() - self.action_mean) / self.action_std * self.action_varies
+
+    def target(self, action: Tensor) -> Tensor:
+        """As `action`, held within `action_range`: an action that cannot be true pulls no harder than the farthest."""
+        return self.action(action).clamp(-self.action_range, self.action_range)
 
     def raw_action(self, normalised: Tensor) -> Tensor:
         """(..., 7) normalised -> mm, deg; constant dimensions are exact."""

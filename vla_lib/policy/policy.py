@@ -94,7 +94,7 @@ class Policy(nn.Module):
             shown = draws["hide_view"].new_zeros(len(draws["hide_view"]), 1)  # text is never hidden: index 0
             hidden = torch.cat([shown, draws["hide_view"]], 1)[:, self.memory.view_index]  # (B, T)
             batch = batch | {"vl_mask": batch["vl_mask"] & ~hidden}
-        target = self.normaliser.action(batch["action"])
+        target = self.normaliser.target(batch["action"])
         error = self.head.loss(partial(self.trunk, self.context(batch)), self.normaliser, target, draws)  # (B, H, 7)
         varies = self.normaliser.action_varies
         return (error.float() * varies).sum(-1) / varies.sum().clamp_min(1.0)

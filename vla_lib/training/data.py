@@ -38,6 +38,8 @@ class TrainingData:
     fingerprints: dict[str, str]
     episode_weights: dict[str, float]
     cache: FeatureCache
+    notes: tuple[str, ...] = ()
+    """Sentences about datasets that no table names, and recordings that are there twice."""
 
     @property
     def weights(self) -> np.ndarray:
@@ -138,6 +140,7 @@ def prepare_data(settings: TrainingSettings, split: Split | None = None) -> Trai
     stage-1 checkpoint does not fit."""
     root = settings.dataset_root
     episodes = _open_episodes(settings)
+    episodes, notes = _each_once(episodes, split)
     try:
         cache = FeatureCache.open(root, settings.cache_id or None)
     except UserError as error:
@@ -179,7 +182,9 @@ def prepare_data(settings: TrainingSettings, split: Split | None = None) -> Trai
         raise UserError(f"{error} Missing features are added by: {cache_command(settings, cache.binding)}") from error
     table = DatasetTable.load(root)
     weights = {key: table.weight(episodes[key].dataset, episodes[key].task) for key in split["train"]}
-    data = TrainingData(train, val, split, {key: str(episodes[key].fingerprint) for key in keys}, weights, cache)
+    notes += table.unknown((episodes[key].dataset, episodes[key].task) for key in keys)
+    fingerprints = {key: str(episodes[key].fingerprint) for key in keys}
+    data = TrainingData(train, val, split, fingerprints, weights, cache, tuple(notes))
     if start is not None:
         where = f"--stage1-checkpoint {settings.stage1_checkpoint}"
         check_stage1(start, data.binding, data.policy_config(settings), where)
@@ -191,6 +196,29 @@ def _open_episodes(settings: TrainingSettings) -> dict[str, PreparedEpisode]:
     if not root.is_dir():
         raise UserError(f"--dataset-root {root} is not a folder; give the folder that the datasets lie in.")
     return load_used(root)
+
+
+def _each_once(
+    episodes: Mapping[str, PreparedEpisode], split: Split | None
+) -> tuple[dict[str, PreparedEpisode], list[str]]:
+    """The episodes without copies of a recording, and a sentence for each copy. One that a checkpoint's split names
+    stays, for its run to go on as it was.
+
+    Preprocessing leaves copies out; those that were prepared apart, or before they lay together, are met here."""
+    named = {key for keys in split.values() for key in keys} if split else set()
+
+    def rank(key: str) -> tuple[bool, bool, int, str]:
+        return key not in named, not episodes[key].has_sensor, len(key), key
+
+    kept: dict[str, str] = {}
+    once, notes = dict(episodes), []
+    for key in sorted(episodes, key=rank):
+        recording = episodes[key].metadata.get("recording")
+        if recording is None or kept.setdefault(str(recording), key) == key or key in named:
+            continue
+        notes.append(f"{key} is the same recording as {kept[str(recording)]}; only that one is used.")
+        del once[key]
+    return once, notes
 
 
 def cache_command(settings: TrainingSettings, binding: Mapping[str, Any] | None = None) -> str:

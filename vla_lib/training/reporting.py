@@ -86,12 +86,15 @@ def not_finite(settings: TrainingSettings, step: int, largest: list[tuple[float,
 
 
 def data_lines(data: TrainingData, root: Path) -> list[str]:
-    """One line a dataset: episodes, steps, weight, share of the draws; before them, what the marks leave out."""
-    return ([f"left out: {words}"] if (words := left_out(root)) else []) + [
+    """One line a dataset: episodes, steps, weight, share of the draws; before them, what the marks leave out; behind
+    them, what is to be known of the data."""
+    rows = [f"left out: {words}"] if (words := left_out(root)) else []
+    rows += [
         f"{row['dataset']}: {row['train_episodes']} training and {row['val_episodes']} held-out episodes, "
         f"{row['train_steps']} steps, weight {row['weight']:g}, {100 * row['share']:.1f} % of the draws"
         for row in data.weights_table()
     ]
+    return [*rows, *data.notes]
 
 
 def step_note(row: dict[str, Any], loss_key: str, epoch: int, wait_share: float) -> str:

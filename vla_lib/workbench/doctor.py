@@ -14,7 +14,7 @@ from vla_lib.core.run_folder import PROJECT, runs_root
 Finding = tuple[str, str]  # ok | warn | fail, and what was found with what to do
 NEEDED_GB = 14.0  # what the demo writes
 NEEDED_FILES = 1_024  # open at once, by a training with loader processes
-NEEDED_SHARED_GIB = 1.0  # 64 MiB are what Docker gives, and what a batch of 128 needs for its sensor windows alone
+NEEDED_SHARED_GIB = 1.0  # Docker gives 64 MiB; a batch of 128 has 33 MiB of sensor windows, and several wait at once
 WIDGET_PACKAGES = ("jupyterlab", "ipywidgets", "jupyterlab_widgets", "ipykernel")
 WIDGET_EXTENSION = "share/jupyter/labextensions/@jupyter-widgets/jupyterlab-manager"
 DRAW = "from needle_rig import NeedleInsertion; NeedleInsertion(picture_width=32, picture_height=24).reset(seed=1)"

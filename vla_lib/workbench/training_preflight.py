@@ -64,7 +64,8 @@ def table(name: str, settings: TrainingSettings, data: TrainingData, nproc_per_n
         "estimated time": _estimate(name, settings, samples, nproc_per_node)
         or _measured(settings, data, policy, samples, nproc_per_node),
     }
-    return pd.DataFrame(rows.items(), columns=["what", "value"])
+    told = [("note", note) for note in data.notes]
+    return pd.DataFrame([*rows.items(), *told], columns=["what", "value"])
 
 
 def batch_table(data: TrainingData, size: int) -> pd.DataFrame:

@@ -63,7 +63,11 @@ def look(notebook: str, values: Values) -> Found:
             why = why or "the recordings have changed since"
         if not check.inputs and (record.get("data") or {}).get("fingerprint") != data:
             why = why or "the prepared data have changed since"
-        why = why or check.differs(run, record)
+        try:
+            read_results(run)  # the flow's next steps take from it what they need
+            why = why or check.differs(run, record)
+        except UserError as error:  # a damaged file of that run: the step is made again
+            why = why or str(error)
         if not why:
             return Found(True, f"{check.same} {run.name}", run)
         reason = reason or f"{run.name}: {why}"
@@ -80,6 +84,14 @@ def _finished(notebook: str, values: Values) -> list[Path]:
         if record["state"] == "done" and then.resolve() == dataset_path(values["dataset_root"]).resolve():
             found.append(run)
     return found
+
+
+def _results(run: Path) -> Values:
+    """Results of a run; empty where its file is damaged."""
+    try:
+        return read_results(run)
+    except UserError:
+        return {}
 
 
 def _inspected(values: Values) -> Check:
@@ -120,7 +132,7 @@ def _cached(notebook: str, values: Values) -> Found:
     facts = {"binding_id": name}
     if todo:
         return Found(False, f"{todo} of {count} episodes are missing or stale in cache {name}", facts=facts)
-    made = [run for run in _finished(notebook, values) if read_results(run).get("binding_id") == name]
+    made = [run for run in _finished(notebook, values) if _results(run).get("binding_id") == name]
     return Found(True, f"cache {name} covers all {count} episodes as they are", made[0] if made else None, facts)
 
 
@@ -129,7 +141,7 @@ def _trained(values: Values) -> Check:
         results = read_results(run)
         if results.get("cache") != values["cache_id"]:
             return f"it used cache {results.get('cache')}"
-        whole = results.get("state") == "done" and Path(results["checkpoint"]).is_file()
+        whole = results.get("state") == "done" and Path(str(results.get("checkpoint"))).is_file()
         return "" if whole else "its checkpoint is gone"
 
     return Check("trained with these parameters, data and cache by", differs, aside=("cache_id",))
