@@ -7,7 +7,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import yaml
-from conftest import prepare_all
+from preparing import prepare_all
 from raw_episodes import Raw
 
 from vla_lib import preprocess
