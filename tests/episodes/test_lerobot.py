@@ -15,13 +15,9 @@ import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
-<<<<<<< HEAD
+from preparing import prepare_all
 from raw_episodes import T0, Raw, smooth_pose, true_action
 from scipy.spatial.transform import Rotation
-=======
-from preparing import prepare_all
-from raw_episodes import T0, Raw
->>>>>>> e49412a (Tests of marks and LeRobot data sets take their helper by its own name; bounds)
 
 from vla_lib import cli
 from vla_lib.core.errors import UserError
