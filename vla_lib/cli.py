@@ -28,7 +28,7 @@ FRONT_DOORS = """front doors, each with --help, and each under torchrun where it
 Notebook = Annotated[Positional[str], arg(metavar="NOTEBOOK", help="path or name, e.g. 04_train_async")]
 AtATime = Annotated[int, arg(help="runs at a time; 0: as many as there are GPUs for, one on a CPU")]
 GpusPerRun = Annotated[int, arg(help="GPUs of each run; 0: one a process (nproc_per_node)")]
-Model = Annotated[str, arg(help="VL model: hub name, folder, or tiny")]
+Model = Annotated[str, arg(help="VL model: hub name, folder, or tiny (random weights)")]
 Processes = Annotated[int, arg(help="processes of torchrun")]
 Pairs = Annotated[
     tuple[tuple[str, str], ...],
@@ -99,7 +99,7 @@ def night(
 def run_all(
     dataset_root: Path,
     diffusion: FlagCreatePairsOff[bool] = False,
-    vl_model: Model = "tiny",
+    vl_model: Model = "",
     nproc_per_node: Processes = 1,
     parameters: Pairs = (),
 ) -> int:
@@ -272,7 +272,7 @@ def _later(command: Callable[..., int]) -> Callable[..., Any]:
 
 
 def _model(name: str) -> str:
-    folder = Path(name).expanduser()
+    folder = Path(name or "-").expanduser()
     return str(folder.resolve()) if folder.is_dir() else name  # notebooks run in a folder of their own
 
 

@@ -52,7 +52,7 @@ def prepared(tmp_path_factory) -> Path:
         views=VIEWS[:2],
         instruction="Perform Needle insertion task",
     )
-    build(CacheSettings(dataset_root=root, num_workers=0, device="cpu"))
+    build(CacheSettings(dataset_root=root, vl_model="tiny", num_workers=0, device="cpu"))
     return root
 
 

@@ -32,7 +32,9 @@ PROJECT = Path(__file__).resolve().parents[2]
 
 
 def build(root, **changes):
-    return build_vl_cache.main(Settings(dataset_root=root, **{"num_workers": 0, "device": "cpu", **changes}))
+    return build_vl_cache.main(
+        Settings(dataset_root=root, **{"vl_model": "tiny", "num_workers": 0, "device": "cpu", **changes})
+    )
 
 
 def files(root):
@@ -46,6 +48,8 @@ def command(root, *flags, ranks=0):
         *start,
         "-m",
         "vla_lib.build_vl_cache",
+        "--vl-model",
+        "tiny",
         "--dataset-root",
         str(root),
         "--device",
@@ -271,8 +275,8 @@ def test_a_failing_disk_ends_the_build_with_a_sentence(dataset, monkeypatch):
     ids=lambda change: next(iter(change)),
 )
 def test_trap_27_any_change_makes_another_binding(dataset, change):
-    base = preflight.plan(Settings(dataset_root=dataset, device="cpu"))[0].binding
-    other = preflight.plan(Settings(dataset_root=dataset, device="cpu", **change))[0].binding
+    base = preflight.plan(Settings(dataset_root=dataset, vl_model="tiny", device="cpu"))[0].binding
+    other = preflight.plan(Settings(dataset_root=dataset, device="cpu", **{"vl_model": "tiny", **change}))[0].binding
     assert base["id"] != other["id"]
     with pytest.raises(UserError, match="against") as caught:
         bindings.check(base, other, "The cache")

@@ -9,6 +9,7 @@ from PIL import Image
 from vla_lib.build_vl_cache import Settings
 from vla_lib.core.errors import UserError
 from vla_lib.features import preflight
+from vla_lib.features.binding import model_words
 from vla_lib.features.tiny import FAMILIES, SPECIAL_TOKENS, tiny_checkpoint, write_tiny_checkpoint
 from vla_lib.features.vlm import load_processor, load_vlm, open_checkpoint, resolve_layer
 
@@ -155,9 +156,9 @@ def test_bad_settings_are_refused_at_once(tmp_path, change, sentence):
 
 def test_bad_views_device_and_root(dataset, tmp_path):
     with pytest.raises(UserError, match="No episode has a view View9"):
-        preflight.plan(Settings(dataset_root=dataset, views=("View1_left", "View9")))
+        preflight.plan(Settings(dataset_root=dataset, vl_model="tiny", views=("View1_left", "View9")))
     with pytest.raises(UserError, match="different views"):
-        preflight.plan(Settings(dataset_root=dataset, views=("View1_left", "View1_left")))
+        preflight.plan(Settings(dataset_root=dataset, vl_model="tiny", views=("View1_left", "View1_left")))
     with pytest.raises(UserError, match="no prepared episodes"):
         preflight.plan(Settings(dataset_root=_empty(tmp_path)))
 
@@ -174,3 +175,17 @@ def test_settings_and_episodes_need_no_torch():
     code = "import sys, vla_lib.build_vl_cache as b; b.Settings(dataset_root='x'); "
     code += "sys.exit(any(m in sys.modules for m in ('torch', 'transformers')))"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+def test_the_vl_model_of_real_recordings_is_named(tmp_path):
+    """`tiny` has random weights: someone who follows the guide would cache noise."""
+    with pytest.raises(UserError, match="No VL model is named: .*datasets.yaml.* random weights"):
+        Settings(dataset_root=tmp_path).model  # noqa: B018
+    (tmp_path / "datasets.yaml").write_text("vl_model: Qwen/Qwen3-VL-4B\npart1: {weight: 2}\n")
+    assert Settings(dataset_root=tmp_path).model == "Qwen/Qwen3-VL-4B"
+    assert Settings(dataset_root=tmp_path, vl_model="tiny").model == "tiny"
+    (tmp_path / "datasets.yaml").unlink()
+    (tmp_path / "simulation.json").write_text("{}")
+    assert Settings(dataset_root=tmp_path).model == "tiny"
+    assert "random weights" in model_words({"model": "tiny", "source": "tiny"})
+    assert model_words({"model": "tiny-of-ours", "source": "/models/tiny-of-ours"}) == "tiny-of-ours"

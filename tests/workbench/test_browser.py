@@ -144,7 +144,7 @@ def stop(desk, cell: Any, found: Path, steps: int) -> None:
     desk.until(lambda: read_record(found)["state"] != "running")
     assert read_record(found)["state"] == "cancelled" and read_json(found / "job.json")["state"] == "ended"
     assert read_checkpoint(found / "checkpoints" / "qwen_vla_async.pt")["step"] >= steps
-    desk.until(lambda: "stopped by SIGTERM" in cell.inner_text())
+    desk.until(lambda: "; saved; go on with resume_run" in cell.inner_text())
 
 
 def step(found: Path) -> int:

@@ -11,8 +11,11 @@ from vla_lib.workbench import notebook
 @pytest.fixture(autouse=True)
 def kernel(monkeypatch):
     """This process as a kernel."""
-    events = SimpleNamespace(register=lambda *_: None, unregister=lambda *_: None)
-    monkeypatch.setattr(notebook, "_shell", lambda: SimpleNamespace(events=events, run_line_magic=lambda *_: None))
+    none = lambda *_: None  # noqa: E731
+    events = SimpleNamespace(register=none, unregister=none)
+    monkeypatch.setattr(
+        notebook, "_shell", lambda: SimpleNamespace(events=events, run_line_magic=none, set_custom_exc=none)
+    )
     monkeypatch.setattr(notebook, "_current", None)
     monkeypatch.setattr(notebook, "atexit", SimpleNamespace(register=lambda *_: None, unregister=lambda *_: None))
 

@@ -1,9 +1,16 @@
+from types import SimpleNamespace
+
 import pytest
 
 from vla_lib import cli
 from vla_lib.core.errors import UserError
-from vla_lib.core.run_folder import PROJECT
+from vla_lib.core.files import append_jsonl
+from vla_lib.core.run_folder import PROJECT, RunFolder, read_record
+from vla_lib.training.settings import AsyncSettings
+from vla_lib.workbench import notebook
+from vla_lib.workbench.jobs import Job, JobCancelled
 from vla_lib.workbench.parameters import notebook_path, read_parameters, resolve
+from vla_lib.workbench.runs import find_runs
 
 CELL = "lr: float = 1e-4\nbatch_size: int = 4\nsensor_enabled: bool = True\nname: str = ''\nviews: list[str] = []"
 
@@ -84,3 +91,79 @@ def test_a_notebook_in_a_wrong_folder_is_not_the_projects(tmp_path, monkeypatch)
             UserError, match="There is no notebook .*04_train_async.ipynb; there are 01_inspect_episodes, "
         ):
             notebook_path(name)
+
+
+@pytest.fixture
+def kernel(monkeypatch):
+    """This process as a kernel."""
+    none = lambda *_: None  # noqa: E731
+    shell = SimpleNamespace(
+        events=SimpleNamespace(register=none, unregister=none), run_line_magic=none, set_custom_exc=none
+    )
+    monkeypatch.setattr(notebook, "_shell", lambda: shell)
+    monkeypatch.setattr(notebook, "_current", None)
+    monkeypatch.setattr(notebook, "_picks", {})
+
+
+TRAIN = "lr: float = 1e-4\nnproc: int = 1"
+
+
+def test_a_renamed_parameter_is_refused_in_the_first_cell(write_notebook, kernel):
+    """It would do nothing: the training would go on with the default, in silence."""
+    saved = write_notebook(TRAIN.replace("lr", "learning_rate"), "print(nproc)")
+    run = notebook.begin(str(saved), {"learning_rate": 3e-3, "nproc": 1})
+    with pytest.raises(
+        UserError, match="learning_rate is no setting of small and no cell uses it; .* does not name: .*lr"
+    ):
+        run.settings(AsyncSettings)
+    live = write_notebook(TRAIN, "print(nproc)")
+    cells = ["lr: float = 1e-4\nnproc: int = 1", "learning_rate: float = 3e-3\nnproc: int = 1", "a: int = 3"]
+    with pytest.raises(UserError, match="lacks lr .default 0.0001. and has learning_rate in its place"):
+        notebook.begin(str(live), {"In": cells, "learning_rate": 3e-3, "nproc": 1})
+
+
+def test_a_corrected_cell_counts_before_it_is_saved(write_notebook, kernel):
+    path = write_notebook("lr: float = 'x'", "")
+    corrected = {"In": ["lr: float = 'x'", "lr: float = 2e-4"], "lr": 2e-4}
+    with pytest.raises(UserError, match="in the parameters cell is not"):
+        notebook.begin(str(path), {"lr": 2e-4})
+    assert notebook.begin(str(path), corrected).settings(AsyncSettings).lr == 2e-4
+
+
+def test_a_pick_is_the_runs_parameter_and_kept_until_the_cell_says_otherwise(write_notebook, kernel):
+    path = str(write_notebook("checkpoint: str = ''\nn: int = 1", "print(checkpoint, n)"))
+    first = notebook.begin(path, {"checkpoint": "", "n": 1})
+    notebook.pick(checkpoint="wide=/a/b.pt", compare_with=["no parameter of this notebook"])
+    assert read_record(first.path)["parameters"] == {"checkpoint": "wide=/a/b.pt", "n": 1}
+    again = {"checkpoint": "", "n": 2}
+    second = notebook.begin(path, again)
+    assert again["checkpoint"] == second.parameters["checkpoint"] == "wide=/a/b.pt"
+    assert read_record(second.path)["parameters"] == {"checkpoint": "wide=/a/b.pt", "n": 2}
+    for value in ("/c.pt", ""):  # the cell counts more from then on
+        last = notebook.begin(path, {"checkpoint": value, "n": 2})
+        assert read_record(last.path)["parameters"]["checkpoint"] == value
+
+
+def test_a_resumed_run_is_one_line_in_the_lab_book(write_notebook, kernel):
+    path = str(write_notebook("n: int = 1\nresume_run: str = ''", "print(n, resume_run)"))
+    first = notebook.begin(path, {"n": 1, "resume_run": ""})
+    first.leave()
+    again = notebook.begin(path, {"n": 1, "resume_run": first.path.name})
+    assert again.path == first.path and read_record(first.path)["state"] == "running"
+    again.finish()
+    record = read_record(first.path)
+    assert (record["state"], record["parameters"]["resume_run"]) == ("done", "") and len(find_runs()) == 1
+    RunFolder.create("06_evaluate", {}).finish("done")
+    with pytest.raises(UserError, match="names .*-06_evaluate, a run of 06_evaluate; give one of small"):
+        notebook.begin(path, {"n": 1, "resume_run": "06_evaluate"})
+
+
+def test_a_stop_says_where_it_is_and_how_to_go_on(tmp_path):
+    job = Job([], tmp_path / "20260101-000000-04_train_async")
+    assert job._stopped("stopped").endswith("Run the notebook again to go on.")
+    append_jsonl(job.run_dir / "metrics.jsonl", {"step": 260})
+    (job.run_dir / "checkpoints").mkdir()
+    (job.run_dir / "checkpoints" / "a.pt").touch()
+    said = job._stopped("stopped")
+    assert said.startswith('stopped at step 260; saved; go on with resume_run = "20260101-000000-04_train_async"')
+    assert JobCancelled(said)._render_traceback_() == [said]

@@ -109,6 +109,11 @@ class RunFolder:
         reserve(self.path / "run.json")
         return self
 
+    def note_parameters(self, parameters: dict[str, Any]) -> None:
+        """Write other parameters into the record."""
+        self.record["parameters"] = dict(parameters)
+        write_json(self.path / "run.json", self.record)
+
     def finish(self, state: str, error: str | None = None, mended: bool = False) -> None:
         """Close the record as `done`, `failed`, `cancelled` or `lost`. The first closing holds; only where the run is
         `mended`, one as failed or cancelled does not."""

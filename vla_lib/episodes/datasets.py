@@ -45,11 +45,14 @@ class DatasetTable:
 
     entries: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """The user's own entries, in the order of the file."""
+    vl_model: str = ""
+    """The VL model that the root's features are made with, where it is named: a line `vl_model: NAME` of the file."""
 
     @classmethod
     def load(cls, root: str | Path) -> "DatasetTable":
         """The table that holds below `root`. Raises UserError where datasets.yaml cannot be understood."""
         entries: dict[str, dict[str, Any]] = {}
+        model = ""
         for path in (Path(root) / TABLE_NAME, *sorted(Path(root).glob(f"*/{TABLE_NAME}"))):
             if not path.is_file():
                 continue
@@ -58,8 +61,12 @@ class DatasetTable:
             except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
                 said = " ".join(str(error).split())
                 raise UserError(f"{path} cannot be read as YAML ({said}); correct or remove it.") from error
+            named = content.pop("vl_model", "") if isinstance(content, dict) else ""
+            if not isinstance(named, str):
+                raise UserError(f"{path}: vl_model must be a hub name or a folder, but it is {named!r}.")
+            model = model or named
             entries |= {name: one for name, one in _checked(content or {}, path).items() if name not in entries}
-        return cls(entries)
+        return cls(entries, model)
 
     def weight(self, dataset: str, task: str = "") -> float:
         """How often a step of the dataset is drawn, relative to weight 1."""

@@ -23,6 +23,7 @@ SHOWN = ("views", "prompt", "image_resize_height", "image_resize_width", "image_
 FIELDS = ("schema", *COMPUTED_BY, *SHOWN, "pooling", "text_tokens", "layout")
 
 DEFAULT_POOLING = "grid:4x6"
+TINY = {"tiny": "qwen2_5_vl", "tiny-qwen3-vl": "qwen3_vl"}  # models of random weights, made on the spot: name -> family
 # Chosen by `python -m benchmarks.pooling --scenes 600` (simulated rig, tiny model, layer 2, 320x180; median error of a
 # ridge regression on 120 held-out scenes, offset needle to target in mm):
 #             mean   2x3   3x4   4x6   6x11 (all tokens)
@@ -121,6 +122,12 @@ def binding_id(binding: Mapping[str, Any]) -> str:
     model = re.sub(r"[^A-Za-z0-9._]+", "-", str(binding["model"]).rsplit("/", 1)[-1])[:40]
     name = f"{model}-L{binding['layer']}-{str(binding['pooling']).replace(':', '')}-s{binding['tick_stride']}"
     return f"{name}-{hashlib.sha256(content.encode()).hexdigest()[:10]}"
+
+
+def model_words(binding: Mapping[str, Any]) -> str:
+    """The model's name, and that it has random weights where it has."""
+    random = str(binding.get("source") or binding["model"]) in TINY
+    return f"{binding['model']} (random weights: no model for real recordings)" if random else str(binding["model"])
 
 
 def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:

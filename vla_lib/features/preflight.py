@@ -11,7 +11,7 @@ import torch
 from vla_lib.core.errors import UserError
 from vla_lib.episodes import PreparedEpisode, load_used
 from vla_lib.episodes.survey import left_out
-from vla_lib.features.binding import TokenLayout
+from vla_lib.features.binding import TokenLayout, model_words
 from vla_lib.features.cache import cache_folder, coverage_state, episode_key
 from vla_lib.features.extractor import default_device, default_dtype
 from vla_lib.features.form import FeatureForm
@@ -48,6 +48,11 @@ class Preflight:
     others: list[str]
     left_out: str  # how many prepared episodes the marks leave out, and why
 
+    @property
+    def title(self) -> str:
+        """The cache and its model in words."""
+        return f"cache {self.binding['id']} of {model_words(self.binding)}"
+
     def todo(self, overwrite: bool = False) -> list[PlannedEpisode]:
         """The episodes to compute."""
         return [episode for episode in self.episodes if overwrite or episode.state != "covered"]
@@ -66,7 +71,7 @@ class Preflight:
 
     def text(self, overwrite: bool = False) -> str:
         """The table and the totals as plain lines."""
-        lines = [f"cache {self.binding['id']}"]
+        lines = [self.title]
         for row in self.table():
             lines.append("  " + ", ".join(f"{k} {v:.1f}" if k == "MB" else f"{k} {v}" for k, v in row.items()))
         todo = self.todo(overwrite)
@@ -111,7 +116,7 @@ def plan(settings: CacheSettings) -> tuple[Preflight, FeatureForm]:
     """
     root = settings.dataset_root
     episodes = load_episodes(root)
-    checkpoint = open_checkpoint(settings.vl_model)
+    checkpoint = open_checkpoint(settings.model)
     processor = load_processor(checkpoint)
     size = settings.image_resize_height, settings.image_resize_width
     form = FeatureForm(processor, choose_views(episodes, settings.views), settings.vl_pooling, *size)

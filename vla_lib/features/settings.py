@@ -5,8 +5,12 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge
 
+from vla_lib.core.errors import UserError
 from vla_lib.core.settings import Settings, settings
+from vla_lib.episodes.datasets import DatasetTable
 from vla_lib.features.binding import DEFAULT_POOLING, Pooling
+
+RIGS_MANIFEST = "simulation.json"  # which the simulated rig leaves at the root of its recordings
 
 
 @settings
@@ -19,8 +23,9 @@ class CacheSettings(Settings):
 
     dataset_root: Path
     """Dataset root: dataset folders with prepared episodes (data.pkl) below them."""
-    vl_model: str = "tiny"
-    """Qwen2.5-VL or Qwen3-VL: hub name, folder, `tiny` or `tiny-qwen3-vl` (random weights, made on the spot)."""
+    vl_model: str = ""
+    """Qwen2.5-VL or Qwen3-VL: hub name, folder, `tiny` or `tiny-qwen3-vl` (random weights, made on the spot). Empty:
+    `vl_model` in datasets.yaml; `tiny` for recordings of the simulated rig; on others it must be named."""
     vl_layer: Annotated[int, Ge(0)] = 0
     """Decoder layer whose hidden state is kept, counted from 1; those above are not computed. 0: half the depth."""
     vl_pooling: str = DEFAULT_POOLING
@@ -52,6 +57,18 @@ class CacheSettings(Settings):
 
     def __post_init__(self) -> None:
         Pooling.parse(self.vl_pooling)
+
+    @property
+    def model(self) -> str:
+        """The VL model that is meant. Raises UserError where none is named and the recordings are no simulated ones."""
+        named = self.vl_model or DatasetTable.load(self.dataset_root).vl_model
+        if not named and not (self.dataset_root / RIGS_MANIFEST).is_file():
+            raise UserError(
+                "No VL model is named: give --vl-model Qwen/Qwen2.5-VL-3B-Instruct (any Qwen2.5-VL or Qwen3-VL), or a "
+                "line `vl_model: NAME` in datasets.yaml at the root. `--vl-model tiny` has random weights: it tells "
+                "whether everything runs, and is no model to train on real recordings with."
+            )
+        return named or "tiny"
 
     @property
     def tick_stride(self) -> int:

@@ -17,9 +17,9 @@ import torch
 from torch import nn
 
 from vla_lib.core.errors import UserError
+from vla_lib.features.binding import TINY
 from vla_lib.features.tiny import FAMILIES, tiny_checkpoint
 
-TINY = {"tiny": "qwen2_5_vl", "tiny-qwen3-vl": "qwen3_vl"}
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt"]
 # The `pil` and `torchvision` backends of transformers' image processors differ slightly: one for all, in the binding.
 IMAGE_BACKEND = "pil"

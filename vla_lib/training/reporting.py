@@ -12,6 +12,7 @@ import torch
 from vla_lib.core.errors import UserError, in_words, needing_room
 from vla_lib.core.run_folder import UNREADABLE, RunFolder, read_record
 from vla_lib.episodes.survey import left_out
+from vla_lib.features.binding import model_words
 from vla_lib.training.data import TrainingData
 from vla_lib.training.process import StopRequest
 from vla_lib.training.settings import TrainingSettings
@@ -88,7 +89,8 @@ def not_finite(settings: TrainingSettings, step: int, largest: list[tuple[float,
 def data_lines(data: TrainingData, root: Path) -> list[str]:
     """One line a dataset: episodes, steps, weight, share of the draws; before them, what the marks leave out; behind
     them, what is to be known of the data."""
-    rows = [f"left out: {words}"] if (words := left_out(root)) else []
+    rows = [f"VL features of {model_words(data.binding)}"]
+    rows += [f"left out: {words}"] if (words := left_out(root)) else []
     rows += [
         f"{row['dataset']}: {row['train_episodes']} training and {row['val_episodes']} held-out episodes, "
         f"{row['train_steps']} steps, weight {row['weight']:g}, {100 * row['share']:.1f} % of the draws"

@@ -28,7 +28,7 @@ from papermill.exceptions import PapermillExecutionError
 from vla_lib.core.errors import UserError, in_words
 from vla_lib.core.run_folder import RunFolder
 from vla_lib.workbench.jobs import JobFailed
-from vla_lib.workbench.notebook import RUN_DIR_VARIABLE, shown
+from vla_lib.workbench.notebook import RUN_DIR_VARIABLE, resumed, shown
 from vla_lib.workbench.pages import export_html
 from vla_lib.workbench.parameters import notebook_path, resolve
 from vla_lib.workbench.runs import data_state
@@ -112,9 +112,11 @@ def run_notebook(
     path = notebook_path(name)
     values = resolve(path, given, text)
     noted = {"notebook": str(path), "given": sorted(given), "data": data_state(values), **noted}
+    if again := resumed(path.stem, values):
+        run_dir, resume, values = again, True, values | {"resume_run": ""}
     run = _open_run(path.stem, values, run_dir, resume, noted)
     handed = {parameter: values[parameter] for parameter in given}
-    if resume and "resume_run" in values and any((run.path / "checkpoints").glob("*.pt")):
+    if again or (resume and "resume_run" in values and any((run.path / "checkpoints").glob("*.pt"))):
         handed["resume_run"] = str(run.path)
     executed = run.path / "notebook.ipynb"
     plain = PlainLog(run.path / LOG_NAME, log)

@@ -25,7 +25,7 @@ from annotated_types import Ge, Gt, Le
 from pydantic import BaseModel, ValidationError
 
 from vla_lib.core.errors import UserError
-from vla_lib.core.files import read_json
+from vla_lib.core.files import read_json, read_jsonl
 from vla_lib.core.owner import Owner, living, owner_file
 from vla_lib.core.settings import Settings
 from vla_lib.workbench.devices import thread_variables
@@ -49,7 +49,7 @@ class JobCancelled(Exception):
     """A job was stopped before its end; what it had saved is kept."""
 
     def _render_traceback_(self) -> list[str]:
-        return [f"JobCancelled: {self}"]
+        return [str(self)]  # a sentence: nothing is wrong
 
 
 def flags(settings: Settings) -> list[str]:
@@ -230,8 +230,9 @@ class Job:
                 while self.running and time.monotonic() < deadline:
                     time.sleep(0.1)
                 on_tick(self._new_lines(final=True))
-            what = "the job goes on" if self.attached else "the job is stopped"
-            raise JobCancelled(f"the cell was interrupted; {what}, its files are in {self.run_dir}") from None
+            if self.attached:
+                raise JobCancelled(f"The cell was interrupted; the job goes on, in {self.run_dir}.") from None
+            raise JobCancelled(self._stopped("the cell was interrupted; the job stopped")) from None
         return self._conclude()
 
     def _new_lines(self, final: bool) -> list[str]:
@@ -244,12 +245,21 @@ class Job:
         self._read += whole
         return data[:whole].decode(errors="replace").splitlines()
 
+    def _stopped(self, how: str) -> str:
+        """Where a stopped job is, and how to go on, in a sentence."""
+        steps = [row["step"] for row in read_jsonl(self.run_dir / "metrics.jsonl") if "step" in row]
+        at = f" at step {max(steps)}" if steps else ""
+        if not any((self.run_dir / "checkpoints").glob("*.pt")):
+            return f"{how}{at}; what it wrote is in {self.run_dir}. Run the notebook again to go on."
+        ways = f'resume_run = "{self.run_dir.name}" in the parameters cell, or -p resume_run {self.run_dir.name}'
+        return f"{how}{at}; saved; go on with {ways}."
+
     def _conclude(self) -> dict[str, Any]:
         status = self.status
         if status.get("state") != "ended":
             raise JobFailed(f"The job's supervisor was killed; what it had logged is in {self.log}.")
         if status["reason"]:
-            raise JobCancelled(f"{status['reason']}; its files are in {self.run_dir}")
+            raise JobCancelled(self._stopped(status["reason"].replace("stopped by SIGTERM", "stopped")))
         if status["returncode"] != 0:
             raise JobFailed(explain(self.log, status["returncode"], status["log_from"]))
         return status

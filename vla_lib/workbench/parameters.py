@@ -7,7 +7,7 @@ matched as papermill does it: a line of another form must be refused, not overlo
 
 import ast
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,7 +77,11 @@ def read_parameters(path: Path) -> dict[str, Parameter]:
     cells = [cell for cell in read_json(path).get("cells", []) if "parameters" in cell["metadata"].get("tags", [])]
     if len(cells) != 1:
         raise UserError(f"{path.name} has {len(cells)} cells tagged 'parameters'; it needs exactly one.")
-    source = "".join(cells[0]["source"])
+    return parse_cell("".join(cells[0]["source"]), path.name)
+
+
+def parse_cell(source: str, where: str) -> dict[str, Parameter]:
+    """The parameters that a parameters cell gives. Raises UserError, naming `where`, for any other line."""
     found = {}
     for node in ast.parse(source).body:
         try:
@@ -90,8 +94,38 @@ def read_parameters(path: Path) -> dict[str, Parameter]:
             parameter.check(default)
         except (ValueError, KeyError, TypeError, UserError):
             wanted = f"is not `name: type = literal` with a type of {', '.join(TYPES)}"
-            raise UserError(f"{path.name}: '{ast.unparse(node)}' in the parameters cell {wanted}.") from None
+            raise UserError(f"{where}: '{ast.unparse(node)}' in the parameters cell {wanted}.") from None
     return found
+
+
+def run_last(sources: Sequence[str], file: Mapping[str, Parameter]) -> dict[str, Parameter]:
+    """The parameters of the cell that a kernel ran last as a parameters cell, saved or not; those of the
+    `file` where it ran none.
+
+    sources: what it ran, as IPython's `In` holds it.
+    """
+    for source in reversed(sources):
+        try:
+            found = parse_cell(source, "")
+            if found and (not file or file.keys() & found.keys()):
+                return found
+        except (UserError, SyntaxError):  # another cell
+            continue
+    return dict(file)
+
+
+def names(path: Path) -> tuple[set[str], set[str]]:
+    """The names that a notebook's code cells make and those that they use."""
+    made: set[str] = set()
+    used: set[str] = set()
+    for cell in read_json(path).get("cells", []):
+        source = "".join(cell["source"]) if cell["cell_type"] == "code" else ""
+        for node in ast.walk(ast.parse("".join(line for line in source.splitlines(True) if line[:1] not in "%!"))):
+            if isinstance(node, ast.Name):
+                (used if isinstance(node.ctx, ast.Load) else made).add(node.id)
+            elif isinstance(node, ast.alias):
+                made.add((node.asname or node.name).partition(".")[0])
+    return made, used
 
 
 def describe(path: Path) -> str:
@@ -102,12 +136,15 @@ def describe(path: Path) -> str:
     return "\n".join([f"parameters of {path.stem}, each given with -p NAME VALUE:", *lines])
 
 
-def resolve(path: Path, given: Mapping[str, Any], text: bool = False) -> dict[str, Any]:
-    """All parameters of a notebook with the given values over the defaults; `text`: the values are command-line words.
+def resolve(
+    path: Path, given: Mapping[str, Any], text: bool = False, known: Mapping[str, Parameter] | None = None
+) -> dict[str, Any]:
+    """All parameters of a notebook with the given values over the defaults; `text`: the values are command-line words;
+    `known`: the parameters, where they are not to be read from the file.
 
     Raises UserError for an unknown name or a wrong type.
     """
-    parameters = read_parameters(path)
+    parameters = read_parameters(path) if known is None else known
     refuse_unknown(path, given, parameters)
     values = {name: parameter.default for name, parameter in parameters.items()}
     for name, value in given.items():

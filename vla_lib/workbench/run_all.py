@@ -72,7 +72,7 @@ class FlowPlan:
         from vla_lib.features.vlm import open_checkpoint
 
         stages = {notebook: self.settings(notebook) for notebook in (PREPARE, CACHE, *self.training_notebooks)}
-        open_checkpoint(stages[CACHE].vl_model)
+        open_checkpoint(stages[CACHE].model)
 
     def check_data(self) -> None:
         """Raises UserError where the root holds no recording, holds other roots (their episodes would get other names),

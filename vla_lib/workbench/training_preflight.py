@@ -12,6 +12,7 @@ from vla_lib.core.errors import UserError
 from vla_lib.core.progress import clock
 from vla_lib.core.run_folder import read_record, read_results
 from vla_lib.episodes.survey import left_out
+from vla_lib.features.binding import model_words
 from vla_lib.policy.policy import Policy
 from vla_lib.training.data import TrainingData
 from vla_lib.training.process import uses_bf16, uses_gpu
@@ -58,6 +59,7 @@ def table(name: str, settings: TrainingSettings, data: TrainingData, nproc_per_n
         "held out": f"{len(data.val or []):,} of {len(data.split['val'])} episodes",
         "left out": left_out(settings.dataset_root) or "nothing",
         "VL cache": f"{binding['id']}: {policy.config.tokens} tokens of width {policy.config.token_dim}",
+        "VL model": model_words(binding),
         "views": ", ".join(policy.config.views),
         "parameters": f"{policy.parameter_count():,}{lora}",
         "optimiser steps": f"{steps:,} of {per_step} samples",

@@ -18,7 +18,7 @@ from vla_lib.episodes.episode import sensor_image
 from vla_lib.episodes.prepared import known_clocks
 from vla_lib.workbench import runs
 from vla_lib.workbench.markup import Html, Markup, joined, page
-from vla_lib.workbench.notebook import dataset_path, interactive, shown
+from vla_lib.workbench.notebook import dataset_path, interactive, pick, shown
 from vla_lib.workbench.plots.episodes import overview
 from vla_lib.workbench.triage import episode_table
 
@@ -175,6 +175,8 @@ class CheckpointPicker:
         self._first = ipywidgets.Dropdown(value=self._pairs[0], description="checkpoint", **wide)
         self._others = ipywidgets.SelectMultiple(value=rest, rows=6, description="compare with", **wide)
         lists = [self._first] if compare_with is None else [self._first, self._others]
+        for each in lists:
+            each.observe(self._picked, "value")
         self.widget = ipywidgets.VBox([*lists, Html("Run the cells below again after choosing.")])
 
     @property
@@ -186,6 +188,10 @@ class CheckpointPicker:
     def first(self) -> Path:
         """The one in question."""
         return Path(self._first.value[1])
+
+    def _picked(self, _change: Any) -> None:
+        first, *others = self.chosen
+        pick(checkpoint=first, compare_with=others)
 
     def _ipython_display_(self) -> None:
         if interactive():
