@@ -14,13 +14,14 @@ from typing import Annotated, Any
 import psutil
 import torch
 import tyro
+from annotated_types import Gt
 
 from vla_lib.core import frontdoor
 from vla_lib.core.errors import UserError
 from vla_lib.core.files import write_json
 from vla_lib.core.settings import Settings, settings
 
-ROOMS = ("episodes", "features", "runtime", "needle_rig", "training", "workbench")
+ROOMS = ("episodes", "features", "runtime", "robots", "needle_rig", "training", "workbench")
 ALL = (*ROOMS, "gpu")
 
 
@@ -34,6 +35,8 @@ class BenchmarkSettings(Settings):
     """Prepared dataset with a VL cache, for the training rows; default: what `make demo` recorded."""
     fast: bool = False
     """Small sizes, seconds a room: to see that they run, not to quote."""
+    soak_s: Annotated[float, Gt(0)] = 60.0
+    """How long the robots' streams run beside the control loop."""
     output: Path | None = None
     """Write the rows as JSON to this file as well."""
 
@@ -48,7 +51,11 @@ def main(settings: BenchmarkSettings) -> dict[str, Any]:
     results: dict[str, Any] = {"machine": machine(), "rows": []}
     print(json.dumps(results["machine"]), flush=True)
     for room in settings.rooms:
-        given = {"dataset_root": settings.dataset_root} if room == "training" else {}
+        own: dict[str, dict[str, Any]] = {
+            "training": {"dataset_root": settings.dataset_root},
+            "robots": {"soak_s": settings.soak_s},
+        }
+        given = own.get(room, {})
         for row in importlib.import_module(f"benchmarks.{room}").rows(fast=settings.fast, **given):
             results["rows"].append({"room": room, **asdict(row), "ratio": row.ratio})
             figures = f"{row.ours:.4g} against {row.baseline:.4g} {row.unit}, ratio {row.ratio:.3g}"

@@ -46,6 +46,8 @@ ELSEWHERE = {  # how a command begins: the test that runs it
     "vla rerun": f"{LAB_BOOK}test_a_run_is_repeated_and_says_what_has_changed",
     "vla doctor": f"{LAB_BOOK}test_the_doctor_names_what_is_missing_and_what_to_do",
     "vla record": "tests/robots/test_vla_record.py::test_an_episode_is_recorded_without_a_policy",
+    "python -m vla_lib.deploy": "tests/robots/test_deploy.py::"
+    "test_a_session_goes_through_its_stages_and_every_run_is_an_episode",
     "vla cache rm": "tests/features/test_features_cache.py::test_list_verify_remove",
     "vla import": "tests/episodes/test_lerobot.py::test_a_round_trip_keeps_actions_pictures_and_sensor",
     "python -m vla_lib.evaluate": f"{FLOW}test_the_front_door_evaluates_as_the_documents_say",

@@ -23,7 +23,7 @@ from vla_lib.workbench.parameters import describe, notebook_path
 
 EXIT_CANCELLED = 130
 FRONT_DOORS = """front doors, each with --help, and each under torchrun where it trains or caches:
-  python -m vla_lib.preprocess, build_vl_cache, train_async, train_diffusion, evaluate; python -m needle_rig"""
+  python -m vla_lib.preprocess, build_vl_cache, train_async, train_diffusion, evaluate, deploy; python -m needle_rig"""
 
 Notebook = Annotated[Positional[str], arg(metavar="NOTEBOOK", help="path or name, e.g. 04_train_async")]
 AtATime = Annotated[int, arg(help="runs at a time; 0: as many as there are GPUs for, one on a CPU")]

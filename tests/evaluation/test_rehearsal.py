@@ -42,8 +42,8 @@ def views(monkeypatch):
     made = []
 
     class Watched(rollout_views.RehearsalView):
-        def __init__(self, process):
-            super().__init__(process)
+        def __init__(self, *given):
+            super().__init__(*given)
             made.append(self)
 
     monkeypatch.setattr(rollout_views, "interactive", lambda: True)

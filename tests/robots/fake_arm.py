@@ -47,8 +47,9 @@ def turned(vector_deg) -> np.ndarray:
 class FakeArm:
     """Start it with `with`; `port` is its control port. `log`: (monotonic time, command), without the client's own."""
 
-    def __init__(self, joints=(0, 0, 0, 0, 60, 0), tool_mm=0.0, version="10.2.4.9876", wrf=(0,) * 6):
+    def __init__(self, joints=(0, 0, 0, 0, 60, 0), tool_mm=0.0, version="10.2.4.9876", wrf=(0,) * 6, up=False):
         self.joints, self.tool_mm, self.version, self.wrf = np.array(joints, float), tool_mm, version, wrf
+        self.up = up  # the tool's z axis points from its tip to the flange, as in the recordings
         pose = self._tip(self.joints)
         self.place, self.turn = pose[:3, 3], pose[:3, :3]
         self.activated = self.homed = True
@@ -66,7 +67,14 @@ class FakeArm:
     def _tip(self, joints) -> np.ndarray:
         tool = np.eye(4)
         tool[2, 3] = self.tool_mm
+        if self.up:
+            tool[:3, :3] = np.diag([-1, 1, -1])
         return flange(joints) @ tool
+
+    @property
+    def trf(self) -> list[float]:
+        """The tool frame as the controller tells it."""
+        return [0, 0, self.tool_mm, *((180, 0, 180) if self.up else (0, 0, 0))]
 
     def __enter__(self):
         self._server = socket.create_server(("127.0.0.1", 0))
@@ -190,7 +198,7 @@ class FakeArm:
             self._status()
             stamp = self._stamp()
             self._say(2228, f"{stamp},{','.join(map(str, self.wrf))}")
-            self._say(2229, f"{stamp},0,0,{self.tool_mm},0,0,0")
+            self._say(2229, f"{stamp},{','.join(map(str, self.trf))}")
             self._told = True
             return None
         if name == "SetMonitoringInterval":

@@ -16,8 +16,10 @@ import contextlib
 import gc
 import multiprocessing
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import BrokenExecutor, ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -40,6 +42,7 @@ from vla_lib.runtime.safety import SafetyLimits
 from vla_lib.runtime.vlm_worker import Compute, Features, vlm_process
 from vla_lib.training.checkpoint import load_policy, read_checkpoint
 
+KEY_S = 0.3  # a hold-to-run key counts as held for this long after it was last said to be
 PICTURES_EVERY = 3  # ticks: five views at every one would keep the watcher's pipe full
 
 
@@ -51,7 +54,9 @@ class Pilot(contextlib.AbstractContextManager["Pilot"]):
     """
 
     def __init__(self, settings: RolloutSettings):
-        self.expert, self.settings = expert_of(settings, *load_policy(settings.checkpoint, settings.device))
+        self.checkpoint = settings.checkpoint
+        policy, self.info = load_policy(settings.checkpoint, settings.device)
+        self.expert, self.settings = expert_of(settings, policy, self.info)
         try:
             self._vlm = vlm_process(partial(make_extractor, settings.checkpoint, settings.device))
         except RuntimeError as error:
@@ -77,6 +82,7 @@ class Pilot(contextlib.AbstractContextManager["Pilot"]):
         started: Callable[[Runner], None] = lambda runner: None,
         until: Callable[[], str] | None = None,
         clock: RealClock | None = None,
+        held: Callable[[], bool] | None = None,
     ) -> RunLog:
         """Drive `io` for `max_s` seconds, until `until()` gives a reason, or until safety ends it; see Runner.
 
@@ -89,7 +95,7 @@ class Pilot(contextlib.AbstractContextManager["Pilot"]):
         gc.freeze()  # the collector shall not walk through models in the middle of a tick
         try:
             started(runner)
-            return runner.run(max_s, until)
+            return runner.run(max_s, until, held)
         finally:
             gc.unfreeze()
             torch.set_num_threads(threads)
@@ -130,17 +136,28 @@ def make_extractor(checkpoint: Path, device: str) -> Compute:
     return FeatureExtractor.from_binding(content["binding"], device, content.get("adapter")).extract
 
 
-class RehearsalProcess:
-    """A rehearsal in a process of its own, which dies with its watcher. Starts at once.
+@dataclass(frozen=True)
+class Hooks:
+    """What a control loop in a process of its own is given: `watch` sends each tick to the watcher, `started(runner)`
+    lets it stop the run, `held()` tells whether it holds the hold-to-run key."""
 
-    `poll` returns the moments since the last call; when `running` is False, `result` gives the record of `rehearse`.
+    watch: Watch
+    started: Callable[[Runner], None]
+    held: Callable[[], bool]
+
+
+class LoopProcess:
+    """A control loop in a process of its own, which dies with its watcher. Starts at once.
+
+    `work(hooks, *args)`, a function of a module, runs there. `poll` returns the moments since the last call; when
+    `running` is False, `result` gives what `work` returned.
     """
 
-    def __init__(self, settings: RolloutSettings, seed: int, dry_run: Path | None = None, go_on: bool = False):
+    def __init__(self, work: Callable[..., dict[str, Any]], *args: Any):
         self.running = True
         self._pipe, theirs = multiprocessing.Pipe()
         self._process = OneProcess(_keep, theirs)
-        self._record = self._process.submit(_rehearse, settings, seed, dry_run, go_on)
+        self._record = self._process.submit(_work, work, args)
         theirs.close()  # so that a dead process ends the pipe
 
     @property
@@ -160,11 +177,18 @@ class RehearsalProcess:
 
     def stop(self) -> None:
         """Stop the robot now; the record still comes."""
+        self._say("stop")
+
+    def hold(self) -> None:
+        """The hold-to-run key is held at this moment; to be said again at least every `KEY_S`."""
+        self._say("hold")
+
+    def _say(self, word: str) -> None:
         with contextlib.suppress(OSError):  # a process that is dead drives no robot
-            self._pipe.send("stop")
+            self._pipe.send(word)
 
     def result(self) -> dict[str, Any]:
-        """The record of `rehearse`. Raises what that raises, and RuntimeError where its process died or still runs."""
+        """What `work` returned. Raises what that raised, and RuntimeError where its process died or still runs."""
         if self.running:
             raise RuntimeError("The rehearsal still runs; poll until it does not.")
         try:
@@ -178,7 +202,20 @@ class RehearsalProcess:
         self._pipe.close()
 
 
-_pipe: Connection  # in the rehearsal's process
+class RehearsalProcess(LoopProcess):
+    """A rehearsal in a process of its own; `result` gives the record of `rehearse`."""
+
+    def __init__(self, settings: RolloutSettings, seed: int, dry_run: Path | None = None, go_on: bool = False):
+        super().__init__(_rehearse, settings, seed, dry_run, go_on)
+
+
+def _rehearse(hooks: Hooks, settings: RolloutSettings, seed: int, dry_run: Path | None, go_on: bool) -> dict[str, Any]:
+    prepare_gl()
+    return rehearse(settings, seed, hooks.watch, hooks.started, dry_run, go_on)
+
+
+_pipe: Connection  # in the loop's process
+_held_s = -KEY_S  # when the watcher last said that the key is held
 
 
 def _keep(pipe: Connection) -> None:
@@ -186,8 +223,7 @@ def _keep(pipe: Connection) -> None:
     _pipe = pipe
 
 
-def _rehearse(settings: RolloutSettings, seed: int, dry_run: Path | None, go_on: bool) -> dict[str, Any]:
-    prepare_gl()
+def _work(work: Callable[..., dict[str, Any]], args: tuple[Any, ...]) -> dict[str, Any]:
     period_s = 0.0
     with ThreadPoolExecutor(1) as sender:  # the control loop only hands over; this thread waits for the pipe
 
@@ -199,10 +235,12 @@ def _rehearse(settings: RolloutSettings, seed: int, dry_run: Path | None, go_on:
         def watch(tick: Tick, seen: Observation) -> None:
             sender.submit(_pipe.send, Moment.of(tick, seen, period_s, tick.step % PICTURES_EVERY == 0))
 
-        return rehearse(settings, seed, watch, started, dry_run, go_on)
+        return work(Hooks(watch, started, lambda: time.monotonic() - _held_s < KEY_S), *args)
 
 
 def _listen(runner: Runner) -> None:
+    global _held_s
     with contextlib.suppress(EOFError, OSError):  # the watcher is gone, or the run is over
-        _pipe.recv()
-        runner.request_stop()
+        while _pipe.recv() == "hold":
+            _held_s = time.monotonic()
+    runner.request_stop()

@@ -4,6 +4,7 @@ The rig, the clock and the latencies are deterministic by the seed: the same set
 """
 
 import json
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -79,9 +80,7 @@ def rollout(settings: RolloutSettings, seed: int, frames: int = 0) -> dict[str, 
         "vlm": Latency(vlm_ms, settings.vlm_jitter_ms),
         "expert": Latency(settings.expert_latency_ms, settings.expert_jitter_ms),
     }
-    # two delays of a VLM that does one moment at a time, the jitter seldom above three times its mean
-    oldest_s = max(1.0, 3 * (vlm_ms + 3 * settings.vlm_jitter_ms) / 1000.0)
-    limits = SafetyLimits(**sim_limits(), vl_age_s=oldest_s)
+    limits = SafetyLimits(**sim_limits(), vl_age_s=oldest_features_s(vlm_ms, settings.vlm_jitter_ms))
     moments: list[Moment] = []
 
     def watch(tick: Tick, seen: Observation) -> None:
@@ -96,11 +95,25 @@ def rollout(settings: RolloutSettings, seed: int, frames: int = 0) -> dict[str, 
     return record
 
 
+def oldest_features_s(vlm_ms: float, jitter_ms: float) -> float:
+    """The oldest VL features that a run with such a VLM acts on: two delays of one that does one moment at a time, the
+    jitter seldom above three times its mean."""
+    return max(1.0, 3 * (vlm_ms + 3 * jitter_ms) / 1000.0)
+
+
+def trained_ages_s(info: Mapping[str, Any], action_hz: float) -> tuple[float, float]:
+    """(youngest, oldest) age of the VL features in training, in whole periods as the runner counts them."""
+    trained = info["settings"]
+    youngest = math.ceil(trained["vlm_latency_ms"] / 1000.0 * action_hz - 1e-9)
+    return youngest / action_hz, (youngest + trained["vlm_reuse_count"] - 1) / action_hz
+
+
 def expert_of(
     settings: RolloutSettings, policy: Policy, info: Mapping[str, Any], seed: int = 0
 ) -> tuple[PolicyExpert, RunnerSettings]:
     """A loaded policy as an expert, and the runner's settings for it: the same on both clocks and on every robot."""
     expert = PolicyExpert(policy, settings.without, settings.ddim_steps or None, seed)
+    expert.oldest_age_s = trained_ages_s(info, float(policy.config.action_hz))[1]
     reuse_count, views = info["settings"]["vlm_reuse_count"], tuple(info["binding"]["views"])
     return expert, RunnerSettings(float(policy.config.action_hz), reuse_count, settings.steps_per_chunk, views)
 

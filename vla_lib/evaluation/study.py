@@ -8,6 +8,7 @@ The first checkpoint is the one in question: masked inputs and later VL features
 compared with it as they are.
 """
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 
 from vla_lib.evaluation.closed_loop import FIRST_SEED, TUNING_SEED, ClosedLoop, closed_loop, compare, unseen_seeds
+from vla_lib.evaluation.judged import write_judged
 from vla_lib.evaluation.open_loop import OpenLoop, evaluate_open_loop, inputs_of
 from vla_lib.evaluation.rollout import dataset_of, rig_settings
 from vla_lib.evaluation.settings import ClosedLoopSettings, EvaluateSettings, RolloutSettings
@@ -78,6 +80,11 @@ def evaluate(settings: EvaluateSettings, done: Callable[[Study], Any] = lambda s
         first = TUNING_SEED if settings.tuning else FIRST_SEED
         seeds = unseen_seeds(settings.closed_loop_seeds, list(roots.values()), first)
         study.closed_loop = closed_loop(tried, seeds, settings.workers)
+        for name, path in study.checkpoints.items():
+            trained_ms = read_checkpoint(path)["settings"]["vlm_latency_ms"]
+            given_ms = tried[name].vlm_latency_ms
+            with contextlib.suppress(OSError):  # checkpoints of somebody else, read-only
+                write_judged(path, study.closed_loop[name], trained_ms if given_ms is None else given_ms)
         done(study)
     return study
 

@@ -87,7 +87,7 @@ class Meter:
         """Rate (over 2 s), age and offset now, as a table shows them."""
         now, arrivals = time.time(), list(self._arrivals)
         recent = [items for at, items in arrivals if now - at <= 2.0]
-        span_s = min(2.0, now - arrivals[0][0]) if arrivals else 0.0
+        span_s = min(2.0, max(0.5, now - arrivals[0][0])) if arrivals else 0.0  # at the start it is a guess
         return {
             "stream": self.name,
             "rate_hz": round(sum(recent) / span_s, 1) if span_s > 0 else 0.0,

@@ -9,14 +9,13 @@ import numpy as np
 from scipy.spatial.transform import Rotation
 
 from vla_lib.episodes.poses import Array, pose_to_matrix
+from vla_lib.runtime.safety import JOINT_LIMIT, SINGULARITY
 
 BASE_MM, UPPER_MM, OFFSET_MM, FOREARM_MM, WRIST_MM = 135.0, 135.0, 38.0, 120.0, 70.0
 REACH_MM = UPPER_MM + float(np.hypot(OFFSET_MM, FOREARM_MM)) + WRIST_MM  # of the flange, from the shoulder
 SHOULDER_MM = np.array([0.0, 0.0, BASE_MM])
 LIMITS_DEG = np.array([(-175, 175), (-70, 90), (-135, 70), (-170, 170), (-115, 115), (-36000, 36000)], float)
 STRETCHED_DEG = -float(np.degrees(np.arctan2(FOREARM_MM, OFFSET_MM)))  # joint 3 where the arm is straight
-
-JOINT_LIMIT, SINGULARITY = "joint limit", "singularity"
 
 
 def axes(joints: Array) -> tuple[Array, Array, Array]:

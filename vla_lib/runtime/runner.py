@@ -77,6 +77,7 @@ class Runner:
         self._force_tail = np.empty(0, np.float32)
         self._begin_s = 0.0
         self._key: Callable[[], bool] | None = None
+        self._oldest_trained_s: float = getattr(expert, "oldest_age_s", np.inf)
         if hasattr(expert, "usual_step"):  # an expert that learnt from demonstrations knows their speed
             for warning in safety.slow_limits(limits, settings.period_s, *expert.usual_step()):
                 self.log.event(0.0, "warning", warning)
@@ -242,6 +243,10 @@ class Runner:
     def _act(self, tick: Tick, state: np.ndarray, window: np.ndarray | None, due_s: float) -> None:
         """Send the action of this step. There are features and their age: `_missing` and `_stale` have looked."""
         assert self._features is not None and tick.vl_age_s is not None
+        if tick.vl_age_s > self._oldest_trained_s + 1e-9:
+            words = f"VL features of {tick.vl_age_s:.1f} s; the oldest in training were {self._oldest_trained_s:.1f} s"
+            self._oldest_trained_s = np.inf  # said once
+            self.log.event(tick.t_s, "warning", words)
         if self._plan.wants_chunk(tick.step):
             begun_s = self.clock.now()
             tick.vl_busy = self.vlm.busy(begun_s)

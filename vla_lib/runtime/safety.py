@@ -19,6 +19,7 @@ STATE_AHEAD, SENSOR_AHEAD, VIEW_AHEAD = "state stamped ahead", "sensor stamped a
 STATE_ORDER, SENSOR_ORDER, VIEW_ORDER = "state out of order", "sensor out of order", "view out of order"
 FROZEN_SENSOR, FROZEN_VIEW, CLOCK_STEP = "frozen sensor", "frozen view", "clock step"
 ROTATION_RANGE, RETREAT_BLOCKED, KEY_RELEASED = "rotation range", "retreat leaves the box", "hold-to-run key released"
+JOINT_LIMIT, SINGULARITY = "joint limit", "singularity"  # that a robot's `refuses` gives, with which one
 WATCHDOG, OPERATOR, ROBOT_FAILED, EXPERT_FAILED = "watchdog", "operator", "robot failed", "policy failed"
 
 

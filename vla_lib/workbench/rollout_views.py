@@ -4,7 +4,6 @@ A rehearsal is a rollout in real time, in a process of its own: a live view with
 """
 
 import asyncio
-import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -19,8 +18,8 @@ from matplotlib.figure import Figure
 
 from vla_lib.core.errors import UserError
 from vla_lib.evaluation.closed_loop import ClosedLoop, closed_loop
-from vla_lib.evaluation.rehearsal import RehearsalProcess
-from vla_lib.evaluation.rollout import Moment, rig_settings
+from vla_lib.evaluation.rehearsal import LoopProcess
+from vla_lib.evaluation.rollout import Moment, rig_settings, trained_ages_s
 from vla_lib.evaluation.settings import RolloutSettings
 from vla_lib.evaluation.sim_robot import sim_limits
 from vla_lib.runtime.safety import SafetyLimits
@@ -34,6 +33,7 @@ from vla_lib.workbench.plots.rehearsal import moment
 from vla_lib.workbench.tables import sentence
 from vla_lib.workbench.widgets import drawn, offline_slider
 
+Followed = tuple[dict[str, Any], list[Moment]]
 ROBOTS = ("simulated rig", "dry run")
 FORCE_MN = sim_limits()["force_mN"]  # the limit at which the runner draws the needle back
 REDRAW_S = (
@@ -150,17 +150,18 @@ def prepare(
 
 def _trained_ages(checkpoint: Path) -> str:
     content = read_checkpoint(checkpoint)
-    hz, trained = float(content["policy_config"]["action_hz"]), content["settings"]
-    youngest = math.ceil(trained["vlm_latency_ms"] / 1000.0 * hz - 1e-9)
-    return f"{1000 * youngest / hz:.0f} to {1000 * (youngest + trained['vlm_reuse_count'] - 1) / hz:.0f} ms"
+    youngest, oldest = trained_ages_s(content, float(content["policy_config"]["action_hz"]))
+    return f"{1000 * youngest:.0f} to {1000 * oldest:.0f} ms"
 
 
-async def follow(process: RehearsalProcess) -> tuple[dict[str, Any], list[Moment]]:
-    """Follow a rehearsal to its end; returns its record and all moments: `record, moments = await follow(process)`.
+async def follow(process: LoopProcess, key: bool = False, force_mN: float = FORCE_MN) -> Followed:
+    """Follow a run to its end; returns its record and all moments: `record, moments = await follow(process)`.
+
+    `key`: with a field in which the space bar is held to run; `force_mN`: the limit that the view draws.
 
     Raises JobCancelled where the cell is interrupted (the robot is stopped first), else as `RehearsalProcess.result`.
     """
-    view = RehearsalView(process) if interactive() else PlainView()
+    view = RehearsalView(process, key, force_mN) if interactive() else PlainView()
     moments: list[Moment] = []
     try:
         with answering():
@@ -199,10 +200,11 @@ class PlainView:
 
 
 class RehearsalView:
-    """Widgets of one rehearsal: the newest moment redrawn about once a second, its tick in words, a Stop button."""
+    """Widgets of one run: the newest moment redrawn about once a second, its tick in words, a Stop button; asked for,
+    a field that tells the robot's process, at each repeat of a held key, that it is held."""
 
-    def __init__(self, process: RehearsalProcess):
-        self.process = process
+    def __init__(self, process: LoopProcess, key: bool = False, force_mN: float = FORCE_MN):
+        self.process, self.force_mN = process, force_mN
         self._due_s = 0.0
         self._stop = ipywidgets.Button(
             description="Stop", icon="stop", button_style="danger", tooltip="stop the robot now"
@@ -210,7 +212,10 @@ class RehearsalView:
         self._stop.on_click(self._stop_clicked)
         self._state = Html(Markup("<b>loading the policy and its VLM</b>"))
         self._picture = ipywidgets.Image(format="jpeg", layout={"max_width": "1100px", "visibility": "hidden"})
-        display(ipywidgets.VBox([ipywidgets.HBox([self._stop, self._state]), self._picture]))
+        self.key = ipywidgets.Text(placeholder="click here, then hold the space bar to run", layout={"width": "22em"})
+        self.key.observe(lambda _change: self.process.hold(), "value")
+        buttons = [self._stop, *([self.key] if key else []), self._state]
+        display(ipywidgets.VBox([ipywidgets.HBox(buttons), self._picture]))
 
     def tick(self, moments: Sequence[Moment]) -> None:
         """Show the newest tick; redraw now and then."""
@@ -224,7 +229,7 @@ class RehearsalView:
 
     def draw(self, moments: Sequence[Moment]) -> None:
         """Redraw the figure."""
-        self._picture.value = drawn(moment(moments, FORCE_MN), "jpeg")
+        self._picture.value = drawn(moment(moments, self.force_mN), "jpeg")
         self._picture.layout.visibility = "visible"
 
     def close(self, moments: Sequence[Moment]) -> None:
@@ -248,19 +253,19 @@ def in_words(seen: Moment) -> str:
     return f"{tick.t_s:5.1f} s  {tick.mode}{why}; {age}{force}; tick {tick.lateness_ms:.1f} ms late"
 
 
-def moments_slider(moments: Sequence[Moment], count: int = 4) -> HTML:
+def moments_slider(moments: Sequence[Moment], count: int = 4, force_mN: float = FORCE_MN) -> HTML:
     """The static twin of the live view: `count` instants, evenly over the run, the last included."""
     if not moments:
         return sentence("There was no tick: the rehearsal ended before its first one.")
     ends = [int(k) for k in np.unique(np.linspace(1, len(moments), count + 1).round())[1:]]
-    figures = (moment(moments[:k], FORCE_MN) for k in ends)
+    figures = (moment(moments[:k], force_mN) for k in ends)
     return offline_slider(figures, [f"{moments[k - 1].tick.t_s:.1f} s" for k in ends])
 
 
 def outcome(record: Mapping[str, Any]) -> pd.DataFrame:
     """How the rehearsal ended, and how the runner did: one row a figure."""
     runner = record["runner"]
-    rows = {"verdict": verdict(record), "ended by": runner["ended"]}
+    rows = ({"verdict": verdict(record)} if "seed" in record else {}) | {"ended by": runner["ended"]}
     counts = ("ticks", "failed_stops", "missed_deadlines", "skipped_ticks", "expert_calls", "expert_while_vlm_busy")
     rows |= {name: str(runner[name]) for name in counts}
     for name in ("lateness_ms", "expert_ms", "vlm_ms", "vl_age_s"):

@@ -7,6 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from vla_lib.evaluation.rollout import Moment
+from vla_lib.runtime.robot_io import Observation
 from vla_lib.runtime.run_log import RunLog, Tick
 from vla_lib.workbench.plots.rollouts import LIMIT, a_scans
 from vla_lib.workbench.plots.style import COLOURS, Panels, legend, panels, picture, plot
@@ -36,6 +37,25 @@ def moment(moments: Sequence[Moment], force_limit_mN: float, axes: Panels = None
     _ages(age, [seen.tick for seen in recent], 3)
     _lateness(late, ticks)
     _durations(duration, {"expert": [tick.expert_ms for tick in ticks]}, 1000 * moments[-1].period_s)
+    return figure
+
+
+@plot
+def rig(seen: Observation, axes: Panels = None) -> Figure:
+    """What a rig shows now: the newest picture of each view, the newest A-scan, the force of the newest samples."""
+    views = sorted(seen.pictures) or ["no picture"]
+    names = "abcdefghij"[: len(views)]
+    layout = f"{names};{'y' * (len(views) - 1)}z" if len(views) > 1 else "a;y;z"
+    figure, found = panels(axes, (11, 5.0), layout)
+    for panel, view in zip(found, views, strict=False):
+        picture(panel, seen.pictures.get(view))
+        panel.set_title(view)
+    scan, force = found[len(views) :]
+    if len(seen.sensor):
+        scan.plot(seen.sensor[-1, 1:], color=COLOURS["data"], lw=0.8)
+        force.plot(seen.sensor_timestamps - seen.timestamp, seen.sensor[:, 0], color=COLOURS["force"], lw=0.9)
+    scan.set(xlabel="depth bin", ylabel="A-scan")
+    force.set(xlabel="time (s)", ylabel="force (mN)")
     return figure
 
 
