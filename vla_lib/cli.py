@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from tyro.conf import FlagCreatePairsOff, Positional, UseAppendAction, arg
+from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, UseAppendAction, arg
 from tyro.extras import SubcommandApp
 
 from vla_lib.core.errors import UserError
@@ -18,7 +18,7 @@ from vla_lib.core.frontdoor import EXIT_BAD_INPUT
 from vla_lib.core.run_folder import PROJECT, runs_root
 from vla_lib.episodes.lerobot_export import ExportSettings
 from vla_lib.episodes.lerobot_import import ImportSettings
-from vla_lib.workbench import commands
+from vla_lib.workbench import commands, slurm, submissions
 from vla_lib.workbench.parameters import describe, notebook_path
 
 EXIT_CANCELLED = 130
@@ -30,6 +30,8 @@ AtATime = Annotated[int, arg(help="runs at a time; 0: as many as there are GPUs 
 GpusPerRun = Annotated[int, arg(help="GPUs of each run; 0: one a process (nproc_per_node)")]
 Model = Annotated[str, arg(help="VL model: hub name, folder, or tiny (random weights)")]
 Processes = Annotated[int, arg(help="processes of torchrun")]
+OnSlurm = Annotated[slurm.Batch, OmitArgPrefixes]
+HERE = slurm.Batch()
 Pairs = Annotated[
     tuple[tuple[str, str], ...],
     arg(name="parameter", aliases=("-p",), metavar="NAME VALUE", help="a parameter of the notebook"),
@@ -43,6 +45,7 @@ def run(
     parameters: Pairs = (),
     run_dir: Path | None = None,
     resume: FlagCreatePairsOff[bool] = False,
+    batch: OnSlurm = HERE,
 ) -> int:
     """Run a notebook headless into a run folder; `vla run NOTEBOOK --help` lists its parameters.
 
@@ -50,6 +53,8 @@ def run(
         run_dir: this run folder instead of a new one below runs/.
         resume: go on with the run that --run-dir holds, a training from its checkpoint.
     """
+    if batch.slurm:
+        return submissions.submit_run(batch, notebook, once(parameters), run_dir)
     from vla_lib.workbench import headless
 
     return headless.run_and_print(notebook, once(parameters), text=True, run_dir=run_dir, resume=resume)
@@ -67,6 +72,7 @@ def sweep(
     parameters: Pairs = (),
     parallel: AtATime = 0,
     gpus_per_run: GpusPerRun = 0,
+    batch: OnSlurm = HERE,
 ) -> int:
     """Run a notebook with many settings. The same command goes on with a sweep that was stopped or had failures, and
     joins one that runs, from any machine that sees the runs folder.
@@ -82,6 +88,8 @@ def sweep(
 
     how = {"objective": objective, "maximize": maximize, "prune": prune}
     plan = sweeps.plan_sweep(notebook, grid, once(parameters), search, trials, seeds, **how)
+    if batch.slurm:
+        return submissions.submit_queue(batch, plan, parallel)
     return worker.run(plan, parallel, gpus_per_run)
 
 
@@ -89,11 +97,15 @@ def night(
     jobs: Annotated[Positional[Path], arg(metavar="JOBS", help="the YAML file")],
     parallel: AtATime = 0,
     gpus_per_run: GpusPerRun = 0,
+    batch: OnSlurm = HERE,
 ) -> int:
     """Run a YAML list of notebooks: - {name: wide, notebook: 04_train_async, parameters: {lr: 1e-4}}"""
     from vla_lib.workbench import sweeps, worker
 
-    return worker.run(sweeps.Plan("night", sweeps.read_list(jobs)), parallel, gpus_per_run)
+    plan = sweeps.Plan("night", sweeps.read_list(jobs))
+    if batch.slurm:
+        return submissions.submit_queue(batch, plan, parallel)
+    return worker.run(plan, parallel, gpus_per_run)
 
 
 def run_all(
@@ -102,6 +114,7 @@ def run_all(
     vl_model: Model = "",
     nproc_per_node: Processes = 1,
     parameters: Pairs = (),
+    batch: OnSlurm = HERE,
 ) -> int:
     """The guide's whole flow on a dataset (inspect, preprocess, cache, train, evaluate); what is up to date is skipped.
 
@@ -120,6 +133,8 @@ def run_all(
     plan = replace(plan, given=flow.assign(own | given, plan.notebooks))
     plan.check_data()
     plan.check()
+    if batch.slurm:
+        return submissions.submit_flow(batch, "run-all", str(plan.root))
     return flow.run("run-all", f"VLA workbench: {plan.root.name}", plan)
 
 
@@ -212,7 +227,7 @@ COMMANDS: tuple[Callable[..., int], ...] = (
     import_,
     lab,
 )
-ACTIONS: tuple[Callable[..., int], ...] = (commands.ls, commands.show, commands.diff, commands.open, commands.rm)
+ACTIONS: tuple[Callable[..., int], ...] = (commands.ls, commands.show, commands.stop, commands.rm)
 
 
 def parse(words: Sequence[str]) -> "functools.partial[int]":
@@ -223,7 +238,7 @@ def parse(words: Sequence[str]) -> "functools.partial[int]":
         app.command(name=command.__name__.strip("_").replace("_", "-"))(_later(command))
     for action in ACTIONS:
         runs.command(is_default=action is commands.ls)(_later(action))
-    app.command(runs, name="runs", help="The lab book: list runs (also without ACTION), show, compare, open, remove.")
+    app.command(runs, name="runs", help="The lab book: list runs (also without ACTION), show, stop, remove.")
     try:
         return app.cli(prog="vla", description=f"{__doc__}\n\n{FRONT_DOORS}", args=words)
     except SystemExit as end:
@@ -239,7 +254,11 @@ def main(words: list[str] | None = None) -> None:
     if os.environ.get("VLA_RUNS"):  # kernels and jobs, which work in other folders, mean the same one
         os.environ["VLA_RUNS"] = str(runs_root())
     try:
-        raise SystemExit(parse(sys.argv[1:] if words is None else words)())
+        words = sys.argv[1:] if words is None else words
+        command = parse(words)
+        if batch := command.keywords.get("batch"):  # what is submitted are these words
+            command = functools.partial(command, batch=replace(batch, words=tuple(slurm.plain(words))))
+        raise SystemExit(command())
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(EXIT_BAD_INPUT) from None

@@ -46,6 +46,7 @@ from vla_lib.episodes.prepare import PreprocessSettings as Settings
 from vla_lib.episodes.quality import verdict_table
 from vla_lib.episodes.survey import Survey, survey
 from vla_lib.episodes.verdicts import keep_verdicts
+from vla_lib.workbench import slurm
 
 EXIT_STRICT = 3
 MOST_REMARKS = 30
@@ -175,7 +176,8 @@ def run_jobs(jobs: Sequence[EpisodeJob], workers: int = 0, show: bool = True) ->
             reports[job.key] = job.failed(INTERRUPTED, str(found), NOT_JUDGED)
     order, jobs = jobs, with_clocks([asked[job.key] for job in jobs if job.key not in reports])
     label = "inspecting" if jobs and jobs[0].settings.report_only else "preparing"
-    for job, result in _each(run_job, jobs, workers, label, show):
+    first = slurm.share(len(jobs))  # machines of one Slurm job begin apart, and skip what is done
+    for job, result in _each(run_job, [*jobs[first:], *jobs[:first]], workers, label, show):
         if isinstance(result, UserError):
             raise result
         if isinstance(result, MACHINE):

@@ -4,6 +4,7 @@ stops."""
 from pathlib import Path
 from typing import Any
 
+import lab_book
 import nbformat
 import pytest
 from chromium import CHROMIUM
@@ -14,7 +15,7 @@ from needle_rig.settings import RecordSettings
 from vla_lib.core.files import read_json, read_jsonl
 from vla_lib.core.run_folder import PROJECT, RunFolder, read_record
 from vla_lib.training.checkpoint import read_checkpoint
-from vla_lib.workbench import run_all
+from vla_lib.workbench import run_all, runs
 
 pytestmark = [
     pytest.mark.browser,
@@ -194,3 +195,31 @@ def test_stop_stops_the_robot_of_a_rehearsal(desk, root):
     assert desk.errors() == []
     (found,) = set(desk.runs()) - before
     assert read_json(found / "results.json")["runner"]["ended"] == "operator"
+
+
+def test_runs_are_compared_by_ticking_them(desk):
+    """Tick a second run: both curves are drawn. Sort. Name one."""
+    folder = desk.folder.parent / "runs"
+    first = lab_book.write_training(folder / "20260101-000000-04_train_async", 1e-4, 0.5, word="compared")
+    second = lab_book.write_training(folder / "20260102-000000-04_train_async", 5e-5, 0.2, word="compared")
+    given = {"notebook": "04_train_async", "compare": [first.name], "words": "compared"}
+    desk.open(desk.copy("09_compare_runs", "compare", **given))
+    desk.run_all()
+    assert desk.errors() == []
+    curves = desk.show("curves").locator("img:visible")
+    table = desk.show("run-table")
+    lines = table.locator("div[style*='grid-template-columns']")
+    assert lines.count() == 3 and second.name in lines.nth(1).inner_text()  # a head, newest first
+    before = curves.get_attribute("src")
+    table.locator("input[type=checkbox]").nth(0).check()
+    desk.until(lambda: curves.get_attribute("src") != before)
+    desk.picture("compare", cell="run-table")
+    table.locator("select").select_option("val_action_loss")
+    table.get_by_role("button", name="descending").click()
+    desk.until(lambda: first.name in table.locator("div[style*='grid-template-columns']").nth(1).inner_text())
+    table.locator("input[type=checkbox]").nth(0).uncheck()
+    table.locator("input[type=text]").nth(1).fill("the wide one")
+    table.get_by_role("button", name="Save").click()
+    desk.until(lambda: "the wide one" in table.inner_text())
+    desk.until(lambda: runs.about(second)["label"] == "the wide one")
+    desk.picture("compare-named", cell="run-table")

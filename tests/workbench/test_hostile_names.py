@@ -15,9 +15,9 @@ from matplotlib.figure import Figure
 from nbformat import v4
 
 from vla_lib.core.files import append_jsonl, write_json
-from vla_lib.core.run_folder import RunFolder, read_record
+from vla_lib.core.run_folder import RunFolder, read_record, runs_root
 from vla_lib.runtime.run_log import Tick
-from vla_lib.workbench import live, pages, rollout_views, tables, widgets
+from vla_lib.workbench import comparison, live, pages, rollout_views, run_browser, runs, tables, widgets
 from vla_lib.workbench.jobs import Job
 from vla_lib.workbench.pages import Section, export_html, static_outputs, write_report
 
@@ -104,12 +104,25 @@ def report_views(folder: Path, name: str) -> list[str]:
     return [*shown, (folder / "report.html").read_text(), (folder / "notebook.html").read_text()]
 
 
+def run_views(folder: Path, name: str) -> list[str]:
+    """The table of runs with it as a name, a note, a parameter and a result; the question before a removal."""
+    run = RunFolder.create("04_train_async", {name: name, "n": 1}, path=runs_root() / f"20260101-0000-{folder.name}")
+    write_json(run.path / "results.json", {"val_mae_mm": name})
+    run.finish("done")
+    runs.annotate(run.path, label=name, note=name)
+    browser = run_browser.RunBrowser(compare=[str(run.path)])
+    browser.view(lambda chosen: tables.fit(comparison.parameters(chosen)))
+    browser.delete.click()
+    shown = html_of(ipywidgets.VBox([browser._head, browser._rows, browser.message]))
+    return [*shown, tables.fit(comparison.overview()).data, tables.fit(runs.diff(run.path, run.path)).data]
+
+
 def test_no_name_runs_in_any_view(tmp_path, monkeypatch):
     from playwright.sync_api import sync_playwright
 
     found = {}
     for number, name in enumerate(HOSTILE):
-        for make in (episode_views, job_views, table_views, report_views):
+        for make in (episode_views, job_views, table_views, report_views, run_views):
             folder = tmp_path / f"{make.__name__}{number}"
             folder.mkdir()
             found[make.__name__, number] = make(folder, name)

@@ -36,9 +36,9 @@ def test_runs_are_listed_shown_and_compared(two_runs, capsys):
     assert "lr" in rows[0] and "seed" not in rows[0] and two_runs[1].name in rows[1]
     cli_exit(["runs", "show", two_runs[0].name])
     assert "lr: 0.0001" in capsys.readouterr().out
-    cli_exit(["runs", "diff", *(run.name for run in two_runs)])
-    compared = capsys.readouterr().out
-    assert "lr: 0.0001 | 5e-05" in compared and "seed" not in compared
+    differ = runs.diff(*two_runs).set_index("what")
+    assert differ.loc["lr", ["of", "first", "second"]].tolist() == ["parameters", "0.0001", "5e-05"]
+    assert "seed" not in differ.index
     with pytest.raises(UserError, match="2 runs match"):
         runs.find_run("2")
 

@@ -13,10 +13,11 @@ import psutil
 import pytest
 import sweep_stub
 
+from benchmarks import workbench as benchmarks
 from vla_lib.core.errors import UserError
 from vla_lib.core.files import append_jsonl, read_json
 from vla_lib.core.run_folder import RunFolder, read_record, write_results
-from vla_lib.workbench import devices, sweeps, worker
+from vla_lib.workbench import commands, devices, sweeps, worker
 from vla_lib.workbench.jobs import Job
 from vla_lib.workbench.parameters import resolve
 from vla_lib.workbench.queue import Claim, Queue
@@ -64,10 +65,10 @@ def test_a_stopped_queue_leaves_no_process_and_true_records(write_notebook, runs
     while not any("begun" in log.read_text() for log in runs_folder.glob("*-small/run.log")):
         assert process.poll() is None
         time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    assert process.wait() == 130
     (run,) = runs_folder.glob("*-small")
     (night,) = runs_folder.glob("*-night")
+    assert commands.stop(night.name) == 0
+    assert process.wait() == 130
     assert (read_record(run)["state"], read_record(night)["state"]) == ("cancelled", "cancelled")
     assert read_record(run)["parameters"] == {"n": 3}
     assert entries(runs_folder)["long"]["state"] == "waiting"  # it goes on with the same command
@@ -360,6 +361,7 @@ json.dump({**seen, "begun": begun, "ended": time.time()}, open(sys.argv[1], "w")
 
     def stand_in(self: worker.Worker, claim: Claim) -> Job:
         RunFolder.create("small", {}, path=claim.run).finish("done")
+        (claim.run / "wandb" / "offline-run-1").mkdir(parents=True)
         given.append(claim.run / "seen.json")
         return Job([sys.executable, "-c", code, str(given[-1])], self.queue.path / "jobs" / claim.run.name, "vla.log")
 
@@ -369,8 +371,15 @@ json.dump({**seen, "begun": begun, "ended": time.time()}, open(sys.argv[1], "w")
     assert "2 at a time, 2 to a run, of 4 GPUs (0, 1, 2, 3), 4 CPU threads to a process" in said
     seen = [read_json(file) for file in given]
     (sweep,) = runs_folder.glob("*-sweep")
+    assert f"offline, in the group {sweep.name}; `xargs wandb sync < {sweep}/wandb.txt` uploads them" in said
+    assert len((sweep / "wandb.txt").read_text().splitlines()) == 4
     assert {(one["OMP_NUM_THREADS"], one["WANDB_RUN_GROUP"]) for one in seen} == {("4", sweep.name)}
     assert {one["CUDA_VISIBLE_DEVICES"] for one in seen} == {"0,1", "2,3"}
     for one, other in itertools.combinations(seen, 2):
         if one["begun"] < other["ended"] and other["begun"] < one["ended"]:
             assert one["CUDA_VISIBLE_DEVICES"] != other["CUDA_VISIBLE_DEVICES"]
+
+
+def test_the_benchmark_of_the_queue_gives_a_row(runs_folder):
+    row = benchmarks.queue_row(3)
+    assert 0 < row.ours < row.baseline and row.unit == "s/entry"

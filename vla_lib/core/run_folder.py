@@ -27,7 +27,7 @@ from vla_lib.core.files import read_json, reserve, write_json, write_reserved
 from vla_lib.core.owner import Owner, alive, elsewhere, living, owner_file
 
 PROJECT = Path(__file__).resolve().parents[2]
-STATES = ("running", "done", "failed", "cancelled", "lost", "pruned")
+STATES = ("running", "done", "failed", "cancelled", "lost", "pruned", "submitted")
 UNREADABLE = "unreadable"  # what stands for the state of a record that is none
 RUN = "run"  # the role of whoever writes run.json
 VERSIONS_OF = ("vla-workbench", "torch", "transformers", "accelerate", "diffusers", "numpy", "papermill", "mujoco")
@@ -53,7 +53,7 @@ class _Record(BaseModel, strict=True):
     """What readers take from a record without asking; there may be more."""
 
     name: str
-    state: Literal["running", "done", "failed", "cancelled", "lost", "pruned"]
+    state: Literal["running", "done", "failed", "cancelled", "lost", "pruned", "submitted"]
     started: Annotated[str, AfterValidator(datetime.fromisoformat)]
     parameters: dict[str, Any] = {}
     duration_s: float | None = None
@@ -115,8 +115,8 @@ class RunFolder:
         write_json(self.path / "run.json", self.record)
 
     def finish(self, state: str, error: str | None = None, mended: bool = False) -> None:
-        """Close the record as `done`, `failed`, `cancelled` or `lost`. The first closing holds; only where the run is
-        `mended`, one as failed or cancelled does not."""
+        """Close the record as `done`, `failed`, `cancelled`, `lost`, or `submitted` to a cluster. The first closing
+        holds; only where the run is `mended`, one as failed or cancelled does not."""
         if state not in STATES[1:]:
             raise ValueError(f"a run cannot end as {state!r}")
         if self.record["state"] not in (("running", "failed", "cancelled") if mended else ("running",)):

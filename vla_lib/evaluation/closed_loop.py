@@ -140,7 +140,14 @@ def compare(one: ClosedLoop, other: ClosedLoop) -> dict[str, Any]:
     """
     if [row["seed"] for row in one.rollouts] != [row["seed"] for row in other.rollouts]:
         raise UserError("Only runs on the same seeds can be compared; evaluate both on the same ones.")
-    pairs = Counter((bool(a["success"]), bool(b["success"])) for a, b in zip(one.rollouts, other.rollouts, strict=True))
+    both = zip(one.rollouts, other.rollouts, strict=True)
+    return sign_test([(bool(a["success"]), bool(b["success"])) for a, b in both])
+
+
+def sign_test(wins: Sequence[tuple[bool, bool]]) -> dict[str, Any]:
+    """Of (one, other) on the same phantoms: how many both, only one, only the other and neither managed; exact
+    two-sided sign test."""
+    pairs = Counter(wins)
     counts = {
         "both": pairs[True, True],
         "only_one": pairs[True, False],

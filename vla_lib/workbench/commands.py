@@ -1,14 +1,12 @@
-"""`vla runs ls|show|diff|open|rm`, `vla rerun` and `vla cache`: functions whose arguments are the command's words (see
+"""`vla runs ls|show|stop|rm`, `vla rerun` and `vla cache`: functions whose arguments are the command's words (see
 `vla_lib.cli`).
 
 Each prints and returns the exit status. Raises UserError for a name that is not there, and for what would lose
 something by mistake.
 """
 
-import json
-import re
-import shutil
-import webbrowser
+import os
+import signal
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,11 +14,10 @@ import pandas as pd
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from vla_lib.core.errors import UserError
-from vla_lib.core.owner import living, owner_file
+from vla_lib.core.owner import alive
 from vla_lib.core.progress import clock
 from vla_lib.core.run_folder import PROJECT, UNREADABLE, git_state, read_record, runs_root, versions
-from vla_lib.workbench import runs
-from vla_lib.workbench.notebook import shown
+from vla_lib.workbench import runs, slurm
 from vla_lib.workbench.parameters import read_parameters
 
 Run = Annotated[Positional[str], arg(metavar="RUN", help="name of the run, or its beginning or end")]
@@ -29,7 +26,7 @@ LISTED = ["run", "state", "started", "duration_s", "data", "cache", "git"]
 
 def ls(
     name: Annotated[Positional[str], arg(metavar="NAME", help="only runs of this notebook, e.g. 04_train_async")] = "",
-    state: Literal["", "running", "done", "failed", "cancelled", "lost", "pruned", "unreadable"] = "",
+    state: Literal["", "running", "done", "failed", "cancelled", "lost", "pruned", "submitted", "unreadable"] = "",
     sort: str = "",
 ) -> int:
     """List the runs, newest last.
@@ -50,6 +47,8 @@ def ls(
     if sort and sort not in few:
         raise UserError(f"There is no column {sort} to sort by; there are {', '.join(few.columns)}.")
     few = few.sort_values(sort) if sort else few
+    if jobs := slurm.states(runs_root() / name for name in few["run"]):
+        few.insert(2, "slurm", few["run"].map(jobs))
     print(few.dropna(axis="columns", how="all").to_string(index=False, na_rep=""))
     for error in frame.loc[frame["state"] == UNREADABLE, "error"]:
         print(error)
@@ -71,18 +70,6 @@ def show(run: Run) -> int:
     return 0
 
 
-def diff(run: Run, other: Run) -> int:
-    """In what two runs differ: state, parameters, code, data, versions, results."""
-    paths = [runs.find_run(run), runs.find_run(other)]
-    print(f"{paths[0].name} | {paths[1].name}")
-    first, second = ({"state": {"state": read_record(path)["state"]}} | _facts(path) for path in paths)
-    for title in first:
-        left, right = first[title], second[title]
-        differ = [key for key in left | right if left.get(key) != right.get(key)]
-        _section(title, [f"{key}: {left.get(key)!r} | {right.get(key)!r}" for key in differ])
-    return 0
-
-
 def _section(title: str, lines: list[str]) -> None:
     if lines:
         print("\n  ".join([f"\n{title}", *lines]))
@@ -94,14 +81,20 @@ def _facts(run: Path) -> dict[str, dict[str, Any]]:
     return facts | {"results": runs.plain_results(run)}
 
 
-def open(run: Run) -> int:
-    """Open the run's page in the browser and print its path."""
+def stop(run: Run) -> int:
+    """Stop a run: it saves its checkpoint first. One that was submitted to Slurm is cancelled there."""
     path = runs.find_run(run)
-    pages = [page for page in (path / "report.html", path / "notebook.html") if page.exists()]
-    if not pages:
-        raise UserError(f"{path.name} has no page: it wrote neither report.html nor notebook.html.")
-    webbrowser.open(pages[0].resolve().as_uri())
-    print(shown(pages[0]))
+    record = read_record(path)
+    if slurm.job_of(path) and record["state"] in ("running", "submitted"):
+        print(slurm.cancel(path))
+        return 0
+    if record["state"] != "running":
+        print(f"{path.name} does not run ({record['state']})")
+        return 0
+    if not alive(record.get("pid"), record.get("pid_created")):
+        raise UserError(f"{path.name} runs on {record.get('host')}; stop it there.")
+    os.kill(record["pid"], signal.SIGTERM)
+    print(f"{path.name} is asked to stop (process {record['pid']})")
     return 0
 
 
@@ -116,33 +109,12 @@ def rm(
     """
     if not names:
         raise UserError("Name the runs to remove; `vla runs` lists them.")
-    paths = list(dict.fromkeys(runs.find_run(name) for name in names))
-    others = [read_record(path) for path in runs.find_runs() if path not in paths]
-    for path in paths:
-        _refuse_foreign(path)
-        if (record := read_record(path))["state"] == UNREADABLE:
-            raise UserError(record["error"])
-        if record["state"] == "running" or living(owner_file(path)):
-            raise UserError(f"{path.name} is running; stop it first.")
-        if users := [one["started"] for one in others if path.name in json.dumps(one.get("parameters", {}))]:
-            which = f"{len(users)} other runs (one begun {users[0]})"
-            raise UserError(f"{path.name} is named by the parameters of {which}; remove those first.")
-    named = ", ".join(path.name for path in paths)
-    size = sum(file.lstat().st_size for path in paths for file in path.rglob("*")) / 1e6
+    paths, size = runs.removable(names)
     if not yes:
+        named = ", ".join(path.name for path in paths)
         raise UserError(f"{named}: {size:.0f} MB would be removed, checkpoints included; say --yes to do it.")
-    for path in paths:
-        shutil.rmtree(path)
-    print(f"removed {named}: {size:.0f} MB freed")
+    print(runs.remove(names))
     return 0
-
-
-def _refuse_foreign(path: Path) -> None:
-    """Raises UserError where `path` is not a folder right below the runs root that a run made for itself."""
-    if path.is_symlink() or path.resolve().parent != runs_root().resolve():
-        raise UserError(f"{path} is no run folder in {runs_root()}; only those are removed here, and no links.")
-    if not read_record(path).get("made", re.match(r"\d{8}-\d{6}", path.name)):  # records of old do not say it
-        raise UserError(f"{path} was there before its run, with other files in it; remove what you want by hand.")
 
 
 def rerun(run: Run) -> int:

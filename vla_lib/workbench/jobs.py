@@ -28,6 +28,7 @@ from vla_lib.core.errors import UserError
 from vla_lib.core.files import read_json, read_jsonl
 from vla_lib.core.owner import Owner, living, owner_file
 from vla_lib.core.settings import Settings
+from vla_lib.workbench import slurm
 from vla_lib.workbench.devices import thread_variables
 
 GRACE_S = 20.0  # longer than a checkpoint takes
@@ -119,16 +120,18 @@ class Job:
         log: str = "train.log",
         resume: bool = False,
     ) -> "Job":
-        """`torchrun --nproc_per_node=N -m MODULE FLAGS --run-dir RUN_DIR`, on a free port of this machine; `resume`:
-        with --resume.
+        """`torchrun --nproc_per_node=N -m MODULE FLAGS --run-dir RUN_DIR`, on a free port of this machine, and on all
+        machines of a Slurm job; `resume`: with --resume.
 
         Ranks on the CPU share its cores (see `devices.thread_variables`).
         """
         if nproc_per_node < 1:
             raise UserError(f"nproc_per_node is {nproc_per_node}; give 1 or more processes.")
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc_per_node}"]
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        if (machines := slurm.nodes()) > 1:
+            torchrun = slurm.torchrun_words(machines)
         words = [*flags(settings), "--run-dir", str(run_dir), *(["--resume"] if resume else [])]
-        job = cls([*torchrun, "-m", module, *words], run_dir, log)
+        job = cls([*torchrun, f"--nproc_per_node={nproc_per_node}", "-m", module, *words], run_dir, log)
         job.environment = thread_variables(nproc_per_node)
         return job
 

@@ -7,6 +7,7 @@ are made one at a time, under a lock file that works on network mounts too.
 
 import contextlib
 import math
+import os
 import secrets
 import socket
 import warnings
@@ -27,13 +28,14 @@ from vla_lib.core.owner import Owner, living, owner_file
 from vla_lib.core.run_folder import RunFolder, new_folder, read_record, runs_root
 from vla_lib.workbench import runs
 from vla_lib.workbench.parameters import notebook_path
+from vla_lib.workbench.slurm import SUBMITTED
 from vla_lib.workbench.sweeps import Entry, Plan, word
 
 JOURNAL = "study.journal"
 STUDY = "study"
 ENDED_WELL = ("done", "pruned")
 SURE_AFTER = 3  # runs that end before one may be pruned; a guess
-LEFT = ("cancelled", "lost")  # a queue whose record nobody keeps
+LEFT = ("cancelled", "lost", "submitted")  # a queue whose record nobody keeps
 
 
 @contextlib.contextmanager
@@ -103,18 +105,26 @@ class Queue:
         entries waiting again; else begin a new one."""
         wanted = plan.record
         with exclusive(runs_root() / f".{plan.kind}"):
-            known = [(path, read_record(path)) for path in runs.find_runs(plan.kind)]
-            same = [one for one in known if one[1]["parameters"].get("digest") == wanted["digest"]]
-            path, state = next(((p, r["state"]) for p, r in reversed(same) if r["state"] != "done"), (None, ""))
-            record = None
+            record, submitted = None, os.environ.get(SUBMITTED)
+            path, state = cls._same(plan.kind, wanted["digest"])
+            if submitted:  # a requeued worker begins no second sweep, and does nothing again
+                path = Path(submitted)
+                state = "submitted" if read_record(path)["state"] in LEFT else "running"
             if path is None:
                 record = RunFolder.create(plan.kind, wanted)
             elif state != "running":
                 record = RunFolder.resume(path, wanted)
             queue = cls(path or record.path, plan, record)  # type: ignore[union-attr]
             with exclusive(queue.path / "claim"):
-                queue._fill(again=record is not None)
+                queue._fill(again=record is not None and not submitted)
         return queue
+
+    @staticmethod
+    def _same(kind: str, digest: str) -> tuple[Path | None, str]:
+        """The newest queue that asks for the same and did not end well, and its state."""
+        known = [(path, read_record(path)) for path in reversed(runs.find_runs(kind))]
+        same = [one for one in known if one[1]["parameters"].get("digest") == digest]
+        return next(((path, record["state"]) for path, record in same if record["state"] != "done"), (None, ""))
 
     def newest(self) -> dict[str, FrozenTrial]:
         """The newest trial of each entry that has one."""
@@ -155,7 +165,7 @@ class Queue:
                 state = found.user_attrs.get("state")
                 if found.state != TrialState.FAIL or (state and not (again and state not in ENDED_WELL)):
                     continue
-                run = found.user_attrs.get("run") if state in (None, *LEFT) else None
+                run = found.user_attrs.get("run") if state in (None, "cancelled", "lost") else None
             axes = {name: entry.parameters[name] for name in self.plan.space if name not in self.plan.searched}
             known = drawn.get(entry.setting) or (found.params if found else {})
             attributes = {"entry": entry.name, "setting": entry.setting, **({"run": run} if run else {})}

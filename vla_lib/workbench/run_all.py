@@ -21,7 +21,7 @@ from vla_lib.episodes import find_episodes
 from vla_lib.episodes.prepare import PreprocessSettings
 from vla_lib.features.settings import CacheSettings
 from vla_lib.training.settings import AsyncSettings, DiffusionSettings
-from vla_lib.workbench import pages, runs, up_to_date
+from vla_lib.workbench import pages, runs, slurm, up_to_date
 from vla_lib.workbench.headless import RunResult, run_notebook
 from vla_lib.workbench.notebook import shown
 from vla_lib.workbench.parameters import notebook_path, read_parameters, resolve
@@ -167,13 +167,22 @@ class Flow:
         if found.current:
             self.add(Step(notebook, "skipped", found.why, time.monotonic() - start, found.run))
             return found.facts | (read_results(found.run) if found.run else {})
-        result = run_notebook(notebook, parameters, flow=self.folder.path.name, **found.noted)
+        noted: dict[str, Any] = {"flow": self.folder.path.name, **found.noted}
+        if stopped := self._stopped(notebook):
+            noted |= {"run_dir": stopped, "resume": True}
+        result = run_notebook(notebook, parameters, **noted)
         took, state = time.monotonic() - start, "ran" if result.state == "done" else result.state
         self.add(Step(notebook, state, (result.error or found.why).splitlines()[0], took, result.path))
         print(f"=== {notebook} after {clock(took)} {result.summary}", flush=True)
         if result.state != "done":
             raise StepFailed(notebook, result)
         return found.facts | read_results(result.path)
+
+    def _stopped(self, notebook: str) -> Path | None:
+        """The run of this step that was stopped when the flow's job was requeued."""
+        found = [(path, read_record(path)) for path in runs.find_runs(notebook)]
+        own = [path for path, known in found if known.get("flow") == self.folder.path.name]
+        return next((path for path in own if read_record(path)["state"] in ("cancelled", "lost")), None)
 
     def run_guide(self) -> None:
         """The guide's steps, each given what the ones before it made."""
@@ -215,7 +224,7 @@ def run(name: str, title: str, plan: FlowPlan, before: Callable[[], Any] | None 
 
     Returns 0, 1 where a step fails, 2 where it refuses its input, 130 where it was cancelled.
     """
-    folder = RunFolder.create(name, {"dataset_root": str(plan.root), "diffusion": plan.diffusion, "given": plan.given})
+    folder = slurm.taken_up(name, {"dataset_root": str(plan.root), "diffusion": plan.diffusion, "given": plan.given})
     flow = Flow(plan, folder)
     state, error, exit_status = "failed", None, 1
     try:

@@ -1,7 +1,9 @@
 """The lab book: the run folders below `runs/`, as a table, by name, and by the checkpoints that they hold."""
 
 import hashlib
+import json
 import re
+import shutil
 from collections.abc import Iterable
 from datetime import datetime
 from pathlib import Path
@@ -10,7 +12,9 @@ from typing import Any
 import pandas as pd
 
 from vla_lib.core.errors import UserError
-from vla_lib.core.run_folder import PROJECT, read_record, read_results, runs_root
+from vla_lib.core.files import read_json, write_json
+from vla_lib.core.owner import living, owner_file
+from vla_lib.core.run_folder import PROJECT, UNREADABLE, read_record, read_results, runs_root
 
 # A run's first few of these stand in short tables.
 KEY_RESULTS = [
@@ -24,7 +28,8 @@ KEY_RESULTS = [
     "episodes",
     "ticks",
 ]
-COLUMNS = ["run", "name", "state", "started", "duration_s", "error", "data", "cache", "git"]
+COLUMNS = ["run", "name", "state", "started", "duration_s", "error", "data", "cache", "git", "host"]
+ABOUT = {"label": "", "star": False, "note": ""}  # what a person says of a run, in its about.json
 
 
 def find_runs(name: str = "") -> list[Path]:
@@ -87,6 +92,72 @@ def short(frame: pd.DataFrame, columns: Iterable[str]) -> pd.DataFrame:
     differ = [name for name in given if frame[name].astype(str).nunique(dropna=False) > 1]
     key = [f"r.{name}" for name in KEY_RESULTS if f"r.{name}" in frame.columns][:4]
     return frame[[*columns, *differ, *key]].rename(columns={name: name[2:] for name in [*differ, *key]})
+
+
+def about(run: Path) -> dict[str, Any]:
+    """What a person says of a run: label, star, note."""
+    try:
+        said = read_json(run / "about.json")
+    except UserError:  # nothing was said, or it is damaged
+        said = {}
+    known = said if isinstance(said, dict) else {}
+    return {name: known.get(name, default) for name, default in ABOUT.items()}
+
+
+def annotate(run: Path, **said: Any) -> None:
+    """Change what a person says of a run."""
+    write_json(run / "about.json", about(run) | said)
+
+
+def label_of(run: Path) -> str:
+    """The name that a person gave a run, else its folder's."""
+    return about(run)["label"] or run.name
+
+
+def diff(first: Path, second: Path) -> pd.DataFrame:
+    """In what two runs differ: a row a value, of their state, parameters, code, data, versions and results."""
+    found = []
+    for run in (first, second):
+        record = read_record(run)
+        parts = {title: record.get(title) or {} for title in ("parameters", "git", "data", "versions")}
+        parts = {"run": {"state": record["state"]}, **parts, "results": plain_results(run)}
+        found.append({(part, name): value for part, values in parts.items() for name, value in values.items()})
+    differ = [key for key in found[0] | found[1] if found[0].get(key) != found[1].get(key)]
+    rows = [[part, name, *(str(one.get((part, name), "")) for one in found)] for part, name in differ]
+    return pd.DataFrame(rows, columns=["of", "what", "first", "second"])
+
+
+def removable(names: Iterable[str]) -> tuple[list[Path], float]:
+    """The run folders of those names, and their size in MB. Raises UserError where one must stay: a running one, one
+    that the parameters of another run name, and a folder that was there before its run."""
+    paths = list(dict.fromkeys(find_run(name) for name in names))
+    others = [read_record(path) for path in find_runs() if path not in paths]
+    for path in paths:
+        _refuse_foreign(path)
+        if (record := read_record(path))["state"] == UNREADABLE:
+            raise UserError(record["error"])
+        if record["state"] == "running" or living(owner_file(path)):
+            raise UserError(f"{path.name} is running; stop it first.")
+        if users := [one["started"] for one in others if path.name in json.dumps(one.get("parameters", {}))]:
+            which = f"{len(users)} other runs (one begun {users[0]})"
+            raise UserError(f"{path.name} is named by the parameters of {which}; remove those first.")
+    return paths, sum(file.lstat().st_size for path in paths for file in path.rglob("*")) / 1e6
+
+
+def _refuse_foreign(path: Path) -> None:
+    """Raises UserError where `path` is not a folder right below the runs root that a run made for itself."""
+    if path.is_symlink() or path.resolve().parent != runs_root().resolve():
+        raise UserError(f"{path} is no run folder in {runs_root()}; only those are removed here, and no links.")
+    if not read_record(path).get("made", re.match(r"\d{8}-\d{6}", path.name)):  # records of old do not say it
+        raise UserError(f"{path} was there before its run, with other files in it; remove what you want by hand.")
+
+
+def remove(names: Iterable[str]) -> str:
+    """Remove run folders, checkpoints included; returns a sentence. Raises UserError as `removable` does."""
+    paths, size = removable(names)
+    for path in paths:
+        shutil.rmtree(path)
+    return f"removed {', '.join(path.name for path in paths)}: {size:.0f} MB freed"
 
 
 def data_state(parameters: dict[str, Any]) -> dict[str, Any] | None:

@@ -5,6 +5,7 @@ back; the same command goes on. A killed worker's entries are gone on with by an
 """
 
 import asyncio
+import os
 import signal
 import sys
 import time
@@ -13,7 +14,7 @@ from pathlib import Path
 from vla_lib.core.errors import UserError
 from vla_lib.core.files import read_jsonl, write_text
 from vla_lib.core.progress import clock
-from vla_lib.core.run_folder import close_as_pruned, read_record, write_results
+from vla_lib.core.run_folder import close_as_pruned, read_record, runs_root, write_results
 from vla_lib.workbench.devices import Gpus, Share, thread_variables
 from vla_lib.workbench.jobs import GRACE_S, Job, JobCancelled, JobFailed
 from vla_lib.workbench.notebook import shown
@@ -44,6 +45,7 @@ def run(plan: Plan, parallel: int = 0, gpus_per_run: int = 0) -> int:
     where = f"{named if gpus.names else 'on the CPU'}, {threads['OMP_NUM_THREADS']} CPU threads to a process"
     print(f"{parallel} at a time, {where}", flush=True)
     stopped = False
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a batch script's children ignore it
     before = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
         asyncio.run(Worker(queue, gpus, threads).work(parallel))
@@ -61,20 +63,27 @@ def conclude(queue: Queue, stopped: bool) -> int:
     rows = queue.rows()
     failed = [row["entry"] for row in rows if row["state"] not in ENDED_WELL]
     queue.keep_record()
-    stopped = stopped and any(row["state"] in ("waiting", "running") for row in rows)
-    state = "cancelled" if stopped else "failed" if failed else "done"
+    left = sum(row["state"] in ("waiting", "running") for row in rows)
+    stopped, handed_on = stopped and bool(left), not stopped and bool(left)
+    state = "cancelled" if left else "failed" if failed else "done"
     why = f"{len(failed)} of {len(rows)} runs did not end as done: {', '.join(failed)}" if failed else ""
-    if stopped:
-        why = "interrupted; the same command goes on"
+    if left:
+        why = "interrupted; the same command goes on" if stopped else "left to the workers that still run"
     table = queue.comparison()
     if queue.record:
         write_results(queue.path, {"entries": rows, "objective": queue.plan.objective})
         write_text(queue.path / "comparison.csv", table.to_csv(index=False))
         queue.record.finish(state, why or None)
     print(f"\n{table.to_string(index=False, na_rep='')}\n\n{shown(queue.path / 'comparison.csv')}", flush=True)
+    offline = [path for row in rows if row["run"] for path in (runs_root() / row["run"]).glob("wandb/offline-run-*")]
+    if offline:
+        listed = queue.path / "wandb.txt"
+        write_text(listed, "".join(f"{path}\n" for path in sorted(offline)))
+        group = f"W&B kept {len(offline)} runs offline, in the group {queue.path.name}"
+        print(f"{group}; `xargs wandb sync < {shown(listed)}` uploads them", flush=True)
     if why:
-        print(f"error: {why}", file=sys.stderr)
-    return {"done": 0, "cancelled": 130}.get(state, 1)
+        print(why if handed_on else f"error: {why}", file=sys.stderr)
+    return 0 if handed_on else {"done": 0, "cancelled": 130}.get(state, 1)
 
 
 class Worker:
@@ -116,8 +125,9 @@ class Worker:
                 continue
             if share:
                 share.release()
-            if all(row["state"] not in ("waiting", "running") for row in self.queue.rows()):
-                return
+            open_states = {row["state"] for row in self.queue.rows()} & {"waiting", "running"}
+            if not open_states or (open_states == {"running"} and "SLURM_JOB_ID" in os.environ):
+                return  # a cluster's machines are not kept for what others run
             await asyncio.sleep(WAIT_S)
 
     async def _run(self, claim: Claim, share: Share) -> None:

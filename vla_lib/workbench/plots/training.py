@@ -41,7 +41,7 @@ def _loss(panel: Axes, steps: Sequence[Row]) -> None:
     name = next(name for name in LOSSES if name in steps[0])
     x, y = np.array([row["step"] for row in steps]), np.array([row[name] for row in steps])
     panel.plot(x, y, color=COLOURS["policy"], alpha=0.25, lw=0.8, label="each step")
-    panel.plot(x, _smooth(y), color=COLOURS["policy"], lw=1.8, label="running mean")
+    panel.plot(x, smooth(y), color=COLOURS["policy"], lw=1.8, label="running mean")
     panel.set(yscale="log", title=f"training loss ({name})")
     panel.yaxis.set_minor_locator(ticker.LogLocator(subs=(2, 5)))
     panel.yaxis.set_major_formatter("{x:g}")
@@ -143,7 +143,7 @@ def _wait_share(steps: Sequence[Row]) -> np.ndarray:
     taken = np.diff([row["elapsed_s"] for row in steps], prepend=np.nan)
     taken[0] = taken[1]
     taken = np.maximum(taken, waited)
-    return np.clip(_smooth(waited) / np.maximum(_smooth(taken), 1e-9), 0, 1)
+    return np.clip(smooth(waited) / np.maximum(smooth(taken), 1e-9), 0, 1)
 
 
 def _summed(rows: Sequence[Row], key: str) -> np.ndarray:
@@ -154,7 +154,7 @@ def _summed(rows: Sequence[Row], key: str) -> np.ndarray:
     return total
 
 
-def _smooth(y: np.ndarray) -> np.ndarray:
+def smooth(y: np.ndarray) -> np.ndarray:
     """Running mean of the last 20 values, shorter at the start; not-a-numbers stay where they are."""
     window = min(20, len(y))
     total = np.cumsum(np.concatenate([[0.0], y]))
