@@ -200,9 +200,9 @@ def test_stop_stops_the_robot_of_a_rehearsal(desk, root):
 def test_runs_are_compared_by_ticking_them(desk):
     """Tick a second run: both curves are drawn. Sort. Name one."""
     folder = desk.folder.parent / "runs"
-    first = lab_book.write_training(folder / "20260101-000000-04_train_async", 1e-4, 0.5, word="compared")
-    second = lab_book.write_training(folder / "20260102-000000-04_train_async", 5e-5, 0.2, word="compared")
-    given = {"notebook": "04_train_async", "compare": [first.name], "words": "compared"}
+    first = lab_book.write_training(folder / "20260101-000000-04_train_async", 1e-4, 0.5)
+    second = lab_book.write_training(folder / "20260102-000000-04_train_async", 5e-5, 0.2)
+    given = {"notebook": "04_train_async", "compare": [first.name], "words": "202601"}
     desk.open(desk.copy("09_compare_runs", "compare", **given))
     desk.run_all()
     assert desk.errors() == []

@@ -110,11 +110,11 @@ def run_views(folder: Path, name: str) -> list[str]:
     write_json(run.path / "results.json", {"val_mae_mm": name})
     run.finish("done")
     runs.annotate(run.path, label=name, note=name)
-    browser = run_browser.RunBrowser(compare=[str(run.path)])
-    browser.view(lambda chosen: tables.fit(comparison.parameters(chosen)))
-    browser.delete.click()
-    shown = html_of(ipywidgets.VBox([browser._head, browser._rows, browser.message]))
-    return [*shown, tables.fit(comparison.overview()).data, tables.fit(runs.diff(run.path, run.path)).data]
+    other = RunFolder.create("04_train_async", {}, path=run.path.with_name(f"{run.path.name}-other"))
+    browser = run_browser.RunBrowser(words=folder.name, compare=[str(run.path)])
+    shown = [browser._head.value, *(row.children[1].value for row in browser._rows.children[-1:])]
+    both = comparison.parameters([run.path, other.path])
+    return [*shown, *(tables.fit(one).data for one in (both, comparison.overview(), runs.diff(run.path, other.path)))]
 
 
 def test_no_name_runs_in_any_view(tmp_path, monkeypatch):
@@ -179,6 +179,7 @@ def test_html_is_made_of_text_in_one_place_only():
         ("pages.py", 'data["text/html"]'),
         ("pages.py", "STYLE"),
         ("tables.py", "STYLE"),
+        ("run_browser.py", "made.data"),
         ("widgets.py", "image"),
     }
     assert found <= allowed

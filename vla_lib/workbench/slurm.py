@@ -72,7 +72,7 @@ class Batch:
                 "trap 'again=1; kill -TERM $run' USR1",
                 "trap 'kill -TERM $run' TERM",
                 f"{command} & run=$!",
-                "while kill -0 $run 2>/dev/null; do wait $run; status=$?; done",
+                "while :; do wait $run; status=$?; kill -0 $run 2>/dev/null || break; done",
                 'if [ "$again" ] && [ $status -eq 130 ]; then scontrol requeue $SLURM_JOB_ID; fi',
                 "exit $status\n",
             ]
