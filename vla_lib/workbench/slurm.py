@@ -70,7 +70,7 @@ class Batch:
                 "#SBATCH --requeue",
                 f"export {SUBMITTED}={shlex.quote(str(folder))}",
                 "trap 'again=1; kill -TERM $run' USR1",
-                "trap 'kill -TERM $run' TERM",
+                "trap : TERM  # scancel tells all processes of the job",
                 f"{command} & run=$!",
                 "while :; do wait $run; status=$?; kill -0 $run 2>/dev/null || break; done",
                 'if [ "$again" ] && [ $status -eq 130 ]; then scontrol requeue $SLURM_JOB_ID; fi',
