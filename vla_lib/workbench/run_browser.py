@@ -75,7 +75,7 @@ class RunBrowser:
         for word in self.filter.value.split():
             column, equals, value = word.partition("=")
             of = frame[[column]] if equals and column in frame else frame.assign(folder=frame.index)
-            text = of.astype(str).agg(" ".join, axis=1) if len(of) else pd.Series(dtype=str)
+            text = of.map(_text).agg(" ".join, axis=1) if len(of) else pd.Series(dtype=str)
             frame = frame[text.str.contains(value if of.shape[1] == 1 else word, case=False, regex=False).astype(bool)]
         return frame
 
@@ -84,7 +84,7 @@ class RunBrowser:
         frame = self._shown()
         columns = f"24em repeat({len(frame.columns) - 1},minmax(4em,1fr))"
         grid = f"display:grid;grid-template-columns:{columns};font-size:11px"
-        self._head.value = _line(frame.columns, grid + ";font-weight:bold")
+        self._head.value = _line(frame.columns, grid + ";font-weight:bold;margin-left:28px")
         self._ticks = {}
         lines = []
         for name, *values in frame.head(ROWS).itertuples():
