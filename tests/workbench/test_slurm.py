@@ -133,7 +133,7 @@ def test_a_waiting_job_is_cancelled_before_it_begins(on_cluster, write_notebook,
     until(lambda: read_record(first)["state"] == "done", runs_folder)
     assert (tmp_path / "made.json").read_text() == "{}\n"
     with pytest.raises(SystemExit) as ended:
-        cli.main(["run", str(path), "--slurm", "--nodes", "9"])
+        cli.main(["run", str(path), "--slurm", "--partition", "nosuch"])
     assert ended.value.code == 2 and "Slurm refused" in capsys.readouterr().err
     assert sorted(read_record(path)["state"] for path in runs_folder.iterdir()) == ["cancelled", "done", "failed"]
 

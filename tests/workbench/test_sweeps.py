@@ -128,9 +128,9 @@ def test_each_setting_is_done_once_whatever_happens_to_its_workers(workers, runs
     assert states == ["cancelled", "cancelled"]
 
     third = workers.start(2)
-    workers.until(lambda: len(workers.counted("begun")) == 4)
-    (workers.folder / "go").touch()
     fourth = workers.start()
+    workers.until(lambda: len(workers.counted("begun")) == 5)
+    (workers.folder / "go").touch()
     assert (third.wait(), fourth.wait()) == (1, 1)
     rows = entries(runs_folder)
     assert {name: row["state"] for name, row in rows.items()} == {

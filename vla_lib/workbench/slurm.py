@@ -23,6 +23,7 @@ from tyro.conf import FlagCreatePairsOff, Suppress, arg
 
 from vla_lib.core.errors import UserError
 from vla_lib.core.files import read_json, write_json
+from vla_lib.core.processes import LAUNCHER
 from vla_lib.core.run_folder import RunFolder, read_record
 
 GRACE_S = 120  # Slurm may tell up to a minute earlier
@@ -171,7 +172,7 @@ def torchrun_words(count: int) -> list[str]:
         probe.bind(("", 0))
         port = probe.getsockname()[1]
     # ranks look for the launcher's number among their parents; here that is srun's, on another machine
-    srun = ["srun", f"--nodes={count}", f"--ntasks={count}", "--ntasks-per-node=1", "--export=ALL,VLA_LAUNCHER_PID="]
+    srun = ["srun", f"--nodes={count}", f"--ntasks={count}", "--ntasks-per-node=1", "env", "-u", LAUNCHER]
     torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={count}", "--rdzv-backend=c10d"]
     meet = [f"--rdzv-endpoint={socket.gethostname()}:{port}", f"--rdzv-id={os.environ['SLURM_JOB_ID']}"]
     return [*srun, *torchrun, *meet]
