@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from plain_robot import PlainExpert
 
 from vla_lib.core.errors import UserError
 from vla_lib.episodes.poses import apply_action, rotation_angle_deg
@@ -139,3 +140,31 @@ def test_impossible_limits_are_refused():
         SafetyLimits(workspace_mm=((0, 1),) * 3, speed_mm_s=float("nan"))
     with pytest.raises(UserError, match="turn_deg is 90; it must be below 90"):
         SafetyLimits(workspace_mm=((0, 1),) * 3, turn_deg=90)
+
+
+def test_features_older_than_any_in_training_are_said_once(setup):
+    expert = PlainExpert()
+    expert.vl_ages_s = 0.0, 0.3
+    told = setup(expert, latencies_s={"vlm": [0.1, 0.5]}).run(4.0).events
+    assert [one["kind"] for one in told if "old; the policy was trained with ages up to 0.3 s" in one["reason"]] == [
+        "warning"
+    ]
+    expert.vl_ages_s = 0.0, 0.0  # not known
+    assert not [one for one in setup(expert, latencies_s={"vlm": [0.5]}).run(3.0).events if one["kind"] == "warning"]
+
+
+def test_what_the_robot_refuses_is_not_sent(setup):
+    made = setup()
+    made.robot.refuses = lambda action: "joint limit 3" if made.clock.now() > 1.0 else ""
+    log = made.run(4.0)
+    assert log.ended == "joint limit 3" and log.ticks[-1].mode == "stop"
+    assert not [action for t_s, action in made.robot.sent if t_s > 1.0 and action[:6].any()]
+
+
+def test_a_released_key_holds_and_then_stops(setup):
+    made = setup()
+    log = made.runner.run(4.0, held=lambda: 0.5 < made.clock.now() < 1.5)
+    assert log.ended == "hold-to-run key released"
+    assert {tick.reason for tick in log.ticks if tick.mode == "wait"} >= {"hold-to-run key released"}
+    acted = [tick.t_s for tick in log.ticks if tick.mode == "act"]
+    assert acted[0] > 0.5 and acted[-1] < 1.5

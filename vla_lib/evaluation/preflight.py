@@ -21,7 +21,6 @@ from vla_lib.episodes.poses import rotation_angle_deg
 from vla_lib.episodes.prepared import load_used
 from vla_lib.evaluation.judged import read_judged
 from vla_lib.evaluation.rehearsal import Pilot
-from vla_lib.evaluation.rollout import trained_ages_s
 from vla_lib.robots.lab_robot import LabRobot
 from vla_lib.robots.meca500 import Meca500
 from vla_lib.runtime import safety
@@ -100,7 +99,7 @@ def rig_checks(robot: LabRobot, seen: Seen, pilot: Pilot, limits: SafetyLimits) 
 def dry_checks(log: RunLog, pilot: Pilot) -> list[Check]:
     """What a dry run of the loop tells: deadlines, holds, the VLM's time and the features' ages."""
     summary = log.summary()
-    youngest, oldest = trained_ages_s(pilot.info, pilot.settings.action_hz)
+    youngest, oldest = pilot.expert.vl_ages_s
     late, ages, vlm = (
         summary[name] or {"p99": np.nan, "max": np.nan} for name in ("lateness_ms", "vl_age_s", "vlm_ms")
     )

@@ -101,11 +101,15 @@ def oldest_features_s(vlm_ms: float, jitter_ms: float) -> float:
     return max(1.0, 3 * (vlm_ms + 3 * jitter_ms) / 1000.0)
 
 
-def trained_ages_s(info: Mapping[str, Any], action_hz: float) -> tuple[float, float]:
-    """(youngest, oldest) age of the VL features in training, in whole periods as the runner counts them."""
-    trained = info["settings"]
-    youngest = math.ceil(trained["vlm_latency_ms"] / 1000.0 * action_hz - 1e-9)
-    return youngest / action_hz, (youngest + trained["vlm_reuse_count"] - 1) / action_hz
+def trained_ages_s(config: Mapping[str, Any], trained: Mapping[str, Any]) -> tuple[float, float]:
+    """(youngest, oldest) age of the VL features in training, in whole periods as the runner counts them, of a
+    checkpoint's `policy_config` and `settings`."""
+    youngest_s, oldest_s = config.get("vl_ages_s", (0.0, 0.0))
+    if not oldest_s:  # not in every checkpoint: then by its delay and its rate
+        hz = float(config["action_hz"])
+        youngest_s = math.ceil(trained["vlm_latency_ms"] / 1000.0 * hz - 1e-9) / hz
+        oldest_s = youngest_s + (trained["vlm_reuse_count"] - 1) / hz
+    return youngest_s, oldest_s
 
 
 def expert_of(
@@ -113,7 +117,7 @@ def expert_of(
 ) -> tuple[PolicyExpert, RunnerSettings]:
     """A loaded policy as an expert, and the runner's settings for it: the same on both clocks and on every robot."""
     expert = PolicyExpert(policy, settings.without, settings.ddim_steps or None, seed)
-    expert.oldest_age_s = trained_ages_s(info, float(policy.config.action_hz))[1]
+    expert.vl_ages_s = trained_ages_s(policy.config.record(), info["settings"])
     reuse_count, views = info["settings"]["vlm_reuse_count"], tuple(info["binding"]["views"])
     return expert, RunnerSettings(float(policy.config.action_hz), reuse_count, settings.steps_per_chunk, views)
 

@@ -44,7 +44,7 @@ class PolicyExpert:
             raise UserError(f"A policy can be run without nothing, vl or sensor, not without {without!r}.")
         self.policy, self.without, self.ddim_steps = policy, without, ddim_steps
         self.generator = torch.Generator().manual_seed(seed)
-        self.oldest_age_s = float("inf")  # of VL features in training; beyond it the runner says so
+        self.vl_ages_s = 0.0, 0.0  # of VL features in training, 0, 0: not known; beyond them the runner says so
         self.sensor_window = policy.config.sensor_window_size if policy.config.sensor_enabled else 0
 
     def observation(

@@ -7,6 +7,7 @@ first full sensor window nothing moves. The simulated clock runs the very same l
 the clock draws for it.
 """
 
+import math
 import threading
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -70,6 +71,7 @@ class Runner:
         self._stop_reason, self._stop_taken = "", False
         self._features: Features | None = None
         self._asked_step: int | None = None
+        self._trained_age_s = getattr(expert, "vl_ages_s", (0.0, 0.0))[1] or math.inf
         self._start = np.zeros(6)  # the last pose before the first action
         self._commanded: np.ndarray | None = None
         self._started = False
@@ -77,7 +79,6 @@ class Runner:
         self._force_tail = np.empty(0, np.float32)
         self._begin_s = 0.0
         self._key: Callable[[], bool] | None = None
-        self._oldest_trained_s: float = getattr(expert, "oldest_age_s", np.inf)
         if hasattr(expert, "usual_step"):  # an expert that learnt from demonstrations knows their speed
             for warning in safety.slow_limits(limits, settings.period_s, *expert.usual_step()):
                 self.log.event(0.0, "warning", warning)
@@ -201,6 +202,11 @@ class Runner:
             self.log.vlm_ms.append(1000.0 * newest.took_s)
         if self._features is not None:  # in whole periods, as in training
             tick.vl_age_s = (tick.step - self._features.step) * self.settings.period_s
+            if tick.vl_age_s > self._trained_age_s + 1e-9:
+                trained = f"the policy was trained with ages up to {self._trained_age_s:.1f} s"
+                remedy = "train with a greater --vlm-latency-ms, or take a faster VLM"
+                self.log.event(tick.t_s, "warning", f"VL features are {tick.vl_age_s:.1f} s old; {trained}: {remedy}")
+                self._trained_age_s = math.inf  # told once
 
     def _retreat_blocked(self, tick: Tick) -> bool:
         """Whether from here the needle could not be drawn back; without a sensor nothing draws it back."""
@@ -243,10 +249,6 @@ class Runner:
     def _act(self, tick: Tick, state: np.ndarray, window: np.ndarray | None, due_s: float) -> None:
         """Send the action of this step. There are features and their age: `_missing` and `_stale` have looked."""
         assert self._features is not None and tick.vl_age_s is not None
-        if tick.vl_age_s > self._oldest_trained_s + 1e-9:
-            words = f"VL features of {tick.vl_age_s:.1f} s; the oldest in training were {self._oldest_trained_s:.1f} s"
-            self._oldest_trained_s = np.inf  # said once
-            self.log.event(tick.t_s, "warning", words)
         if self._plan.wants_chunk(tick.step):
             begun_s = self.clock.now()
             tick.vl_busy = self.vlm.busy(begun_s)

@@ -52,7 +52,7 @@ class LookView:
             return
         self._due_s = time.monotonic() + REDRAW_S
         if interactive():
-            self._table.value = Markup(stream_table(rows).to_html(index=False))  # pandas escapes what came from hosts
+            self._table.value = Markup("<pre>{}</pre>").format(stream_table(rows).to_string(index=False))
             self._picture.value = drawn(rig(observation), "jpeg")
             return
         rates = ", ".join(f"{row['stream']} {row['rate_hz']:g} Hz" for row in rows)

@@ -150,7 +150,7 @@ def prepare(
 
 def _trained_ages(checkpoint: Path) -> str:
     content = read_checkpoint(checkpoint)
-    youngest, oldest = trained_ages_s(content, float(content["policy_config"]["action_hz"]))
+    youngest, oldest = trained_ages_s(content["policy_config"], content["settings"])
     return f"{1000 * youngest:.0f} to {1000 * oldest:.0f} ms"
 
 
