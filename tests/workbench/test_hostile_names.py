@@ -59,7 +59,7 @@ def job_views(folder: Path, name: str) -> list[str]:
     write_json(folder / "job.json", {**status, "returncode": 1, "reason": name})
     append_jsonl(folder / "metrics.jsonl", {"step": 1, "train/loss_step": 0.5, "train/lr": 1e-4, name: 1.0})
     view = live.TrainingView(job)
-    view.tick([name, f"{name} 3/9 {name}"])
+    view.tick([name, f"{name} 3/9 {name}", f"wandb: View run {name} at: https://wandb.ai/{name}"])
     view.close()
     return [one.value for one in vars(view).values() if isinstance(one, ipywidgets.HTML)]
 
