@@ -4,6 +4,7 @@ A resting arm looks the same in the log, so only what the other streams show tel
 nothing, nothing is said.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +34,13 @@ def frozen_spans(
 ) -> list[Span]:
     """Spans (s) in which the log stands still while the sensor's layers move or the pictures change; each is said."""
     found = []
-    for begin_s, end_s in _rests(robot):
-        looked = (begin_s, min(end_s, begin_s + MOST_S))
-        what, moves = "the layers of the A-scan move", _layers_move(sensor, looked) if sensor is not None else None
+    rests = _rests(robot)
+    looked = [(begin_s, min(end_s, begin_s + MOST_S)) for begin_s, end_s in rests]
+    layers = _layers_move(sensor, looked) if sensor is not None and rests else [None] * len(rests)
+    for (begin_s, end_s), span_s, moves in zip(rests, looked, layers, strict=True):
+        what = "the layers of the A-scan move"
         if moves is None:  # the sensor tells nothing
-            what, moves = "the pictures change", _views_move(folder, robot, pictures, looked)
+            what, moves = "the pictures change", _views_move(folder, robot, pictures, span_s)
         if moves:
             span = f"{begin_s - robot.t_s[0]:.2f} to {end_s - robot.t_s[0]:.2f} s"
             findings.exclude("robot", f"the log stands still from {span} while {what}: it was frozen")
@@ -54,18 +57,22 @@ def _rests(robot: RobotLog) -> list[Span]:
     return sorted(sorted(found, key=lambda span: span[0] - span[1])[:MOST_RESTS])
 
 
-def _layers_move(sensor: SensorLog, span: Span) -> bool | None:
-    """Whether layers move in the span; None where the sensor shows none."""
-    begin, end = np.searchsorted(sensor.t_s, span).tolist()
-    if end - begin < sensor.hz * STILL_S / 2:
-        return None
-    scans = sensor.rows(np.arange(begin, end))[:, 1:]
-    layers = layer_speed(sensor.t_s[begin:end], [scans], sensor.hz)
-    if layers is None:
-        return None
-    t_s, bins_s, sound = layers
-    way = np.cumsum(np.where(sound, bins_s, 0.0) * np.gradient(t_s))
-    return float(np.ptp(way)) > MOVED_BINS
+def _layers_move(sensor: SensorLog, spans: Sequence[Span]) -> list[bool | None]:
+    """Whether layers move in each span; None where the sensor shows none."""
+    samples = [np.arange(*np.searchsorted(sensor.t_s, span)) for span in spans]
+    if not sum(map(len, samples)):
+        return [None] * len(spans)
+    scans = sensor.rows(np.concatenate(samples))[:, 1:]  # in one go: a compressed file is streamed through for it
+    found: list[bool | None] = []
+    for one, part in zip(samples, np.split(scans, np.cumsum([len(one) for one in samples])[:-1]), strict=True):
+        layers = layer_speed(sensor.t_s[one], [part], sensor.hz) if len(one) > sensor.hz * STILL_S / 2 else None
+        if layers is None:
+            found.append(None)
+            continue
+        t_s, bins_s, sound = layers
+        way = np.cumsum(np.where(sound, bins_s, 0.0) * np.gradient(t_s))
+        found.append(float(np.ptp(way)) > MOVED_BINS)
+    return found
 
 
 def _views_move(folder: Path, robot: RobotLog, pictures: dict[str, Pictures], span: Span) -> bool:
