@@ -1,6 +1,7 @@
 """What else lies in an episode's folder: converted logs, derived sensor files, what a policy ordered; frozen logs."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from preparing import prepare_all
 from raw_episodes import T0, Raw, but, smooth_pose
 
 from vla_lib.episodes import Episode, build_steps, find_episodes, load_prepared, measure
+from vla_lib.episodes.survey import survey
 from vla_lib.workbench.plots import episodes as plots
 
 SMALL = Raw("F3", seconds=2.0, camera_hz=4.0)
@@ -44,6 +46,17 @@ def test_arrays_beside_their_log_are_no_sensor_file_and_no_second_recording(tmp_
         "sensor_data_20251020.npz"
     ]
     assert prepare_all(tmp_path)[0].reasons == before
+
+
+def test_a_copy_of_which_only_the_arrays_are_left_is_the_same_recording(tmp_path):
+    path, copy = SMALL.write(tmp_path / "part1"), tmp_path / "backup" / "data_collection_20251020_224016"
+    shutil.copytree(path, copy)
+    converted(copy)
+    next(copy.glob("*.csv")).unlink()
+    other = but(SMALL, start=T0 + 60).write(tmp_path / "part2")  # of the same name, at another time
+    assert survey(tmp_path).copies == {copy: path}
+    next(other.glob("*.csv")).unlink()
+    assert survey(tmp_path).copies == {copy: path}
 
 
 def derive(path, change=0.0):

@@ -3,10 +3,13 @@
 import contextlib
 import hashlib
 import os
+import zipfile
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import numpy as np
 
 from vla_lib.core.errors import UserError
 from vla_lib.episodes.data_pkl import DATA_NAME
@@ -228,7 +231,29 @@ def _strangers(folder: Path, entries: Iterable[os.DirEntry[str]], dataset: bool)
     return told
 
 
-def _copies(episodes: Iterable[EpisodeFiles], table: DatasetTable) -> dict[Path, Path]:
+def _left_of(episodes: Sequence[EpisodeFiles]) -> Iterator[tuple[EpisodeFiles, EpisodeFiles]]:
+    """Episodes of which only the arrays of the log are left, each with one of the same name that has these rows."""
+    for files in episodes:
+        if files.robot_log is None or files.robot_log.suffix != ".npz":
+            continue
+        for one in episodes:
+            log = one.robot_log if one.name == files.name else None
+            if log is not None and log.suffix.lower() == ".csv" and _same_rows(log, files.robot_log):
+                yield files, one
+
+
+def _same_rows(log: Path, arrays: Path) -> bool:
+    """Whether a CSV has as many rows as the arrays, and the first at the same time."""
+    try:
+        with np.load(arrays) as held:
+            t_s = held["timestamps"]
+        lines = log.read_bytes().splitlines()
+        return len(lines) == len(t_s) + 1 and any(abs(float(cell) - t_s[0]) < 1e-3 for cell in lines[1].split(b","))
+    except (OSError, ValueError, KeyError, IndexError, zipfile.BadZipFile):
+        return False
+
+
+def _copies(episodes: Sequence[EpisodeFiles], table: DatasetTable) -> dict[Path, Path]:
     """Episodes with the same robot log, byte by byte, are one recording.
 
     Kept is the one with a sensor file, with pictures, in a dataset that the table knows, with the shortest path.
@@ -244,9 +269,13 @@ def _copies(episodes: Iterable[EpisodeFiles], table: DatasetTable) -> dict[Path,
                 if known := recording_id(files):
                     groups[known].append(files)
 
-    def rank(files: EpisodeFiles) -> tuple[bool, bool, bool, int, str]:
-        place = files.path.as_posix()
-        return not files.sensor_files, not files.pictures, not table.knows(files.dataset), len(place), place
+    for files, twin in _left_of(episodes):
+        if known := recording_id(twin):
+            groups[known] += [one for one in (twin, files) if one not in groups[known]]
+
+    def rank(files: EpisodeFiles) -> tuple[bool, bool, bool, bool, int, str]:
+        place, arrays = files.path.as_posix(), files.robot_log is not None and files.robot_log.suffix == ".npz"
+        return not files.sensor_files, not files.pictures, arrays, not table.knows(files.dataset), len(place), place
 
     kept = {known: min(group, key=rank).path for known, group in groups.items()}
     return {files.path: kept[k] for k, group in groups.items() for files in group if files.path != kept[k]}

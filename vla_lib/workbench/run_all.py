@@ -81,7 +81,7 @@ class FlowPlan:
         if not root.is_dir():
             raise UserError(f"There is no dataset root {root}; give the folder that holds the datasets.")
         if not find_episodes(root):
-            which = "a folder with a robot log, or an HDF5 file of one"
+            which = "a folder with a robot log, or an HDF5 file"
             raise UserError(f"{root} holds no recorded episode ({which}).")
         for inner in sorted(
             path.parent for pattern in ("cache", "simulation.json") for path in root.glob(f"*/{pattern}")
