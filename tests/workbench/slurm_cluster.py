@@ -30,7 +30,7 @@ def configuration(folder: Path, ports: list[int]) -> str:
             "SlurmUser=root",
             "SlurmdUser=root",
             "AuthType=auth/munge",
-            f"AuthInfo=socket={folder}/munge/socket",
+            f"AuthInfo=socket={folder}/munge/socket,cred_expire=15",  # a requeued job waits so long, 120 s by default
             "CredType=cred/munge",
             f"StateSaveLocation={folder}/state",
             f"SlurmdSpoolDir={folder}/spool/%n",

@@ -1,18 +1,30 @@
 """On a real Slurm with two fake nodes: a training over both, the time limit, cancelling, a sweep as an array."""
 
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import slurm_cluster
 
+from tests.training.synthetic import write_dataset
 from vla_lib import cli
-from vla_lib.core.files import read_json
+from vla_lib.core.files import read_json, read_jsonl
 from vla_lib.core.run_folder import read_record
+from vla_lib.training.checkpoint import read_checkpoint
 from vla_lib.workbench import slurm
 
+TRAINING = """
+from vla_lib import train_async
+from vla_lib.workbench.jobs import Job
+small = {"batch_size": 2, "grad_accum_steps": 1, "num_workers": 0, "width": 16, "layers": 1, "heads": 2}
+endless = {"val_fraction": 0.0, "max_steps": 100_000, "checkpoint_every_steps": 5}
+settings = train_async.Settings(dataset_root=root, **small, **endless)
+await Job.torchrun("vla_lib.train_async", settings, run.path, nproc_per_node, resume=bool(resume_run)).watch()
+"""
 needs_slurm = pytest.mark.skipif(bool(slurm_cluster.WHY), reason=slurm_cluster.WHY)
 
 
@@ -42,6 +54,44 @@ def until(true: Callable[[], object], runs: Path) -> None:
     while not true():
         assert time.monotonic() < deadline, [log.read_text()[-3000:] for log in runs.glob("*/*.log")]
         time.sleep(0.2)
+
+
+def ranks() -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        words = " ".join(process.info["cmdline"] or [])
+        found += [process] if "vla_lib.train_async --dataset-root" in words and "srun" not in words else []
+    return found
+
+
+@needs_slurm
+def test_a_training_over_two_nodes_outlives_its_time_limit_and_is_cancelled(
+    on_cluster, write_notebook, runs_folder, tmp_path, capsys
+):
+    """torchrun through srun on both; told before the limit it saves and is requeued, goes on, and ends at `stop`."""
+    write_dataset(tmp_path / "data", {"New_dataset/Task": 2}, steps=400, stride=3)
+    path = write_notebook("root: str = ''\nnproc_per_node: int = 1\nresume_run: str = ''", TRAINING)
+    vla("run", str(path), "--slurm", "--nodes", "2", "--time", "10", "-p", "root", str(tmp_path / "data"))
+    (run,) = runs_folder.iterdir()
+    job, latest = slurm.job_of(run), run / "checkpoints" / "qwen_vla_async.pt"
+    until(lambda: latest.exists() and read_checkpoint(latest)["step"] >= 5, runs_folder)
+    assert "2 process(es)" in (run / "train.log").read_text()
+    capsys.readouterr()
+    vla("runs")
+    assert f"{job} RUNNING" in capsys.readouterr().out
+
+    subprocess.run(["scancel", "--signal=USR1", "--batch", job], check=True)  # as Slurm does before the limit
+    until(lambda: "resumed" in (run / "train.log").read_text(), runs_folder)
+    at = int((run / "train.log").read_text().rpartition(" at step ")[2].partition(",")[0])
+    assert at >= 5 and [row["step"] for row in read_jsonl(run / "metrics.jsonl")][:at] == list(range(1, at + 1))
+    until(lambda: read_checkpoint(latest)["step"] > at, runs_folder)
+    assert read_record(run)["state"] == "running"
+
+    vla("runs", "stop", run.name)
+    until(lambda: read_record(run)["state"] != "running", runs_folder)
+    assert read_record(run)["state"] == "cancelled" and read_checkpoint(latest)["step"] > at
+    until(lambda: not ranks(), runs_folder)
+    until(lambda: slurm.states([run])[run.name] in (f"{job} CANCELLED", f"{job} {slurm.GONE}"), runs_folder)
 
 
 CELL = """
