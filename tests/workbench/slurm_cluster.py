@@ -104,7 +104,15 @@ def start(folder: Path) -> Path:
 
 
 def stop(folder: Path) -> None:
-    """End the daemons."""
+    """End all jobs, then the daemons: a job's last step would wait for them without end."""
+    conf = folder / "slurm.conf"
+    own, deadline = {**os.environ, "SLURM_CONF": str(conf)}, time.monotonic() + 60
+    open_jobs = ["squeue", "-h", "-o", "%i", "-t", "PENDING,RUNNING,SUSPENDED,COMPLETING"]
+    while jobs := subprocess.run(open_jobs, env=own, stdout=subprocess.PIPE, text=True).stdout.split():
+        subprocess.run(["scancel", *jobs], env=own, stderr=subprocess.DEVNULL)
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.5)
     for file in (*folder.glob("*.pid"), folder / "munge" / "pid"):
         if file.exists():
             os.kill(int(file.read_text()), signal.SIGTERM)
