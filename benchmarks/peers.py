@@ -78,6 +78,8 @@ class PeerSettings(Settings):
 def main(settings: PeerSettings) -> dict[str, Any]:
     """Run all that is not in OUT yet; returns and writes machine, and per policy training, open and closed loop."""
     torch.set_num_threads(1)
+    if once(settings.out / "settings.json", settings.record) != settings.record():
+        raise UserError(f"{settings.out} was begun with other settings; give those, or another --out.")
     policies: dict[str, Any] = {}
     checkpoints = {name: settings.out / name / "run" / "checkpoints" / given[2] for name, given in OURS.items()}
     for name in OURS:
