@@ -3,7 +3,7 @@
     python -m benchmarks.peers --dataset-root DATA --lerobot-python PYTHON --out FOLDER
 
 DATA is a prepared recording of the simulated rig with a VL cache. Each training gets about --minutes of processor time
-on one thread, LeRobot's what the longer of ours took. LeRobot runs in a Python of its own; its policies see the exported
+on one thread, LeRobot's what the longer of ours took. LeRobot runs in a Python of its own; its policies see exported
 pictures at the size given, current ones, and no sensor, for which they have no input. Ours see VL features (the cache's
 processor time is not counted) and the sensor.
 """
