@@ -12,9 +12,10 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy.spatial.transform import Rotation
 
+from needle_rig.world import LAG_S
+
 TICK_HZ = 650.0  # one tick of the arm is one sample of the sensor
 POSE_REFRESH_HZ = 60.0  # the controller renews the pose that it reports
-LAG_S = 0.08
 SPEED_LIMIT_MM_S = 15.0
 TURN_LIMIT_DEG_S = 45.0
 
@@ -35,8 +36,8 @@ class Motion:
 class Arm:
     """Holds the command and the lagging pose; `move_by` and `move_to` move both."""
 
-    def __init__(self, position_mm: ArrayLike, rotvec_deg: ArrayLike):
-        self.tick = 0
+    def __init__(self, position_mm: ArrayLike, rotvec_deg: ArrayLike, lag_s: float = LAG_S):
+        self.tick, self.lag_s = 0, lag_s
         self.pose = np.hstack([position_mm, rotvec_deg]).astype(float)  # (6,) mm, rotation vector deg
         self.command = self.pose.copy()
 
@@ -60,7 +61,8 @@ class Arm:
         rate = step / seconds
         t = np.arange(1, ticks + 1)[:, None] / TICK_HZ
         # first-order lag driven by a ramp: the command minus what lags, plus the decaying rest of the old difference
-        pose = self.command + rate * (t - LAG_S) + (self.pose - self.command + rate * LAG_S) * np.exp(-t / LAG_S)
+        lag_s = self.lag_s
+        pose = self.command + rate * (t - lag_s) + (self.pose - self.command + rate * lag_s) * np.exp(-t / lag_s)
         motion = Motion((self.tick + np.arange(1, ticks + 1)) / TICK_HZ, pose[:, :3], pose[:, 3:])
         self.tick += ticks
         self.command = self.command + step

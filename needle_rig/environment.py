@@ -31,6 +31,7 @@ import numpy as np
 from gymnasium.spaces import Box, Dict
 
 from needle_rig.arm import POSE_REFRESH_HZ, SPEED_LIMIT_MM_S, TICK_HZ, TURN_LIMIT_DEG_S, Arm, Motion, states
+from needle_rig.disturbances import disturbed
 from needle_rig.judge import Judge
 from needle_rig.render import check_gl, open_scene, through_jpeg
 from needle_rig.tissue import CHANNELS, Tissue
@@ -102,12 +103,14 @@ class NeedleInsertion(gymnasium.Env[dict[str, Any], np.ndarray]):
         """Put the needle over the phantom of `seed`; returns (observation, info).
 
         Without a seed the phantom is drawn from the generator that the last seed began: the same sequence after the
-        same seed. `options={"world": World}` puts another world in the place of the seed's.
+        same seed. `options={"world": World}` puts another world in the place of the seed's, `{"disturbance": name}`
+        changes it by one of disturbances.CHANGES.
         """
         super().reset(seed=seed)
         self.seed = int(self.np_random.integers(1 << 31)) if seed is None else seed
         self.world: World = (options or {}).get("world") or sample_world(self.seed, self.task)
-        self.arm = Arm(self.world.start_mm, self.world.start_rotvec_deg)
+        self.world = disturbed(self.world, (options or {}).get("disturbance", ""))
+        self.arm = Arm(self.world.start_mm, self.world.start_rotvec_deg, self.world.arm_lag_s)
         self.tissue, self.judge = Tissue(self.world), Judge(self.world)
         self.steps = 0
         rng = stream(self.seed, "rig")
@@ -183,6 +186,7 @@ class NeedleInsertion(gymnasium.Env[dict[str, Any], np.ndarray]):
             if self._scene and newest > self._picture_t_s.get(view, -1.0) + 1e-9:
                 k = _tick_of(motion, newest)
                 picture = self._scene.picture(view, motion.position_mm[k], motion.rotvec_deg[k])
+                picture = picture * (view not in self.world.looks.covered)
                 self._pictures[view], self._picture_t_s[view] = through_jpeg(picture), newest
 
     def _info(self) -> dict[str, Any]:

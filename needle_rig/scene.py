@@ -130,6 +130,9 @@ class Scene:
         self._renderer = mujoco.Renderer(self.model, height, width)
         for effect in ("SHADOW", "REFLECTION", "SKYBOX"):  # three passes that the views do without
             self._renderer.scene.flags[getattr(mujoco.mjtRndFlag, f"mjRND_{effect}")] = 0
+        target = self.model.body("target")
+        geoms = [self.model.geom(target.geomadr[0] + k) for k in range(target.geomnum[0])]
+        self._printed = [(geom, geom.size[:2].copy(), float(geom.pos[0])) for geom in geoms]
         self._bench_rgb = {name: self.model.material(name).rgba[:3].copy() for name in ("bench", "tile")}
 
     def show(self, world: World) -> None:
@@ -137,6 +140,9 @@ class Scene:
         looks, model = world.looks, self.model
         model.material("silicone").rgba[:3] = looks.silicone_rgb
         model.material("ring").rgba[:3] = colorsys.hsv_to_rgb(looks.ring_hue, 0.9, 0.85)
+        model.material("hub").rgba[:3] = looks.hub_rgb
+        for geom, printed, off_mm in self._printed:
+            geom.size[:2], geom.pos[0] = looks.target_scale * printed, looks.target_scale * off_mm
         for name, rgb in self._bench_rgb.items():
             model.material(name).rgba[:3] = np.clip(rgb * looks.table_level, 0, 1)
         lamp = model.light("lamp")

@@ -35,6 +35,7 @@ class Tissue:
         self.puncture_t_s: float | None = None
         self.peak_force_mN = 0.0
         self._last_z_mm: float | None = None
+        self._measured = 0  # samples so far
         self._rng = stream(world.seed, "sensor")
         self._profile, self._top_mm = _reflectivity(world)
 
@@ -66,7 +67,9 @@ class Tissue:
         n = len(position_z_mm)
         out = np.empty((n, CHANNELS), np.float32)
         noise = _FORCE_NOISE_MN * self._rng.standard_normal(n, dtype=np.float32)
-        out[:, 0] = force_mN + self.world.force_bias_mN + noise
+        drift_s = (self._measured + np.arange(n)) / TICK_HZ
+        out[:, 0] = force_mN + self.world.force_bias_mN + self.world.force_drift_mN_s * drift_s + noise
+        self._measured += n
         scan = out[:, 1:]
         start = np.rint((self._top_mm - position_z_mm) / (BIN_MM / _FINE)).astype(np.int64)
         start = np.clip(start, 0, len(self._profile) - _FINE * BINS)
@@ -76,7 +79,8 @@ class Tissue:
         pressed = np.flatnonzero(~punctured & (position_z_mm < self.world.membrane_z_mm))
         if len(pressed):
             scan[pressed] += _peak(np.arange(BINS) * BIN_MM, 0.0, _MEMBRANE_HEIGHT, _MEMBRANE_SIGMA_MM)
-        scan *= np.exp(-np.arange(BINS, dtype=np.float32) * np.float32(BIN_MM / _DECAY_MM))
+        seen = np.float32(self.world.oct_contrast) * np.exp(-np.arange(BINS, dtype=np.float32) * (BIN_MM / _DECAY_MM))
+        scan *= seen.astype(np.float32)
         scan += np.float32(_FLOOR)
         scan += np.float32(_NOISE) * self._rng.standard_normal(scan.shape, dtype=np.float32)
         return out

@@ -37,6 +37,8 @@ GEL_THICKNESS_MM = (1.5, 5.5)  # surface to membrane: hidden
 LAYER_THICKNESS_MM = 3.0  # membrane to the deeper layer: the same in every phantom (+- LAYER_JITTER_MM)
 LAYER_JITTER_MM = 0.05
 
+LAG_S = 0.08  # of the arm behind its command
+
 # The task, and how it is judged (see judge.py).
 ASKED_DEPTH_MM = 1.0
 LATERAL_TOLERANCE_MM = 1.5
@@ -101,6 +103,9 @@ class Looks:
     phantom_yaw_deg: float
     camera_place_mm: np.ndarray  # (5, 3)
     camera_turn_deg: np.ndarray  # (5, 3) rotation vectors
+    hub_rgb: tuple[float, float, float] = (0.10, 0.85, 0.35)  # of the needle's hub
+    target_scale: float = 1.0  # of the target's printed size
+    covered: tuple[str, ...] = ()  # views whose lens is covered: black pictures
 
 
 @dataclass(frozen=True)
@@ -122,6 +127,9 @@ class World:
     friction_mN_per_mm: float
     force_bias_mN: float
     looks: Looks
+    force_drift_mN_s: float = 0.0  # of the sensor's offset
+    oct_contrast: float = 1.0  # of the A-scan over its floor
+    arm_lag_s: float = LAG_S
 
     @property
     def membrane_z_mm(self) -> float:
@@ -131,7 +139,8 @@ class World:
     def to_dict(self) -> dict[str, Any]:
         """Plain dict of the truth without the looks."""
         truth = asdict(self)
-        del truth["looks"]
+        for name in ("looks", "force_drift_mN_s", "oct_contrast", "arm_lag_s"):
+            del truth[name]
         return truth | {"membrane_z_mm": self.membrane_z_mm, "asked_depth_mm": ASKED_DEPTH_MM}
 
 

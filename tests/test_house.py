@@ -109,11 +109,11 @@ BOUNDS = {
     "core": (11, 1140),
     "episodes": (32, 6010),
     "features": (14, 2210),
-    "policy": (7, 680),
-    "training": (14, 2150),
-    "runtime": (10, 1360),
+    "policy": (8, 740),
+    "training": (14, 2190),
+    "runtime": (10, 1380),
     "robots": (12, 1640),
-    "evaluation": (12, 1940),
+    "evaluation": (12, 2030),
     "workbench": (42, 6430),
 }
 

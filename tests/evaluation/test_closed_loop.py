@@ -384,3 +384,18 @@ def test_a_checkpoint_is_tried_in_processes_and_shown_again(checkpoint):
     assert [len(frame.pictures) for frame in frames] == [2] * 4
     assert frames[-1].newest_sample.shape == (1026,) and np.isfinite(frames[-1].newest_sample[0])
     assert frames[0].pictures["View5"].shape == (180, 320, 3)
+
+
+def test_trainings_of_one_recipe_give_mean_spread_and_worst():
+    def loop(wins, count=20):
+        return closed.ClosedLoop(RolloutSettings, [{"success": k < wins} for k in range(count)])
+
+    found = {"async#1": loop(20), "async#2": loop(14), "no_vl": loop(1), "async#12": loop(17)}
+    found |= {"async#1, light halved": loop(10), "async#2, light halved": loop(12)}
+    rows = closed.over_trainings(found)
+    assert set(rows) == {"async", "async, light halved"}
+    assert rows["async"] == {"trainings": 3, "rollouts": 20, "mean": 0.85, "spread": pytest.approx(0.15), "worst": 0.7}
+    assert rows["async, light halved"]["worst"] == 0.5
+    table = closed.recipe_table(found)
+    assert table.iloc[0].tolist() == ["async", 3, 20, "85.0", "15.0", "70.0"]
+    assert closed.over_trainings({"async": loop(3)}) == {}

@@ -12,7 +12,7 @@ from vla_lib.core.files import read_json, write_json
 from vla_lib.evaluation.open_loop import phases
 from vla_lib.evaluation.rollout import rig_of, rig_refusal, rig_settings
 from vla_lib.evaluation.settings import EvaluateSettings
-from vla_lib.evaluation.sim_robot import DEFAULT_TASK, SimRobot, instruction_of, make_rig
+from vla_lib.evaluation.sim_robot import CHANGES, DEFAULT_TASK, SimRobot, instruction_of, make_rig
 from vla_lib.evaluation.study import variants
 from vla_lib.policy.config import PolicyConfig
 from vla_lib.runtime.clock import SimulatedClock
@@ -59,7 +59,14 @@ def test_checkpoints_are_named_and_the_first_is_tried_in_all_ways(write, tmp_pat
     # each as trained, unless told otherwise
     assert [variant.vlm_latency_ms for variant in found.values()] == [0, 200, 0, 0, 0, 300, 600]
     assert found["all, VLM delay 0 ms"] == found["all"]  # tried once
-    blind = variants(dataclasses.replace(settings, checkpoints=(given[1],), latency_sweep=False))
+    how_disturbed = {"masked": False, "latency_sweep": False, "disturbed": True}
+    disturbed = variants(dataclasses.replace(settings, checkpoints=(given[1],), **how_disturbed))
+    names = {name.removeprefix("blind, "): variant for name, variant in disturbed.items() if name != "blind"}
+    assert set(CHANGES) < set(names) and names["light halved"].disturbance == "light halved"
+    assert names["pictures at 2 Hz"].camera_hz == 2 and names["hiccups of 100 ms"].hiccup_ms == 100
+    assert len(set(disturbed.values())) == len(disturbed) == 13  # each is another variant
+    settings = dataclasses.replace(settings, latency_sweep=False)
+    blind = variants(dataclasses.replace(settings, checkpoints=(given[1],)))
     assert list(blind) == ["blind", "blind, sensor masked"]  # there is no VL to mask
 
 

@@ -40,6 +40,7 @@ def observe(count=3, window=13, dtype=torch.float32, seed=1) -> dict:
         "vl_tokens": torch.randn(count, len(VIEW), 8, generator=generator).to(dtype),
         "vl_mask": torch.ones(count, len(VIEW), dtype=torch.bool),
         "vl_age_s": torch.rand(count, generator=generator) * 0.2,
+        "vl_state": torch.randn(count, 12, generator=generator),
         "state": torch.randn(count, 12, generator=generator),
         "sensor": torch.randn(count, window, 1026, generator=generator),
         "sensor_mask": torch.ones(count, dtype=torch.bool),
@@ -64,7 +65,7 @@ def test_of_several_sampled_chunks_the_median_is_predicted():
 
 def test_draws_of_a_sample_share_its_context_and_nothing_else():
     policy = make_policy(head="diffusion")
-    batch = observe() | {"action": torch.randn(3, 8, 7)}
+    batch = observe() | {"action": torch.randn(3, 8, 7), "goal": torch.randn(3, 3)}
     draws = policy.draw(3, torch.Generator().manual_seed(0))
     alone = [
         policy(batch, {name: value[:, k : k + 1] for name, value in draws.items()})
@@ -74,7 +75,7 @@ def test_draws_of_a_sample_share_its_context_and_nothing_else():
 
 
 @pytest.mark.parametrize("head", HEADS)
-@pytest.mark.parametrize("name", ["vl_tokens", "vl_age_s", "state", "sensor", "vl_mask", "sensor_mask"])
+@pytest.mark.parametrize("name", ["vl_tokens", "vl_state", "state", "sensor", "vl_mask", "sensor_mask"])
 def test_every_input_reaches_the_actions(head, name):
     policy, observation = make_policy(head=head), observe()
     before = policy.predict(observation)
@@ -99,7 +100,7 @@ def test_without_vl_no_token_is_seen_in_training_or_after(head):
     before = policy.predict(observation)
     hidden = observation | {"vl_tokens": observation["vl_tokens"] + 3.0, "vl_mask": ~observation["vl_mask"]}
     assert torch.equal(before, policy.predict(hidden))
-    batch = {"action": torch.zeros(len(before), 8, 7)}
+    batch = {"action": torch.zeros(len(before), 8, 7), "goal": torch.zeros(len(before), 3)}
     draws = policy.train().draw(len(before), torch.Generator().manual_seed(0))
     assert torch.equal(policy(observation | batch, draws), policy(hidden | batch, draws))
 
@@ -166,6 +167,8 @@ def test_trap_21_actions_are_normalised_and_the_clamp_follows_their_range():
         **{
             "state_mean": torch.zeros(12),
             "state_std": torch.ones(12),
+            "goal_mean": torch.zeros(3),
+            "goal_std": torch.ones(3),
             "token_mean": torch.zeros(13, 8),
             "token_std": torch.ones(8),
         },
@@ -199,6 +202,8 @@ def test_normaliser_inverts_and_zero_spread_does_not_explode():
     zeros |= {
         "state_mean": torch.zeros(12),
         "state_std": torch.zeros(12),
+        "goal_mean": torch.zeros(3),
+        "goal_std": torch.zeros(3),
         "token_mean": torch.zeros(13, 8),
         "token_std": torch.zeros(8),
     }
@@ -216,7 +221,7 @@ def test_normaliser_inverts_and_zero_spread_does_not_explode():
 def test_loss_has_one_figure_a_step_and_ignores_constant_dimensions(head):
     policy = make_policy(head=head).train()
     policy.normaliser.action_varies[6] = 0
-    batch = observe() | {"action": torch.randn(3, 8, 7)}
+    batch = observe() | {"action": torch.randn(3, 8, 7), "goal": torch.randn(3, 3)}
     draws = policy.draw(3, torch.Generator().manual_seed(0))
     loss = policy(batch, draws)
     assert loss.shape == (3, 8)
@@ -228,7 +233,7 @@ def test_loss_has_one_figure_a_step_and_ignores_constant_dimensions(head):
 def test_every_parameter_gets_a_gradient(head):
     """A parameter without one would stop distributed training, and be dead weight in any."""
     policy = make_policy(head=head).train()
-    batch = observe() | {"action": torch.randn(3, 8, 7)}
+    batch = observe() | {"action": torch.randn(3, 8, 7), "goal": torch.randn(3, 3)}
     batch["sensor_mask"][0] = False
     policy(batch, policy.draw(3, torch.Generator().manual_seed(0))).mean().backward()
     assert [name for name, p in policy.named_parameters() if p.grad is None] == []
@@ -259,9 +264,9 @@ def test_config_round_trip_and_refusals():
             dataclasses.replace(config, **changes)
     with pytest.raises(UserError, match="cannot be built by this version .--colour is no setting"):
         PolicyConfig.from_dict(config.record() | {"colour": 1})
-    assert PolicyConfig.from_dict(config.record() | {"fusion": "concat"}) == config  # as older checkpoints say
-    with pytest.raises(UserError, match="sensor fusion 'gated', which is gone; train anew"):
-        PolicyConfig.from_dict(config.record() | {"fusion": "gated"})
+    older = {name: value for name, value in config.record().items() if name != "vl_ages_s"}
+    with pytest.raises(UserError, match="trained by an earlier version.*train anew"):
+        PolicyConfig.from_dict(older)
 
 
 def test_attention_has_no_bias_whose_gradient_is_rounding():
@@ -275,9 +280,41 @@ def test_the_cosine_schedule_ends_in_pure_noise():
 
 
 @pytest.mark.parametrize("head", HEADS)
+def test_vl_reaches_the_actions_through_the_goal_alone(head):
+    """Given a goal, tokens change nothing; without one, the policy follows what its reader says of the tokens."""
+    policy, observation = make_policy(head=head), observe()
+    goal = torch.randn(3, 3)
+    other = observation | {"vl_tokens": observation["vl_tokens"] + 3.0, "vl_state": observation["vl_state"] + 1.0}
+    assert torch.equal(policy.predict(observation, goal=goal), policy.predict(other, goal=goal))
+    assert not torch.equal(policy.predict(observation), policy.predict(other))
+    assert torch.equal(policy.predict(other), policy.predict(observation, goal=policy.goal(other)))
+    assert make_policy(head=head, vl_enabled=False).goal(observation) is None
+
+
+def test_the_trunk_learns_from_true_goals_and_the_reader_from_tokens():
+    policy = make_policy().train()
+    policy.normaliser.goal_std[:] = torch.tensor([5.0, 5.0, 20.0])
+    batch = observe() | {"action": torch.randn(3, 8, 7), "goal": torch.tensor([[1.0, 2.0, 179.0]] * 3)}
+    given = {}
+    policy.goal_token.register_forward_hook(lambda module, inputs, out: given.update(goal=inputs[0]))
+    loss = policy(batch, {})
+    assert torch.equal(given["goal"], batch["goal"])
+    # the reader's own error is added to every step alike, its yaw's shortest way: 10 degrees from 179 to -171
+    policy.goal_reader.read = torch.nn.Sequential(torch.nn.Linear(policy.goal_reader.read[0].in_features, 3))
+    torch.nn.init.zeros_(policy.goal_reader.read[0].weight)
+    exact, turned = torch.tensor([1.0 / 5, 2.0 / 5, 179.0 / 20]), torch.tensor([1.0 / 5, 2.0 / 5, -171.0 / 20])
+    losses = []
+    for answer in (exact, turned):
+        policy.goal_reader.read[0].bias.data = answer
+        losses.append(policy(batch, {}))
+    assert loss.shape == (3, 8)
+    assert torch.allclose(losses[1] - losses[0], torch.full((3, 8), (10 / 20 - 0.05) / 3), atol=1e-4)
+
+
+@pytest.mark.parametrize("head", HEADS)
 def test_view_dropout_hides_whole_views_in_training_only(head):
     policy = make_policy(head=head, view_dropout=0.5)
-    batch = observe() | {"action": torch.randn(3, 8, 7)}
+    batch = observe() | {"action": torch.randn(3, 8, 7), "goal": torch.randn(3, 3)}
     draws = policy.draw(3, torch.Generator().manual_seed(0))
     assert draws["hide_view"].shape == (3, 2)
     draws["hide_view"] = torch.tensor([[False, True]] * 3)

@@ -16,7 +16,7 @@ from vla_lib.features.cache import FeatureCache
 from vla_lib.policy.config import PolicyConfig
 from vla_lib.policy.policy import Policy
 from vla_lib.runtime.clock import Latency, SimulatedClock
-from vla_lib.runtime.expert import PolicyExpert
+from vla_lib.runtime.expert import GOALS, PolicyExpert
 from vla_lib.runtime.robot_io import Observation
 from vla_lib.runtime.runner import Runner, RunnerSettings
 from vla_lib.runtime.safety import SafetyLimits
@@ -111,7 +111,7 @@ def test_live_observations_are_the_training_samples(recorded, window, latency_ms
     assert acted == list(range(round(latency_ms / 100), STEPS))  # from the first finished features on, at every step
     batch = samples.batch(acted)
     for place, seen in enumerate(expert.seen):
-        assert set(seen) == {"vl_tokens", "vl_mask", "vl_age_s", "state", "sensor", "sensor_mask"}
+        assert set(seen) == {"vl_tokens", "vl_mask", "vl_age_s", "vl_state", "state", "sensor", "sensor_mask"}
         for name, value in seen.items():
             assert value.dtype == batch[name].dtype and value.shape[1:] == batch[name].shape[1:], name
             assert torch.equal(value[0], batch[name][place]), f"{name} at step {acted[place]}"
@@ -121,14 +121,14 @@ def test_masked_inputs_are_masked_as_missing_ones(recorded):
     episode, cache = recorded
     features = cache.episode(episode)
     policy = small_policy(cache)
-    given = Features(features.tokens[0], features.mask[0], 0, 0.0)
+    given = Features(features.tokens[0], features.mask[0], 0, 0.0, episode.state[0])
     window = np.array(episode.sensor[:65])
     whole = PolicyExpert(policy).observation(given, 0.1, episode.state[0], window)
     blind = PolicyExpert(policy, "vl").observation(given, 0.1, episode.state[0], window)
     numb = PolicyExpert(policy, "sensor").observation(given, 0.1, episode.state[0], window)
     assert not blind["vl_mask"].any() and whole["vl_mask"].all() and blind["sensor_mask"].all()
     assert not numb["sensor_mask"].any() and not numb["sensor"].any() and numb["vl_mask"].all()
-    other = Features(features.tokens[0] + 5, features.mask[0], 0, 0.0)
+    other = Features(features.tokens[0] + 5, features.mask[0], 3, 0.0, episode.state[0])
     act = PolicyExpert(policy, "vl")
     assert np.array_equal(act(given, 0.1, episode.state[0], window), act(other, 0.1, episode.state[0], window))
     act = PolicyExpert(policy, "sensor")
@@ -138,12 +138,36 @@ def test_masked_inputs_are_masked_as_missing_ones(recorded):
     assert not np.array_equal(act(given, 0.1, episode.state[0], window), act(given, 0.1, episode.state[0], window + 50))
 
 
+def test_the_goal_is_the_mean_of_what_the_newest_pictures_tell(recorded):
+    """Truth: the policy's own goals of each tick, averaged here; yaws meet across 180 degrees."""
+    episode, cache = recorded
+    features = cache.episode(episode)
+    policy = small_policy(cache)
+    policy.normaliser.goal_mean.copy_(torch.tensor([100.0, 0.0, 179.0]))
+    expert = PolicyExpert(policy)
+    given = {}
+    predict, policy.predict = policy.predict, lambda *a, goal, **k: (given.update(goal=goal), predict(*a, goal=goal))[1]
+    window, each = np.array(episode.sensor[:65]), []
+    for step in range(0, 3 * (GOALS + 2), 3):
+        state = episode.state[step]
+        seen = Features(features.tokens[step], features.mask[step], step, 0.0, state)
+        for _ in range(2):  # the second time no new picture has come
+            expert(seen, 0.1, episode.state[step], window)
+        each.append(policy.goal(expert.observation(seen, 0.1, state, window))[0].numpy())
+        newest = np.array(each[-GOALS:])
+        assert given["goal"][0, :2].numpy() == pytest.approx(newest[:, :2].mean(0), abs=1e-3)
+        turned = np.degrees(np.angle(np.exp(1j * np.radians(newest[:, 2] - newest[-1, 2]))))
+        assert given["goal"][0, 2] == pytest.approx(newest[-1, 2] + turned.mean(), abs=1e-3)
+    expert(Features(features.tokens[0], features.mask[0], 0, 0.0, episode.state[0]), 0.1, episode.state[0], window)
+    assert given["goal"][0].numpy() == pytest.approx(each[0], abs=1e-3)  # another run: nothing of the one before
+
+
 def test_a_diffusion_policy_draws_anew_at_every_call_and_alike_by_the_seed(recorded):
     episode, cache = recorded
     policy = small_policy(cache, head="diffusion")
     features = cache.episode(episode)
     seen = (
-        Features(features.tokens[0], features.mask[0], 0, 0.0),
+        Features(features.tokens[0], features.mask[0], 0, 0.0, episode.state[0]),
         0.1,
         episode.state[0],
         np.array(episode.sensor[:65]),

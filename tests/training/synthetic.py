@@ -3,7 +3,8 @@ the workbench writes them.
 
 The scene: a target lies at a random place, seen only by the "cameras" (bumps in the token grids); a membrane lies at
 a random depth, seen only by the sensor (the peak of the A-scan). Each action goes a tenth of the way to the target
-sideways and stops at the membrane, so a policy needs both inputs, and its held-out error tells whether it uses them.
+(more in short episodes, so that all end there) and stops at the membrane, so a policy needs both inputs, and its
+held-out error tells whether it uses them.
 """
 
 import pickle
@@ -105,7 +106,7 @@ def _episode(path: Path, dataset: str, rng, steps: int, sensor: bool, lead_s: fl
     pose[:, 5] = 90.0
     for k in range(steps):
         pose[k + 1] = pose[k]
-        pose[k + 1, :2] += 0.1 * (target - pose[k, :2])
+        pose[k + 1, :2] += max(0.1, 4 / steps) * (target - pose[k, :2])
         pose[k + 1, 2] += np.clip(0.15 * (membrane - pose[k, 2]), -0.4, 0.4)
         pose[k + 1, 3] += 0.05 * np.sin(target[0])
     action = np.zeros((steps, 7), np.float32)

@@ -157,7 +157,9 @@ def test_a_batch_holds_what_the_robot_knew(mixed):
             "vl_tokens": (49, 24),
             "vl_mask": (49,),
             "vl_age_s": (),
+            "vl_state": (12,),
             "state": (12,),
+            "goal": (3,),
             "sensor": (13, 1026),
             "sensor_mask": (),
         },
@@ -170,6 +172,8 @@ def test_a_batch_holds_what_the_robot_knew(mixed):
         assert float(batch["vl_age_s"][b]) == pytest.approx((k - tick) / 10)
         assert torch.equal(batch["vl_tokens"][b], features.tokens[tick])  # ticks at every step: row number = step
         assert np.array_equal(batch["state"][b], episode.state[k])
+        assert np.array_equal(batch["vl_state"][b], episode.state[tick])
+        assert np.array_equal(batch["goal"][b], episode.state[-1][[6, 7, 11]])  # where the episode ends
         assert np.array_equal(batch["sensor"][b], episode.sensor_window(k, 13))
         left = min(8, len(episode) - k)
         assert np.array_equal(batch["action"][b, :left], episode.action[k : k + left])
@@ -195,6 +199,28 @@ def test_latency_shifts_the_pairing(mixed):
     # features of tick 0 can be used from 250 ms on, those of tick 3 from step 5.5 on: step 6 is the first to have them
     first = late.age_steps[:12].tolist()
     assert first == [0, 1, 2, 3, 4, 5, 3, 4, 5, 3, 4, 5]
+
+
+def test_each_sample_draws_its_delay_anew_in_every_epoch(mixed):
+    """Beside the runner: a VLM of 0 to 700 ms that does one moment at a time gives ages up to 1.3 s (7 + 7 - 1
+    steps)."""
+    samples = sample_set(mixed, vlm_latency_max_ms=700)
+    drawn = []
+    for epoch in (0, 1, 0):
+        samples.draw_delays(3, epoch)
+        drawn.append(samples.age_steps.copy())
+        batch = samples.batch(np.arange(len(samples)))
+        assert np.allclose(batch["vl_age_s"], samples.age_steps / 10)
+        for n in range(0, len(samples), 9):
+            tokens = samples.features[samples.episode[n]].tokens
+            assert torch.equal(batch["vl_tokens"][n], tokens[samples.step[n] - samples.age_steps[n]])
+        assert ((samples.step - samples.age_steps) % 3 == 0).all()
+    assert np.array_equal(drawn[0], drawn[2]) and np.mean(drawn[0] == drawn[1]) < 0.7
+    late = drawn[0][samples.step >= 15]
+    assert set(late) == set(range(1, late.max() + 1)) and late.max() in (11, 12, 13) and samples.oldest_steps == 13
+    assert samples.trained_ages_s == (0.0, 1.3)
+    assert sample_set(mixed, vlm_latency_ms=250).trained_ages_s == (0.3, 0.5)
+    assert prepare_data(AsyncSettings(dataset_root=mixed)).policy_config(AsyncSettings()).vl_ages_s == (0.0, 1.3)
 
 
 def test_a_cache_with_other_ticks_is_refused(tmp_path):

@@ -230,7 +230,7 @@ def test_baselines_are_what_they_say(async_settings):
 
 @pytest.mark.parametrize(("latency_ms", "ages"), [(0.0, 3), (250.0, 6)])
 def test_every_age_of_the_features_is_counted(latency_ms, ages, async_settings, tmp_path):
-    train_async(async_settings(epochs=2, vlm_latency_ms=latency_ms))
+    train_async(async_settings(epochs=2, vlm_latency_ms=latency_ms, vlm_latency_max_ms=0.0))
     rows = read_jsonl(tmp_path / "run" / "metrics.jsonl")
     counts = np.array([r["train/vl_reuse_counts"] for r in rows if "epoch" in r])
     assert counts.shape == (2, ages) and counts.min() > 0

@@ -9,12 +9,14 @@ Rollouts run in fresh processes: no GL context and no thread of the caller is sh
 """
 
 import os
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from scipy.stats import binomtest
@@ -194,6 +196,42 @@ def pair_table(found: Mapping[str, ClosedLoop]) -> pd.DataFrame:
     table = pd.DataFrame(rows).rename(columns=lambda name: name.replace("_", " "))
     table["p value"] = table["p value"].map("{:.2g}".format)
     return table.rename(columns={"only one": "only the first", "only other": "only the other"})
+
+
+def recipe_of(name: str) -> str:
+    """What several trainings of one recipe are called together: `async` of `async#1`, `async#2`, ...; also in the name
+    of a variant."""
+    return re.sub(r"#\d+", "", name)
+
+
+def over_trainings(found: Mapping[str, ClosedLoop]) -> dict[str, dict[str, Any]]:
+    """Of each recipe that was trained more than once: `trainings`, `rollouts` of each, and the mean, the spread (sample
+    standard deviation) and the worst of their success rates. An interval over phantoms says nothing about these."""
+    rates: dict[str, list[float]] = {}
+    for name, loop in found.items():
+        rates.setdefault(recipe_of(name), []).append(float(np.mean([row["success"] for row in loop.rollouts])))
+    rollouts = min(len(loop.rollouts) for loop in found.values())
+    return {
+        recipe: {
+            "trainings": len(each),
+            "rollouts": rollouts,
+            "mean": float(np.mean(each)),
+            "spread": float(np.std(each, ddof=1)),
+            "worst": min(each),
+        }
+        for recipe, each in rates.items()
+        if len(each) > 1
+    }
+
+
+def recipe_table(found: Mapping[str, ClosedLoop]) -> pd.DataFrame:
+    """`over_trainings` as a table, one row a recipe, in percent."""
+    rows = over_trainings(found)
+    table = pd.DataFrame([{"recipe": name, **row} for name, row in rows.items()])
+    percent = {
+        f"{name} (%)": [f"{100 * row[name]:.1f}" for row in rows.values()] for name in ("mean", "spread", "worst")
+    }
+    return table.drop(columns=["mean", "spread", "worst"], errors="ignore").assign(**percent)
 
 
 def _spread(found: dict[str, float] | None, digits: int) -> str:

@@ -27,7 +27,7 @@ from vla_lib.training.checkpoint import load_policy
 from vla_lib.training.samples import SampleSet
 from vla_lib.training.validation import BASELINES
 
-OBSERVATION = ("vl_tokens", "vl_mask", "vl_age_s", "state", "sensor", "sensor_mask")
+OBSERVATION = ("vl_tokens", "vl_mask", "vl_age_s", "vl_state", "state", "sensor", "sensor_mask")
 
 CONTACT_MN = 5.0  # above the episode's own rest level; several times the sensor's noise
 REST_S = 1.0
@@ -184,7 +184,9 @@ def sample_set(episodes: Sequence[PreparedEpisode], dataset_root: Path, info: Ma
         extractor = FeatureExtractor.from_binding(binding, adapter=info["adapter"])
         features = ComputedFeatures(extractor, binding["tick_stride"])
     names = ("horizon", "sensor_enabled", "sensor_window_size", "vlm_reuse_count", "vlm_latency_ms")
-    return SampleSet(episodes, features, **{name: info["settings"][name] for name in names})
+    latest = info["settings"].get("vlm_latency_max_ms", 0.0)  # checkpoints of earlier versions have one delay
+    given = {name: info["settings"][name] for name in names}
+    return SampleSet(episodes, features, vlm_latency_max_ms=latest, **given)
 
 
 def phases(episode: PreparedEpisode) -> np.ndarray:

@@ -71,7 +71,7 @@ class Pilot(contextlib.AbstractContextManager["Pilot"]):
         for _ in range(times):
             tokens, mask = self._vlm.compute(observation.pictures, observation.instruction)
             window = np.zeros((self.expert.sensor_window, 1026), np.float32) if self.expert.sensor_window else None
-            self.expert(Features(tokens, mask, 0, 0.0), 0.0, observation.state, window)
+            self.expert(Features(tokens, mask, 0, 0.0, observation.state), 0.0, observation.state, window)
 
     def run(
         self,

@@ -78,7 +78,7 @@ def rollout(settings: RolloutSettings, seed: int, frames: int = 0) -> dict[str, 
     vlm_ms = info["settings"]["vlm_latency_ms"] if settings.vlm_latency_ms is None else settings.vlm_latency_ms
     latencies = {
         "vlm": Latency(vlm_ms, settings.vlm_jitter_ms),
-        "expert": Latency(settings.expert_latency_ms, settings.expert_jitter_ms),
+        "expert": Latency(settings.expert_latency_ms, settings.expert_jitter_ms, settings.hiccup_ms),
     }
     limits = SafetyLimits(**sim_limits(), vl_age_s=oldest_features_s(vlm_ms, settings.vlm_jitter_ms))
     moments: list[Moment] = []
@@ -87,7 +87,7 @@ def rollout(settings: RolloutSettings, seed: int, frames: int = 0) -> dict[str, 
         moments.append(Moment.of(tick, seen, runner.period_s))
 
     given = _rig(settings, runner), expert, compute, seed, runner, limits, latencies, watch if frames else None
-    record = run_on_rig(*given, settings.instruction)
+    record = run_on_rig(*given, settings.instruction, settings.disturbance)
     if frames:
         chosen = np.unique(np.linspace(0, len(moments) - 1, min(frames, len(moments))).round().astype(int))
         record |= {name: np.concatenate([getattr(one, name) for one in moments]) for name in ("sensor", "sensor_t_s")}
@@ -139,10 +139,11 @@ def run_on_rig(
     latencies: Mapping[str, Latency] | None = None,
     watch: Watch | None = None,
     instruction: str = "",
+    disturbance: str = "",
 ) -> dict[str, Any]:
     """One rollout of any expert and any VLM on the rig, on the simulated clock; the record of `judged`, with `path`."""
     clock = SimulatedClock(latencies, seed)
-    robot = SimRobot(rig, clock, seed, instruction=instruction)
+    robot = SimRobot(rig, clock, seed, instruction=instruction, disturbance=disturbance)
     runner = Runner(robot, expert, SimulatedVlm(compute, clock), clock, settings, limits, watch)
     log = runner.run(rig.max_time_s + 1.0, robot.over)
     path = rig.path()

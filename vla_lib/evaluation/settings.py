@@ -48,6 +48,8 @@ class RolloutSettings(ClosedLoopSettings):
     vlm_latency_ms: Milliseconds | None = None
     task: str = DEFAULT_TASK  # whose phantoms
     instruction: str = ""  # the task in the words of the training data; default: those of the built-in table
+    disturbance: str = ""  # what has changed on the rig since the recordings, one of needle_rig's; "": nothing
+    hiccup_ms: Milliseconds = 0.0  # how much longer the expert takes now and then
     picture_width: Positive = 320
     picture_height: Positive = 180
     camera_hz: Annotated[float, Gt(0)] = 5.0
@@ -71,6 +73,7 @@ class EvaluateSettings(ClosedLoopSettings):
     tuning: bool = False  # take seeds that are kept for choosing between variants: the reported ones stay unseen
     masked: bool = False  # also the first checkpoint with its VL and with its sensor masked
     latency_sweep: bool = False  # also the first checkpoint with VL features that come 0, 300 and 600 ms late
+    disturbed: bool = False  # also the first checkpoint under each disturbance of the rig, one at a time
     workers: Count = 0  # processes that try phantoms side by side; 0: one a CPU core
     # auto: a GPU where there is one. Rollouts on the rig always run on the CPU, so that they are repeatable
     device: Literal["auto", "cpu", "cuda"] = "auto"

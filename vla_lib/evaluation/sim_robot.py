@@ -14,6 +14,7 @@ import numpy as np
 # "X as X" hands a name on: to the other rooms these are this module's
 from needle_rig import NeedleInsertion as NeedleInsertion
 from needle_rig import RigError
+from needle_rig.disturbances import CHANGES as CHANGES
 from needle_rig.recorder import MANIFEST as MANIFEST
 from needle_rig.render import check_gl
 from needle_rig.render import prepare_gl as prepare_gl
@@ -68,12 +69,20 @@ class SimRobot:
     decided, unless it is to `go_on`. `instruction`: default, the built-in one of the rig's task.
     """
 
-    def __init__(self, rig: NeedleInsertion, clock: Clock, seed: int, go_on: bool = False, instruction: str = ""):
+    def __init__(
+        self,
+        rig: NeedleInsertion,
+        clock: Clock,
+        seed: int,
+        go_on: bool = False,
+        instruction: str = "",
+        disturbance: str = "",
+    ):
         self.rig, self.clock, self.go_on = rig, clock, go_on
         self.instruction = instruction or instruction_of(rig.task)
         self.stopped = ""
         self._pending: np.ndarray | None = None
-        self._newest, self.info = rig.reset(seed=seed)
+        self._newest, self.info = rig.reset(seed=seed, options={"disturbance": disturbance})
         self._unread = [(self._newest["sensor"], self._newest["sensor_timestamps"])]  # of the rest before the start
         self.done = False
         self.begin()

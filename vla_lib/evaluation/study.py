@@ -4,8 +4,8 @@ found = evaluate(EvaluateSettings(("async=runs/A/checkpoints/qwen_vla_async_best
 closed_loop_seeds=100))
     found.results()
 
-The first checkpoint is the one in question: masked inputs and later VL features are tried on it. The others are
-compared with it as they are.
+The first checkpoint is the one in question: masked inputs, later VL features and disturbances are tried on it, and on
+the other trainings of its recipe (`async#1`, `async#2`, ...). The others are compared with it as they are.
 """
 
 import contextlib
@@ -16,15 +16,28 @@ from typing import Any
 
 import torch
 
-from vla_lib.evaluation.closed_loop import FIRST_SEED, TUNING_SEED, ClosedLoop, closed_loop, compare, unseen_seeds
+from vla_lib.evaluation.closed_loop import (
+    FIRST_SEED,
+    TUNING_SEED,
+    ClosedLoop,
+    closed_loop,
+    compare,
+    over_trainings,
+    recipe_of,
+    unseen_seeds,
+)
 from vla_lib.evaluation.judged import write_judged
 from vla_lib.evaluation.open_loop import OpenLoop, evaluate_open_loop, inputs_of
 from vla_lib.evaluation.rollout import dataset_of, rig_settings
 from vla_lib.evaluation.settings import ClosedLoopSettings, EvaluateSettings, RolloutSettings
+from vla_lib.evaluation.sim_robot import CHANGES
 from vla_lib.policy.config import PolicyConfig
 from vla_lib.training.checkpoint import read_checkpoint
 
 DELAYS_MS = (0.0, 300.0, 600.0)
+# what is tried one at a time: the rig's own disturbances, and those of the computer and the camera host
+DISTURBED: dict[str, dict[str, Any]] = {name: {"disturbance": name} for name in CHANGES}
+DISTURBED |= {"pictures at 2 Hz": {"camera_hz": 2.0}, "hiccups of 100 ms": {"hiccup_ms": 100.0}}
 
 
 @dataclass
@@ -53,6 +66,7 @@ class Study:
             plain = ("rollouts", "successes", "success_rate", "interval_95")
             record |= {name: figure for name, figure in main.summary().items() if name in plain}
             record["closed_loop"] = {name: found.results() for name, found in self.closed_loop.items()}
+            record["recipes"] = over_trainings(self.closed_loop)
             record["pairs"] = {
                 name: compare(main, found) for name, found in self.closed_loop.items() if name != self.first
             }
@@ -93,10 +107,15 @@ def variants(settings: EvaluateSettings) -> dict[str, RolloutSettings]:
     """Everything that is tried on the rig, by name. Raises UserError where a checkpoint cannot be (`rig_refusal`)."""
     how = {one.name: getattr(settings, one.name) for one in fields(ClosedLoopSettings)}
     found = {name: replace(rig_settings(path, settings.dataset_root), **how) for name, path in settings.named().items()}
-    first, whole = next(iter(found.items()))
-    if settings.masked:
-        config = PolicyConfig.from_dict(read_checkpoint(whole.checkpoint)["policy_config"])
-        found |= {f"{first}, {name}": replace(whole, without=one) for name, one in inputs_of(config).items()}
-    if settings.latency_sweep:
-        found |= {f"{first}, VLM delay {ms:g} ms": replace(whole, vlm_latency_ms=ms) for ms in DELAYS_MS}
+    asked = recipe_of(next(iter(found)))
+    for one, whole in [(name, of) for name, of in found.items() if recipe_of(name) == asked]:
+        changes: dict[str, dict[str, Any]] = {}
+        if settings.masked:
+            config = PolicyConfig.from_dict(read_checkpoint(whole.checkpoint)["policy_config"])
+            changes |= {name: {"without": without} for name, without in inputs_of(config).items()}
+        if settings.latency_sweep:
+            changes |= {f"VLM delay {ms:g} ms": {"vlm_latency_ms": ms} for ms in DELAYS_MS}
+        if settings.disturbed:
+            changes |= DISTURBED
+        found |= {f"{one}, {name}": replace(whole, **change) for name, change in changes.items()}
     return found

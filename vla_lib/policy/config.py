@@ -54,6 +54,7 @@ class PolicyConfig(PolicySettings, PolicyInputs):
     """Everything that fixes the shapes of a policy. Raises UserError for values that cannot be built."""
 
     action_hz: float = 10.0
+    vl_ages_s: tuple[float, float] = (0.0, 0.0)  # least and greatest age of VL features in training; 0, 0: not known
     diffusion_timesteps: Positive = 100
     ddim_steps: Positive = 10
 
@@ -77,9 +78,11 @@ class PolicyConfig(PolicySettings, PolicyInputs):
     def from_dict(cls, record: Mapping[str, Any]) -> Self:
         """The config of a checkpoint's record. Raises UserError where this version cannot build it."""
         values = dict(record)
-        fusion = values.pop("fusion", "concat")  # older checkpoints name how the sensor joins; one way is left
-        if fusion != "concat" and values.get("sensor_enabled", True):
-            raise UserError(f"The checkpoint's policy has the sensor fusion '{fusion}', which is gone; train anew.")
+        if "vl_ages_s" not in values:
+            raise UserError(
+                "The checkpoint's policy was trained by an earlier version, whose trunk read the VL tokens; this one "
+                "reads a goal off them. Use the version that wrote it, or train anew."
+            )
         try:
             return cls(**values)
         except UserError as error:

@@ -26,6 +26,8 @@ class Normaliser(nn.Module):
     action_range: Tensor  # largest normalised action: what targets and x0 are held to
     state_mean: Tensor
     state_std: Tensor
+    goal_mean: Tensor
+    goal_std: Tensor
     token_mean: Tensor
     token_std: Tensor
     sensor_mean: Tensor
@@ -39,6 +41,8 @@ class Normaliser(nn.Module):
         self.register_buffer("action_range", torch.ones(()))
         self.register_buffer("state_mean", torch.zeros(STATE_DIM))
         self.register_buffer("state_std", torch.ones(STATE_DIM))
+        self.register_buffer("goal_mean", torch.zeros(3))
+        self.register_buffer("goal_std", torch.ones(3))
         self.register_buffer("token_mean", torch.zeros(config.tokens, config.token_dim))
         self.register_buffer("token_std", torch.ones(config.token_dim))
         if config.sensor_enabled:
@@ -48,8 +52,8 @@ class Normaliser(nn.Module):
     def load_statistics(self, statistics: dict[str, Tensor]) -> None:
         """Copy what training.statistics made into the buffers; zero spreads become harmless.
 
-        Keys: action_mean, action_std (7,), action_range (), state_mean, state_std (12,), token_mean (T, D), token_std
-        (D,), sensor_mean, sensor_std (1026,) where the policy has a sensor."""
+        Keys: action_mean, action_std (7,), action_range (), state_mean, state_std (12,), goal_mean, goal_std (3,),
+        token_mean (T, D), token_std (D,), sensor_mean, sensor_std (1026,) where the policy has a sensor."""
         varies = statistics["action_std"] > VARIES
         harmless = {
             **statistics,
@@ -57,7 +61,8 @@ class Normaliser(nn.Module):
             "action_std": torch.where(varies, statistics["action_std"].clamp_min(STD_FLOOR), 1.0),
             "action_range": statistics["action_range"].clamp_min(1.0),
         }
-        for name, floor in (("state_std", STD_FLOOR), ("token_std", VARIES), ("sensor_std", VARIES)):
+        floors = {"state_std": STD_FLOOR, "goal_std": STD_FLOOR, "token_std": VARIES, "sensor_std": VARIES}
+        for name, floor in floors.items():
             if name in statistics:
                 harmless[name] = torch.where(statistics[name] > floor, statistics[name], 1.0)
         for name, buffer in self.named_buffers():
@@ -78,6 +83,10 @@ class Normaliser(nn.Module):
     def state(self, state: Tensor) -> Tensor:
         """(..., 12) deg, mm -> normalised, held within +-5."""
         return ((state.float() - self.state_mean) / self.state_std).clamp(-STATE_LIMIT, STATE_LIMIT)
+
+    def raw_goal(self, normalised: Tensor) -> Tensor:
+        """(..., 3) normalised -> mm, deg."""
+        return normalised.float() * self.goal_std + self.goal_mean
 
     def tokens(self, tokens: Tensor) -> Tensor:
         """(B, T, D) of any float type -> float32, in spreads about the mean of each token position."""

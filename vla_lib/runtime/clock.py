@@ -10,23 +10,28 @@ import numpy as np
 
 from vla_lib.core.errors import UserError
 
+HICCUP_SHARE = 0.05  # of the pieces of work; one in two seconds at 10 Hz (a guess)
+
 
 @dataclass(frozen=True)
 class Latency:
-    """Duration of a piece of work: `base_ms` plus an exponentially distributed rest of mean `jitter_ms`."""
+    """Duration of a piece of work: `base_ms` plus an exponentially distributed rest of mean `jitter_ms`; and now and
+    then (`HICCUP_SHARE`) a hiccup of the computer, `hiccup_ms`."""
 
     base_ms: float = 0.0
     jitter_ms: float = 0.0
+    hiccup_ms: float = 0.0
 
     def __post_init__(self) -> None:
-        if not (self.base_ms >= 0 and self.jitter_ms >= 0):
-            raise UserError(
-                f"A latency of {self.base_ms:g} ms with {self.jitter_ms:g} ms jitter cannot be; both must be 0 or more."
-            )
+        if not (self.base_ms >= 0 and self.jitter_ms >= 0 and self.hiccup_ms >= 0):
+            told = f"{self.base_ms:g} ms with {self.jitter_ms:g} ms jitter and hiccups of {self.hiccup_ms:g} ms"
+            raise UserError(f"A latency of {told} cannot be; all must be 0 or more.")
 
     def draw_s(self, rng: np.random.Generator) -> float:
         """One duration in seconds."""
-        return (self.base_ms + (float(rng.exponential(self.jitter_ms)) if self.jitter_ms else 0.0)) / 1000.0
+        took_ms = self.base_ms + (float(rng.exponential(self.jitter_ms)) if self.jitter_ms else 0.0)
+        hiccup = self.hiccup_ms > 0 and rng.random() < HICCUP_SHARE
+        return (took_ms + self.hiccup_ms * hiccup) / 1000.0
 
 
 class Clock(Protocol):

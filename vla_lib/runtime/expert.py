@@ -10,6 +10,7 @@ import torch
 
 from vla_lib.core.errors import UserError
 from vla_lib.policy.config import SENSOR_CHANNELS
+from vla_lib.policy.goal import goal_difference
 from vla_lib.policy.policy import Policy
 from vla_lib.runtime.vlm_worker import Features
 
@@ -24,6 +25,7 @@ class Expert(Protocol):
     ) -> np.ndarray: ...
 
 
+GOALS = 6  # VLM ticks whose goals are averaged: 2 s at 3.33 Hz
 Input = Literal["nothing", "vl", "sensor"]
 HIDDEN: dict[Input, tuple[str, ...]] = {"nothing": (), "vl": ("vl_mask",), "sensor": ("sensor", "sensor_mask")}
 
@@ -37,6 +39,7 @@ class PolicyExpert:
     """A policy as an Expert. `without`: the input that is `hidden`; `ddim_steps`: of a diffusion policy, None: its own.
 
     It draws new noise at every call, from `seed` on: the same noise each time would push every action the same way.
+    The goal stands still, so it is the mean of what the newest `GOALS` pictures tell.
     """
 
     def __init__(self, policy: Policy, without: Input = "nothing", ddim_steps: int | None = None, seed: int = 0):
@@ -46,6 +49,8 @@ class PolicyExpert:
         self.generator = torch.Generator().manual_seed(seed)
         self.vl_ages_s = 0.0, 0.0  # of VL features in training, 0, 0: not known; beyond them the runner says so
         self.sensor_window = policy.config.sensor_window_size if policy.config.sensor_enabled else 0
+        self.vl_ages_s = policy.config.vl_ages_s
+        self._goals: dict[int, torch.Tensor] = {}  # of the features of a step, (1, 3)
 
     def observation(
         self, features: Features, age_s: float, state: np.ndarray, window: np.ndarray | None
@@ -55,6 +60,7 @@ class PolicyExpert:
             "vl_tokens": torch.as_tensor(features.tokens)[None],
             "vl_mask": torch.as_tensor(features.mask, dtype=torch.bool)[None],
             "vl_age_s": torch.tensor([age_s], dtype=torch.float32),
+            "vl_state": torch.as_tensor(np.asarray(features.state, np.float32))[None],
             "state": torch.as_tensor(np.asarray(state, np.float32))[None],
         }
         if self.sensor_window:
@@ -67,8 +73,18 @@ class PolicyExpert:
         """(H, 7) float32 actions."""
         with torch.inference_mode():
             observation = self.observation(features, age_s, state, window)
-            chunk = self.policy.predict(observation, self.generator, self.ddim_steps)
+            goal = self._goal(observation, features.step)
+            chunk = self.policy.predict(observation, self.generator, self.ddim_steps, goal=goal)
         return chunk[0].float().cpu().numpy()
+
+    def _goal(self, observation: dict[str, torch.Tensor], step: int) -> torch.Tensor | None:
+        if step < max(self._goals, default=0):  # another run has begun
+            self._goals = {}
+        if step not in self._goals and (goal := self.policy.goal(observation)) is not None:
+            self._goals[step] = goal
+            self._goals = dict(list(self._goals.items())[-GOALS:])
+        goals = list(self._goals.values())
+        return goals[-1] + goal_difference(torch.stack(goals), goals[-1]).mean(0) if goals else None
 
     def usual_step(self) -> tuple[float, float]:
         """Norms of a fast step of the training data (mean plus three spreads of each axis): mm, degrees a period."""

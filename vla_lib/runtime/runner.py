@@ -11,6 +11,7 @@ import math
 import threading
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Annotated
 
 import numpy as np
@@ -71,6 +72,7 @@ class Runner:
         self._stop_reason, self._stop_taken = "", False
         self._features: Features | None = None
         self._asked_step: int | None = None
+        self._states: dict[int, np.ndarray] = {}  # at the steps whose pictures the VLM has not answered yet
         self._trained_age_s = getattr(expert, "vl_ages_s", (0.0, 0.0))[1] or math.inf
         self._start = np.zeros(6)  # the last pose before the first action
         self._commanded: np.ndarray | None = None
@@ -196,15 +198,16 @@ class Runner:
             pictures = {view: observation.pictures[view] for view in self.streams.views(observation)}
             self.vlm.submit(pictures, observation.instruction, tick.step, now_s)
             self._asked_step = tick.step
+            self._states[tick.step] = np.array(observation.state)
         newest = self.vlm.newest(now_s)
-        if newest is not None and newest is not self._features:
-            self._features = newest
+        if newest is not None and newest.step in self._states:
+            self._features = replace(newest, state=self._states.pop(newest.step))
             self.log.vlm_ms.append(1000.0 * newest.took_s)
         if self._features is not None:  # in whole periods, as in training
             tick.vl_age_s = (tick.step - self._features.step) * self.settings.period_s
             if tick.vl_age_s > self._trained_age_s + 1e-9:
                 trained = f"the policy was trained with ages up to {self._trained_age_s:.1f} s"
-                remedy = "train with a greater --vlm-latency-ms, or take a faster VLM"
+                remedy = "train with a greater --vlm-latency-max-ms, or take a faster VLM"
                 self.log.event(tick.t_s, "warning", f"VL features are {tick.vl_age_s:.1f} s old; {trained}: {remedy}")
                 self._trained_age_s = math.inf  # told once
 

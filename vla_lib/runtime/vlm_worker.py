@@ -22,12 +22,14 @@ Compute = Callable[[Mapping[str, Any], str], tuple[Any, Any]]
 
 @dataclass(frozen=True)
 class Features:
-    """VL features of the pictures of one step: tokens (T, D), mask (T,) bool; `took_s` from asking to having."""
+    """VL features of the pictures of one step: tokens (T, D), mask (T,) bool; `took_s` from asking to having; `state`
+    (12,) of the robot at that step, which the runner adds."""
 
     tokens: Any
     mask: Any
     step: int
     took_s: float
+    state: Any = None
 
 
 class VlmWorker(Protocol):

@@ -62,6 +62,7 @@ class TrainingData:
             token_row=tuple(np.asarray(layout.row).tolist()),
             token_col=tuple(np.asarray(layout.col).tolist()),
             action_hz=self.train.action_hz,
+            vl_ages_s=self.train.trained_ages_s,
         )
 
     def weights_table(self) -> list[dict[str, Any]]:
@@ -172,6 +173,7 @@ def prepare_data(settings: TrainingSettings, split: Split | None = None) -> Trai
             sensor_window_size=settings.sensor_window_size,
             vlm_reuse_count=settings.vlm_reuse_count,
             vlm_latency_ms=settings.vlm_latency_ms,
+            vlm_latency_max_ms=settings.vlm_latency_max_ms,
         )
 
     try:

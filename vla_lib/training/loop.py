@@ -120,6 +120,7 @@ def train(settings: TrainingSettings) -> dict[str, Any]:
                 # ---- the optimiser steps to the end of the epoch, or of the run; none where only a validation is due
                 steps = schedule.steps(state)
                 requests = [micro.indices for micros in steps for micro in micros]
+                data.train.draw_delays(settings.seed, state.epoch)
                 pin = device.type == "cuda"
                 loader = batches(data.train, requests, settings.num_workers, pin, lambda: stop.asked)
                 began = time.monotonic()
@@ -265,7 +266,7 @@ def build(settings: TrainingSettings, data: TrainingData, accelerator: Accelerat
         # one process made the statistics; parameters are sent along, so that all start from the same bits
         for tensor in trained.state_dict().values():
             torch.distributed.broadcast(tensor, 0)
-    tally = Tally(int(data.train.age_steps.max()) + 1, getattr(settings, "diffusion_timesteps", 0))
+    tally = Tally(data.train.oldest_steps + 1, getattr(settings, "diffusion_timesteps", 0))
     return TrainState(settings, policy, live, tally), accelerator.prepare_model(trained)
 
 

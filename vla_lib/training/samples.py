@@ -8,6 +8,7 @@ operation each and copies the large arrays (VL tokens, sensor windows) straight 
 N steps of all episodes, n samples, B in a batch, H actions in a chunk, S sensor samples in a window, T VL tokens of
 width D."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ from vla_lib.episodes import PreparedEpisode
 from vla_lib.features.cache import EpisodeFeatures, FeatureCache
 from vla_lib.features.vision_cache import ComputedFeatures
 from vla_lib.policy.config import SENSOR_CHANNELS
+from vla_lib.policy.goal import goal_of
 
 Batch = dict[str, Tensor]
 SPEED_MM_S = 1_000.0  # of the lab's arm at most, as its maker says
@@ -31,8 +33,9 @@ class SampleSet(torch.utils.data.Dataset[Batch | UserError]):
     """All samples of `episodes`, with features from `cache`.
 
     Public arrays, one entry a sample: `episode` (number in `episodes`), `step`, `tick` (row of its features),
-    `age_steps`, `valid_actions` (steps of the chunk that count), `sensor_full` (the window is whole). Raises
-    UserError where an episode has no features, or where the features' ticks do not fit `vlm_reuse_count`."""
+    `age_steps`, `valid_actions` (steps of the chunk that count), `sensor_full` (the window is whole). Above
+    `vlm_latency_ms`, `vlm_latency_max_ms` asks for a delay of its own for each sample: `draw_delays`. Raises UserError
+    where an episode has no features, or where the features' ticks do not fit `vlm_reuse_count`."""
 
     def __init__(
         self,
@@ -44,6 +47,7 @@ class SampleSet(torch.utils.data.Dataset[Batch | UserError]):
         sensor_window_size: int = 65,
         vlm_reuse_count: int = 3,
         vlm_latency_ms: float = 0.0,
+        vlm_latency_max_ms: float = 0.0,
     ) -> None:
         self.episodes = list(episodes)
         self.horizon, self.sensor_enabled, self.window = horizon, sensor_enabled, sensor_window_size
@@ -74,14 +78,20 @@ class SampleSet(torch.utils.data.Dataset[Batch | UserError]):
         keep = mask[:, 0]  # a sample's own step must be whole
         if not keep.any():
             raise UserError("No step of these episodes is valid; look at their quality findings in notebook 01.")
-        pairs = zip(self.episodes, self.features, strict=True)
-        ticks = [_ticks(e, features, vlm_reuse_count, vlm_latency_ms) for e, features in pairs]
-        self.tick, self.age_steps = (np.concatenate(part)[keep] for part in zip(*ticks, strict=True))  # (n,), (n,)
         self.episode, self.step = episode[keep], (row - starts[:-1][episode])[keep]
+        pairs = zip(self.episodes, self.features, strict=True)
+        ticks = [_ticks(e, features, vlm_reuse_count) for e, features in pairs]
+        self._tick = np.concatenate(ticks)
+        self._first_tick = np.concatenate([[0], np.cumsum([len(rows) for rows in ticks])])[self.episode]
+        self.reuse, period_ms = vlm_reuse_count, 1000.0 / self.action_hz
+        self.delay_steps = vlm_latency_ms / period_ms, max(vlm_latency_ms, vlm_latency_max_ms) / period_ms
+        self.draw_delays(0, 0)
         self.valid_actions = mask[keep].sum(1)
+        usable = np.where(valid, row, -1)  # an episode's last whole step is where it ends
+        last = np.array([usable[a:b].max() for a, b in zip(starts, starts[1:], strict=False)])
+        self._goal = goal_of(self._state[torch.from_numpy(last[self.episode])])  # (n, 3)
         self._row, self._chunk, self._mask = (torch.from_numpy(table[keep]) for table in (row, chunk, mask))
         self._first = torch.from_numpy(self.step == 0)
-        self._age_s = torch.from_numpy((self.age_steps / self.action_hz).astype(np.float32))
         self._sensor_end = np.concatenate([np.asarray(e.sensor_index, np.int64) for e in self.episodes])[keep]
         full = [e.sensor_full(self.window) if sensor_enabled else np.zeros(len(e), bool) for e in self.episodes]
         self.sensor_full = np.concatenate(full)[keep]
@@ -105,6 +115,35 @@ class SampleSet(torch.utils.data.Dataset[Batch | UserError]):
                 "again with python -m vla_lib.preprocess --overwrite, or leave the episode out."
             )
 
+    def draw_delays(self, seed: int, epoch: int) -> None:
+        """Pair each sample with the newest features that a robot would have had: `tick`, `age_steps`.
+
+        Features are computed at every `reuse`-th step and can be used a delay later; a robot waits for its first ones
+        before it moves, so the first steps use the first tick. With a range of delays each sample's is drawn from it by
+        seed and epoch, before the epoch's loader processes begin. A VLM does one moment at a time: behind a delay of d
+        steps, d > `reuse`, the newest features are up to d - `reuse` steps older than at its full rate."""
+        shortest, longest = self.delay_steps
+        delay = np.full(len(self.step), shortest)
+        if longest > shortest:
+            draw = np.random.default_rng([seed, epoch, 1]).random((2, len(self.step)))
+            delay += (longest - shortest) * draw[0]
+            delay += np.maximum(np.ceil(delay) - self.reuse, 0) * draw[1]
+        newest = np.maximum((self.step - delay + 1e-9) // self.reuse, 0).astype(np.int64)
+        self.tick, self.age_steps = self._tick[self._first_tick + newest], self.step - newest * self.reuse  # (n,), (n,)
+        self._age_s = torch.from_numpy((self.age_steps / self.action_hz).astype(np.float32))
+
+    @property
+    def oldest_steps(self) -> int:
+        """No sample's features are older, whatever is drawn."""
+        shortest, longest = self.delay_steps
+        waits = max(0, math.ceil(longest) - self.reuse) if longest > shortest else 0
+        return max(math.ceil(longest) + waits + self.reuse - 1, int(self.age_steps.max()))
+
+    @property
+    def trained_ages_s(self) -> tuple[float, float]:
+        """Least and greatest age of the features of steps that do not begin an episode, s."""
+        return math.ceil(self.delay_steps[0]) / self.action_hz, self.oldest_steps / self.action_hz
+
     def __len__(self) -> int:
         return len(self.step)
 
@@ -119,8 +158,9 @@ class SampleSet(torch.utils.data.Dataset[Batch | UserError]):
     def batch(self, indices: Sequence[int] | np.ndarray | Tensor) -> Batch:
         """Sample numbers -> observation and target.
 
-        vl_tokens (B, T, D) in the cache's type, vl_mask (B, T) bool, vl_age_s (B,), state (B, 12), with the sensor
-        also sensor (B, S, 1026) raw and sensor_mask (B,) bool (window full and finite; the others are zeros); action
+        vl_tokens (B, T, D) in the cache's type, vl_mask (B, T) bool, vl_age_s (B,), vl_state (B, 12): the state then,
+        state (B, 12) now; with the sensor also sensor (B, S, 1026) raw and sensor_mask (B,) bool (window full and
+        finite; the others are zeros); goal (B, 3): where the episode ends (policy.goal, by hindsight), action
         (B, H, 7), action_mask (B, H) bool, previous_action (B, 7): the motion before this step (zero at the first),
         for the persistence baseline."""
         numbers = np.asarray(indices, dtype=np.int64)
@@ -136,6 +176,8 @@ class SampleSet(torch.utils.data.Dataset[Batch | UserError]):
         batch = {
             "state": self._state[row],
             "vl_age_s": self._age_s[index],
+            "vl_state": self._state[row - torch.from_numpy(self.age_steps[numbers])],
+            "goal": self._goal[index],
             "action": self._action[self._chunk[index]],
             "action_mask": self._mask[index],
             "previous_action": self._action[before].masked_fill(first[:, None], 0.0),
@@ -166,13 +208,8 @@ class SampleSet(torch.utils.data.Dataset[Batch | UserError]):
         return {"sensor": sensor, "sensor_mask": present & finite}
 
 
-def _ticks(
-    episode: PreparedEpisode, features: EpisodeFeatures, reuse: int, latency_ms: float
-) -> tuple[np.ndarray, np.ndarray]:
-    """For each step of an episode the row of its features and their age in steps: (N,), (N,) int64.
-
-    Features are computed at every `reuse`-th step (a denser cache is thinned to that) and can be used `latency_ms`
-    later; a robot waits for its first features before it moves, so the first steps use the first tick."""
+def _ticks(episode: PreparedEpisode, features: EpisodeFeatures, reuse: int) -> np.ndarray:
+    """Rows of an episode's features at steps 0, `reuse`, 2 `reuse`, ...: a denser cache is thinned to that."""
     tick_step = np.asarray(features.tick_step, np.int64)
     rows = np.flatnonzero(tick_step % reuse == 0)
     used, expected = tick_step[rows], np.arange(0, len(episode), reuse)
@@ -183,10 +220,7 @@ def _ticks(
             f"at steps 0, {reuse}, {2 * reuse}, ...: pass a multiple of {spacing}, or build the cache with "
             f"--vlm-reuse-count {reuse}."
         )
-    delay = latency_ms / 1000.0 * float(episode.action_hz)  # steps
-    steps = np.arange(len(episode))
-    newest = np.maximum(np.searchsorted(used, steps - delay + 1e-9, side="right") - 1, 0)
-    return rows[newest], steps - used[newest]
+    return rows
 
 
 def batches(

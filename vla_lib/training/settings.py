@@ -36,6 +36,9 @@ class DataSettings(Settings):
     image_resize_width: Positive = 640  # picture width that the VL cache was made with (checked)
     vlm_reuse_count: Positive = 3  # action steps for which one set of VL features is used (10 Hz / 3 = 3.33 Hz)
     vlm_latency_ms: Amount = 0.0  # delay until features of a moment can be used; shifts which features a step gets
+    # above --vlm-latency-ms: each sample draws its delay from between the two, anew in every epoch, so that one policy
+    # serves a VLM of any such speed
+    vlm_latency_max_ms: Amount = 700.0
     # share of the episodes of each dataset that is held out (at least one where there are two); 0: no validation
     val_fraction: Share = 0.1
 

@@ -29,6 +29,8 @@ def training_statistics(samples: SampleSet) -> dict[str, Tensor]:
         "action_range": ((action - mean) / scale).abs().max(),
         "state_mean": state.mean(0),
         "state_std": state.std(0, correction=0),
+        "goal_mean": samples._goal.double().mean(0),
+        "goal_std": samples._goal.double().std(0, correction=0),
     }
     result |= _token_statistics(samples)
     if samples.sensor_enabled:
