@@ -308,7 +308,7 @@ def test_the_trunk_learns_from_true_goals_and_the_reader_from_tokens():
         policy.goal_reader.read[0].bias.data = answer
         losses.append(policy(batch, {}))
     assert loss.shape == (3, 8)
-    assert torch.allclose(losses[1] - losses[0], torch.full((3, 8), (10 / 20 - 0.05) / 3), atol=1e-4)
+    assert torch.allclose(losses[1] - losses[0], torch.full((3, 8), 0.1 * (10 / 20 - 0.05) / 3), atol=1e-4)
 
 
 @pytest.mark.parametrize("head", HEADS)

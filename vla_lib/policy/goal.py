@@ -18,9 +18,12 @@ from vla_lib.policy.normaliser import Normaliser
 
 GOAL_OF_STATE = (6, 7, 11)  # columns of a state: x, y (mm), and its third Euler angle, the yaw (deg)
 GOAL_DIM = len(GOAL_OF_STATE)
-KEYPOINTS = 16  # patterns whose place is read in each view
+KEYPOINTS = 32  # patterns whose place is read in each view
 PATTERN_WIDTH = 32  # channels of what patterns are made of
-RANK = 8  # numbers that are kept of each token for the reading by position
+RANK = 1  # numbers that are kept of each token for the reading by position: few, or scenes are learnt by heart
+# How much x, y and yaw count in the reader's loss. In spreads a yaw is read ten times worse than a place, and its error
+# would be what is learnt by heart: with 1 in place of 0.1 the place of 176 unseen scenes erred by 1.43 mm, not 1.09.
+LOSS_WEIGHT = (1.0, 1.0, 0.1)
 FINE = 20.0  # parts of a goal's spread: differences from here on are told by their logarithm
 
 
@@ -60,11 +63,9 @@ class GoalReader(nn.Module):
         self.reduce = nn.Linear(config.token_dim, PATTERN_WIDTH)
         self.heat = nn.Conv2d(PATTERN_WIDTH, KEYPOINTS, 3, padding=1)
         self.by_position = nn.Linear(config.token_dim, RANK, bias=False)
-        self.drop = nn.Dropout(config.dropout)
         self.read = nn.Sequential(
             nn.Linear(3 * views * KEYPOINTS + config.tokens * RANK + STATE_DIM, width),
             nn.GELU(),
-            nn.Dropout(config.dropout),
             nn.Linear(width, width),
             nn.GELU(),
             nn.Linear(width, GOAL_DIM),
@@ -79,7 +80,7 @@ class GoalReader(nn.Module):
         where = heat.softmax(-1)
         height = (where * heat).sum(-1, keepdim=True) - heat.mean(-1, keepdim=True)
         keypoints = torch.cat([2 * (where @ self.places), height / 4], -1)  # (B * V, K, 3)
-        by_position = self.drop(self.by_position(tokens)).flatten(1)
+        by_position = self.by_position(tokens).flatten(1)
         return self.read(torch.cat([keypoints.reshape(len(tokens), -1), by_position, state], -1)).float()
 
 

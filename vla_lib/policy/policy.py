@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from vla_lib.core.errors import UserError
 from vla_lib.policy.config import STATE_DIM, PolicyConfig
-from vla_lib.policy.goal import GoalReader, GoalToken, goal_difference
+from vla_lib.policy.goal import LOSS_WEIGHT, GoalReader, GoalToken, goal_difference
 from vla_lib.policy.heads import ABSOLUTE_FROM, DiffusionHead, Draws, RegressionHead
 from vla_lib.policy.normaliser import Normaliser
 from vla_lib.policy.sensor_encoder import SensorEncoder
@@ -110,8 +110,8 @@ class Policy(nn.Module):
             return loss
         off = goal_difference(self.normaliser.raw_goal(self.normalised_goal(batch)), batch["goal"])
         off = off / self.normaliser.goal_std  # (B, 3)
-        missed = F.smooth_l1_loss(off, torch.zeros_like(off), reduction="none", beta=ABSOLUTE_FROM).mean(-1)
-        return loss + missed[:, None]
+        missed = F.smooth_l1_loss(off, torch.zeros_like(off), reduction="none", beta=ABSOLUTE_FROM)
+        return loss + (missed * off.new_tensor(LOSS_WEIGHT)).mean(-1)[:, None]
 
     def draw(self, count: int, generator: torch.Generator) -> Draws:
         """The random numbers of `count` samples for one training forward, on the CPU: the head's, and with view dropout
