@@ -24,8 +24,8 @@ FIELDS = ("schema", *COMPUTED_BY, *SHOWN, "pooling", "text_tokens", "layout")
 
 DEFAULT_POOLING = "grid:6x11"
 TINY = {"tiny": "qwen2_5_vl", "tiny-qwen3-vl": "qwen3_vl"}  # models of random weights, made on the spot: name -> family
-# Measured by `python -m benchmarks.pooling --scenes 600` (simulated rig, tiny model, layer 2, 320x180; median error of a
-# ridge regression on 120 held-out scenes, offset needle to target in mm):
+# Measured by `python -m benchmarks.pooling --scenes 600` (simulated rig, tiny model, layer 2, 320x180; median error of
+# a ridge regression on 120 held-out scenes, offset needle to target in mm):
 #             mean   2x3   3x4   4x6   6x11 (all tokens)
 #   5 views   5.42  2.41  1.98  1.77  1.80
 #   3 views   5.81  2.93  2.21  1.83  1.84
