@@ -128,7 +128,7 @@ def test_masked_inputs_are_masked_as_missing_ones(recorded):
     numb = PolicyExpert(policy, "sensor").observation(given, 0.1, episode.state[0], window)
     assert not blind["vl_mask"].any() and whole["vl_mask"].all() and blind["sensor_mask"].all()
     assert not numb["sensor_mask"].any() and not numb["sensor"].any() and numb["vl_mask"].all()
-    other = Features(features.tokens[0] + 5, features.mask[0], 3, 0.0, episode.state[0])
+    other = Features(features.tokens[0] + 5, features.mask[0], 0, 0.0, episode.state[0])
     act = PolicyExpert(policy, "vl")
     assert np.array_equal(act(given, 0.1, episode.state[0], window), act(other, 0.1, episode.state[0], window))
     act = PolicyExpert(policy, "sensor")

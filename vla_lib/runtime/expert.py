@@ -50,7 +50,8 @@ class PolicyExpert:
         self.vl_ages_s = 0.0, 0.0  # of VL features in training, 0, 0: not known; beyond them the runner says so
         self.sensor_window = policy.config.sensor_window_size if policy.config.sensor_enabled else 0
         self.vl_ages_s = policy.config.vl_ages_s
-        self._goals: dict[int, torch.Tensor] = {}  # of the features of a step, (1, 3)
+        self._read: Features | None = None  # whose goal is the newest of `_goals`, each (1, 3)
+        self._goals: list[torch.Tensor] = []
 
     def observation(
         self, features: Features, age_s: float, state: np.ndarray, window: np.ndarray | None
@@ -73,18 +74,20 @@ class PolicyExpert:
         """(H, 7) float32 actions."""
         with torch.inference_mode():
             observation = self.observation(features, age_s, state, window)
-            goal = self._goal(observation, features.step)
+            goal = self._goal(observation, features)
             chunk = self.policy.predict(observation, self.generator, self.ddim_steps, goal=goal)
         return chunk[0].float().cpu().numpy()
 
-    def _goal(self, observation: dict[str, torch.Tensor], step: int) -> torch.Tensor | None:
-        if step < max(self._goals, default=0):  # another run has begun
-            self._goals = {}
-        if step not in self._goals and (goal := self.policy.goal(observation)) is not None:
-            self._goals[step] = goal
-            self._goals = dict(list(self._goals.items())[-GOALS:])
-        goals = list(self._goals.values())
-        return goals[-1] + goal_difference(torch.stack(goals), goals[-1]).mean(0) if goals else None
+    def _goal(self, observation: dict[str, torch.Tensor], features: Features) -> torch.Tensor | None:
+        if self._read is None or features.step <= self._read.step and features is not self._read:
+            self._goals = []  # another run has begun
+        if features is not self._read and (goal := self.policy.goal(observation)) is not None:
+            self._goals = [*self._goals, goal][-GOALS:]
+        self._read = features
+        if not self._goals:
+            return None
+        newest = self._goals[-1]
+        return newest + goal_difference(torch.stack(self._goals), newest).mean(0)
 
     def usual_step(self) -> tuple[float, float]:
         """Norms of a fast step of the training data (mean plus three spreads of each axis): mm, degrees a period."""

@@ -25,6 +25,8 @@ BATCH = {  # what SampleSet.batch gives: unit, meaning
     "vl_tokens": ("", "VL features of the newest tick: a grid of tokens for each view, then one for the text"),
     "vl_mask": ("", "which tokens come from a picture that was there"),
     "vl_age_s": ("s", "how old these features are"),
+    "vl_state": ("deg, mm", "the state when their pictures were taken"),
+    "goal": ("mm, deg", "target: where the episode ends, x, y and yaw, as each of its steps knows by hindsight"),
     "sensor": ("sensor's own", "samples up to now, oldest first: force, then 1025 depths of the A-scan"),
     "sensor_mask": ("", "whether the window is whole; one that is not is zeros"),
     "action": ("mm, deg", "target: a chunk of motions in the base frame (dx dy dz, rotation vector), gripper"),
@@ -32,10 +34,9 @@ BATCH = {  # what SampleSet.batch gives: unit, meaning
     "previous_action": ("mm, deg", "the motion before, for the persistence baseline alone"),
 }
 BLOCKS = {  # of a Policy
-    "memory": "VL tokens with their view, row and column, for attention to look at",
-    "scene": "VL tokens read at their fixed places, as a few tokens",
+    "goal_reader": "VL tokens to a goal: keypoints, a few numbers of each token, the state at the pictures",
+    "goal_token": "the way to the goal from the present state as a token",
     "state_in": "robot state as a token",
-    "age_in": "age of the VL features as a token",
     "sensor_encoder": "sensor window as a few tokens",
     "queries": "one learned token an action of the chunk",
     "blocks": "transformer over all tokens",
