@@ -42,7 +42,9 @@ def policy_file(tmp_path_factory):
     form = FeatureForm(load_processor(source), tuple(VIEWS), "grid:2x3", 360, 640)
     places = (tuple(part.tolist()) for part in (form.layout.view_id, form.layout.row, form.layout.col))
     binding = form.binding(source, 2, 3, "float32")
-    config = PolicyConfig("regression", tuple(VIEWS), binding["hidden_size"], *places, width=32, layers=1, heads=2)
+    config = PolicyConfig(
+        "regression", tuple(VIEWS), binding["hidden_size"], *places, width=32, layers=1, heads=2, vl_ages_s=(0.3, 0.5)
+    )
     policy = Policy(config)
     arm = FakeArm(JOINTS)
     state = [*JOINTS, *arm.place, -180.0, 30.0, 180.0]

@@ -37,17 +37,6 @@ def test_features_are_the_newest_finished_with_their_age(setup, vlm_s, expected)
         assert t_s >= 0.1 * features.step + vlm_s - 1e-9  # finished before it is used
 
 
-def test_ages_beyond_the_training_are_told_once(setup):
-    for trained_s, told in (
-        (0.7, ["VL features are 0.8 s old; the policy was trained with ages up to 0.7 s"]),
-        (1.1, []),
-    ):
-        expert = PlainExpert()
-        expert.vl_ages_s = (0.0, trained_s)
-        log = setup(expert, latencies_s={"vlm": [0.6]}, vl_age_s=1.5).run(3)
-        assert [event["reason"].split(":")[0] for event in log.events if event["kind"] == "warning"] == told
-
-
 def test_latencies_are_deterministic_by_the_seed(setup):
     latency = {"vlm": Latency(80, 60), "expert": Latency(10, 20)}
     first, again, other = (setup(latency=latency, seed=seed).run(5) for seed in (3, 3, 4))

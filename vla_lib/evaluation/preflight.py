@@ -117,7 +117,7 @@ def dry_checks(log: RunLog, pilot: Pilot) -> list[Check]:
             "ages of VL features within training",
             bool(ages["max"] <= oldest + 1e-9),
             f"up to {ages['max']:.1f} s here (VLM p99 {vlm['p99']:.0f} ms); {youngest:.1f} to {oldest:.1f} s in "
-            "training. Beyond it: train with --vlm-latency-ms",
+            "training. Beyond it: train with a greater --vlm-latency-max-ms",
         ),
     ]
 

@@ -49,7 +49,6 @@ class PolicyExpert:
         self.generator = torch.Generator().manual_seed(seed)
         self.vl_ages_s = 0.0, 0.0  # of VL features in training, 0, 0: not known; beyond them the runner says so
         self.sensor_window = policy.config.sensor_window_size if policy.config.sensor_enabled else 0
-        self.vl_ages_s = policy.config.vl_ages_s
         self._read: Features | None = None  # whose goal is the newest of `_goals`, each (1, 3)
         self._goals: list[torch.Tensor] = []
 
