@@ -108,7 +108,7 @@ BOUNDS = {
     "": (8, 750),
     "core": (11, 1140),
     "episodes": (32, 6010),
-    "features": (14, 2210),
+    "features": (14, 2215),
     "policy": (8, 740),
     "training": (14, 2190),
     "runtime": (10, 1380),

@@ -1,9 +1,9 @@
 """Evaluates checkpoints: held-out errors beside three baselines, success on unseen phantoms of the simulated rig.
 
     python -m vla_lib.evaluate --checkpoint runs/RUN/checkpoints/qwen_vla_async_best.pt
-    python -m vla_lib.evaluate --checkpoints async#1=A.pt async#2=B.pt no_vl=C.pt --closed-loop-seeds 100 --disturbed
+    python -m vla_lib.evaluate --checkpoints async@1=A.pt async@2=B.pt no_vl=C.pt --closed-loop-seeds 100 --disturbed
 
-Trainings of one recipe are named RECIPE#1, RECIPE#2, ...: mean, spread and worst over them are told too. It prints
+Trainings of one recipe are named RECIPE@1, RECIPE@2, ...: mean, spread and worst over them are told too. It prints
 tables, and writes results.json into `--run-dir`."""
 
 from typing import Any

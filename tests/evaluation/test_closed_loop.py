@@ -390,8 +390,8 @@ def test_trainings_of_one_recipe_give_mean_spread_and_worst():
     def loop(wins, count=20):
         return closed.ClosedLoop(RolloutSettings, [{"success": k < wins} for k in range(count)])
 
-    found = {"async#1": loop(20), "async#2": loop(14), "no_vl": loop(1), "async#12": loop(17)}
-    found |= {"async#1, light halved": loop(10), "async#2, light halved": loop(12)}
+    found = {"async@1": loop(20), "async@2": loop(14), "no_vl": loop(1), "async@12": loop(17)}
+    found |= {"async@1, light halved": loop(10), "async@2, light halved": loop(12)}
     rows = closed.over_trainings(found)
     assert set(rows) == {"async", "async, light halved"}
     assert rows["async"] == {"trainings": 3, "rollouts": 20, "mean": 0.85, "spread": pytest.approx(0.15), "worst": 0.7}

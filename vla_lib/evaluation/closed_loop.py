@@ -199,9 +199,9 @@ def pair_table(found: Mapping[str, ClosedLoop]) -> pd.DataFrame:
 
 
 def recipe_of(name: str) -> str:
-    """What several trainings of one recipe are called together: `async` of `async#1`, `async#2`, ...; also in the name
+    """What several trainings of one recipe are called together: `async` of `async@1`, `async@2`, ...; also in the name
     of a variant."""
-    return re.sub(r"#\d+", "", name)
+    return re.sub(r"@\d+", "", name)
 
 
 def over_trainings(found: Mapping[str, ClosedLoop]) -> dict[str, dict[str, Any]]:

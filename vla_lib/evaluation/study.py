@@ -5,7 +5,7 @@ closed_loop_seeds=100))
     found.results()
 
 The first checkpoint is the one in question: masked inputs, later VL features and disturbances are tried on it, and on
-the other trainings of its recipe (`async#1`, `async#2`, ...). The others are compared with it as they are.
+the other trainings of its recipe (`async@1`, `async@2`, ...). The others are compared with it as they are.
 """
 
 import contextlib
