@@ -4,6 +4,7 @@ The rig, the clock and the latencies are deterministic by the seed: the same set
 """
 
 import json
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -7,6 +7,7 @@ first full sensor window nothing moves. The simulated clock runs the very same l
 the clock draws for it.
 """
 
+import math
 import threading
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -71,6 +72,7 @@ class Runner:
         self._stop_reason, self._stop_taken = "", False
         self._features: Features | None = None
         self._asked_step: int | None = None
+        self._trained_age_s = getattr(expert, "vl_ages_s", (0.0, 0.0))[1] or math.inf
         self._states: dict[int, np.ndarray] = {}  # at the steps whose pictures the VLM has not answered yet
         self._start = np.zeros(6)  # the last pose before the first action
         self._commanded: np.ndarray | None = None
@@ -203,6 +205,11 @@ class Runner:
             self.log.vlm_ms.append(1000.0 * newest.took_s)
         if self._features is not None:  # in whole periods, as in training
             tick.vl_age_s = (tick.step - self._features.step) * self.settings.period_s
+            if tick.vl_age_s > self._trained_age_s + 1e-9:
+                trained = f"the policy was trained with ages up to {self._trained_age_s:.1f} s"
+                remedy = "train with a greater --vlm-latency-max-ms, or take a faster VLM"
+                self.log.event(tick.t_s, "warning", f"VL features are {tick.vl_age_s:.1f} s old; {trained}: {remedy}")
+                self._trained_age_s = math.inf  # told once
 
     def _retreat_blocked(self, tick: Tick) -> bool:
         """Whether from here the needle could not be drawn back; without a sensor nothing draws it back."""

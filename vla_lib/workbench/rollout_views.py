@@ -19,10 +19,9 @@ from matplotlib.figure import Figure
 from vla_lib.core.errors import UserError
 from vla_lib.evaluation.closed_loop import ClosedLoop, closed_loop
 from vla_lib.evaluation.rehearsal import LoopProcess
-from vla_lib.evaluation.rollout import Moment, rig_settings
+from vla_lib.evaluation.rollout import Moment, rig_settings, trained_ages_s
 from vla_lib.evaluation.settings import RolloutSettings
 from vla_lib.evaluation.sim_robot import sim_limits
-from vla_lib.policy.config import PolicyConfig
 from vla_lib.runtime.safety import SafetyLimits
 from vla_lib.training.checkpoint import read_checkpoint
 from vla_lib.workbench.busy_kernel import answering
