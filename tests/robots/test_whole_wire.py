@@ -2,6 +2,7 @@
 fake arm, of camera hosts and of the sensor's host; the runner drives it through the real client, and it is judged as in
 evaluation. The policy is the rig's own demonstrator: what is in question is the wire."""
 
+import json
 import socket
 import struct
 import threading
@@ -35,19 +36,19 @@ class RigBehindSockets:
     """Steps the rig each 100 ms by what the fake arm moved, and sends what it sees as its hosts would."""
 
     def __init__(self, rig, arm, first, camera_port, sensor_port):
-        self.rig, self.arm, self.info, self.runs = rig, arm, {}, True
+        self.rig, self.arm, self.info, self.done = rig, arm, {}, False
         self._sent: dict[str, float] = {}
         self._push = zmq.Context.instance().socket(zmq.PUSH)
         self._push.setsockopt(zmq.LINGER, 0)
         self._push.connect(f"tcp://127.0.0.1:{camera_port}")
         self._udp, self._to = socket.socket(socket.AF_INET, socket.SOCK_DGRAM), ("127.0.0.1", sensor_port)
+        self._zero_s = time.time() - float(first["timestamp"])  # of the rig's clock: its samples come evenly
         self._send(first)
-        self._thread = threading.Thread(target=self._go, daemon=True)
-        self._thread.start()
 
-    def _go(self) -> None:
+    def go(self, while_) -> None:
+        """To the rollout's end, in the thread that made the rig: its drawing context belongs to that one."""
         due = time.monotonic()
-        while self.runs and not self.over():
+        while while_() and not self.done:
             due += 0.1
             time.sleep(max(0.0, due - time.monotonic()))
             with self.arm._lock:
@@ -60,8 +61,6 @@ class RigBehindSockets:
             self.done = terminated or truncated
             self._send(seen)
 
-    done = False
-
     def over(self) -> str:
         return "success" if self.done and self.info["success"] else self.info["reason"] if self.done else ""
 
@@ -70,18 +69,16 @@ class RigBehindSockets:
         for view, picture in seen["pictures"].items():
             if (stamp := float(seen["picture_timestamps"][view])) > self._sent.get(view, 0.0):
                 self._sent[view], packed = stamp, jpeg(picture)
-                at = now - (float(seen["timestamp"]) - stamp)
-                header = f'{{"camera": "{VIEWS[view]}", "timestamp": {at}, "size": {len(packed)}}}'
-                self._push.send_multipart([header.encode(), packed])
+                told = {"camera": VIEWS[view], "timestamp": self._zero_s + stamp, "size": len(packed)}
+                self._push.send_multipart([json.dumps(told).encode(), packed])
         new, count = seen["sensor"][-self.rig.ticks :].astype("<f4"), self.rig.ticks
-        records = [struct.pack("<dd", now - (count - 1 - k) / 650, now) + new[k].tobytes() for k in range(count)]
+        times = self._zero_s + seen["sensor_timestamps"][-count:]
+        records = [struct.pack("<dd", times[k], now) + new[k].tobytes() for k in range(count)]
         for first in range(0, count, 13):
             batch = records[first : first + 13]
             self._udp.sendto(struct.pack("<I", len(batch)) + b"".join(batch), self._to)
 
     def close(self) -> None:
-        self.runs = False
-        self._thread.join()
         self._push.close()
 
 
@@ -117,12 +114,16 @@ def test_the_needle_goes_in_through_the_whole_wire(tmp_path):
         with LabRobot(settings) as robot:
             wire = RigBehindSockets(rig, arm, first, settings.zmq_port, settings.sensor.port)
             try:
-                robot.wait_ready()
                 with Recording(tmp_path / "rollouts", robot, {"kind": "task"}) as recording:
                     how = RunnerSettings(10.0, 3, 1, tuple(VIEWS))
                     given = (robot, Demonstrator(rig), vlm, RealClock(), how, settings.safety(), recording.watch)
                     robot.begin(0.1)
-                    log = Runner(*given).run(25.0, wire.over)
+                    found = []
+                    thread = threading.Thread(target=lambda: found.append(Runner(*given).run(25.0, wire.over)))
+                    thread.start()
+                    wire.go(thread.is_alive)
+                    thread.join()
+                    (log,) = found
                     recording.close(log)
             finally:
                 wire.close()
