@@ -13,9 +13,9 @@ import slurm_cluster
 from tests.training.synthetic import write_dataset
 from vla_lib import cli
 from vla_lib.core.files import read_json, read_jsonl
-from vla_lib.core.run_folder import read_record
+from vla_lib.core.run_folder import RunFolder, read_record
 from vla_lib.training.checkpoint import read_checkpoint
-from vla_lib.workbench import slurm
+from vla_lib.workbench import run_all, slurm, submissions
 
 TRAINING = """
 from vla_lib import train_async
@@ -148,6 +148,37 @@ def test_where_there_is_no_slurm_that_is_told(write_notebook, runs_folder, monke
     assert read_record(run)["state"] == "failed"
     vla("runs", "stop", run.name)
     assert "does not run (failed)" in capsys.readouterr().out
+
+
+def test_a_submitted_flow_is_taken_up_in_its_folder_with_the_step_that_was_stopped(runs_folder, monkeypatch):
+    scripts: list[str] = []
+    monkeypatch.setattr(slurm, "_slurm", lambda *words, given="": scripts.append(given) or "12\n")
+    words = ("run-all", "--dataset-root", "D")
+    batch = slurm.Batch(slurm=True, nodes=2, gpus=4, time="8:00:00", partition="long", words=words)
+    assert submissions.submit_flow(batch, "run-all", "D") == 0
+    lines = scripts[0].splitlines()
+    asked = (
+        "nodes=2",
+        "gres=gpu:4",
+        "cpus-per-task=8",
+        "time=8:00:00",
+        "partition=long",
+        "signal=B:USR1@120",
+        "requeue",
+    )
+    assert {f"#SBATCH --{one}" for one in asked | {"requeue"}} <= set(lines)
+    assert any(line.endswith("-m vla_lib.cli run-all --dataset-root D & run=$!") for line in lines)
+    (folder,) = runs_folder.iterdir()
+    assert (read_record(folder)["state"], slurm.job_of(folder)) == ("submitted", "12")
+    monkeypatch.setenv(slurm.SUBMITTED, str(folder))
+    run = slurm.taken_up("run-all", {"dataset_root": "D"})
+    assert run.path == folder and read_record(folder)["state"] == "running"
+    stopped = RunFolder.create("04_train_async", {}, flow=folder.name)
+    RunFolder.create("04_train_async", {}, flow="another").finish("cancelled")
+    flow = run_all.Flow(run_all.FlowPlan(folder), run)
+    assert flow._stopped("04_train_async") is None
+    stopped.finish("cancelled")
+    assert flow._stopped("04_train_async") == stopped.path
 
 
 def test_helpers_on_other_machines_begin_elsewhere_in_the_list(monkeypatch):
