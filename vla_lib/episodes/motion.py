@@ -137,7 +137,7 @@ def _match_pictures(
             sums[:, number] = good[:, None] * columns
         edges = np.linspace(0, len(root), PICTURE_PARTS + 1).astype(int)
         found.append(np.stack([sums[a:b].sum(axis=0) for a, b in zip(edges[:-1], edges[1:], strict=True)]))
-        curves[f"change of {view} (root of grey level)"] = (picture_s[1:], root)
+        curves[f"{view} (root of grey level)"] = (picture_s[1:], root)
     if not found:
         return None
     speed = np.linalg.norm(np.diff(points, axis=0), axis=1) / np.maximum(np.diff(t_s), 1e-3)

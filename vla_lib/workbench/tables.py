@@ -24,14 +24,14 @@ def fit(frame: pd.DataFrame, precision: int = 3, height_px: int = 480) -> HTML:
         if value is None or (isinstance(value, float) and pd.isna(value)):
             value = ""
         elif isinstance(value, float):
-            value = f"{value:.{precision}g}"
+            value = f"{value:.0f}" if 10**precision <= abs(value) < 1e9 else f"{value:.{precision}g}"
         wrap = "white-space:nowrap" if tag == "td" else ""
         if column in WRAPPING_EM:
             wrap = f"min-width:{WRAPPING_EM[column]}em;white-space:normal;overflow-wrap:anywhere"
         style = f"padding:2px 6px;vertical-align:top;text-align:{'right' if number else 'left'};{wrap}"
         return Markup("<{0} style='{1}'>{2}</{0}>").format(tag, style, str(value))
 
-    heads = joined(cell(column, str(column), "th") for column in frame.columns)
+    heads = joined(cell(column, str(column).replace("_", " "), "th") for column in frame.columns)
     rows = [map(cell, frame.columns, row) for row in frame.itertuples(index=False)]
     body = joined(Markup("<tr>{}</tr>").format(joined(row)) for row in rows)
     table = Markup(

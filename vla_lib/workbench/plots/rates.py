@@ -1,5 +1,6 @@
 """Measured streams: intervals, timelines with gaps, clock evidence; all verdicts; the check of data.pkl."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -67,7 +68,7 @@ def offset_evidence(episode: Episode, axes: Panels = None) -> Figure:
     Five panels: the starts; curves and correlation of the sensor; curves and correlation of the cameras.
     """
     title = f"{episode.name}: what its motion says of the clocks"
-    figure, (starts, *found) = panels(axes, (11, 5.2), "abc;ade", title, width_ratios=(1.1, 2, 1.2))
+    figure, (starts, *found) = panels(axes, (11, 5.6), "abc;ade", title, width_ratios=(1, 2.4, 1.2))
     _starts(starts, episode)
     _agreement(found[:2], sensor_match(episode), episode, "sensor", episode.sensor_clock)
     _agreement(found[2:], camera_match(episode), episode, "cameras", episode.camera_clock)
@@ -93,7 +94,7 @@ def _agreement(
 ) -> None:
     """Both curves, each in units of its spread, on the robot's time; and their correlation at each lag."""
     curves, lags = found
-    curves.set_title(f"{stream}: {clock.sentence()}")
+    curves.set_title(textwrap.fill(f"{stream}: {clock.sentence()}", 52))
     if match is None:
         lags.set_axis_off()
         return say(curves, f"no motion to compare the {stream} with")
