@@ -175,6 +175,8 @@ class FakeArm:
     def _do(self, text: str) -> None:
         name, _, raw = text.lstrip("-").partition("(")
         values = raw.rstrip(")").split(",") if raw else []
+        if not name:
+            return None
         told = {
             "GetRobotSerial": (2083, "m500-0001"),
             "GetFwVersionFull": (2082, self.version),

@@ -148,7 +148,8 @@ class Meca500:
             except Exception:
                 facts[name] = "not told by this firmware"
             else:
-                facts[name] = str(vars(value) if hasattr(value, "__dict__") else value)
+                parts = vars(value).items() if hasattr(value, "__dict__") else [("", value)]
+                facts[name] = ", ".join(f"{part} {getattr(one, 'name', one)}".strip() for part, one in parts)
         return facts
 
     def close(self) -> None:
