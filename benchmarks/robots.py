@@ -61,7 +61,8 @@ def soak(checkpoint: Path, port: int, cameras: int, sensor: int, seconds: float)
             "cameras": {view: {"source": "zmq"} for view in VIEWS},
             "zmq_port": cameras,
             "sensor": {"port": sensor, "host": "127.0.0.1"},
-            "limits": {"workspace_mm": box},
+            # a soak goes on where other work on the machine delays the VLM; the row tells what was late
+            "limits": {"workspace_mm": box, "vl_age_s": 5, "hold_s": 5, "sensor_age_s": 1},
         }
     )
     memory, me = [], psutil.Process()
