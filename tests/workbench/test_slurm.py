@@ -157,16 +157,8 @@ def test_a_submitted_flow_is_taken_up_in_its_folder_with_the_step_that_was_stopp
     batch = slurm.Batch(slurm=True, nodes=2, gpus=4, time="8:00:00", partition="long", words=words)
     assert submissions.submit_flow(batch, "run-all", "D") == 0
     lines = scripts[0].splitlines()
-    asked = (
-        "nodes=2",
-        "gres=gpu:4",
-        "cpus-per-task=8",
-        "time=8:00:00",
-        "partition=long",
-        "signal=B:USR1@120",
-        "requeue",
-    )
-    assert {f"#SBATCH --{one}" for one in asked | {"requeue"}} <= set(lines)
+    asked = ["nodes=2", "gres=gpu:4", "cpus-per-task=8", "time=8:00:00", "partition=long", "signal=B:USR1@120"]
+    assert {f"#SBATCH --{one}" for one in [*asked, "requeue"]} <= set(lines)
     assert any(line.endswith("-m vla_lib.cli run-all --dataset-root D & run=$!") for line in lines)
     (folder,) = runs_folder.iterdir()
     assert (read_record(folder)["state"], slurm.job_of(folder)) == ("submitted", "12")
