@@ -166,7 +166,8 @@ def test_it_trains_is_resumed_and_its_checkpoint_predicts_alike_everywhere(seen,
     found = evaluate_open_loop(path, seen[0])
     assert np.array_equal(found.chunks["policy"], policy.predict(samples.batch(np.arange(len(samples)))).numpy())
     episode = held_out.episodes[0]
-    pictures = {view: episode.picture_path(view, 3) for view in VIEWS}
+    shown = int(samples.step[3] - samples.age_steps[3])  # the step whose pictures sample 3 is given, by its delay
+    pictures = {view: episode.picture_path(view, shown) for view in VIEWS}
     tokens, mask = make_extractor(path, "cpu")(pictures, episode.instruction)
     torch.testing.assert_close(tokens, samples.batch([3])["vl_tokens"][0], atol=1e-5, rtol=0)
     assert mask.all() and not torch.allclose(
