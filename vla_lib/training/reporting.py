@@ -4,6 +4,7 @@ without memory."""
 import contextlib
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from vla_lib.core.errors import UserError, in_words, needing_room
 from vla_lib.core.run_folder import UNREADABLE, RunFolder, read_record
 from vla_lib.episodes.survey import left_out
 from vla_lib.features.binding import model_words
-from vla_lib.training.data import TrainingData
+from vla_lib.training.data import TrainingData, cache_command
 from vla_lib.training.process import StopRequest
 from vla_lib.training.settings import TrainingSettings
 from vla_lib.training.state import TrainState
@@ -64,7 +65,8 @@ def _out_of_memory(settings: TrainingSettings) -> str:
     run."""
     height, width = settings.image_resize_height // 2, settings.image_resize_width // 2
     size = f"--image-resize-height {height} --image-resize-width {width}"
-    pictures = f"smaller pictures: {size}, with a VL cache built for them"
+    smaller_pictures = replace(settings, image_resize_height=height, image_resize_width=width)
+    pictures = f"smaller pictures: {size}, with a VL cache built for them: {cache_command(smaller_pictures)}"
     if settings.batch_size == 1:
         smaller_policy = f"a smaller --width than {settings.width}"
         return f"Out of memory at batch size 1. Start a new run with (1) {smaller_policy}, or (2) {pictures}."

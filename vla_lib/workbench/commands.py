@@ -49,10 +49,20 @@ def ls(
     few = few.sort_values(sort) if sort else few
     if jobs := slurm.states(runs_root() / name for name in few["run"]):
         few.insert(2, "slurm", few["run"].map(jobs))
-    print(few.dropna(axis="columns", how="all").to_string(index=False, na_rep=""))
+    print(_within(few.dropna(axis="columns", how="all"), 120, sort))
     for error in frame.loc[frame["state"] == UNREADABLE, "error"]:
         print(error)
     return 0
+
+
+def _within(frame: pd.DataFrame, columns: int, keep: str) -> str:
+    """The table as text, without what says least where it would be wider than a terminal's `columns`."""
+    for name in ["", "git", "started", "data", "cache", *reversed(frame.columns)]:
+        frame = frame.drop(columns=[name] if name in frame and name not in ("run", "state", "slurm", keep) else [])
+        text = frame.to_string(index=False, na_rep="")
+        if max(map(len, text.splitlines())) <= columns:
+            break
+    return text
 
 
 def show(run: Run) -> int:

@@ -40,7 +40,8 @@ def _loss(panel: Axes, steps: Sequence[Row]) -> None:
         return say(panel, "no step yet")
     name = next(name for name in LOSSES if name in steps[0])
     x, y = np.array([row["step"] for row in steps]), np.array([row[name] for row in steps])
-    panel.plot(x, y, color=COLOURS["policy"], alpha=0.25, lw=0.8, label="each step")
+    first = "." if len(x) < 3 else ""  # a line of one point is not seen
+    panel.plot(x, y, color=COLOURS["policy"], alpha=0.25, lw=0.8, marker=first, label="each step")
     panel.plot(x, smooth(y), color=COLOURS["policy"], lw=1.8, label="running mean")
     panel.set(yscale="log", title=f"training loss ({name})")
     panel.yaxis.set_minor_locator(ticker.LogLocator(subs=(2, 5)))
