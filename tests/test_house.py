@@ -114,7 +114,7 @@ BOUNDS = {
     "runtime": (10, 1380),
     "robots": (12, 1640),
     "evaluation": (12, 2030),
-    "workbench": (42, 6440),
+    "workbench": (42, 6490),
 }
 
 

@@ -6,10 +6,10 @@ import matplotlib
 import numpy as np
 import pytest
 from preparing import prepare_all
-from raw_episodes import JPEG, Raw, but
+from raw_episodes import JPEG, Raw
 
-from vla_lib.episodes import Episode, build_steps, find_prepared, load_prepared, recheck
-from vla_lib.workbench.plots import episodes, rates
+from vla_lib.episodes import Episode, find_prepared, load_prepared, recheck
+from vla_lib.workbench.plots import rates
 
 matplotlib.use("Agg")
 T = np.arange(0, 2, 0.01)
@@ -34,32 +34,6 @@ def episode(request, tmp_path):
 def axes_with_lines(figure):
     figure.savefig(io.BytesIO(), format="png", dpi=30)
     return [axis for axis in figure.axes if axis.lines or axis.patches or axis.images]
-
-
-def test_figures_of_an_instant(episode):
-    steps = build_steps(episode)
-    for figure in (
-        episodes.overview(episode, steps, 0.3),
-        episodes.motion(episode, steps, 0.3),
-        episodes.sensor(episode, steps, 0.3),
-        episodes.actions(episode, steps),
-    ):
-        drawn = axes_with_lines(figure)
-        assert drawn
-        units = " ".join(axis.get_ylabel() + axis.get_xlabel() for axis in drawn)
-        assert "(s)" in units
-    titles = [axis.get_title() for axis in episodes.overview(episode, steps, 0.3).axes]
-    assert any("ms old" in title for title in titles)
-
-
-def test_invalid_spans_are_shaded(tmp_path):
-    episode = Episode.open(but(CASES["gaps"], first_picture={}).write(tmp_path / "d"))
-    steps = build_steps(episode)
-    axis = episodes.actions(episode, steps).axes[0]
-    spans = [patch.get_extents().transformed(axis.transData.inverted()) for patch in axis.patches]
-    assert (
-        len(spans) == 1 and spans[0].x0 == pytest.approx(0.6, abs=1e-6) and spans[0].x1 == pytest.approx(1.1, abs=1e-6)
-    )
 
 
 def test_figures_of_rates(episode):

@@ -8,9 +8,9 @@ import pytest
 from preparing import prepare_all
 from raw_episodes import T0, Raw, but, smooth_pose
 
-from vla_lib.episodes import Episode, build_steps, find_episodes, load_prepared, measure
+from vla_lib.episodes import Episode, find_episodes, load_prepared, measure
 from vla_lib.episodes.survey import survey
-from vla_lib.workbench.plots import episodes as plots
+from vla_lib.workbench.viewer import payload
 
 SMALL = Raw("F3", seconds=2.0, camera_hz=4.0)
 
@@ -113,10 +113,8 @@ def test_what_a_policy_ordered_is_a_stream_and_is_drawn(tmp_path, wrapped):
     assert np.abs(episode.commands.action - np.c_[times, np.tile([2.0, 3, 4, 5, 6], (15, 1))]).max() < 1e-6
     assert measure(episode)["policy"].count == 15 and abs(measure(episode)["policy"].hz - 10) < 0.1
     assert any("15 of its 16 predictions" in finding.text for finding in episode.findings)
-    figure = plots.actions(episode, build_steps(episode))
-    drawn = [line for axes in figure.axes for line in axes.lines if line.get_marker() == "."]
-    assert [line.get_ydata()[0] for line in drawn] == pytest.approx([0.3, 2, 3, 4, 5, 6])
-    assert "what the policy ordered" in figure.get_suptitle()
+    ordered = [trace for trace in payload(episode, 10.0)["traces"] if "what the policy ordered" in trace["title"]]
+    assert [values[0] for trace in ordered for values in trace["values"]] == pytest.approx([0.3, 2, 3, 4, 5, 6])
     (report,) = prepare_all(tmp_path)
     assert report.status == "written" and report.summary["views"] == 5
 

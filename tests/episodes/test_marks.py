@@ -12,12 +12,12 @@ from raw_episodes import Raw
 
 from vla_lib import preprocess
 from vla_lib.core.errors import UserError
-from vla_lib.episodes import find_prepared, load_prepared, load_used
+from vla_lib.episodes import find_episodes, find_prepared, load_prepared, load_used
 from vla_lib.episodes.marks import Marks
 from vla_lib.episodes.survey import left_out
 from vla_lib.preprocess import Settings
 from vla_lib.workbench.runs import data_state
-from vla_lib.workbench.triage import episode_table, open_first
+from vla_lib.workbench.triage import episode_table, first_that_opens
 
 SMALL = Raw(seconds=2.0, camera_hz=2.0)
 A, B, BROKEN = "part1/recv_all_20250101_000001", "part1/recv_all_20250101_000002", "part1/recv_all_20240101_000000"
@@ -150,11 +150,12 @@ def test_verdicts_are_kept_for_rejected_episodes_and_stay_true(root):
 
 
 def test_a_broken_episode_that_sorts_first_is_passed_over_in_words(root):
-    opened, broken = open_first(root)
+    found = dict(zip(episode_table(root)["key"], find_episodes(root), strict=True))
+    opened, broken = first_that_opens(found)
     assert opened.path == root / A and len(broken) == 1 and "holds no robot log" in broken[0]
-    assert open_first(root, episode="20240101") == (None, broken)
+    assert first_that_opens(found, episode="20240101") == (None, broken)
     with pytest.raises(UserError, match="the datasets there are part1"):
-        open_first(root, "part2")
+        first_that_opens(found, "part2")
 
 
 def test_a_read_only_root_is_one_sentence_and_no_verdict_on_the_recordings(root, monkeypatch):

@@ -14,6 +14,7 @@ from needle_rig.recorder import record
 from needle_rig.settings import RecordSettings
 from vla_lib.core.files import read_json, read_jsonl
 from vla_lib.core.run_folder import PROJECT, RunFolder, read_record
+from vla_lib.episodes.marks import Marks
 from vla_lib.training.checkpoint import read_checkpoint
 from vla_lib.workbench import run_all, runs
 
@@ -35,9 +36,8 @@ KERNELSPEC = {
     "kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}
 }  # else JupyterLab asks for one
 WIDGET = "application/vnd.jupyter.widget-view+json"
-RANGE, HANDLE = "input[type=range]", ".noUi-handle"  # of pictures that need no kernel; of a widget
+RANGE = "input[type=range]"  # of pictures that need no kernel
 SLIDERS = dict.fromkeys(NOTEBOOKS, ()) | {
-    "01_inspect_episodes": (("episode-browser", HANDLE), ("open-episode", RANGE)),
     "06_evaluate": (("paths-in-space", RANGE), ("film-strips", RANGE), ("sensor-over-time", RANGE)),
     "07_rehearse": (("moments", RANGE),),
 }
@@ -73,6 +73,7 @@ def test_a_notebook_lives_in_jupyterlab(name, desk, root):
     desk.whole_picture(f"jupyterlab-{name}")
     if name == NOTEBOOKS[0]:
         desk.picture("jupyterlab", 1330, "all-episodes")  # as the README shows it
+        look_and_decide(desk, root)
     for output in desk.outputs():
         data = output.get("data", {})
         if WIDGET not in data and not {"text/html", "image/png"} & set(data):
@@ -90,13 +91,34 @@ def test_a_notebook_lives_in_jupyterlab(name, desk, root):
         slider, shown = area.locator(kind), area.locator("img:visible")
         assert (slider.count(), shown.count()) == (1, 1), cell
         before = shown.get_attribute("src")
-        if kind == RANGE:
-            slider.fill(slider.get_attribute("max"))
-        else:
-            for _ in range(5):
-                slider.press("ArrowRight")
+        slider.fill(slider.get_attribute("max"))
         desk.until(lambda shown=shown, before=before: shown.get_attribute("src") != before)
         desk.picture(f"slider-{name}-{cell}")
+
+
+def look_and_decide(desk, root: Path) -> None:
+    """Keys in the episodes' viewer: every step of a held key is drawn, a mark is in the file, the row follows."""
+    place = desk.show("episodes").locator(".vla-browser")
+    drawn = lambda: int(place.get_attribute("data-drawn") or 0)  # noqa: E731
+    desk.until(lambda: drawn() > 0)
+    place.focus()
+    clock = place.locator("output")
+    for _ in range(10):
+        before, count = clock.inner_text(), drawn()
+        place.press("ArrowRight")
+        desk.until(lambda before=before, count=count: drawn() > count and clock.inner_text() != before)
+    picture = place.locator(".vla-pictures img").first
+    assert picture.evaluate("async e => (await (await fetch(e.src)).blob()).type") == "image/jpeg"
+    key = place.locator("tr.vla-current").get_attribute("data-key")
+    place.press("x")
+    desk.until(lambda: Marks.load(root).of(key).exclude is True)
+    desk.until(lambda: place.locator("tr.vla-out").count() == 1)
+    place.press("x")
+    desk.until(lambda: not Marks.load(root).left_out(key))
+    place.press("n")
+    desk.until(lambda: place.locator("tr.vla-current").get_attribute("data-key") != key)
+    desk.until(lambda: read_record(max(desk.runs()))["parameters"]["episode"] not in ("", key))
+    desk.picture("viewer", 1330, "episodes")
 
 
 def test_the_report_as_the_readme_shows_it(desk, root):

@@ -20,6 +20,7 @@ from vla_lib.runtime.run_log import Tick
 from vla_lib.workbench import comparison, live, pages, rollout_views, run_browser, runs, tables, widgets
 from vla_lib.workbench.jobs import Job
 from vla_lib.workbench.pages import Section, export_html, static_outputs, write_report
+from vla_lib.workbench.viewer import EpisodeBrowser
 
 PROJECT = Path(__file__).resolve().parents[2]
 BAIT = "window.caught=(window.caught||0)+1"
@@ -45,11 +46,10 @@ def episode_views(folder: Path, name: str) -> list[str]:
     (folder / "data" / "part1" / f"recv_all_20250101_000000{name.replace('/', '∕')}").mkdir(parents=True)
     (log,) = (folder / "data" / "part1").iterdir()
     (log / "robot_log.csv").write_text("no,log\n")
-    browser = widgets.EpisodeBrowser(folder / "data")
-    browser.root.value = str(folder / f"no {name}")
+    browser = EpisodeBrowser(folder / "data")
     figure = Figure((1, 1))
     figure.suptitle(name)
-    return html_of(browser.widget) + [widgets.offline_slider([figure, figure], [name, f"{name}2"]).data]
+    return [browser.page(1).data, widgets.offline_slider([figure, figure], [name, f"{name}2"]).data]
 
 
 def job_views(folder: Path, name: str) -> list[str]:
@@ -181,5 +181,8 @@ def test_html_is_made_of_text_in_one_place_only():
         ("tables.py", "STYLE"),
         ("run_browser.py", "made.data"),
         ("widgets.py", "image"),
+        ("viewer.py", "style("),
+        ("viewer.py", "told"),
+        ("viewer.py", "code"),
     }
     assert found <= allowed

@@ -8,19 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import ipywidgets
-import pandas as pd
 from IPython.display import HTML, display
 from matplotlib.figure import Figure
 
 from vla_lib.core.errors import UserError
-from vla_lib.episodes import Episode, EpisodeFiles, build_steps, find_episodes
-from vla_lib.episodes.episode import sensor_image
-from vla_lib.episodes.prepared import known_clocks
 from vla_lib.workbench import runs
 from vla_lib.workbench.markup import Html, Markup, joined, page
 from vla_lib.workbench.notebook import dataset_path, interactive, pick, shown
-from vla_lib.workbench.plots.episodes import overview
-from vla_lib.workbench.triage import episode_table
 
 STEP_S = 0.1
 ALL = "all datasets"
@@ -63,96 +57,6 @@ def best_report(reports: Iterable[Mapping[str, Any]]) -> Mapping[str, Any]:
             "Every episode is rejected, so there is nothing to show; the table of verdicts gives the reasons."
         )
     return max(kept, key=lambda report: report["summary"]["valid"])
-
-
-class EpisodeView:
-    """One opened episode with its action steps and thinned A-scans, ready to be drawn at any instant."""
-
-    def __init__(self, files: EpisodeFiles | Episode, action_hz: float = 10.0):
-        self.episode = files if isinstance(files, Episode) else Episode.open(files, known_clocks(files.path))
-        self.steps = build_steps(self.episode, action_hz)
-        self.mmode = sensor_image(self.episode)
-
-    def draw(self, at_s: float) -> Figure:
-        """Everything at `at_s` seconds since the first robot row."""
-        return overview(self.episode, self.steps, at_s, self.mmode)
-
-    def slider(self, instants: int = 6) -> HTML:
-        """The static twin of the time slider: `instants` moments, evenly over the motion."""
-        times = [self.episode.duration_s * (k + 0.5) / instants for k in range(instants)]
-        return offline_slider((self.draw(t_s) for t_s in times), [f"{t_s:.1f} s" for t_s in times])
-
-
-class EpisodeBrowser:
-    """A root, dropdowns for dataset and episode with a text filter, a time slider with play, the drawn instant."""
-
-    def __init__(self, root: Path, action_hz: float = 10.0):
-        self.action_hz = action_hz
-        self._files: list[EpisodeFiles] = []
-        self._label: dict[Path, str] = {}
-        self._view: EpisodeView | None = None
-        wide, late = {"width": "640px"}, {"continuous_update": False}
-        self.root = ipywidgets.Text(value=str(root), description="root", layout=wide, **late)
-        self.dataset = ipywidgets.Dropdown(options=[ALL], description="dataset")
-        self.filter = ipywidgets.Text(placeholder="part of a name or verdict", description="filter", **late)
-        self.chosen = ipywidgets.Dropdown(description="episode", layout=wide)
-        self.time = ipywidgets.IntSlider(description="time (0.1 s)", layout=wide, **late)
-        self.play = ipywidgets.Play(interval=700, step=5)
-        self.picture = ipywidgets.Image(format="png", layout={"max_width": "1100px"})
-        self.message = Html()
-        ipywidgets.jslink((self.play, "value"), (self.time, "value"))
-        self.root.observe(self._read, "value")
-        self.dataset.observe(self._list, "value")
-        self.filter.observe(self._list, "value")
-        self.chosen.observe(self._open, "value")
-        self.time.observe(self._draw, "value")
-        self._read()
-        which, when = ipywidgets.HBox([self.dataset, self.filter]), ipywidgets.HBox([self.play, self.time])
-        self.widget = ipywidgets.VBox([self.root, which, self.chosen, when, self.message, self.picture])
-
-    def _ipython_display_(self) -> None:
-        display(self.widget)
-
-    def _read(self, _change: Any = None) -> None:
-        root = dataset_path(self.root.value)
-        try:
-            self._files = find_episodes(root)
-        except UserError as error:
-            self._files, self.message.value = [], str(error)
-        table = episode_table(root) if self._files else pd.DataFrame(columns=["episode", "verdict"])
-        verdicts = zip(self._files, table["verdict"], strict=True)
-        self._label = {files.path: f"{files.name}  [{verdict}]" for files, verdict in verdicts}
-        self.dataset.options = [ALL, *sorted({files.dataset for files in self._files})]
-        self._list()
-
-    def _list(self, _change: Any = None) -> None:
-        fits = [files for files in self._files if self.dataset.value in (ALL, files.dataset)]
-        fits = [files for files in fits if self.filter.value.lower() in self._label[files.path].lower()]
-        self.chosen.options = [(self._label[files.path], files) for files in fits]
-        self.chosen.index = 0 if fits else None
-        if not self._files:
-            self.message.value = f"There is no recorded episode below {self.root.value}."
-        elif not fits:
-            self.message.value = "No episode fits the filter."
-
-    def _open(self, _change: Any = None) -> None:
-        if self.chosen.value is None:
-            return
-        try:
-            self._view = EpisodeView(self.chosen.value, self.action_hz)
-        except UserError as error:
-            self._view, self.picture.value, self.message.value = None, b"", str(error)
-            return
-        self.message.value = ""
-        last = int(self._view.episode.duration_s / STEP_S)
-        self.play.max = self.time.max = last
-        if self.time.value == last // 2:
-            self._draw()
-        self.time.value = last // 2
-
-    def _draw(self, _change: Any = None) -> None:
-        if self._view is not None:
-            self.picture.value = drawn(self._view.draw(self.time.value * STEP_S))
 
 
 # ---- checkpoints

@@ -14,10 +14,11 @@ from vla_lib.episodes.episode import Episode
 from vla_lib.episodes.findings import GOOD, REJECTED, USABLE
 from vla_lib.episodes.motion import MotionMatch, camera_match, sensor_match
 from vla_lib.episodes.quality import STAGGER_S, Rates, distinct_hz, intervals_ms, measure
-from vla_lib.workbench.plots.episodes import TIME
 from vla_lib.workbench.plots.style import COLOURS, PALE, Panels, diagonal, legend, panels, plot, say
 
 RATES = {"robot_hz": "robot rows", "pose_hz": "distinct poses", "sensor_hz": "sensor", "camera_hz": "cameras"}
+
+TIME = "time since first robot row (s)"
 
 
 @plot
