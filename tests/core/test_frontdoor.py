@@ -12,6 +12,7 @@ from vla_lib.core import frontdoor
 from vla_lib.core.errors import UserError
 from vla_lib.core.run_folder import PROJECT
 from vla_lib.core.settings import Settings, settings
+from vla_lib.evaluation.deployment import DeploySettings
 
 
 @settings
@@ -80,6 +81,8 @@ def test_a_notebooks_parameters_become_settings():
     for values, sentence in (({"batch_size": 0}, "--batch-size is 0; it should be"), ({"colour": 1}, "--colour is no")):
         with pytest.raises(UserError, match=sentence):
             TrialSettings(**values)
+    with pytest.raises(UserError, match="--robot is missing; give it"):
+        DeploySettings.of({"robot": "", "checkpoint": "policy.pt"})
 
 
 @pytest.mark.parametrize("named", [True, False], ids=["its launcher named", "nobody named it"])

@@ -1,6 +1,7 @@
 """JupyterLab in Chromium: every notebook runs all its cells on a recording of seconds, its sliders redraw, Stop
 stops."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from nbformat import v4
 
 from needle_rig.recorder import record
 from needle_rig.settings import RecordSettings
+from tests.robots import fake_rig
+from tests.robots.fake_arm import FakeArm
 from vla_lib.core.files import read_json, read_jsonl
 from vla_lib.core.run_folder import PROJECT, RunFolder, read_record
 from vla_lib.episodes.marks import Marks
@@ -32,6 +35,7 @@ GIVEN = {
     "06_evaluate": {"closed_loop_seeds": 2, "masked": False, "max_time_s": 2.0, "films": 2},
     "07_rehearse": {"max_time_s": 2.0},
 }
+LEAVES = ("05_train_diffusion", "08_deploy")  # nothing builds on them
 KERNELSPEC = {
     "kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}
 }  # else JupyterLab asks for one
@@ -55,11 +59,21 @@ def root(tmp_path_factory) -> Path:
     return folder
 
 
-def run(desk, name: str, root: Path) -> None:
+@pytest.fixture(scope="module")
+def rig(tmp_path_factory) -> Iterator[Path]:
+    """The robot.yaml of a rig of loopback doubles that runs meanwhile."""
+    with FakeArm((0, 0, 0, 0, 60, 0)) as arm:
+        content = fake_rig.mapping(arm)
+        with fake_rig.CameraHost(content["zmq_port"]), fake_rig.SensorHost(content["sensor"]["port"]):
+            yield fake_rig.write(tmp_path_factory.mktemp("rig") / "robot.yaml", content)
+
+
+def run(desk, name: str, root: Path, **given: Any) -> None:
     """Run a notebook after those that it builds on; each once."""
     for earlier in NOTEBOOKS[: NOTEBOOKS.index(name) + 1]:
-        if earlier not in desk.ran and (earlier == name or earlier != "05_train_diffusion"):
-            desk.open(desk.copy(earlier, dataset_root=str(root), **GIVEN.get(earlier, {})))
+        if earlier not in desk.ran and (earlier == name or earlier not in LEAVES):
+            asked = GIVEN.get(earlier, {}) | (given if earlier == name else {})
+            desk.open(desk.copy(earlier, dataset_root=str(root), **asked))
             desk.run_all()
             assert desk.errors() == []
             desk.keep()
@@ -67,9 +81,9 @@ def run(desk, name: str, root: Path) -> None:
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
-def test_a_notebook_lives_in_jupyterlab(name, desk, root):
+def test_a_notebook_lives_in_jupyterlab(name, desk, root, rig):
     desk.ran.discard(name)
-    run(desk, name, root)
+    run(desk, name, root, **({"robot": str(rig)} if name == "08_deploy" else {}))
     desk.whole_picture(f"jupyterlab-{name}")
     if name == NOTEBOOKS[0]:
         desk.picture("jupyterlab", 1330, "all-episodes")  # as the README shows it

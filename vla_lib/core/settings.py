@@ -73,7 +73,7 @@ def flag(name: str) -> str:
 
 def _sentence(error: Any, written: Callable[[str], str]) -> str:
     name = written(str(error["loc"][0])) if error["loc"] else "The settings"
-    if error["type"] == "missing":
+    if error["type"] == "missing" or (error["type"] == "path_type" and error["input"] is None):  # "" in a notebook
         return f"{name} is missing; give it"
     if error["type"] == "unexpected_keyword_argument":
         return f"{name} is no setting; leave it out"
