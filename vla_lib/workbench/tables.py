@@ -31,7 +31,7 @@ def fit(frame: pd.DataFrame, precision: int = 3, height_px: int = 480) -> HTML:
         style = f"padding:2px 6px;vertical-align:top;text-align:{'right' if number else 'left'};{wrap}"
         return Markup("<{0} style='{1}'>{2}</{0}>").format(tag, style, str(value))
 
-    heads = joined(cell(column, str(column).replace("_", " "), "th") for column in frame.columns)
+    heads = joined(cell(column, str(column), "th") for column in frame.columns)
     rows = [map(cell, frame.columns, row) for row in frame.itertuples(index=False)]
     body = joined(Markup("<tr>{}</tr>").format(joined(row)) for row in rows)
     table = Markup(

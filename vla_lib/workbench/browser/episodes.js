@@ -279,7 +279,7 @@ class Table {
     const table = make("table"), head = make("tr");
     for (const name of columns) {
       const mark = this.sort.name === name ? (this.sort.down ? " ▾" : " ▴") : "";
-      const cell = make("th", "", name + mark);
+      const cell = make("th", `vla-${name.split(",")[0]}`, name + mark);
       if (this.rows.length && name in this.rows[0]) cell.onclick = () => {
         this.sort = {name, down: this.sort.name === name && !this.sort.down};
         this.draw();
