@@ -71,7 +71,7 @@ def test_the_training_ran_as_two_supervised_processes(demo):
     assert "--nproc_per_node=2" in command
     results = read_json(run / "results.json")
     assert results["processes"] == 2
-    assert {path.name for path in (run / "checkpoints").iterdir()} == {
+    assert {path.name for path in (run / "checkpoints").glob("*.pt")} == {
         "qwen_vla_async.pt",
         "qwen_vla_async_best.pt",
         "qwen_vla_async_final.pt",
