@@ -73,7 +73,7 @@ def test_build_and_read(dataset, tmp_path):
     for folder in find_prepared(dataset):
         episode = load_prepared(folder)
         found = features.episode(episode)
-        assert found.tokens.shape == (len(found.tick_step), 73, 128) and found.tokens.dtype == torch.float32
+        assert found.tokens.shape == (len(found.tick_step), 3 * 6 * 11 + 1, 128) and found.tokens.dtype == torch.float32
         assert found.tick_step.tolist() == list(range(0, len(episode), 3))
         lacking = [view for view in VIEWS if view not in episode.views]
         for view in lacking:

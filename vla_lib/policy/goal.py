@@ -61,7 +61,8 @@ class GoalReader(nn.Module):
         row, col = (torch.linspace(-1, 1, count) if count > 1 else torch.zeros(1) for count in self.grid)
         self.register_buffer("places", torch.cartesian_prod(row, col), persistent=False)
         self.reduce = nn.Linear(config.token_dim, PATTERN_WIDTH)
-        self.heat = nn.Conv2d(PATTERN_WIDTH, KEYPOINTS, 3, padding=1)
+        # a bias would move no keypoint, so Adam would walk it by the noise of its gradient
+        self.heat = nn.Conv2d(PATTERN_WIDTH, KEYPOINTS, 3, padding=1, bias=False)
         self.by_position = nn.Linear(config.token_dim, RANK, bias=False)
         self.read = nn.Sequential(
             nn.Linear(3 * views * KEYPOINTS + config.tokens * RANK + STATE_DIM, width),
