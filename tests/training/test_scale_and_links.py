@@ -19,7 +19,8 @@ from vla_lib.features.settings import CacheSettings
 from vla_lib.training.loop import train as train_async
 from vla_lib.training.settings import AsyncSettings
 
-CACHE = {"vl_layer": 1, "vl_pooling": "grid:1x1", "device": "cpu", "image_resize_height": 28, "image_resize_width": 28}
+CACHE = {"vl_model": "tiny", "vl_layer": 1, "vl_pooling": "grid:1x1", "device": "cpu"}
+CACHE |= {"image_resize_height": 28, "image_resize_width": 28}
 TRAIN = SMALL | {"max_steps": 2, "batch_size": 64, "grad_accum_steps": 1, "val_fraction": 0.5}
 TRAIN |= {"image_resize_height": 28, "image_resize_width": 28}
 OPEN_FILES = 130

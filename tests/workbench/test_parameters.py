@@ -160,10 +160,10 @@ def test_a_resumed_run_is_one_line_in_the_lab_book(write_notebook, kernel):
 
 def test_a_stop_says_where_it_is_and_how_to_go_on(tmp_path):
     job = Job([], tmp_path / "20260101-000000-04_train_async")
-    assert job._stopped("stopped").endswith("Run the notebook again to go on.")
+    assert job.stopped("stopped").endswith("Run the notebook again to go on.")
     append_jsonl(job.run_dir / "metrics.jsonl", {"step": 260})
     (job.run_dir / "checkpoints").mkdir()
     (job.run_dir / "checkpoints" / "a.pt").touch()
-    said = job._stopped("stopped")
+    said = job.stopped("stopped")
     assert said.startswith('stopped at step 260; saved; go on with resume_run = "20260101-000000-04_train_async"')
     assert JobCancelled(said)._render_traceback_() == [said]

@@ -51,14 +51,16 @@ def living(file: Path, probe: Path | None = None) -> str:
     """The living owner that an owner's file names, in words; "" where there is none. `probe`: a path beside it whose
     file is made and removed to ask the server's clock; without, this machine's clock is asked."""
     seen = _read(file)
-    if seen is None:
-        return ""
+    with contextlib.suppress(FileNotFoundError):  # released meanwhile
+        return "" if seen is None else _who(seen, file, probe)
+    return ""
+
+
+def _who(seen: dict[str, Any], file: Path, probe: Path | None) -> str:
+    """As `living`, of a note that was read. Raises FileNotFoundError where it has gone since."""
     if seen.get("machine") == machine():
         return f"process {seen['pid']} of this machine" if alive(seen["pid"], seen["pid_created"]) else ""
-    try:
-        age_s = _now(probe) - file.stat().st_mtime
-    except FileNotFoundError:
-        return ""
+    age_s = _now(probe) - file.stat().st_mtime
     who = f"process {seen['pid']} on {seen['host']}" if seen else "a process that has just begun"
     return f"{who}, last heard of {max(age_s, 0.0):.0f} s ago" if age_s < STALE_S else ""
 
@@ -96,6 +98,7 @@ class Owner:
 
     def __init__(self, folder: Path, role: str):
         self.file, self._token, self._over = owner_file(folder, role), secrets.token_hex(8), threading.Event()
+        self._probe = self.file.with_name(f"{self.file.name}.{self._token}.partial")
 
     @classmethod
     def take(cls, folder: Path, role: str = STAGE) -> "Owner":
@@ -103,11 +106,10 @@ class Owner:
         own = cls(folder, role)
         folder.mkdir(parents=True, exist_ok=True)
         while not own._made():
-            before = _read(own.file)
-            if who := living(own.file, own.file.with_name(f"{own.file.name}.{own._token}.partial")):
+            if who := living(own.file, own._probe):
                 remedy = "wait for it or stop it there, or use another run folder"
                 raise UserError(f"{folder} is in use by {who}; {remedy}.")
-            own._set_aside(before)
+            own._remove_dead()
         threading.Thread(target=own._beat, daemon=True, name=f"owner of {folder.name}").start()
         return own
 
@@ -126,14 +128,25 @@ class Owner:
         except FileExistsError:
             return False
 
-    def _set_aside(self, dead: dict[str, Any] | None) -> None:
-        """Remove the note of an owner that is dead; one that somebody quicker has made meanwhile is put back."""
-        aside = self.file.with_name(f"{self.file.name}.{self._token}.partial")
-        with contextlib.suppress(FileNotFoundError):
-            os.rename(self.file, aside)
-            if _read(aside) != dead:
-                os.rename(aside, self.file)
-            aside.unlink(missing_ok=True)
+    def _remove_dead(self) -> None:
+        """Remove the note of an owner that is dead. One at a time looks and removes, so that no living one's note goes
+        when several find a dead one."""
+        busy = self.file.with_name(f"{self.file.name}.partial")
+        try:
+            busy.touch(exist_ok=False)
+        except FileExistsError:
+            time.sleep(0.01)
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - busy.stat().st_mtime > STALE_S:  # whoever made it died at it
+                    busy.unlink()
+            return
+        try:
+            seen = _read(self.file)
+            with contextlib.suppress(FileNotFoundError):
+                if seen is not None and not _who(seen, self.file, self._probe):
+                    self.file.unlink()
+        finally:
+            busy.unlink(missing_ok=True)
 
     def _beat(self) -> None:
         while not self._over.wait(HEARTBEAT_S):

@@ -235,7 +235,7 @@ class Job:
                 on_tick(self._new_lines(final=True))
             if self.attached:
                 raise JobCancelled(f"The cell was interrupted; the job goes on, in {self.run_dir}.") from None
-            raise JobCancelled(self._stopped("the cell was interrupted; the job stopped")) from None
+            raise JobCancelled(self.stopped("the cell was interrupted; the job stopped")) from None
         return self._conclude()
 
     def _new_lines(self, final: bool) -> list[str]:
@@ -248,8 +248,9 @@ class Job:
         self._read += whole
         return data[:whole].decode(errors="replace").splitlines()
 
-    def _stopped(self, how: str) -> str:
-        """Where a stopped job is, and how to go on, in a sentence."""
+    def stopped(self, how: str) -> str:
+        """Where a stopped job is, and how to go on, in a sentence. `how`: the reason in its status, or more."""
+        how = how.replace("stopped by SIGTERM", "stopped")
         steps = [row["step"] for row in read_jsonl(self.run_dir / "metrics.jsonl") if "step" in row]
         at = f" at step {max(steps)}" if steps else ""
         if not any((self.run_dir / "checkpoints").glob("*.pt")):
@@ -262,7 +263,7 @@ class Job:
         if status.get("state") != "ended":
             raise JobFailed(f"The job's supervisor was killed; what it had logged is in {self.log}.")
         if status["reason"]:
-            raise JobCancelled(self._stopped(status["reason"].replace("stopped by SIGTERM", "stopped")))
+            raise JobCancelled(self.stopped(status["reason"]))
         if status["returncode"] != 0:
             raise JobFailed(explain(self.log, status["returncode"], status["log_from"]))
         return status

@@ -100,6 +100,7 @@ class TrainingView:
         self._stop.disabled = True
         status = self.job.status
         ended = status.get("reason") or ("done" if status.get("returncode") == 0 else "failed")
+        ended = self.job.stopped(ended) if ended.startswith("stopped") else ended
         self._state.value = BOLD.format("running on, no longer shown here" if self.job.running else ended)
 
     def _stop_clicked(self, _button: Any) -> None:
