@@ -35,7 +35,7 @@ SIZES = {
         cache={},
         train={"lr": 1e-3, "max_steps": 3500, **REGULARISED},
         evaluate={"closed_loop_seeds": 50, "masked": False},
-        free_bytes=14e9,
+        free_bytes=18e9,
     ),
     "small": Size(
         record={"episodes_f1": 18, "episodes_f2": 2, "picture_width": 160, "picture_height": 90, "idle_tail_s": 0.5},
