@@ -1,10 +1,14 @@
-"""Benchmark rows of the feature cache on a GPU: a model of Qwen2.5-VL-3B's sizes, and its share of the GPU's peak.
+"""Benchmark rows of a GPU: a VL model of Qwen2.5-VL-3B's sizes in the feature cache and in stage 2, the action expert.
 
 Its weights are random, so nothing is downloaded.
 """
 
 import json
+import shutil
+import subprocess
+import sys
 import tempfile
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,15 +17,17 @@ import numpy as np
 
 from benchmarks.features import INSTRUCTION, VIEWS, build_row, make_dataset
 from benchmarks.rows import BenchRow, seconds
+from benchmarks.training import training_steps
 from vla_lib.core.errors import UserError
+from vla_lib.core.files import read_jsonl
 
 H200_PEAK_TFLOPS = 989.0  # dense bf16 of H100 and H200, NVIDIA's data sheet
 
 
-def rows(fast: bool = False, views: int = 5) -> list[BenchRow]:
-    """Forward throughput as a share of the peak, and the whole build against the plain way.
+def rows(fast: bool = False, views: int = 5) -> Iterator[BenchRow]:
+    """Forward throughput as a share of the peak, the whole build against the plain way, the expert, and stage 2.
 
-    Needs about 20 GB of a GPU's memory. Raises UserError where there is no GPU.
+    Needs about 20 GB of a GPU's memory, and 8 GB of disk. Raises UserError where there is no GPU.
     """
     import torch
 
@@ -42,11 +48,105 @@ def rows(fast: bool = False, views: int = 5) -> list[BenchRow]:
         f"{flop / batch_size / 1e12:.1f} TFLOP a tick; of a large matmul here ({peak:.0f} TFLOP/s): "
         f"{100 * rate / peak:.0f} %; memory {torch.cuda.max_memory_allocated() / 2**30:.0f} GiB"
     )
-    result = [BenchRow("features.mfu", rate, H200_PEAK_TFLOPS, "TFLOP/s", "0.5 of the data sheet's peak", note)]
+    yield BenchRow("features.mfu", rate, H200_PEAK_TFLOPS, "TFLOP/s", "0.5 of the data sheet's peak", note)
     with tempfile.TemporaryDirectory() as folder:
         make_dataset(Path(folder), episodes=3, steps=150, size=(1280, 720), views=used)
         plain = large_plain(checkpoint, config)
-        return [*result, build_row(Path(folder), "3B sizes", 8, extractor, plain)[0]]
+        yield build_row(Path(folder), "3B sizes", 8, extractor, plain)[0]
+    del extractor, plain
+    torch.cuda.empty_cache()
+    for head in ("regression", "diffusion"):
+        yield from expert_rows(head, config["text_config"]["hidden_size"], 20 if fast else 100)
+    with tempfile.TemporaryDirectory() as folder:
+        yield stage2_row(Path(folder), checkpoint, config, 8 if fast else 40)
+
+
+def expert_rows(head: str, token_dim: int, times: int, batch_size: int = 64) -> list[BenchRow]:
+    """A prediction on the GPU, against one on the CPU with one thread; a compiled training step, against a plain one.
+
+    Five views of 6x11 tokens.
+    """
+    import torch
+
+    from vla_lib.policy.config import HEADS, PolicyConfig
+    from vla_lib.policy.policy import Policy
+
+    layout = np.indices((len(VIEWS), 6, 11)).reshape(3, -1).tolist()
+    window = 65 if head == "regression" else 650
+    config = PolicyConfig(
+        HEADS[HEADS.index(head)], VIEWS, token_dim, *map(tuple, layout), sensor_window_size=window, ddim_steps=10
+    )
+    policy = Policy(config)
+
+    def batch(count: int, device: str) -> dict[str, Any]:
+        shapes = {"vl_tokens": (config.tokens, token_dim), "vl_state": (12,), "state": (12,)}
+        shapes |= {"sensor": (window, 1026), "action": (config.horizon, 7), "goal": (3,)}
+        made = {name: torch.randn(count, *shape, device=device) for name, shape in shapes.items()}
+        made["vl_mask"] = torch.ones(count, config.tokens, dtype=torch.bool, device=device)
+        return made | {"sensor_mask": torch.ones(count, dtype=torch.bool, device=device)}
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    cpu_s = seconds(partial(policy.eval().predict, batch(1, "cpu")), max(5, times // 5), warm=3)
+    torch.set_num_threads(threads)
+    policy.cuda()
+    gpu_s = seconds(partial(policy.predict, batch(1, "cuda")), times, warm=10)
+    note = f"{policy.parameter_count() / 1e6:.1f} M parameters; 99th percentile {np.quantile(gpu_s, 0.99) * 1e3:.1f} ms"
+    ours, plain = (1e3 * float(np.median(taken)) for taken in (gpu_s, cpu_s))
+    latency = BenchRow(f"expert.latency ({head})", ours, plain, "ms", "< 100 ms", note, less=True)
+    policy.train()
+    full, optimiser = batch(batch_size, "cuda"), torch.optim.AdamW(policy.parameters(), fused=True)
+    draws = {name: drawn.cuda() for name, drawn in policy.draw(batch_size, torch.Generator().manual_seed(0)).items()}
+
+    def step(forward: Any) -> None:
+        optimiser.zero_grad(set_to_none=True)
+        with torch.autocast("cuda", torch.bfloat16):
+            forward(full, draws).mean().backward()
+        optimiser.step()
+
+    eager, compiled = (
+        float(np.median(seconds(partial(step, f), times, warm=5))) for f in (policy, torch.compile(policy))
+    )
+    note = f"batches of {batch_size}, bfloat16, data on the GPU"
+    return [latency, BenchRow(f"expert.compiled training step ({head})", 1 / compiled, 1 / eager, "steps/s", "", note)]
+
+
+def stage2_row(root: Path, checkpoint: Any, config: dict[str, Any], steps: int, batch_size: int = 8) -> BenchRow:
+    """Training steps a second of stage 2, LoRA in a 3B-sized VLM, against stage 1 from its cache; by the front doors.
+
+    The pictures are of 640x360, as the lab's are read.
+    """
+    model, data = large_folder(root / "3B-sizes", checkpoint, config), root / "data"
+    run = [sys.executable, "-m"]
+    size = ["--picture-width", "640", "--picture-height", "360", "--episodes-f1", "4", "--episodes-f2", "0"]
+    for words in (
+        ["needle_rig", "--dataset-root", str(data), *size],
+        ["vla_lib.preprocess", "--dataset-root", str(data)],
+        ["vla_lib.build_vl_cache", "--dataset-root", str(data), "--vl-model", str(model)],
+    ):
+        subprocess.run([*run, *words], check=True, stdout=subprocess.DEVNULL)
+    batch = ("--batch-size", str(batch_size))
+    cached = training_steps(run, data, root / "stage1", 4 * steps, *batch)
+    first = root / "stage1" / "checkpoints" / "qwen_vla_async_final.pt"
+    stage = ("--training-stage", "stage2", "--stage1-checkpoint", str(first))
+    live = training_steps(run, data, root / "stage2", steps, *stage, *batch)
+    memory = max(row.get("train/gpu_memory_gib", 0.0) for row in read_jsonl(root / "stage2" / "metrics.jsonl"))
+    note = f"batches of {batch_size}, five views, 18 of 36 layers; greatest memory {memory:.0f} GiB; baseline: stage 1"
+    return BenchRow("training.stage 2", live, cached, "steps/s", "", note)
+
+
+def large_folder(folder: Path, checkpoint: Any, config: dict[str, Any]) -> Path:
+    """A checkpoint of Qwen2.5-VL-3B's sizes with random weights, in the form of the published one."""
+    import torch
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    shutil.copytree(checkpoint.folder, folder, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    with torch.device("cuda:0"):
+        made = AutoModelForImageTextToText.from_config(
+            AutoConfig.for_model("qwen2_5_vl", **config), dtype=torch.bfloat16
+        )
+    made.save_pretrained(folder)
+    return folder
 
 
 def large_checkpoint() -> tuple[Any, Any, dict[str, Any]]:

@@ -157,11 +157,16 @@ def _pictures(
 
 
 def _rate(root: Path, run_dir: Path, processes: int, steps: int) -> float:
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    words += ["-m", "vla_lib.train_async", "--dataset-root", str(root), "--run-dir", str(run_dir)]
-    words += f"--max-steps {steps} --batch-size 16 --grad-accum-steps 1 --num-workers 0".split()
-    words += ["--wandb-mode", "disabled", "--checkpoint-every-s", "1e9"]
-    subprocess.run(words, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m"]
+    return 16 * processes * training_steps(command, root, run_dir, steps, "--batch-size", "16", "--num-workers", "0")
+
+
+def training_steps(command: list[str], root: Path, run_dir: Path, steps: int, *words: str) -> float:
+    """Optimiser steps a second of train_async, of one pass each, without the first ones; its first error is raised."""
+    command = [*command, "vla_lib.train_async", "--dataset-root", str(root), "--run-dir", str(run_dir), *words]
+    command += ["--max-steps", str(steps), "--grad-accum-steps", "1", "--wandb-mode", "disabled"]
+    command += ["--checkpoint-every-s", "1e9"]
+    subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
     taken = [r["elapsed_s"] for r in read_jsonl(run_dir / "metrics.jsonl") if "train/loss_step" in r]
     skip = min(2, len(taken) - 2)
-    return 16 * processes * (len(taken) - 1 - skip) / (taken[-1] - taken[skip])
+    return (len(taken) - 1 - skip) / (taken[-1] - taken[skip])

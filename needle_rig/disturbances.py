@@ -20,6 +20,7 @@ TARGET_SCALE = 1.25
 DRIFT_MN_S = 1.0  # of the force's offset, up or down
 OCT_CONTRAST = 0.5
 LAG_TIMES = 2.0
+FURTHER = 1.2  # how much wider than these `varied` draws
 
 
 def _camera_moved(world: World) -> World:
@@ -68,6 +69,31 @@ def disturbed(world: World, name: str) -> World:
     if name not in CHANGES:
         raise RigError(f"The rig has no disturbance {name!r}; it has {', '.join(CHANGES)}.")
     return CHANGES[name](world)
+
+
+def varied(world: World) -> World:
+    """The world with everything that a laboratory can vary between recordings drawn widely, by its seed.
+
+    Light, camera places, the needle's colour, the target's size, the drift of the force and the contrast of the A-scan:
+    wider than each of CHANGES, all at once. The lag of the arm stays."""
+    rng = stream(world.seed, "varied")
+    how_far = rng.uniform(0, FURTHER, (2, len(VIEWS), 1))
+    place, turn = how_far * [_unit(rng.standard_normal((len(VIEWS), 3))) for _ in range(2)]
+    world = _light(_between(rng, DARKER / FURTHER, BRIGHTER * FURTHER))(world)
+    world = _look(
+        world,
+        camera_place_mm=world.looks.camera_place_mm + MOVED_MM * place,
+        camera_turn_deg=world.looks.camera_turn_deg + MOVED_DEG * turn,
+        hub_rgb=tuple(rng.uniform(0.05, 0.95, 3)),
+        target_scale=_between(rng, 1 / (TARGET_SCALE * FURTHER), TARGET_SCALE * FURTHER),
+    )
+    drift = DRIFT_MN_S * FURTHER * float(rng.uniform(-1, 1))
+    return replace(world, force_drift_mN_s=drift, oct_contrast=float(rng.uniform(OCT_CONTRAST / FURTHER, 1.0)))
+
+
+def _between(rng: np.random.Generator, low: float, high: float) -> float:
+    """Drawn evenly over the logarithms."""
+    return float(np.exp(rng.uniform(np.log(low), np.log(high))))
 
 
 def _look(world: World, **changes: Any) -> World:

@@ -25,7 +25,7 @@ from needle_rig.demonstrator import demonstrate
 from needle_rig.layouts import EpisodeWriter
 from needle_rig.render import check_gl, open_scene
 from needle_rig.settings import PlannedEpisode, RecordSettings
-from needle_rig.world import RigError, sample_world
+from needle_rig.world import RigError
 
 MANIFEST = "simulation.json"
 PARTIAL = ".recording-"  # an episode being written: ROOT/.recording-<index>/, renamed into place when whole
@@ -104,7 +104,7 @@ _scene = functools.cache(open_scene)  # one drawing context a process
 def _record_one(settings: RecordSettings, episode: PlannedEpisode) -> dict[str, Any]:
     """Record one successful demonstration into its folder, whole or not at all; returns its manifest entry."""
     for seed in range(episode.seed, episode.seed + _TRIES):
-        shown = demonstrate(sample_world(seed, episode.task), settings.disturbances, settings.idle_tail_s)
+        shown = demonstrate(settings.world(seed, episode.task), settings.disturbances, settings.idle_tail_s)
         if shown.verdict["success"]:
             break
     else:

@@ -10,7 +10,8 @@ from annotated_types import Ge, Interval
 from pydantic import ConfigDict, ModelWrapValidatorHandler, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 
-from needle_rig.world import DEFAULT_TASK, RigError, stream, task_of
+from needle_rig.disturbances import varied
+from needle_rig.world import DEFAULT_TASK, RigError, World, sample_world, stream, task_of
 
 EPOCH_S = 1_761_000_000.0  # the first day of recording; each seed has a day of its own
 _EPISODE_SPACING_S = 120.0
@@ -66,6 +67,9 @@ class RecordSettings:
     """How far the sensor host's clock is ahead of the robot's."""
     disturbances: bool = True
     """Inject pushes, so that recoveries are in the data."""
+    varied: bool = False
+    """Draw light, camera places, the needle's colour, the target's size, the force's drift and the OCT's contrast of
+    each episode widely, so that a policy learns to bear such changes."""
 
     @model_validator(mode="wrap")
     @classmethod
@@ -84,9 +88,15 @@ class RecordSettings:
 
     def plan(self) -> dict[str, Any]:
         """What changes the recorded data and nothing else, as the manifest keeps it: the same plan is the same data."""
-        names = [field.name for field in fields(self) if field.name not in ("dataset_root", "workers")]
+        left_out = {"dataset_root", "workers"} | (set() if self.varied else {"varied"})  # older manifests lack it
+        names = [field.name for field in fields(self) if field.name not in left_out]
         renamed = {"task": "task_f2", "disturbances": "pushes"}  # as manifests have had them from the first
         return {renamed.get(name, name): getattr(self, name) for name in names}
+
+    def world(self, seed: int, task: str) -> World:
+        """The world in which a demonstration of this recording takes place."""
+        world = sample_world(seed, task)
+        return varied(world) if self.varied else world
 
     def episodes(self) -> list[PlannedEpisode]:
         """The episodes, all of F1 first; deterministic by seed and counts."""

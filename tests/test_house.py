@@ -111,7 +111,7 @@ BOUNDS = {
     "features": (14, 2215),
     "policy": (8, 740),
     "training": (14, 2190),
-    "runtime": (10, 1380),
+    "runtime": (10, 1400),
     "robots": (12, 1640),
     "evaluation": (12, 2030),
     "workbench": (42, 6490),

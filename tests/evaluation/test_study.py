@@ -52,12 +52,12 @@ def test_checkpoints_are_named_and_the_first_is_tried_in_all_ways(write, tmp_pat
     how |= {"execution": "chunk of n", "chunk_steps": 2, "max_time_s": 9.0}
     settings = EvaluateSettings(given, closed_loop_seeds=2, masked=True, latency_sweep=True, **how)
     found = variants(settings)
-    more = ("VL masked", "sensor masked", "VLM delay 0 ms", "VLM delay 300 ms", "VLM delay 600 ms")
+    more = ("VL masked", "sensor masked", "VLM delay 0 ms", "VLM delay 381 ms", "VLM delay 600 ms")
     assert list(found) == ["all", "blind", *(f"all, {name}" for name in more)]
     how |= {"picture_width": 160, "camera_hz": 4.0}
     assert all({name: getattr(variant, name) for name in how} == how for variant in found.values())
     # each as trained, unless told otherwise
-    assert [variant.vlm_latency_ms for variant in found.values()] == [0, 200, 0, 0, 0, 300, 600]
+    assert [variant.vlm_latency_ms for variant in found.values()] == [0, 200, 0, 0, 0, 381, 600]
     assert found["all, VLM delay 0 ms"] == found["all"]  # tried once
     how_disturbed = {"masked": False, "latency_sweep": False, "disturbed": True}
     disturbed = variants(dataclasses.replace(settings, checkpoints=(given[1],), **how_disturbed))

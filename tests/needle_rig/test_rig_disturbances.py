@@ -8,7 +8,8 @@ import pytest
 from scipy.spatial.transform import Rotation
 
 from needle_rig import NeedleInsertion
-from needle_rig.disturbances import CHANGES, disturbed
+from needle_rig.disturbances import CHANGES, disturbed, varied
+from needle_rig.settings import RecordSettings
 from needle_rig.world import VIEWS, RigError, sample_world
 
 STILL = np.zeros(7)
@@ -107,3 +108,32 @@ def test_the_truth_that_is_judged_stays_and_unknown_names_are_refused(blind):
         assert blind.reset(seed=5, options={"disturbance": name})[1]["truth"] == sample_world(5).to_dict()
     with pytest.raises(RigError, match="no disturbance 'fog'; it has cameras moved, one camera covered"):
         blind.reset(seed=5, options={"disturbance": "fog"})
+
+
+def test_varied_recordings_are_spread_wider_than_each_disturbance():
+    """Over many seeds: every look beyond what a disturbance makes of it, in both directions, around the same places."""
+    seeds = range(200)
+    plain, wide = [sample_world(seed) for seed in seeds], [varied(sample_world(seed)) for seed in seeds]
+    light = np.array([b.looks.light_level / a.looks.light_level for a, b in zip(plain, wide, strict=True)])
+    assert light.min() < 0.5 and light.max() > 2.0 and 0.8 < np.median(light) < 1.25
+    moved = np.array(
+        [
+            np.linalg.norm(b.looks.camera_place_mm - a.looks.camera_place_mm, axis=1)
+            for a, b in zip(plain, wide, strict=True)
+        ]
+    )
+    assert moved.shape == (200, 5) and moved.max() > 2.0 and moved.min() < 0.1
+    scale = np.array([world.looks.target_scale for world in wide])
+    assert scale.min() < 0.8 and scale.max() > 1.25
+    drift = np.array([world.force_drift_mN_s for world in wide])
+    assert drift.min() < -1.0 and drift.max() > 1.0 and abs(drift.mean()) < 0.2
+    assert min(world.oct_contrast for world in wide) < 0.5
+    same = ("target_xy_mm", "gel_mm", "start_mm", "arm_lag_s")
+    assert all(getattr(a, name) == getattr(b, name) for a, b in zip(plain, wide, strict=True) for name in same)
+
+
+def test_a_varied_recording_is_another_one_and_a_plain_one_is_as_it_was(tmp_path):
+    plain, wide = (RecordSettings(tmp_path, varied=given) for given in (False, True))
+    assert "varied" not in plain.plan() and wide.plan() == plain.plan() | {"varied": True}
+    world = wide.world(3, "Silicone_block")
+    assert world.looks.light_level != sample_world(3, "Silicone_block").looks.light_level

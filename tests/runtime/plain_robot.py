@@ -17,6 +17,11 @@ BOX = ((0.0, 100.0), (0.0, 100.0), (0.0, 100.0))
 START = (50.0, 50.0, 50.0, 0.0, 0.0, 0.0)
 
 
+def striped(mean: float, rows: int = 8) -> np.ndarray:
+    """(rows, rows, 3) a picture of this mean that is not blank."""
+    return np.full((rows, rows, 3), mean, np.float32) + np.where(np.arange(rows) < rows / 2, -50, 50)[:, None, None]
+
+
 class PlainRobot:
     """Does what it is told at once, samples at 650 Hz with a little noise, and keeps everything.
 
@@ -40,7 +45,7 @@ class PlainRobot:
             "timestamp": 1000.0 + now,
             "state": np.concatenate([np.zeros(6), self.pose]).astype(np.float32),
             "state_timestamp": 1000.0 + now,
-            "pictures": {"View5": np.full((2, 2, 3), len(self.sent) % 256, np.uint8)},
+            "pictures": {"View5": striped(len(self.sent) % 256)},
             "picture_timestamps": {"View5": 1000.0 + now},
             "sensor": samples,
             "sensor_timestamps": times,

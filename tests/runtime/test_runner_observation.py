@@ -43,7 +43,7 @@ class Playback:
             timestamp=now,
             state=self.episode.state[k],
             state_timestamp=now,
-            pictures={"step": k},
+            pictures={"step": np.array([4 * [k] + [k + 100]])},  # not blank
             picture_timestamps={"step": now},
             sensor=self.episode.sensor[begin:end],
             sensor_timestamps=self.episode.sensor_timestamp[begin:end],
@@ -103,7 +103,8 @@ def test_live_observations_are_the_training_samples(recorded, window, latency_ms
     clock = SimulatedClock({"vlm": Latency(latency_ms)})
     expert = Recorder(small_policy(cache, window))
     vlm = SimulatedVlm(
-        lambda pictures, instruction: (features.tokens[pictures["step"]], features.mask[pictures["step"]]), clock
+        lambda pictures, instruction: (features.tokens[pictures["step"][0, 0]], features.mask[pictures["step"][0, 0]]),
+        clock,
     )
     limits = SafetyLimits(workspace_mm=BOX, sensor_frozen_s=9.0)  # the synthetic sensor has no noise
     log = Runner(Playback(episode, clock), expert, vlm, clock, RunnerSettings(), limits).run(STEPS / 10)

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from plain_robot import BOX, PlainExpert
+from plain_robot import BOX, PlainExpert, striped
 from plain_vlm import tokens_of
 
 from vla_lib.episodes.poses import rotation_angle_deg
@@ -106,7 +106,7 @@ def test_what_cannot_be_trusted_is_not_acted_on(setup, spoil, reason):
 def test_a_view_of_the_policy_that_is_missing_holds_then_stops(setup, gone):
     def edit(t_s, fields):
         fields["pictures"]["View3_left"], fields["picture_timestamps"]["View3_left"] = (
-            np.zeros((2, 2, 3)),
+            striped(100),
             fields["timestamp"],
         )
         if t_s > 0.95:

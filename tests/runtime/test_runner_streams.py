@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from plain_robot import PlainExpert
+from plain_robot import PlainExpert, striped
 from test_runner_safety import assert_held_then_stopped, first
 
 from vla_lib.runtime.robot_io import Observation
@@ -138,13 +138,53 @@ def test_a_robot_without_a_sensor_needs_no_live_one(setup):
 
 def test_a_picture_that_does_not_change_while_the_arm_moves_is_noticed(setup):
     def spoil(fields):
-        fields["pictures"] = {"View5": np.full((2, 2, 3), 255, np.uint8)}
+        fields["pictures"] = {"View5": striped(128)}
 
     run = setup(edit=after(spoil), expert=PlainExpert((0.5, 0, 0, 0, 0, 0)))
     log = run.run(10)
     assert_held_then_stopped(run, log, "frozen view View5", 1.7)  # 3.5 mm after the first of them
     still = setup(edit=after(spoil), expert=PlainExpert((0.01, 0, 0, 0, 0, 0)))
     assert still.run(5).summary()["modes"] == {"act": 50}  # 0.4 mm need not show
+
+
+def test_a_picture_that_shows_nothing_is_noticed(setup):
+    def spoil(fields):
+        fields["pictures"] = {"View5": np.random.default_rng(0).integers(0, 8, (90, 160, 3), np.uint8)}  # a dark noise
+
+    run = setup(edit=after(spoil))
+    assert_held_then_stopped(run, run.run(10), "blank view View5", 1.0)
+
+
+@pytest.mark.parametrize("since_s", (-1.0, 1.0))
+def test_a_run_goes_on_without_as_many_views_as_it_can_spare(setup, since_s):
+    """From its beginning on, or from then on; not shown to the VLM, and told once each."""
+
+    def two(fields):
+        fields["pictures"]["View4"] = striped(0)
+        fields["picture_timestamps"]["View4"] = fields["timestamp"]
+
+    def spoil(t_s, fields):
+        two(fields)
+        if t_s >= since_s:
+            fields["pictures"]["View4"] = np.zeros((90, 160, 3), np.uint8)
+
+    one = setup(edit=spoil, spare_views=1)
+    log = one.run(3)
+    assert log.summary()["modes"]["act"] >= 28 and log.ended == "time limit"
+    told = [event for event in log.events if "without this view" in str(event)]
+    assert len(told) == 1 and "blank view View4" in str(told[0])
+    strict = setup(edit=spoil)
+    assert "blank view View4" in strict.run(20).ended
+
+
+def test_a_late_camera_is_waited_for_even_where_a_view_can_be_spared(setup):
+    def spoil(t_s, fields):
+        if t_s < 1.0:
+            fields["pictures"], fields["picture_timestamps"] = {}, {}
+
+    run = setup(edit=spoil, spare_views=1, views=("View5",))
+    modes = [tick.mode for tick in run.run(2).ticks]
+    assert modes[:10] == ["wait"] * 10 and modes[-1] == "act"
 
 
 def test_a_buffer_is_frozen_only_over_the_whole_span():

@@ -131,7 +131,7 @@ def test_the_front_door_evaluates_as_the_documents_say(demo, tmp_path, capsys, m
     evaluate.main(frontdoor.parse(evaluate.EvaluateSettings, given))
     results = read_json(tmp_path / "results.json")
     assert set(results["compared_with"]) == {"latest"} and asked == {4}
-    delays = [f"best, VLM delay {delay} ms" for delay in (0, 300, 600)]
+    delays = [f"best, VLM delay {delay} ms" for delay in (0, 381, 600)]
     names = ["best", "latest", "best, VL masked", "best, sensor masked", *delays]
     assert list(results["closed_loop"]) == names and list(results["pairs"]) == names[1:]
     tried = [loop["rollouts"][0] for loop in results["closed_loop"].values()]
@@ -139,7 +139,7 @@ def test_the_front_door_evaluates_as_the_documents_say(demo, tmp_path, capsys, m
         "no puncture"
     }
     assert {loop["settings"]["vlm_jitter_ms"] for loop in results["closed_loop"].values()} == {10}
-    assert [results["closed_loop"][name]["settings"]["vlm_latency_ms"] for name in delays] == [0, 300, 600]
+    assert [results["closed_loop"][name]["settings"]["vlm_latency_ms"] for name in delays] == [0, 381, 600]
     said = capsys.readouterr().out
     assert "best, val episodes" in said and re.search(r"best, VLM delay 600 ms +0 of 1", said)
 

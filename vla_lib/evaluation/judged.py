@@ -10,10 +10,10 @@ from typing import Any
 
 from vla_lib.core.files import file_checksum, read_json, write_json
 from vla_lib.evaluation.closed_loop import ClosedLoop
-from vla_lib.evaluation.rollout import oldest_features_s
+from vla_lib.evaluation.rollout import rig_limits
 from vla_lib.evaluation.settings import ClosedLoopSettings, RolloutSettings
-from vla_lib.evaluation.sim_robot import sim_limits
-from vla_lib.runtime.safety import SafetyLimits
+from vla_lib.policy.config import PolicyConfig
+from vla_lib.training.checkpoint import read_checkpoint
 
 FIGURES = ("rollouts", "successes", "success_rate", "interval_95")
 
@@ -26,9 +26,10 @@ def judged_file(checkpoint: Path) -> Path:
 def write_judged(checkpoint: Path, loop: ClosedLoop, vlm_latency_ms: float) -> None:
     """Keep the settings, limits and figures of its closed loop; `vlm_latency_ms`: the delay that it ran with."""
     settings: RolloutSettings = loop.settings
-    oldest_s = oldest_features_s(vlm_latency_ms, settings.vlm_jitter_ms)
+    config = PolicyConfig.from_dict(read_checkpoint(checkpoint)["policy_config"])
     record: dict[str, Any] = {one.name: getattr(settings, one.name) for one in fields(ClosedLoopSettings)}
-    record |= {"vlm_latency_ms": vlm_latency_ms, "limits": vars(SafetyLimits(**sim_limits(), vl_age_s=oldest_s))}
+    limits = rig_limits(config, vlm_latency_ms, settings.vlm_jitter_ms)
+    record |= {"vlm_latency_ms": vlm_latency_ms, "limits": vars(limits)}
     record |= {name: value for name, value in loop.summary().items() if name in FIGURES}
     write_json(judged_file(checkpoint), record | {"checkpoint_checksum": file_checksum(checkpoint)})
 

@@ -29,6 +29,7 @@ from vla_lib.evaluation.sim_robot import (
 )
 from vla_lib.features.extractor import FeatureExtractor
 from vla_lib.features.vlm import open_checkpoint
+from vla_lib.policy.config import PolicyConfig
 from vla_lib.policy.policy import Policy
 from vla_lib.runtime.clock import Latency, SimulatedClock
 from vla_lib.runtime.expert import Expert, PolicyExpert
@@ -80,7 +81,7 @@ def rollout(settings: RolloutSettings, seed: int, frames: int = 0) -> dict[str, 
         "vlm": Latency(vlm_ms, settings.vlm_jitter_ms),
         "expert": Latency(settings.expert_latency_ms, settings.expert_jitter_ms, settings.hiccup_ms),
     }
-    limits = SafetyLimits(**sim_limits(), vl_age_s=oldest_features_s(vlm_ms, settings.vlm_jitter_ms))
+    limits = rig_limits(policy.config, vlm_ms, settings.vlm_jitter_ms)
     moments: list[Moment] = []
 
     def watch(tick: Tick, seen: Observation) -> None:
@@ -99,6 +100,12 @@ def oldest_features_s(vlm_ms: float, jitter_ms: float) -> float:
     """The oldest VL features that a run with such a VLM acts on: two delays of one that does one moment at a time, the
     jitter seldom above three times its mean."""
     return max(1.0, 3 * (vlm_ms + 3 * jitter_ms) / 1000.0)
+
+
+def rig_limits(config: PolicyConfig, vlm_ms: float, jitter_ms: float) -> SafetyLimits:
+    """The rig's limits for a policy and a VLM's delay: one that was trained with views hidden can spare one."""
+    spare = 1 if config.view_dropout > 0 else 0
+    return SafetyLimits(**sim_limits(), vl_age_s=oldest_features_s(vlm_ms, jitter_ms), spare_views=spare)
 
 
 def trained_ages_s(config: Mapping[str, Any], trained: Mapping[str, Any]) -> tuple[float, float]:

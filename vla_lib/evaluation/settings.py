@@ -72,7 +72,7 @@ class EvaluateSettings(ClosedLoopSettings):
     closed_loop_seeds: Count = 0  # unseen phantoms of the rig on which every checkpoint is tried; 0: none
     tuning: bool = False  # take seeds that are kept for choosing between variants: the reported ones stay unseen
     masked: bool = False  # also the first checkpoint with its VL and with its sensor masked
-    latency_sweep: bool = False  # also the first checkpoint with VL features that come 0, 300 and 600 ms late
+    latency_sweep: bool = False  # also the first checkpoint with VL features that come 0, 381 and 600 ms late
     disturbed: bool = False  # also the first checkpoint under each disturbance of the rig, one at a time
     workers: Count = 0  # processes that try phantoms side by side; 0: one a CPU core
     # auto: a GPU where there is one. Rollouts on the rig always run on the CPU, so that they are repeatable

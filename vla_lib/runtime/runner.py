@@ -77,6 +77,7 @@ class Runner:
         self._start = np.zeros(6)  # the last pose before the first action
         self._commanded: np.ndarray | None = None
         self._started = False
+        self._gone_on_without: set[str] = set()  # faults of views, each told once
         self._retreat_left = 0
         self._force_tail = np.empty(0, np.float32)
         self._begin_s = 0.0
@@ -164,7 +165,7 @@ class Runner:
         return observation
 
     def _tick(self, tick: Tick, observation: Observation, due_s: float) -> None:
-        unseen = self.streams.picture_fault
+        unseen = self._unseen(tick)
         if not self._started:
             self._start = np.array(tick.pose)
         # None where it is not full; one sample stands for the stream where the expert reads none
@@ -195,7 +196,8 @@ class Runner:
         now_s = self.clock.now()
         turn = self._asked_step is None or tick.step - self._asked_step >= self.settings.vlm_reuse_count
         if turn and not unseen and not self.vlm.failure and not self.vlm.busy(now_s):
-            pictures = {view: observation.pictures[view] for view in self.streams.views(observation)}
+            views = [view for view in self.streams.views(observation) if view not in self.streams.picture_faults]
+            pictures = {view: observation.pictures[view] for view in views}
             self.vlm.submit(pictures, observation.instruction, tick.step, now_s)
             self._asked_step = tick.step
             self._states[tick.step] = np.array(observation.state)
@@ -210,6 +212,17 @@ class Runner:
                 remedy = "train with a greater --vlm-latency-max-ms, or take a faster VLM"
                 self.log.event(tick.t_s, "warning", f"VL features are {tick.vl_age_s:.1f} s old; {trained}: {remedy}")
                 self._trained_age_s = math.inf  # told once
+
+    def _unseen(self, tick: Tick) -> str:
+        """Why the pictures do not suffice: it goes on without views that it can spare, late ones are waited for."""
+        faults = self.streams.picture_faults
+        late = not self._started and any(fault.startswith(safety.MISSING_VIEW) for fault in faults.values())
+        if late or len(faults) > self.limits.spare_views:
+            return next(iter(faults.values()))
+        for fault in set(faults.values()) - self._gone_on_without:
+            self.log.event(tick.t_s, "warning", f"{fault}: the run goes on without this view")
+        self._gone_on_without |= set(faults.values())
+        return ""
 
     def _retreat_blocked(self, tick: Tick) -> bool:
         """Whether from here the needle could not be drawn back; without a sensor nothing draws it back."""

@@ -18,6 +18,7 @@ FORCE_LIMIT, VLM_DIED, NOT_READY = "force limit", "VLM worker died", "not ready"
 STATE_AHEAD, SENSOR_AHEAD, VIEW_AHEAD = "state stamped ahead", "sensor stamped ahead", "view stamped ahead"
 STATE_ORDER, SENSOR_ORDER, VIEW_ORDER = "state out of order", "sensor out of order", "view out of order"
 FROZEN_SENSOR, FROZEN_VIEW, CLOCK_STEP = "frozen sensor", "frozen view", "clock step"
+BLANK_VIEW = "blank view"
 ROTATION_RANGE, RETREAT_BLOCKED, KEY_RELEASED = "rotation range", "retreat leaves the box", "hold-to-run key released"
 JOINT_LIMIT, SINGULARITY = "joint limit", "singularity"  # that a robot's `refuses` gives, with which one
 WATCHDOG, OPERATOR, ROBOT_FAILED, EXPERT_FAILED = "watchdog", "operator", "robot failed", "policy failed"
@@ -46,6 +47,9 @@ class SafetyLimits:
     """A force or an A-line that stays the very same for this long is a dead one: live ones have noise. A guess."""
     picture_frozen_mm: float = 3.0
     """A picture that stays the very same, with new stamps, while the tip moves this far is a dead one. A guess."""
+    spare_views: int = 0
+    """As many of the views may be blank or fail during a run, and it goes on without them. Only for a policy that was
+    trained with views hidden (--view-dropout)."""
     follow_mm: float = 5.0
     """Greatest distance of the measured tip from the commanded one; the default allows a lag of 0.3 s at full speed."""
     follow_deg: float = 15.0  # the same of the orientation
@@ -61,7 +65,7 @@ class SafetyLimits:
                 f"The workspace box {self.workspace_mm} needs (low, high) in mm for x, y and z, low below high."
             )
         for name, value in vars(self).items():
-            if isinstance(value, int | float) and not isinstance(value, bool) and not value > 0:
+            if isinstance(value, int | float) and not isinstance(value, bool) and not value > -(name == "spare_views"):
                 raise UserError(f"The safety limit {name} is {value}; it must be above 0.")
         if self.turn_deg >= 90:  # beyond, a turn may come back into the range from its other side
             raise UserError(f"The safety limit turn_deg is {self.turn_deg}; it must be below 90 degrees.")

@@ -14,16 +14,18 @@ from vla_lib.runtime.robot_io import Observation
 from vla_lib.runtime.safety import SafetyLimits
 from vla_lib.runtime.sensor_buffer import SensorBuffer
 
+BLANK = 10  # a guess: a picture whose pixels differ by no more, of 255, shows nothing (a covered lens, no light)
 DRIFT = 1e-3  # a guess: how far two clocks may part, seconds a second; those of computers stay below 1e-4
 
 
 @dataclass
 class Scene:
-    """The newest picture of a view: stamp, checksum, and the pose (6,) of the arm when this content first came."""
+    """The newest picture of a view: stamp, checksum, the pose (6,) of the arm when this content first came, faults."""
 
     stamp: float
     content: int
     pose: np.ndarray
+    blank: bool
     frozen: bool = False
 
 
@@ -39,7 +41,8 @@ class Streams:
         self.now = 0.0
         """Now on the robot's clock, at the newest reading."""
         self.sensor_age_s: float | None = None  # of the newest sample; None before the first
-        self.clock_fault = self.sensor_fault = self.state_fault = self.picture_fault = ""
+        self.clock_fault = self.sensor_fault = self.state_fault = ""
+        self.picture_faults: dict[str, str] = {}  # by view
         self._first: tuple[float, float] | None = None  # least and greatest offset of the robot's clock to the run's
         self._newest_s = self._state_s = -np.inf
         self._scenes: dict[str, Scene] = {}
@@ -60,8 +63,8 @@ class Streams:
         )
         if not self.state_fault:
             self._state_s = observation.state_timestamp
-        faults = [self._picture_fault(view, observation) for view in self.views(observation)]
-        self.picture_fault = next(filter(None, faults), "")
+        faults = {view: self._picture_fault(view, observation) for view in self.views(observation)}
+        self.picture_faults = {view: fault for view, fault in faults.items() if fault}
 
     def _judge_clock(self, stamp: float, asked_s: float, had_s: float) -> None:
         if self._first is None:
@@ -101,12 +104,15 @@ class Streams:
             return fault
         if stamp > before:
             content, pose = zlib.crc32(np.ascontiguousarray(picture).data), np.array(observation.state[6:12], float)
+            blank = int(np.ptp(picture[::4, ::4])) <= BLANK
             if scene and scene.content == content:
                 # a standing arm may change nothing in a picture without noise
                 moved = np.linalg.norm(delta_action(scene.pose, pose)[:3])
                 scene.stamp, scene.frozen = stamp, bool(moved > self.limits.picture_frozen_mm)
             else:
-                scene = self._scenes[view] = Scene(stamp, content, pose)
+                scene = self._scenes[view] = Scene(stamp, content, pose, blank)
+        if scene and scene.blank:
+            return f"{safety.BLANK_VIEW} {view}"
         return f"{safety.FROZEN_VIEW} {view}" if scene and scene.frozen else ""
 
     def _stamp_fault(self, stamp: float, before: float, oldest_s: float, reasons: tuple[str, str, str]) -> str:
