@@ -49,7 +49,7 @@ from vla_lib.episodes.verdicts import keep_verdicts
 from vla_lib.workbench import slurm
 
 EXIT_STRICT = 3
-MOST_REMARKS = 30
+MOST_LINES = 30  # of one list on the screen: thousands of episodes would hide what matters
 UNWRITABLE = {errno.EROFS, errno.EACCES, errno.EPERM}
 FULL = {errno.ENOSPC, errno.EDQUOT}
 # what fails for the machine's reasons is no verdict on a recording: exit 1, and another run makes up for it
@@ -280,18 +280,24 @@ def left_out(reports: Sequence[Report]) -> list[str]:
 def _print(reports: Sequence[Report], results: dict[str, Any]) -> None:
     for line in (*results["unknown_datasets"], *results["notes"]):
         print(line)
-    for row in verdict_table(report.summary for report in reports).to_dict("records"):
-        print(f"{row['verdict']:<24} {row['episode']}  {row['valid']}/{row['steps']} steps  {row['reasons']}")
+    rows = verdict_table(report.summary for report in reports).to_dict("records")  # worst first
+    words = [
+        f"{row['verdict']:<24} {row['episode']}  {row['valid']}/{row['steps']} steps  {row['reasons']}" for row in rows
+    ]
+    print(*_some(words), sep="\n")
     print(*_clock_lines(results["clocks"]), sep="\n")
     counts = f"{results['written']} written, {results['unchanged']} unchanged, {results['rejected']} rejected"
     counts += f", {results['excluded']} more excluded by marks" if results["excluded"] else ""
     print(f"{results['episodes']} episodes: {counts}; {results['good']} good")
     if results["left_out"]:
-        print("Left out:", *results["left_out"], sep="\n  ")
+        print("Left out:", *_some(results["left_out"]), sep="\n  ")
     if results["no_episodes"]:
-        shown = results["no_episodes"][:MOST_REMARKS]
-        more = len(results["no_episodes"]) - len(shown)
-        print("No episodes:", *shown, *([f"and {more} more (--report FILE lists all)"] if more else []), sep="\n  ")
+        print("No episodes:", *_some(results["no_episodes"]), sep="\n  ")
+
+
+def _some(lines: Sequence[str]) -> list[str]:
+    more = len(lines) - MOST_LINES
+    return [*lines[:MOST_LINES], *([f"and {more} more (--report FILE lists all)"] if more > 0 else [])]
 
 
 def _clock_lines(rows: Sequence[dict[str, Any]]) -> list[str]:

@@ -410,6 +410,17 @@ def test_dataset_folders_decide_names(root):
     assert main(Settings(dataset_root=root / "part1", workers=1, quiet=True))["unchanged"] == 2
 
 
+def test_thousands_of_episodes_fill_no_screen_and_the_worst_comes_first(root, capsys, monkeypatch):
+    monkeypatch.setattr(preprocess, "MOST_LINES", 1)
+    SMALL.write(root / "part1", "recv_all_20250101_000003")
+    next((root / "part1" / "recv_all_20250101_000003").glob("*.csv")).write_text("no log\n")
+    main(Settings(root, report_only=True, workers=1))
+    lines = capsys.readouterr().out.splitlines()
+    (first,) = [line for line in lines if line.startswith(("rejected", "good", "usable"))]
+    assert first.startswith("rejected") and "recv_all_20250101_000003" in first
+    assert lines[lines.index(first) + 1] == "and 2 more (--report FILE lists all)"
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     (
