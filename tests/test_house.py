@@ -113,8 +113,8 @@ BOUNDS = {
     "training": (14, 2190),
     "runtime": (10, 1400),
     "robots": (12, 1640),
-    "evaluation": (12, 2030),
-    "workbench": (42, 6490),
+    "evaluation": (12, 2080),
+    "workbench": (42, 6510),
 }
 
 

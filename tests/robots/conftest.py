@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from fake_arm import FakeArm
 from fake_rig import CameraHost, SensorHost, mapping
 
+from benchmarks.fake_arm import FakeArm
 from vla_lib.robots.lab_robot import LabRobot
 from vla_lib.robots.settings import RobotSettings
 from vla_lib.runtime.clock import RealClock

@@ -116,7 +116,7 @@ def mapping(arm, **changes) -> dict:
     box = [[float(v) - 40, float(v) + 40] for v in (x, y, z)]
     return {
         "instruction": "insert",
-        "arm": {"address": f"127.0.0.1:{arm.port}", "trf": arm.trf},
+        "arm": {"address": arm.address, "trf": arm.trf},
         "cameras": {view: {"source": "zmq"} for view in VIEWS},
         "zmq_port": free_port(),
         "sensor": {"port": free_port(socket.SOCK_DGRAM), "host": "127.0.0.1"},

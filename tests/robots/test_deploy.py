@@ -8,9 +8,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from fake_arm import FakeArm
 from fake_rig import VIEWS, CameraHost, SensorHost, mapping, write
 
+from benchmarks.fake_arm import FakeArm
+from tests.episodes.preparing import prepare_all
+from tests.episodes.raw_episodes import Raw
 from vla_lib import deploy
 from vla_lib.core.errors import UserError
 from vla_lib.core.files import read_json, read_jsonl
@@ -191,7 +193,7 @@ class Trained:
 def test_the_preflight_names_what_is_wrong(rig, policy_file, monkeypatch):
     reds = np.zeros((36, 64, 3), np.uint8)
     reds[:, :40, 0] = 200
-    monkeypatch.setattr(preflight, "training_pictures", lambda pilot: {view: [reds] for view in VIEWS})
+    monkeypatch.setattr(preflight, "training_pictures", lambda *_: {view: [reds] for view in VIEWS})
     with rig(FakeArm((20, 0, 0, 0, 60, 0))) as it:
         it.arm.wrf = (0, 0, 50.0, 0, 0, 0)
         it.sensor.force_mN = 60.0
@@ -210,6 +212,48 @@ def test_the_preflight_names_what_is_wrong(rig, policy_file, monkeypatch):
     }
     assert "y (mm) is 53.0, in training 0.0 +- 9.0" in found["units, frame and start as in training"].evidence
     assert found["judged in closed loop"].passed is None
+
+
+FALL = np.linspace(60, 10, 1025)  # an A-scan that pales with depth
+
+
+def at_rest(force_mN=2.0, scale=1.0, turned=False, seed=0):
+    """(650, 1026) samples of a second at rest."""
+    noise = np.random.default_rng(seed)
+    scans = (FALL[::-1] if turned else FALL) + noise.normal(0, 3, (650, 1025))
+    return np.column_stack([noise.normal(force_mN, 0.5, 650), scale * scans]).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    ("live", "wrong"),
+    (
+        ({}, set()),
+        ({"force_mN": 12.0}, {"force at rest as in training"}),
+        ({"scale": 0.01}, {"A-scan as in training"}),
+        ({"turned": True}, {"depth order of the A-scan"}),
+    ),
+    ids=("as in training", "offset", "other units", "turned round"),
+)
+def test_the_sensor_at_rest_is_compared_with_the_starts_of_training(live, wrong, monkeypatch):
+    starts = [at_rest(2.0 + 0.2 * number, seed=number)[:325] for number in range(5)]
+    monkeypatch.setattr(preflight, "training_starts", lambda episodes: starts)
+    sample = at_rest(seed=9, **live)
+    found = preflight._sensor(preflight.Seen(None, sample[:, 0], sample[::13, 1:]), ())
+    assert len(found) == 3 and {one.what for one in found if one.passed is False} == wrong
+    known, noise = np.random.default_rng(1).normal(20, 3, (2, 50, 1025))  # nothing in range: no shape
+    assert preflight._scans(("level", "order"), noise, known)[1].passed is None
+    monkeypatch.setattr(preflight, "training_starts", lambda episodes: [])
+    assert {one.passed for one in preflight._sensor(preflight.Seen(None, sample[:, 0], sample[::13, 1:]), ())} == {None}
+
+
+def test_the_starts_are_those_of_the_prepared_episodes(tmp_path):
+    folders = [tmp_path / "root" / "part1" / f"recv_all_20250101_00000{number}" for number in range(2)]
+    for folder in folders:
+        Raw(seconds=1.5, camera_hz=2.0).write(folder.parent, folder.name)
+    prepare_all(tmp_path / "root")
+    pilot = SimpleNamespace(info={"settings": {"dataset_root": str(tmp_path / "root")}})
+    starts = preflight.training_starts(preflight.training_episodes(pilot))
+    assert len(starts) == 2 and all(abs(len(start) - 325) < 3 for start in starts)
 
 
 def test_channels_in_order_are_told_from_swapped_and_from_colourless_ones():

@@ -2,6 +2,7 @@
 the numbers of their periods; no time is measured against the machine."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,9 +11,9 @@ import time
 
 import numpy as np
 import pytest
-from fake_arm import FakeArm, turned
 from fake_rig import write
 
+from benchmarks.fake_arm import FakeArm, turned
 from vla_lib.core.errors import UserError
 from vla_lib.runtime.robot_io import DryRunIO
 
@@ -118,6 +119,31 @@ def test_a_fault_ends_in_its_named_stop(rig, drive, name):
             assert it.arm.paused and not it.arm.velocity.any()
 
 
+NEWER = "11.1.10.1234"  # firmware that the client asks for JSON
+
+
+def test_firmware_that_speaks_json_drives_and_stops_alike(rig, drive):
+    with rig(FakeArm(version=NEWER), sensor_age_s=1, picture_age_s=2) as it:
+        assert it.arm.json and str(it.robot.arm.version).startswith("11.1.10") and it.robot.arm.watches
+        start = it.arm.place.copy()
+        log = drive(it, (0.2, 0, 0, 0, 0, 0), watch=at_act(5, lambda: it.runner.request_stop("enough")))
+        assert log.ended == "enough" and not log.summary()["failed_stops"] and it.arm.paused
+        moved = it.arm.place - start
+        assert moved[0] > 0.5 and np.abs(moved[1:]).max() < 1e-6
+        frames = {name: (told, holds) for name, told, holds in it.robot.arm.frames()}
+        assert all(np.allclose(*pair) for pair in frames.values())
+        assert it.robot.arm.controller_facts()["torque limits (%)"] == str([10.0] * 6)
+
+
+@pytest.mark.parametrize("name", ("motion error", "e-stop"))
+def test_a_fault_is_told_in_json_too(rig, drive, name):
+    fault, reason, ticks = FAULTS[name]
+    with rig(FakeArm(version=NEWER), sensor_age_s=1, picture_age_s=2, state_age_s=1) as it:
+        log = drive(it, watch=at_act(3, lambda: fault(it)))
+        assert re.match(reason, log.ended) and log.summary()["modes"]["act"] <= 3 + ticks
+        assert name == "e-stop" or "3005" in log.ended  # with its number, which text firmware does not give
+
+
 def test_a_clock_that_is_ahead_all_the_time_is_corrected(rig, drive):
     with rig(clock_s=1.5) as it:
         log = drive(it, max_s=1.5)
@@ -221,7 +247,7 @@ def test_a_killed_workbench_leaves_the_arm_standing(tmp_path):
     with FakeArm() as arm:
         content = {
             "instruction": "insert",
-            "arm": {"address": f"127.0.0.1:{arm.port}"},
+            "arm": {"address": arm.address},
             "cameras": {"View5": {"source": "zmq"}},
             "zmq_port": 0,
             "limits": {"workspace_mm": [[0, 300], [-100, 100], [100, 300]], "speed_mm_s": 20},

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fake_arm import FakeArm
 from fake_rig import VIEWS, CameraHost, SensorHost, mapping, write
 
+from benchmarks.fake_arm import FakeArm
 from vla_lib.core.errors import UserError
 from vla_lib.core.files import read_json, read_jsonl
 from vla_lib.episodes.datasets import DatasetTable

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from fake_arm import flange
 
+from benchmarks.fake_arm import flange
 from vla_lib.core.errors import UserError
 from vla_lib.robots.kinematics import LIMITS_DEG, STRETCHED_DEG, Reach, axes
 from vla_lib.robots.settings import RobotSettings

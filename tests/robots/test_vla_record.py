@@ -3,9 +3,9 @@
 import json
 
 import pytest
-from fake_arm import FakeArm
 from fake_rig import CameraHost, SensorHost, mapping, write
 
+from benchmarks.fake_arm import FakeArm
 from vla_lib import cli
 from vla_lib.core.errors import UserError
 from vla_lib.core.files import read_json

@@ -8,7 +8,7 @@ The rest is a person's, `PERSON`: each is ticked with a name.
 
 import contextlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from PIL import Image
 
 from vla_lib.core.errors import UserError
 from vla_lib.episodes.poses import rotation_angle_deg
-from vla_lib.episodes.prepared import load_used
+from vla_lib.episodes.prepared import PreparedEpisode, load_used
 from vla_lib.evaluation.judged import read_judged
 from vla_lib.evaluation.rehearsal import Pilot
 from vla_lib.robots.lab_robot import LabRobot
@@ -39,7 +39,10 @@ SPREADS = 5.0  # of the training data, which the state must lie within: the poli
 SAME_MM, SAME_DEG = 1.0, 0.5  # between the reported pose and the arm's own kinematics
 DRIFT_MS = 20.0  # how far a clock's offset may wander while one looks; a guess
 BINS = 6  # of each colour in a histogram
-SAMPLES = 12  # training pictures that a view's are compared with
+SAMPLES = 12  # training episodes that live pictures and samples are compared with
+SCAN_STRIDE = 13  # samples from one kept A-scan to the next: 50 a second
+SCAN_TOLERANCE = 0.1  # of the training level, which an A-scan's may be off beside its spreads; a guess
+SHAPE = 0.1  # of an A-scan's spread: profiles that differ by less have no shape to tell their order from; a guess
 
 
 @dataclass(frozen=True)
@@ -53,10 +56,12 @@ class Check:
 
 @dataclass
 class Seen:
-    """What was seen while nothing moved: the newest observation, forces (n,) mN, streams' rows over time."""
+    """What was seen while nothing moved: the newest observation, forces (n,) mN, some A-scans (n, 1025), streams' rows
+    over time."""
 
     newest: Observation
     force_mN: np.ndarray
+    scans: np.ndarray
     streams: list[list[dict[str, Any]]] = field(default_factory=list)
 
     def last(self) -> dict[str, dict[str, Any]]:
@@ -70,27 +75,31 @@ def look(
     """Read the rig for as long; nothing moves. `show` is given each observation and the streams' table. Raises
     UserError where a stream does not come."""
     robot.wait_ready()
-    forces, rows, until = [], [], time.monotonic() + seconds
+    samples, rows, until = [], [], time.monotonic() + seconds
     while True:
         observation = robot.read_observation()
-        forces.append(np.asarray(observation.sensor)[:, 0])
+        sensor = np.asarray(observation.sensor)
+        samples.append((sensor[:, 0], sensor[::SCAN_STRIDE, 1:]))
         rows.append(robot.streams())
         if show:
             show(observation, rows[-1])
         if time.monotonic() >= until:
-            return Seen(observation, np.concatenate(forces), rows)
+            force_mN, scans = map(np.concatenate, zip(*samples, strict=True))
+            return Seen(observation, force_mN, scans, rows)
         time.sleep(0.1)
 
 
 def rig_checks(robot: LabRobot, seen: Seen, pilot: Pilot, limits: SafetyLimits) -> list[Check]:
     """All that the streams, the controller and the checkpoint tell."""
+    episodes = training_episodes(pilot)
     return [
         *_views(robot, seen, pilot, limits),
-        *_colours(seen, pilot),
+        *_colours(seen, pilot, episodes),
         _state(seen, pilot),
         *_arm(robot, seen),
         *_place(seen, limits),
         *_force(seen, limits),
+        *(_sensor(seen, episodes) if pilot.expert.policy.config.sensor_enabled else []),
         *_clocks(seen),
         _judged(pilot.checkpoint),
     ]
@@ -136,10 +145,10 @@ def _views(robot: LabRobot, seen: Seen, pilot: Pilot, limits: SafetyLimits) -> l
     ]
 
 
-def _colours(seen: Seen, pilot: Pilot) -> list[Check]:
+def _colours(seen: Seen, pilot: Pilot, episodes: Sequence[PreparedEpisode]) -> list[Check]:
     """Whether the channels are in the order of the training pictures: by colour histograms, as they are and swapped."""
     checks = []
-    trained = training_pictures(pilot)
+    trained = training_pictures(pilot.settings.views, episodes)
     for view in pilot.settings.views:
         if view not in seen.newest.pictures:
             continue
@@ -165,12 +174,20 @@ def histogram(picture: np.ndarray) -> np.ndarray:
     return share
 
 
-def training_pictures(pilot: Pilot) -> dict[str, list[np.ndarray]]:
-    """Some pictures of each view of the dataset that the policy was trained on; none where it is not at hand."""
+def training_episodes(pilot: Pilot) -> list[PreparedEpisode]:
+    """Some episodes of the dataset that the policy was trained on; none where it is not at hand."""
     root = Path(str(pilot.info["settings"]["dataset_root"]))
-    found: dict[str, list[np.ndarray]] = {view: [] for view in pilot.settings.views}
-    with contextlib.suppress(UserError, OSError):
-        episodes = list(load_used(root).values())[:SAMPLES] if root.is_dir() else []
+    try:
+        episodes = list(load_used(root).values()) if root.is_dir() else []
+    except (UserError, OSError):
+        return []
+    return episodes[:: max(1, len(episodes) // SAMPLES)][:SAMPLES]
+
+
+def training_pictures(views: Sequence[str], episodes: Sequence[PreparedEpisode]) -> dict[str, list[np.ndarray]]:
+    """A picture of each view from the middle of each episode."""
+    found: dict[str, list[np.ndarray]] = {view: [] for view in views}
+    with contextlib.suppress(OSError):
         for episode in episodes:
             for view in found:
                 path = episode.picture_path(view, len(episode) // 2) if view in episode.image_index else None
@@ -178,6 +195,16 @@ def training_pictures(pilot: Pilot) -> dict[str, list[np.ndarray]]:
                     with Image.open(path) as opened:
                         found[view].append(np.asarray(opened.convert("RGB")))
     return found
+
+
+def training_starts(episodes: Sequence[PreparedEpisode]) -> list[np.ndarray]:
+    """(n, 1026) samples of the first half second of each episode that has a sensor: the needle is in air still."""
+    found = []
+    with contextlib.suppress(UserError, OSError):
+        for episode in (one for one in episodes if one.has_sensor and len(one)):
+            end = int(episode.sensor_index[min(len(episode) - 1, int(episode.action_hz / 2))])
+            found.append(np.asarray(episode.sensor[max(0, end - int(episode.sensor_hz / 2)) : end]))
+    return [start for start in found if len(start)]
 
 
 def _state(seen: Seen, pilot: Pilot) -> Check:
@@ -250,6 +277,44 @@ def _force(seen: Seen, limits: SafetyLimits) -> list[Check]:
     most = float(np.abs(seen.force_mN).max())
     told = f"{mean:.1f} mN, spread {spread:.2f}, at most {most:.1f}; the limit is {limits.force_mN:g} mN"
     return [Check("force at rest", bool(abs(mean) < 0.3 * limits.force_mN and spread > 0), told)]
+
+
+def _sensor(seen: Seen, episodes: Sequence[PreparedEpisode]) -> list[Check]:
+    """Force and A-scans at rest beside those at the starts of training episodes: an offset, other units or bins."""
+    names = ("force at rest as in training", "A-scan as in training", "depth order of the A-scan")
+    starts = training_starts(episodes)
+    if not starts:
+        why = "the training data are not on this machine; compare with the start of an episode in notebook 01"
+        return [Check(name, None, why) for name in names]
+    if not len(seen.scans):
+        return [Check(name, False, "no sample came") for name in names]
+    known = np.concatenate([start[:: max(1, len(start) // 50), 1:] for start in starts])
+    return [_rest_force(names[0], seen.force_mN, starts), *_scans(names[1:], seen.scans, known)]
+
+
+def _rest_force(name: str, live_mN: np.ndarray, starts: Sequence[np.ndarray]) -> Check:
+    means, spreads = (np.array([how(start[:, 0]) for start in starts]) for how in (np.mean, np.std))
+    spread = max(means.std(), spreads.mean())
+    told = f"{live_mN.mean():.1f} mN; {means.mean():.1f} +- {spread:.1f} mN at the starts of {len(starts)} episodes"
+    near = abs(live_mN.mean() - means.mean()) <= SPREADS * spread
+    return Check(name, bool(near), told if near else f"{told}: take the offset off the sensor")
+
+
+def _scans(names: Sequence[str], live: np.ndarray, known: np.ndarray) -> list[Check]:
+    """Level and depth order of A-scans (n, 1025) beside those of training."""
+    off, told = False, []
+    for word, of in (("mean", np.mean), ("spread", np.std)):
+        was, now = of(known, axis=1), of(live, axis=1)
+        off |= abs(now.mean() - was.mean()) > max(SPREADS * was.std(), SCAN_TOLERANCE * abs(was.mean()))
+        told.append(f"its bins' {word} {now.mean():.3g}, in training {was.mean():.3g}")
+    right, turned = (float(np.abs(one - known.mean(0)).mean()) for one in (live.mean(0), live.mean(0)[::-1]))
+    shapeless = abs(right - turned) < SHAPE * known.std(1).mean()
+    words = f"distance to the training profile {right:.2g}, turned round {turned:.2g}"
+    words += "; it has too little shape to tell" if shapeless else ""
+    return [
+        Check(names[0], not off, "; ".join(told)),
+        Check(names[1], None if shapeless else right < turned, words),
+    ]
 
 
 def _clocks(seen: Seen) -> list[Check]:

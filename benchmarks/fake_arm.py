@@ -1,10 +1,14 @@
-"""A Meca500 on TCP for tests: the text protocol that mecademicpy speaks with firmware 10.2, velocity motions, faults.
+"""A Meca500 on TCP, for tests and for `benchmarks.wire`: the text protocol that mecademicpy speaks with firmware 10.2,
+velocity motions, faults.
 
 Written from mecademicpy's messages and the arm's Denavit-Hartenberg table. Motion is integrated exactly between the
 moments of commands and reports, so that it does not depend on how often its thread gets to run.
 """
 
 import contextlib
+import itertools
+import json
+import os
 import re
 import socket
 import threading
@@ -12,9 +16,11 @@ import time
 
 import numpy as np
 from scipy.optimize import least_squares
+from scipy.spatial.transform import Rotation
 
 # alpha (deg), a (mm), d (mm), offset of theta (deg): Denavit-Hartenberg, each row Rz(theta) Tz(d) Tx(a) Rx(alpha)
 DH = ((-90, 0, 135, 0), (0, 135, 0, -90), (-90, 38, 0, 0), (90, 0, 120, 0), (-90, 0, 0, 0), (0, 0, 70, 180))
+OWN = itertools.count(1)  # the arms of this process
 SAID = {"ResumeMotion": 2043, "PauseMotion": 2042, "ResetError": 2005}
 
 
@@ -45,15 +51,20 @@ def turned(vector_deg) -> np.ndarray:
 
 
 class FakeArm:
-    """Start it with `with`; `port` is its control port. `log`: (monotonic time, command), without the client's own."""
+    """Start it with `with`; it listens at `address`. `log`: (monotonic time, command), without the client's own.
+
+    With a version of 11.1.5 or later it listens on the client's own port, of a loopback address of its own: there alone
+    the client asks for JSON, in which the arm's status comes from then on.
+    """
 
     def __init__(self, joints=(0, 0, 0, 0, 60, 0), tool_mm=0.0, version="10.2.4.9876", wrf=(0,) * 6, up=False):
         self.joints, self.tool_mm, self.version, self.wrf = np.array(joints, float), tool_mm, version, wrf
         self.up = up  # the tool's z axis points from its tip to the flange, as in the recordings
         pose = self._tip(self.joints)
-        self.place, self.turn = pose[:3, 3], pose[:3, :3]
+        self.place, self.turn = pose[:3, 3], pose[:3, :3]  # as measured
+        self.target, self.lag_s = (self.place, self.turn), 0.0  # as commanded, and the time constant of what follows it
         self.activated = self.homed = True
-        self.error = 0
+        self.error, self.json = 0, False
         self.paused, self.silent, self.stuck, self.deaf = True, False, False, False
         self.velocity, self.until_s, self.timeout_s = np.zeros(6), 0.0, 0.05
         self.interval_s, self.watchdog_s, self.jump_us = 0.0167, 0.0, 0
@@ -77,8 +88,10 @@ class FakeArm:
         return [0, 0, self.tool_mm, *((180, 0, 180) if self.up else (0, 0, 0))]
 
     def __enter__(self):
-        self._server = socket.create_server(("127.0.0.1", 0))
-        self.port = self._server.getsockname()[1]
+        own = f"127.{os.getpid() >> 8 & 255}.{os.getpid() & 255}.{next(OWN)}"
+        place = (own, 10000) if tuple(map(int, self.version.split(".")[:3])) >= (11, 1, 5) else ("127.0.0.1", 0)
+        self._server = socket.create_server(place)
+        self.address = "{}:{}".format(*self._server.getsockname())
         self._runs = True
         for target in (self._serve, self._report):
             threading.Thread(target=target, daemon=True).start()
@@ -118,12 +131,24 @@ class FakeArm:
 
     # ---- motion
 
+    def pose(self) -> tuple[np.ndarray, np.ndarray]:
+        """Where the tool is now: place (3,) mm, and its rotation matrix (3, 3)."""
+        with self._lock:
+            self._advance()
+            return self.place.copy(), self.turn.copy()
+
     def _advance(self) -> None:
         now = time.monotonic()
         span = max(0.0, min(now, self.until_s) - self._moved_s)
         if not self.stuck and not self.paused:
-            self.place = self.place + self.velocity[:3] * span
-            self.turn = turned(self.velocity[3:] * span) @ self.turn
+            place, turn = self.target
+            self.target = place + self.velocity[:3] * span, turned(self.velocity[3:] * span) @ turn
+        place, turn = self.target
+        if self.lag_s:
+            share = 1 - np.exp(-(now - self._moved_s) / self.lag_s)
+            behind = Rotation.from_matrix(turn @ self.turn.T).as_rotvec(degrees=True)
+            place, turn = self.place + share * (place - self.place), turned(share * behind) @ self.turn
+        self.place, self.turn = place, turn
         self._moved_s = now
 
     def _solve(self) -> np.ndarray:
@@ -141,12 +166,21 @@ class FakeArm:
     # ---- wire
 
     def _say(self, code, text="") -> None:
+        self._send(f"[{code}][{text}]")
+
+    def _send(self, message: str | dict) -> None:
         if self._client is not None and not self.silent:
             with contextlib.suppress(OSError):
-                self._client.sendall(f"[{code}][{text}]\0".encode())
+                text = message if isinstance(message, str) else json.dumps(message)
+                self._client.sendall(f"{text}\0".encode())
 
     def _status(self) -> None:
         still = int(not self.velocity.any())
+        if self.json:
+            state = 7 if self.homed else 4 if self.activated else 2  # as the client counts them
+            status = {"state": state, "simMode": 0, "errorCode": self.error, "errorMsg": "", "brakesEngaged": False}
+            motion = {"paused": self.paused, "cleared": self.paused, "eob": bool(still), "eom": bool(still)}
+            return self._send({"code": 2007, "data": {"robotStatus": status, "motionStatus": motion}})
         flags = (self.activated, self.homed, 0, bool(self.error), self.paused, still, still)
         self._say(2007, ",".join(str(int(flag)) for flag in flags))
 
@@ -158,7 +192,7 @@ class FakeArm:
                 return
             client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             with self._lock:
-                self._client, self._told = client, False
+                self._client, self._told, self.json = client, False, False
                 self._say(3000, f"Connected to Meca500 R4 v{self.version.rsplit('.', 1)[0]}")
             rest = b""
             with contextlib.suppress(OSError):
@@ -188,12 +222,15 @@ class FakeArm:
             "GetTorqueLimits": (2161, "10,10,10,10,10,10"),
             "GetWorkZoneCfg": (2163, "4,1"),
             "GetWorkZoneLimits": (2165, "100,-100,50,300,100,300"),
-            "GetToolSphere": (2169, "0,0,0,0"),
+            "GetToolSphere": (2167, "0,0,0,0"),
         }
         if name == "SyncCmdQueue":
             return self._say(2097, values[0])
         if name in told:
             return self._say(*told[name])
+        if name == "EnableJsonMode":
+            self.json = True
+            return self._status()
         if name == "GetStatusRobot":
             return self._status()
         if name == "SetCtrlPortMonitoring":
