@@ -65,7 +65,7 @@ def soak(checkpoint: Path, port: int, cameras: int, sensor: int, seconds: float)
             "limits": {"workspace_mm": box, "vl_age_s": 5, "hold_s": 5, "sensor_age_s": 1},
         }
     )
-    memory, me = [], psutil.Process()
+    memory, me, load = [], psutil.Process(), psutil.getloadavg()[0]
 
     def watch(tick: Tick, _seen: Observation) -> None:
         if tick.step % 10 == 0:
@@ -75,7 +75,7 @@ def soak(checkpoint: Path, port: int, cameras: int, sensor: int, seconds: float)
         robot.wait_ready(60.0)
         pilot.warm_up(robot.read_observation())
         log = pilot.run(DryRunIO(robot), settings.safety(), seconds, watch)
-        return log, {"streams": robot.streams(), "memory_MB": (memory[len(memory) // 10], memory[-1])}
+        return log, {"streams": robot.streams(), "memory_MB": (memory[len(memory) // 10], memory[-1]), "load": load}
 
 
 def lateness_row(log: RunLog, used: dict[str, Any]) -> BenchRow:
@@ -83,10 +83,14 @@ def lateness_row(log: RunLog, used: dict[str, Any]) -> BenchRow:
     summary, (early, late_MB) = log.summary(), used["memory_MB"]
     late = summary["lateness_ms"]
     rates = ", ".join(f"{row['stream']} {row['rate_hz']:g} Hz" for row in used["streams"])
+    faults = ", ".join(
+        f"{row['stream']} {row['fault'] or row['refused']}" for row in used["streams"] if row["fault"] or row["refused"]
+    )
     note = (
         f"{summary['ticks']} ticks to {summary['ended']}: median {late['median']:.2f}, max {late['max']:.2f} ms; "
         f"{summary['missed_deadlines']} missed deadlines, {summary['skipped_ticks']} skipped, "
-        f"{summary['modes'].get('hold', 0)} held; memory {early:.0f} to {late_MB:.0f} MB; {rates}; baseline: allowed"
+        f"{summary['modes'].get('hold', 0)} held; memory {early:.0f} to {late_MB:.0f} MB; {rates}; refused or faulty: "
+        f"{faults or 'nothing'}; load {used['load']:.1f} before; baseline: allowed"
     )
     return BenchRow("robots.soak lateness p99", late["p99"], LATENESS_MS, "ms", "< 5 ms, none missed", note, less=True)
 
