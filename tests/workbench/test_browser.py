@@ -11,14 +11,19 @@ import pytest
 from chromium import CHROMIUM
 from nbformat import v4
 
+from benchmarks.fake_arm import FakeArm
+from benchmarks.robots import CAMERAS
+from benchmarks.runtime import untrained
 from needle_rig.recorder import record
 from needle_rig.settings import RecordSettings
+from needle_rig.world import VIEWS
 from tests.robots import fake_rig
-from tests.robots.fake_arm import FakeArm
 from vla_lib.core.files import read_json, read_jsonl
 from vla_lib.core.run_folder import PROJECT, RunFolder, read_record
 from vla_lib.episodes.marks import Marks
+from vla_lib.evaluation.preflight import PERSON
 from vla_lib.training.checkpoint import read_checkpoint
+from vla_lib.training.settings import AsyncSettings
 from vla_lib.workbench import run_all, runs
 
 pytestmark = [
@@ -63,8 +68,10 @@ def root(tmp_path_factory) -> Path:
 def rig(tmp_path_factory) -> Iterator[Path]:
     """The robot.yaml of a rig of loopback doubles that runs meanwhile."""
     with FakeArm((0, 0, 0, 0, 60, 0)) as arm:
-        content = fake_rig.mapping(arm)
-        with fake_rig.CameraHost(content["zmq_port"]), fake_rig.SensorHost(content["sensor"]["port"]):
+        content = fake_rig.mapping(arm, cameras={view: {"source": "zmq"} for view in VIEWS})
+        content["limits"] |= {"vl_age_s": 5, "hold_s": 2, "sensor_age_s": 1, "picture_age_s": 2}  # a busy machine
+        cameras = fake_rig.CameraHost(content["zmq_port"], cameras=CAMERAS)
+        with cameras, fake_rig.SensorHost(content["sensor"]["port"]):
             yield fake_rig.write(tmp_path_factory.mktemp("rig") / "robot.yaml", content)
 
 
@@ -231,6 +238,54 @@ def test_stop_stops_the_robot_of_a_rehearsal(desk, root):
     assert desk.errors() == []
     (found,) = set(desk.runs()) - before
     assert read_json(found / "results.json")["runner"]["ended"] == "operator"
+
+
+def test_the_arm_moves_only_while_a_key_or_a_button_is_held_and_stop_stops_it(desk, rig, tmp_path):
+    """Cells of notebook 08 as they are, but the stages before the task count as passed."""
+    policy = untrained(tmp_path / "policy.pt", AsyncSettings())
+    given = {"robot": str(rig), "checkpoint": str(policy), "operator": "Kim", "ticked": list(PERSON), "until": "task"}
+    given |= {"hold_to_run": True, "max_time_s": 600.0, "rollouts_root": str(tmp_path / "rollouts")}
+    path = desk.copy("08_deploy", "held", **given)
+    notebook = nbformat.read(path, as_version=4)
+    notebook.cells = [
+        one for one in notebook.cells if one.id in ("parameters", "begin", "session", "ticks", "task-live")
+    ]
+    notebook.cells[2].source += "\nsession.passed = ['look', 'preflight', 'dry run', 'first motion']"
+    nbformat.write(notebook, path)
+    desk.open(path)
+
+    def begin() -> tuple[Any, Any]:
+        desk.start_all()
+        cell = desk.show("task-live")
+        desk.until(lambda: "wait, hold-to-run key released" in cell.inner_text())
+        return cell, cell.locator(".vla-hold")
+
+    def ended() -> str:
+        desk.until(desk.finished)
+        assert desk.errors() == []
+        return read_json(max((tmp_path / "rollouts").glob("*/*/rollout.json")))["ended"]
+
+    cell, field = begin()
+    field.click()
+    desk.page.keyboard.down(" ")
+    desk.until(lambda: "act;" in cell.inner_text() and cell.locator("img:visible").count())
+    desk.picture("deploy-held", cell="task-live")
+    desk.page.keyboard.up(" ")
+    desk.until(lambda: "over" in cell.inner_text())
+    assert ended() == "hold-to-run key released"
+
+    cell, field = begin()
+    press = "navigator.getGamepads = () => [null, {index: 1, buttons: [{pressed: false}, {pressed: %s}]}]; 0"
+    desk.page.evaluate(press % "true")  # jammed
+    desk.page.wait_for_timeout(500)
+    assert field.get_attribute("data-held") == "false" and "act;" not in cell.inner_text()
+    for pressed in ("false", "true"):
+        desk.page.evaluate(press % pressed)
+        desk.page.wait_for_timeout(300)
+    desk.until(lambda: "act;" in cell.inner_text())
+    cell.locator("button.jupyter-button", has_text="Stop").click()
+    desk.until(lambda: "over" in cell.inner_text())
+    assert ended() == "operator"
 
 
 def test_runs_are_compared_by_ticking_them(desk):

@@ -1,6 +1,7 @@
 """Text from files is text: every view of the workbench, offline and as a widget, with names that are HTML, in a
 browser."""
 
+import asyncio
 import re
 from dataclasses import fields
 from pathlib import Path
@@ -68,9 +69,9 @@ def rollout_views_of(folder: Path, name: str, monkeypatch: pytest.MonkeyPatch) -
     """A rehearsal whose tick gives it as its reason."""
     tick = SimpleNamespace(**dict.fromkeys([field.name for field in fields(Tick)]))
     tick.t_s, tick.mode, tick.reason, tick.lateness_ms, tick.vl_age_s, tick.force_mN = 1.0, name, name, 0.1, None, None
-    monkeypatch.setattr(rollout_views.RehearsalView, "draw", lambda self, moments: None)
+    monkeypatch.setattr(rollout_views.RehearsalView, "draw", lambda self, moments: b"")
     view = rollout_views.RehearsalView(SimpleNamespace())
-    view.tick([SimpleNamespace(tick=tick)])
+    asyncio.run(view.tick([SimpleNamespace(tick=tick)]))
     middle = view._state.value
     view.close([SimpleNamespace(tick=tick)])
     return [middle, view._state.value]

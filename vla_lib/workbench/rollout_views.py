@@ -4,6 +4,7 @@ A rehearsal is a rollout in real time, in a process of its own: a live view with
 """
 
 import asyncio
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -31,7 +32,7 @@ from vla_lib.workbench.notebook import interactive, shown
 from vla_lib.workbench.plots import rollouts as plots
 from vla_lib.workbench.plots.rehearsal import moment
 from vla_lib.workbench.tables import sentence
-from vla_lib.workbench.widgets import drawn, offline_slider
+from vla_lib.workbench.widgets import HoldKey, drawn, offline_slider
 
 Followed = tuple[dict[str, Any], list[Moment]]
 ROBOTS = ("simulated rig", "dry run")
@@ -167,7 +168,7 @@ async def follow(process: LoopProcess, key: bool = False, force_mN: float = FORC
         with answering():
             while process.running:
                 moments += process.poll()
-                view.tick(moments)
+                await view.tick(moments)
                 await asyncio.sleep(0.05)
         record = process.result()
     except (asyncio.CancelledError, KeyboardInterrupt):
@@ -187,7 +188,7 @@ class PlainView:
         self._last_s = time.monotonic()
         print("loading the policy and its VLM", flush=True)
 
-    def tick(self, moments: Sequence[Moment]) -> None:
+    async def tick(self, moments: Sequence[Moment]) -> None:
         """Print what the newest tick says, now and then."""
         if moments and time.monotonic() - self._last_s >= LINE_EVERY_S:
             self._last_s = time.monotonic()
@@ -201,42 +202,47 @@ class PlainView:
 
 class RehearsalView:
     """Widgets of one run: the newest moment redrawn about once a second, its tick in words, a Stop button; asked for,
-    a field that tells the robot's process, at each repeat of a held key, that it is held."""
+    a field that tells the robot's process, ten times a second, that its key is held."""
 
     def __init__(self, process: LoopProcess, key: bool = False, force_mN: float = FORCE_MN):
         self.process, self.force_mN = process, force_mN
-        self._due_s = 0.0
+        self._due_s, self._drawing = (
+            0.0,
+            threading.Lock(),
+        )  # one at a time: a figure's look is matplotlib's global state
         self._stop = ipywidgets.Button(
             description="Stop", icon="stop", button_style="danger", tooltip="stop the robot now"
         )
         self._stop.on_click(self._stop_clicked)
         self._state = Html(Markup("<b>loading the policy and its VLM</b>"))
         self._picture = ipywidgets.Image(format="jpeg", layout={"max_width": "1100px", "visibility": "hidden"})
-        self.key = ipywidgets.Text(placeholder="click here, then hold the space bar to run", layout={"width": "22em"})
-        self.key.observe(lambda _change: self.process.hold(), "value")
-        buttons = [self._stop, *([self.key] if key else []), self._state]
+        buttons = [self._stop, *([HoldKey(process.hold)] if key else []), self._state]
         display(ipywidgets.VBox([ipywidgets.HBox(buttons), self._picture]))
 
-    def tick(self, moments: Sequence[Moment]) -> None:
-        """Show the newest tick; redraw now and then."""
+    async def tick(self, moments: Sequence[Moment]) -> None:
+        """Show the newest tick; redraw now and then, in a thread: Stop and the key are heard meanwhile."""
         if moments:
             self._state.value = in_words(moments[-1])
         begun_s = time.monotonic()
         if moments and begun_s >= self._due_s:
-            self.draw(moments)
+            self._show(await asyncio.to_thread(self.draw, moments))
             drawn_s = time.monotonic()
             self._due_s = drawn_s + max(REDRAW_S, 4 * (drawn_s - begun_s))
 
-    def draw(self, moments: Sequence[Moment]) -> None:
-        """Redraw the figure."""
-        self._picture.value = drawn(moment(moments, self.force_mN), "jpeg")
+    def draw(self, moments: Sequence[Moment]) -> bytes:
+        """The figure of the newest moment, a JPEG."""
+        with self._drawing:
+            return drawn(moment(moments, self.force_mN), "jpeg")
+
+    def _show(self, picture: bytes) -> None:
+        self._picture.value = picture
         self._picture.layout.visibility = "visible"
 
     def close(self, moments: Sequence[Moment]) -> None:
         """The last moment stays; the button is dead."""
         self._stop.disabled = True
         if moments:
-            self.draw(moments)
+            self._show(self.draw(moments))
             self._state.value = Markup("<b>over</b>: {}").format(in_words(moments[-1]))
 
     def _stop_clicked(self, _button: Any) -> None:

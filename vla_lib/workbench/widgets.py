@@ -3,10 +3,11 @@
 import base64
 import io
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import anywidget
 import ipywidgets
 from IPython.display import HTML, display
 from matplotlib.figure import Figure
@@ -44,6 +45,16 @@ def offline_slider(figures: Iterable[Figure], labels: Sequence[str]) -> HTML:
         "<span id='{}'>{}</span>"
     ).format(len(labels) - 1, script.format(identifier), identifier, labels[0])
     return page(Markup("<div>{}{}</div>").format(control, joined(images)))
+
+
+class HoldKey(anywidget.AnyWidget):
+    """A field that calls `held` ten times a second while a person holds its space bar, or a button of a gamepad."""
+
+    _esm = Path(__file__).parent / "browser" / "hold.js"
+
+    def __init__(self, held: Callable[[], None]):
+        super().__init__()
+        self.on_msg(lambda _widget, _said, _buffers: held())
 
 
 # ---- episodes
