@@ -323,3 +323,20 @@ def test_view_dropout_hides_whole_views_in_training_only(head):
     shown = {k: v for k, v in draws.items() if k != "hide_view"}
     assert torch.equal(policy.train()(batch, draws), policy(hidden, shown))
     assert torch.equal(policy.eval()(batch, draws), policy(batch, shown))
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_token_noise_is_of_the_asked_spread_and_in_training_only(head):
+    policy, seen = make_policy(head=head, token_noise=0.5), []
+    batch = observe() | {"action": torch.randn(3, 8, 7), "goal": torch.randn(3, 3)}
+    policy.goal_reader.register_forward_pre_hook(lambda module, given: seen.append(given[0].clone()))
+    draws = policy.draw(3, torch.Generator().manual_seed(0))
+    policy.eval()(batch, draws)
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        policy.train()(batch, draws)
+    clean, first, again, other = seen
+    noise = first - clean
+    assert torch.equal(first, again) and not torch.equal(first, other)  # a run that is resumed draws the same
+    assert 0.45 < float(noise.std()) < 0.55 and abs(float(noise.mean())) < 0.05
+    assert torch.equal(clean, policy.eval().normaliser.tokens(batch["vl_tokens"]))

@@ -34,6 +34,7 @@ class PolicySettings(Settings):
     dropout: Share = 0.0  # dropout in the trunk
     # chance that a view is hidden from a training sample: against learning scenes by heart, and for a camera that fails
     view_dropout: Share = 0.0
+    token_noise: Annotated[float, Ge(0)] = 0.0  # added to VL tokens in training, in their spreads; also against that
 
 
 @settings

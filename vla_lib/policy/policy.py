@@ -53,6 +53,8 @@ class Policy(nn.Module):
         """Where the episode will end by the VL tokens, (B, 3) in spreads. Raises UserError as `context`."""
         assert self.goal_reader is not None
         tokens, state = self.normaliser.tokens(observation["vl_tokens"]), self.normaliser.state(observation["vl_state"])
+        if self.training and self.config.token_noise:  # torch's own numbers, as for dropout: seeded in each step
+            tokens = tokens + self.config.token_noise * torch.randn_like(tokens)
         return self.goal_reader(tokens, observation["vl_mask"], state)
 
     @torch.no_grad()

@@ -27,7 +27,8 @@ class Size:
 
 
 # A few hundred episodes at most: little to learn places from, so the policy must not learn scenes by heart.
-REGULARISED = {"batch_size": 16, "grad_accum_steps": 1, "dropout": 0.1, "view_dropout": 0.2, "weight_decay": 0.1}
+REGULARISED = {"batch_size": 16, "grad_accum_steps": 1, "weight_decay": 0.1}
+REGULARISED |= {"dropout": 0.1, "view_dropout": 0.2, "token_noise": 0.5}
 QUARTER = {"image_resize_height": 180, "image_resize_width": 320}
 SIZES = {
     "demo": Size(
