@@ -109,11 +109,11 @@ BOUNDS = {
     "core": (11, 1150),
     "episodes": (32, 6010),
     "features": (14, 2215),
-    "policy": (8, 740),
+    "policy": (8, 745),
     "training": (14, 2190),
     "runtime": (10, 1400),
     "robots": (12, 1640),
-    "evaluation": (12, 2080),
+    "evaluation": (12, 2110),
     "workbench": (42, 6510),
 }
 

@@ -15,7 +15,7 @@ from vla_lib.core.files import write_json
 from vla_lib.core.pool import WorkerDied
 from vla_lib.evaluation import closed_loop as closed
 from vla_lib.evaluation import rollout as rollouts
-from vla_lib.evaluation.closed_loop import closed_loop_table, pair_table
+from vla_lib.evaluation.closed_loop import closed_loop_table, failure_table, pair_table
 from vla_lib.evaluation.metrics import open_loop_metrics
 from vla_lib.evaluation.rollout import Moment, run_on_rig
 from vla_lib.evaluation.settings import RolloutSettings
@@ -230,6 +230,13 @@ def test_the_plots_tell_units_and_counts(tmp_path):
     assert list(pair_table({"A": settled, "B": other})["only the first"]) == [2]
     assert list(closed_loop_table({"A": settled})["success"]) == ["2 of 3"]
     assert [row["reason"] for row in failures_first(settled, 2)] == ["no puncture", ""]
+    missed = [
+        row(seed, False, "beside the target", lateral=2.0)
+        | {"truth": {"target_xy_mm": (170.0, 1.0)}, "path": {"position_mm": [[170.0 + x, 1.0 + y, 130.0]]}}
+        for seed, (x, y) in enumerate(((2.0, 0.1), (1.9, -0.5), (0.3, -2.0)), 10)
+    ]
+    alike = failure_table(closed.ClosedLoop(settled.settings, missed))
+    assert alike[["side", "rollouts", "seeds"]].to_numpy().tolist() == [["+x", 2, "10, 11"], ["-y", 1, "12"]]
     record, _ = scripted(3)
     log = RunLog([Tick(k, k / 10, 0.2, vl_age_s=0.1, expert_ms=5.0) for k in range(20)], vlm_ms=[30.0, 31.0])
     assert all("(" in axis.get_xlabel() for axis in timing(log).axes)

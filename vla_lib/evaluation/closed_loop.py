@@ -27,7 +27,7 @@ from vla_lib.core.pool import WorkerDied, run_jobs
 from vla_lib.core.progress import Progress
 from vla_lib.evaluation.rollout import rollout
 from vla_lib.evaluation.settings import RolloutSettings
-from vla_lib.evaluation.sim_robot import MANIFEST, check_drawing, prepare_gl
+from vla_lib.evaluation.sim_robot import LATERAL_TOLERANCE_MM, MANIFEST, check_drawing, prepare_gl
 from vla_lib.runtime.run_log import distribution
 
 FIRST_SEED = 7_000_000  # reported seeds begin here; recordings draw theirs from 62 bits
@@ -187,6 +187,34 @@ def closed_loop_table(found: Mapping[str, ClosedLoop]) -> pd.DataFrame:
             }
         )
     return pd.DataFrame(rows)
+
+
+def failure_table(loop: ClosedLoop) -> pd.DataFrame:
+    """Failures of one variant that are alike, the most frequent first: reason, side of the target on which the needle
+    ended (base frame), how many; medians of lateral and depth error (mm) and of the peak force (mN); the seeds."""
+    alike: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in loop.rollouts:
+        if not row["success"]:
+            alike.setdefault((row["reason"], _side(row)), []).append(row)
+    return pd.DataFrame(
+        {
+            "reason": reason,
+            "side": side,
+            "rollouts": len(rows),
+            "lateral (mm)": float(np.median([row["lateral_mm"] for row in rows])),
+            "depth error (mm)": float(np.median([row["depth_error_mm"] for row in rows])),
+            "force (mN)": float(np.median([row["peak_force_mN"] for row in rows])),
+            "seeds": ", ".join(str(row["seed"]) for row in rows),
+        }
+        for (reason, side), rows in sorted(alike.items(), key=lambda entry: -len(entry[1]))
+    )
+
+
+def _side(row: Mapping[str, Any]) -> str:
+    """`+x`, `-x`, `+y` or `-y`: where the needle ended, seen from the target; "" within the tolerance."""
+    off = np.array(row["path"]["position_mm"][-1][:2]) - row["truth"]["target_xy_mm"]
+    axis = int(np.abs(off).argmax())
+    return f"{'+' if off[axis] > 0 else '-'}{'xy'[axis]}" if row["lateral_mm"] > LATERAL_TOLERANCE_MM else ""
 
 
 def pair_table(found: Mapping[str, ClosedLoop]) -> pd.DataFrame:
