@@ -54,7 +54,7 @@ class DeploySettings(Settings):
     first_motion_s: Seconds = 5.0  # length of the first motion, in air
     first_motion_mm_s: Seconds = 1.0  # its greatest speed
     max_time_s: Seconds = 30.0  # longest task
-    hold_to_run: bool = False  # the arm moves only while the space bar is held (notebook 08)
+    hold_to_run: bool = False  # the arm moves only while the space bar or a gamepad's button is held (notebook 08)
     device: str = "cpu"  # cpu or cuda
     rollouts_root: Path | None = None  # where rollouts are recorded; default: runs/rollouts
     dataset: str = "rollouts"  # the dataset of the tasks' rollouts

@@ -158,7 +158,7 @@ def _trained_ages(checkpoint: Path) -> str:
 async def follow(process: LoopProcess, key: bool = False, force_mN: float = FORCE_MN) -> Followed:
     """Follow a run to its end; returns its record and all moments: `record, moments = await follow(process)`.
 
-    `key`: with a field in which the space bar is held to run; `force_mN`: the limit that the view draws.
+    `key`: with the hold-to-run field; `force_mN`: the limit that the view draws.
 
     Raises JobCancelled where the cell is interrupted (the robot is stopped first), else as `RehearsalProcess.result`.
     """
