@@ -49,6 +49,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     Raw("F1", scenery=True, seconds=4, row_times=rows, right=True).write(root / "White_silicone_white_circle")
     Raw("F2", scenery=True, start=T0 + 600).write(root / "New_dataset" / "Red_point")
     Raw("F3", scenery=True, sensor=False, start=T0 + 1200.7654321).write(root / "New_dataset3" / "Eye_trocar")
+    (root / "marks.yaml").write_text("New_dataset3: {label: failure}\n")  # a folder, so all of its episodes
     prepare_all(root)
     return root
 
@@ -94,6 +95,9 @@ def test_each_valid_step_is_a_frame_and_no_other(recorded, exported):
         episode = load_prepared(recorded / row["vla/episode"])
         steps = np.arange(row["length"]) + row["vla/first_step"]
         assert episode.valid[steps].all() and episode.timestamp[steps[0]] == row["vla/start_unix_s"]
+    labels = dict(zip(rows["vla/episode"], rows["vla/label"], strict=True))
+    assert [label for key, label in labels.items() if "New_dataset3" in key] == ["failure"]
+    assert sum(map(bool, labels.values())) == 1
     assert set(rows["vla/weight"]) == {2.0, 3.0} and set(rows["vla/layout"]) == {"F1", "F2", "F3"}
 
 

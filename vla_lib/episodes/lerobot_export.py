@@ -31,9 +31,9 @@ from vla_lib.core.errors import UserError, needing_room
 from vla_lib.core.files import atomic_path, file_lock, make_folder, read_json, write_json, write_text
 from vla_lib.core.progress import Progress
 from vla_lib.core.settings import Settings, settings
-from vla_lib.episodes.datasets import DatasetTable
 from vla_lib.episodes.lerobot_shard import CODECS, FILES_A_CHUNK, INDEX_COLUMNS, Part, Shard, feature, write_shard
 from vla_lib.episodes.lerobot_stats import Stats, combine
+from vla_lib.episodes.marks import Marks
 from vla_lib.episodes.prepared import PreparedEpisode, load_used
 from vla_lib.episodes.survey import all_prepared
 
@@ -139,7 +139,7 @@ def _plan(settings: ExportSettings) -> tuple[list[Shard], list[dict[str, Any]], 
     if others := sorted({view for episode in episodes for view in episode.views} - set(views)):
         left_out.append(f"views {', '.join(others)}: {'not asked for' if settings.views else 'not in every episode'}")
     sizes = _sizes(episodes, views, settings)
-    table = DatasetTable.load(root)
+    marks = Marks.load(root)
     tasks: dict[str, int] = {}
     parts: list[Part] = []
     sources = []
@@ -152,9 +152,9 @@ def _plan(settings: ExportSettings) -> tuple[list[Shard], list[dict[str, Any]], 
         for begin, end in runs:
             number, first = len(parts), parts[-1].first + len(parts[-1]) if parts else 0
             task = tasks.setdefault(episode.instruction, len(tasks))
-            weight = table.weight(episode.dataset, episode.task)
+            weight, label = marks.table.weight(episode.dataset, episode.task), marks.of(key).label or ""
             where = (episode.path, key, begin, end, number, first)
-            parts.append(Part(*where, episode.instruction, task, weight))
+            parts.append(Part(*where, episode.instruction, task, weight, label))
         sources.append({"episode": key, "fingerprint": episode.fingerprint, "steps": len(episode)})
     if not parts:
         raise UserError(f"No episode below {root} has a valid step; look at it in notebook 02.")

@@ -44,6 +44,7 @@ class Part:
     task: str
     task_index: int
     weight: float
+    label: str  # a person's, of marks.yaml; "" where there is none
 
     def __len__(self) -> int:
         return self.end - self.begin
@@ -115,8 +116,9 @@ def _row(shard: Shard, part: Part) -> dict[str, Any]:
         "episode": part.key,
         "layout": episode.layout,
     }
-    ours |= {"verdict": str(episode.metadata["verdict"]), "weight": part.weight, "first_step": part.begin}
-    ours |= {"start_unix_s": float(episode.timestamp[part.begin]), "sensor_hz": episode.sensor_hz}
+    ours |= {"verdict": str(episode.metadata["verdict"]), "weight": part.weight, "label": part.label}
+    ours |= {"first_step": part.begin, "start_unix_s": float(episode.timestamp[part.begin])}
+    ours["sensor_hz"] = episode.sensor_hz
     ours["sensor"] = f"sensor/{part.key}" if episode.has_sensor else ""
     return row | {f"vla/{name}": value for name, value in ours.items()}
 
