@@ -113,7 +113,7 @@ BOUNDS = {
     "training": (14, 2190),
     "runtime": (10, 1400),
     "robots": (12, 1640),
-    "evaluation": (12, 2110),
+    "evaluation": (12, 2119),
     "workbench": (42, 6510),
 }
 

@@ -194,7 +194,7 @@ def test_the_preflight_names_what_is_wrong(rig, policy_file, monkeypatch):
     reds = np.zeros((36, 64, 3), np.uint8)
     reds[:, :40, 0] = 200
     monkeypatch.setattr(preflight, "training_pictures", lambda *_: {view: [reds] for view in VIEWS})
-    with rig(FakeArm((20, 0, 0, 0, 60, 0))) as it:
+    with rig(FakeArm((40, 0, 0, 0, 60, 0))) as it:
         it.arm.wrf = (0, 0, 50.0, 0, 0, 0)
         it.sensor.force_mN = 60.0
         seen = look(it.robot, 0.5)
@@ -210,7 +210,7 @@ def test_the_preflight_names_what_is_wrong(rig, policy_file, monkeypatch):
         "channel order of View1_left",
         "channel order of View5",
     }
-    assert "y (mm) is 53.0, in training 0.0 +- 9.0" in found["units, frame and start as in training"].evidence
+    assert "y (mm) is 99.6, in training 0.0 +- 9.0" in found["units, frame and start as in training"].evidence
     assert found["judged in closed loop"].passed is None
 
 
@@ -254,6 +254,23 @@ def test_the_starts_are_those_of_the_prepared_episodes(tmp_path):
     pilot = SimpleNamespace(info={"settings": {"dataset_root": str(tmp_path / "root")}})
     starts = preflight.training_starts(preflight.training_episodes(pilot))
     assert len(starts) == 2 and all(abs(len(start) - 325) < 3 for start in starts)
+
+
+@pytest.mark.parametrize(
+    ("a_deg", "at_hand", "passed"), ((-3.0, True, True), (-9.0, True, False), (-3.5, False, None), (-9.0, False, False))
+)
+def test_a_start_is_judged_by_the_starts_of_training(policy_file, a_deg, at_hand, passed):
+    """An angle that is nonzero at the start alone: its spread over all steps is small."""
+    pilot = Trained(policy_file)
+    pilot.expert.policy.normaliser.state_mean.zero_()
+    pilot.expert.policy.normaliser.state_std.fill_(0.6)
+    states = np.zeros((20, 12), np.float32)
+    states[0, 9] = -2.9
+    state = np.zeros(12)
+    state[9] = a_deg
+    seen = preflight.Seen(SimpleNamespace(state=state), np.zeros(1), np.zeros((1, 1025)))
+    check = preflight._state(seen, pilot, [SimpleNamespace(state=states)] * at_hand)
+    assert check.passed is passed and ("a is" in check.evidence) == (passed is not True)
 
 
 def test_channels_in_order_are_told_from_swapped_and_from_colourless_ones():

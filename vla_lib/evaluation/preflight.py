@@ -35,11 +35,12 @@ PERSON = {
     "pictures": "The live pictures show the same scene, from the same places, as those of the training data.",
     "space": "Nobody and nothing that may be hurt is within the arm's reach.",
 }
-SPREADS = 5.0  # of the training data, which the state must lie within: the policy clamps there
+SPREADS = 5.0  # of the training data, which state and sensor must lie within: the policy clamps the state there
 SAME_MM, SAME_DEG = 1.0, 0.5  # between the reported pose and the arm's own kinematics
 DRIFT_MS = 20.0  # how far a clock's offset may wander while one looks; a guess
 BINS = 6  # of each colour in a histogram
 SAMPLES = 12  # training episodes that live pictures and samples are compared with
+STATES = 500  # training episodes whose states are looked at
 SCAN_STRIDE = 13  # samples from one kept A-scan to the next: 50 a second
 SCAN_TOLERANCE = 0.1  # of the training level, which an A-scan's may be off beside its spreads; a guess
 SHAPE = 0.1  # of an A-scan's spread: profiles that differ by less have no shape to tell their order from; a guess
@@ -95,7 +96,7 @@ def rig_checks(robot: LabRobot, seen: Seen, pilot: Pilot, limits: SafetyLimits) 
     return [
         *_views(robot, seen, pilot, limits),
         *_colours(seen, pilot, episodes),
-        _state(seen, pilot),
+        _state(seen, pilot, episodes),
         *_arm(robot, seen),
         *_place(seen, limits),
         *_force(seen, limits),
@@ -174,21 +175,26 @@ def histogram(picture: np.ndarray) -> np.ndarray:
     return share
 
 
-def training_episodes(pilot: Pilot) -> list[PreparedEpisode]:
-    """Some episodes of the dataset that the policy was trained on; none where it is not at hand."""
+def training_episodes(pilot: Pilot) -> Sequence[PreparedEpisode]:
+    """Episodes of the dataset that the policy was trained on, at most `STATES`; none where it is not at hand."""
     root = Path(str(pilot.info["settings"]["dataset_root"]))
     try:
         episodes = list(load_used(root).values()) if root.is_dir() else []
     except (UserError, OSError):
         return []
-    return episodes[:: max(1, len(episodes) // SAMPLES)][:SAMPLES]
+    return spread(episodes, STATES)
+
+
+def spread(episodes: Sequence[PreparedEpisode], most: int) -> Sequence[PreparedEpisode]:
+    """At most as many, evenly over all."""
+    return episodes[:: max(1, -(-len(episodes) // most))]
 
 
 def training_pictures(views: Sequence[str], episodes: Sequence[PreparedEpisode]) -> dict[str, list[np.ndarray]]:
-    """A picture of each view from the middle of each episode."""
+    """A picture of each view from the middle of some episodes."""
     found: dict[str, list[np.ndarray]] = {view: [] for view in views}
     with contextlib.suppress(OSError):
-        for episode in episodes:
+        for episode in spread(episodes, SAMPLES):
             for view in found:
                 path = episode.picture_path(view, len(episode) // 2) if view in episode.image_index else None
                 if path is not None:
@@ -198,29 +204,34 @@ def training_pictures(views: Sequence[str], episodes: Sequence[PreparedEpisode])
 
 
 def training_starts(episodes: Sequence[PreparedEpisode]) -> list[np.ndarray]:
-    """(n, 1026) samples of the first half second of each episode that has a sensor: the needle is in air still."""
+    """(n, 1026) samples of the first half second of some episodes: the needle is in air still."""
     found = []
     with contextlib.suppress(UserError, OSError):
-        for episode in (one for one in episodes if one.has_sensor and len(one)):
+        for episode in spread([one for one in episodes if one.has_sensor and len(one)], SAMPLES):
             end = int(episode.sensor_index[min(len(episode) - 1, int(episode.action_hz / 2))])
             found.append(np.asarray(episode.sensor[max(0, end - int(episode.sensor_hz / 2)) : end]))
     return [start for start in found if len(start)]
 
 
-def _state(seen: Seen, pilot: Pilot) -> Check:
+def _state(seen: Seen, pilot: Pilot, episodes: Sequence[PreparedEpisode]) -> Check:
+    """Whether each part of the state lies within some spreads of training, or where those episodes were: one that moves
+    at the start alone has a small spread. Without them, it is a person's within twice as many."""
     statistics = pilot.expert.policy.normaliser.state_dict()
     mean, std = (statistics[f"state_{name}"].cpu().numpy() for name in ("mean", "std"))
     names = [*(f"joint {number} (deg)" for number in range(1, 7)), "x (mm)", "y (mm)", "z (mm)", "a", "b", "r (deg)"]
-    off = (np.asarray(seen.newest.state, float) - mean) / std
+    state = np.asarray(seen.newest.state, float)
+    low, high = mean - SPREADS * std, mean + SPREADS * std
+    for episode in episodes:
+        low, high = np.minimum(low, episode.state.min(0) - std), np.maximum(high, episode.state.max(0) + std)
+    spreads = np.abs(state - mean) / std
     far = [
-        f"{name} is {seen.newest.state[k]:.1f}, in training {mean[k]:.1f} +- {std[k]:.1f}"
+        f"{name} is {state[k]:.1f}, in training {mean[k]:.1f} +- {std[k]:.1f}"
         for k, name in enumerate(names)
-        if not abs(off[k]) <= SPREADS
+        if not low[k] <= state[k] <= high[k]
     ]
-    told = (
-        "; ".join(far) or f"all within {SPREADS:g} spreads of the training data, the farthest {np.abs(off).max():.1f}"
-    )
-    return Check("units, frame and start as in training", not far, told)
+    known = f"all as in training, the farthest {spreads.max():.1f} spreads from its mean"
+    unsure = bool(far) and not episodes and bool((spreads <= 2 * SPREADS).all())
+    return Check("units, frame and start as in training", None if unsure else not far, "; ".join(far) or known)
 
 
 def _arm(robot: LabRobot, seen: Seen) -> list[Check]:
