@@ -11,13 +11,31 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # one test process a core: thread
 # a background job of a shell ignores it, and so would every process that a test interrupts
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# begun first: none is left for the end
-LONG = ("test_browser.py", "test_flow.py", "test_cancelling.py", "test_interruption.py", "test_types.py")
+# files of minutes, the longest first: none is left for the end
+LONG = (
+    "test_flow.py",
+    "test_browser.py",
+    "test_cancelling.py",
+    "test_slurm.py",
+    "test_interruption.py",
+    "test_sweeps.py",
+    "test_types.py",
+    "test_driving.py",
+    "test_headless.py",
+    "test_loop.py",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files of minutes before files of seconds."""
     items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int | None:
+    """One worker more than cores: a third of the tests' time is waiting, for a kernel, a page or a job to end."""
+    asked = os.environ.get("PYTEST_XDIST_AUTO_NUM_WORKERS")
+    return int(asked) if asked else len(os.sched_getaffinity(0)) + 1
 
 
 @pytest.fixture(autouse=True)

@@ -49,7 +49,7 @@ def test_a_failing_rank_tells_its_sentence_to_the_launcher(tmp_path):
         "-m",
         "torch.distributed.run",
         "--standalone",
-        "--nproc_per_node=2",
+        "--nproc_per_node=1",
         "-m",
         "vla_lib.train_async",
     ]

@@ -40,24 +40,23 @@ def wandb_rows(run: Path) -> list[dict]:
     return rows
 
 
-def launch(
-    program: str | list[str], flags: dict, processes: int = 1, background: bool = False, environment: dict | None = None
-):
-    """Start a front door (or the words behind `python`) as a program, under torchrun where `processes` > 1.
-
-    Returns the finished (or running) process. Flags are written as the settings' names with dashes.
-    """
-    words = [sys.executable, *(program if isinstance(program, list) else ["-m", f"vla_lib.{program}"])]
-    if processes > 1:
-        words[1:1] = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    for name, value in {**SMALL, **flags}.items():
+def flags_of(values: dict) -> list[str]:
+    """Settings as the words of a command line, beside those of SMALL."""
+    words = []
+    for name, value in {**SMALL, **values}.items():
         flag = "--" + name.replace("_", "-")
         if isinstance(value, bool):
             words.append(flag if value else flag.replace("--", "--no-", 1))
         else:
             words += [flag, str(value)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled", **(environment or {})}
-    if background:
-        output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        return subprocess.Popen(words, env=environment, start_new_session=True, **output)
-    return subprocess.run(words, env=environment, capture_output=True, text=True, timeout=300)
+    return words
+
+
+def launch(program: str, values: dict, processes: int = 1) -> subprocess.Popen:
+    """Start a front door as a program, under torchrun where `processes` > 1; returns at once."""
+    words = [sys.executable, "-m", f"vla_lib.{program}", *flags_of(values)]
+    if processes > 1:
+        words[1:1] = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
+    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(words, env=environment, start_new_session=True, **output)

@@ -1,15 +1,14 @@
 """Damage is noticed where it would be learned from: the run stops with the file's name."""
 
-import os
 import pickle
 import re
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from front_doors import launch
+from front_doors import SMALL
+from ranks import two_ranks
 from synthetic import write_dataset
 
 from vla_lib.core.errors import UserError
@@ -19,7 +18,9 @@ from vla_lib.episodes import find_prepared, load_prepared
 from vla_lib.episodes.data_pkl import read_pickle, write_pickle
 from vla_lib.episodes.findings import NO_NUMBERS
 from vla_lib.features.cache import FeatureCache
+from vla_lib.train_async import main as train_async
 from vla_lib.training.samples import SampleSet, batches
+from vla_lib.training.settings import AsyncSettings
 
 
 @pytest.fixture
@@ -152,22 +153,29 @@ RANKS = {"batch_size": 2, "grad_accum_steps": 1, "max_steps": 40, "val_fraction"
 
 def test_two_ranks_stop_with_the_name_of_the_file_that_one_of_them_met(root, tmp_path):
     path = alter_sensor(root, flip)
-    done = launch("train_async", {**RANKS, "dataset_root": root, "run_dir": tmp_path / "run"}, processes=2)
-    assert done.returncode != 0 and f"{path} is damaged" in done.stdout + done.stderr
+    settings = AsyncSettings(**SMALL, **RANKS, dataset_root=root, run_dir=tmp_path / "run")
+    statuses, output = two_ranks(lambda: train_async(settings))
+    assert all(statuses) and f"{path} is damaged" in output
     record = read_record(tmp_path / "run")
     assert record["state"] == "failed" and str(path) in record["error"]
 
 
-def test_two_ranks_name_the_episode_and_step_of_a_loss_that_is_not_finite_on_one_of_them(mixed, tmp_path):
+def test_two_ranks_name_the_episode_and_step_of_a_loss_that_is_not_finite_on_one_of_them(mixed, tmp_path, monkeypatch):
     root = tmp_path / "data"
     shutil.copytree(mixed, root)
     victim = find_prepared(root)[2]
-    words = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    words.append(str(Path(__file__).with_name("rank_worker.py")))
-    flags = {**RANKS, "dataset_root": root, "run_dir": tmp_path / "run"}
-    done = launch(words, flags, environment={"SPOILT": f"{victim}{os.pathsep}7"})
-    output = done.stdout + done.stderr
-    assert done.returncode != 0
+    settings, read = AsyncSettings(**SMALL, **RANKS, dataset_root=root, run_dir=tmp_path / "run"), SampleSet.batch
+
+    def spoilt(self, numbers):
+        batch = read(self, numbers)
+        for place, number in enumerate(numbers):
+            if self.episodes[self.episode[number]].path == victim and self.step[number] == 7:
+                batch["action"][place, 0] = float("nan")
+        return batch
+
+    monkeypatch.setattr(SampleSet, "batch", spoilt)
+    statuses, output = two_ranks(lambda: train_async(settings))
+    assert all(statuses)
     assert re.search(rf"not finite at step \d+: it comes from step 7 \(0.7 s\) of episode {victim}; look", output), (
         output
     )

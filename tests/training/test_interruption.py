@@ -1,19 +1,22 @@
 """Kills, stops, resumptions, several processes: the result is the uninterrupted run's."""
 
 import dataclasses
-import json
 import os
+import shutil
 import signal
 import subprocess
-import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
-from front_doors import SMALL, launch, wandb_rows
+from front_doors import SMALL, flags_of, launch, wandb_rows
+from rank_worker import train_watched
+from ranks import fork, free_port, two_ranks
 from synthetic import write_dataset
+from torch.distributed import run as torchrun
 
 from vla_lib.core.errors import UserError
 from vla_lib.core.files import read_jsonl
@@ -130,7 +133,7 @@ def test_trap_24_killed_and_resumed_is_the_uninterrupted_run(model, kill, wandb_
     run = tmp_path / "run"
     settings_class, train, extra = MODELS[model]
     flags = {**RUN, **extra, "dataset_root": mixed, "run_dir": run, "wandb_mode": wandb_mode, "num_workers": 2}
-    process = launch(f"train_{model}", flags, background=True)
+    process = launch(f"train_{model}", flags)
     wait_for_step(run, 5, process)
     os.killpg(process.pid, kill)  # as torchrun and a terminal do: the whole process group
     output = process.communicate(timeout=240)[0]
@@ -447,38 +450,38 @@ def test_latest_is_never_older_than_the_interval(batch_size, async_settings, mon
 TWO = {"max_steps": 5, "lr": 1e-3, "grad_accum_steps": 2, "sensor_enabled": False, "checkpoint_every_steps": 2}
 
 
-def on_two_ranks(root: Path, run: Path, resume: bool = False, killed_after: int = 0) -> subprocess.CompletedProcess:
-    """The worker beside this file below torchrun, batches of 3."""
-    flags = {**TWO, "batch_size": 3, "resume": resume}
-    words = [
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        str(Path(__file__).with_name("rank_worker.py")),
-    ]
-    environment = {"KILLED_AFTER": str(killed_after)}
-    if not resume and not killed_after:
-        environment["DIFFUSION"] = json.dumps(
-            {**DIFFUSION, "sensor_enabled": True, "run_dir": str(run.with_name("diffusion"))}
-        )
-    return launch(words, {**flags, "dataset_root": root, "run_dir": run}, environment=environment)
-
-
 @pytest.fixture(scope="module")
-def two_ranks(mixed, tmp_path_factory):
-    """The uninterrupted run of two processes."""
-    run = tmp_path_factory.mktemp("two") / "run"
-    done = on_two_ranks(mixed, run)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return run
+def on_two_ranks(mixed, tmp_path_factory):
+    """Runs of two processes with batches of 3: one of each model; one of async whose processes are killed after step 3,
+    as they left it, and in `resumed` gone on with."""
+    runs = tmp_path_factory.mktemp("two")
+    flags = {**SMALL, **TWO, "batch_size": 3, "dataset_root": mixed}
+
+    def killed():
+        with pytest.MonkeyPatch.context() as patched:
+            on_step(patched, lambda state: state.step == 3 and os.kill(os.getpid(), signal.SIGKILL), after=True)
+            train_async(AsyncSettings(**flags, run_dir=runs / "killed"))
+
+    def others():
+        diffusion = {**flags, **DIFFUSION, "sensor_enabled": True, "run_dir": runs / "diffusion"}
+        resumed = {**flags, "run_dir": runs / "resumed", "resume": True}
+        train_watched(
+            AsyncSettings(**flags, run_dir=runs / "async"), DiffusionSettings(**diffusion), AsyncSettings(**resumed)
+        )
+
+    statuses, output = two_ranks(killed)
+    assert statuses == [-signal.SIGKILL] * 2, output
+    shutil.copytree(runs / "killed", runs / "resumed")
+    statuses, output = two_ranks(others)
+    assert statuses == [0, 0], output
+    return runs
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_trap_19_two_ranks_equal_one_of_twice_the_batch(model, two_ranks, mixed, tmp_path):
+def test_trap_19_two_ranks_equal_one_of_twice_the_batch(model, on_two_ranks, mixed, tmp_path):
     """Weights after 5 steps agree within 1e-5, all ranks hold the same bits, they drew different samples, validation
     covers all of them."""
-    two = two_ranks.with_name({"async": "run", "diffusion": "diffusion"}[model])
+    two = on_two_ranks / model
     ranks = [torch.load(two / f"rank{r}.pt") for r in range(2)]
     assert same(ranks[0]["weights"], ranks[1]["weights"])
     assert ranks[0]["metrics"] == ranks[1]["metrics"]
@@ -493,15 +496,12 @@ def test_trap_19_two_ranks_equal_one_of_twice_the_batch(model, two_ranks, mixed,
     assert len(a) == len(b) == 30 and a != b and one["processes"] == 1
 
 
-def test_trap_24_two_ranks_killed_and_resumed_are_the_uninterrupted_run(two_ranks, mixed, tmp_path):
+def test_trap_24_two_ranks_killed_and_resumed_are_the_uninterrupted_run(on_two_ranks):
     """All ranks are killed after step 3, the checkpoint is of step 2."""
-    run = tmp_path / "run"
-    assert on_two_ranks(mixed, run, killed_after=3).returncode != 0
-    assert read_checkpoint(latest(run))["step"] == 2 and read_jsonl(run / "metrics.jsonl")[-1]["step"] == 3
-    done = on_two_ranks(mixed, run, resume=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert same(weights(run), weights(two_ranks)) and figures(run) == figures(two_ranks)
-    assert same(torch.load(run / "rank1.pt")["weights"], torch.load(two_ranks / "rank1.pt")["weights"])
+    killed, run, whole = (on_two_ranks / name for name in ("killed", "resumed", "async"))
+    assert read_checkpoint(latest(killed))["step"] == 2 and read_jsonl(killed / "metrics.jsonl")[-1]["step"] == 3
+    assert same(weights(run), weights(whole)) and figures(run) == figures(whole)
+    assert same(torch.load(run / "rank1.pt")["weights"], torch.load(whole / "rank1.pt")["weights"])
 
 
 def test_two_ranks_below_torchrun_save_the_step_in_which_they_are_stopped(mixed, tmp_path):
@@ -515,7 +515,7 @@ def test_two_ranks_below_torchrun_save_the_step_in_which_they_are_stopped(mixed,
         "epochs": 99,
         "checkpoint_every_s": 600,
     }
-    process = launch("train_async", {**flags, "dataset_root": mixed, "run_dir": run}, processes=2, background=True)
+    process = launch("train_async", {**flags, "dataset_root": mixed, "run_dir": run}, processes=2)
     wait_for_step(run, 5, process)
     below = psutil.Process(process.pid).children(recursive=True)
     os.killpg(process.pid, signal.SIGTERM)
@@ -532,7 +532,7 @@ def test_losing_a_rank_ends_the_job_and_one_process_goes_on(mixed, async_setting
     doubled or missing one."""
     run = tmp_path / "run"
     flags = {"max_steps": 14, "batch_size": 2, "grad_accum_steps": 2, "checkpoint_every_steps": 1}
-    process = launch("train_async", {**flags, "dataset_root": mixed, "run_dir": run}, processes=2, background=True)
+    process = launch("train_async", {**flags, "dataset_root": mixed, "run_dir": run}, processes=2)
     wait_for_step(run, 3, process)
     ranks = psutil.Process(process.pid).children(recursive=True)
     victim = next(p for p in ranks if p.environ().get("RANK") == "1")
@@ -547,37 +547,12 @@ def test_losing_a_rank_ends_the_job_and_one_process_goes_on(mixed, async_setting
 
 def test_two_nodes_meet_on_this_machine(mixed, tmp_path):
     """Two launchers with a c10d rendezvous, as on two machines, train one policy."""
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    words = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nnodes=2",
-        "--nproc_per_node=1",
-        "--rdzv_backend=c10d",
-        "--rdzv_id=test",
-    ]
-    words += [
-        f"--rdzv_endpoint=127.0.0.1:{port}",
-        "--local_addr=127.0.0.1",
-        "-m",
-        "vla_lib.train_async",
-        "--max-steps",
-        "2",
-    ]
-    for name, value in {**SMALL, "dataset_root": mixed, "run_dir": tmp_path / "run"}.items():
-        words += ["--" + name.replace("_", "-"), str(value)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    nodes = [
-        subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        for _ in range(2)
-    ]
-    outputs = [node.communicate(timeout=300)[0] for node in nodes]
-    assert [node.returncode for node in nodes] == [0, 0], outputs
+    words = ["--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", "--rdzv_id=test", "--local_addr=127.0.0.1"]
+    words += [f"--rdzv_endpoint=127.0.0.1:{free_port()}", "-m", "vla_lib.train_async"]
+    words += flags_of({"max_steps": 2, "dataset_root": mixed, "run_dir": tmp_path / "run"})
+    launcher = partial(torchrun.main, words)
+    statuses, output = fork(launcher, launcher)
+    assert statuses == [0, 0], output
     assert read_checkpoint(tmp_path / "run" / "checkpoints" / "qwen_vla_async.pt")["training"]["world"] == 2
 
 

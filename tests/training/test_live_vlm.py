@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from front_doors import SMALL, launch
+from front_doors import SMALL
 from PIL import Image, ImageDraw
+from rank_worker import train_watched
+from ranks import two_ranks
 from synthetic import VIEWS, write_dataset
 
 from vla_lib.core.errors import UserError
@@ -197,15 +199,9 @@ def test_two_ranks_hold_equal_weights_those_of_one_with_twice_the_batch(seen, tm
         "lora_rank": 4,
         "stage1_checkpoint": seen[1],
     }
-    worker = [
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        str(Path(__file__).with_name("rank_worker.py")),
-    ]
-    done = launch(worker, {**flags, "batch_size": 2, "run_dir": tmp_path / "two"})
-    assert done.returncode == 0, done.stdout + done.stderr
+    settings = AsyncSettings(**{**SMALL, **flags, "batch_size": 2, "run_dir": tmp_path / "two"})
+    statuses, output = two_ranks(lambda: train_watched(settings))
+    assert statuses == [0, 0], output
     ranks = [torch.load(tmp_path / "two" / f"rank{r}.pt") for r in range(2)]
     for name in ("weights", "lora"):
         assert all(torch.equal(value, ranks[1][name][k]) for k, value in ranks[0][name].items())

@@ -1,14 +1,14 @@
 """More episodes than open files, and datasets that are links: cached, trained on, evaluated."""
 
 import os
+import resource
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 from front_doors import SMALL
 from PIL import Image
+from ranks import fork
 from synthetic import VIEWS, write_dataset
 
 from vla_lib.episodes import find_prepared, load_prepared
@@ -34,24 +34,6 @@ def with_pictures(folder: Path) -> None:
             Image.fromarray(np.full((28, 28, 3), 20 * number, np.uint8)).save(folder / view / f"{number:04d}.jpg")
 
 
-PROGRAM = f"""
-import resource, sys
-from pathlib import Path
-resource.setrlimit(resource.RLIMIT_NOFILE, ({OPEN_FILES}, {OPEN_FILES}))
-from vla_lib.evaluation.open_loop import evaluate_open_loop
-from vla_lib.features.builder import build
-from vla_lib.features.settings import CacheSettings
-from vla_lib.training.loop import train as train_async
-from vla_lib.training.settings import AsyncSettings
-root, run = map(Path, sys.argv[1:])
-if __name__ == "__main__":
-    made = build(CacheSettings(dataset_root=root, num_workers=1, batch_size=64, **{CACHE!r}))
-    trained = train_async(AsyncSettings(dataset_root=root, run_dir=run, **{TRAIN | {"num_workers": 2, "epochs": 1}!r}))
-    found = evaluate_open_loop(run / "checkpoints/qwen_vla_async_best.pt", root)
-    print(made["ticks"], trained["step"], len(set(found.episode)))
-"""
-
-
 def test_more_episodes_than_open_files_are_cached_trained_and_evaluated(tmp_path):
     """As 5,000 on a machine that allows 1,024; every sensor file is read in training and in evaluation."""
     root = tmp_path / "data"
@@ -61,13 +43,18 @@ def test_more_episodes_than_open_files_are_cached_trained_and_evaluated(tmp_path
     for number in range(2 * OPEN_FILES + 10):
         copy = first.with_name(f"recv_all_20250102_{number:06d}")
         shutil.copytree(first, copy, copy_function=os.link)
-    program = tmp_path / "many.py"
-    program.write_text(PROGRAM)
-    command = [sys.executable, program, root, tmp_path / "run"]
-    environment = os.environ | {"PYTHONPATH": os.getcwd(), "WANDB_MODE": "disabled", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.split()[-3:] == ["271", "2", "136"]
+    run = tmp_path / "run"
+
+    def few_files():
+        resource.setrlimit(resource.RLIMIT_NOFILE, (OPEN_FILES, OPEN_FILES))
+        made = build(CacheSettings(dataset_root=root, num_workers=1, batch_size=64, **CACHE))
+        trained = train_async(AsyncSettings(dataset_root=root, run_dir=run, **TRAIN | {"num_workers": 2, "epochs": 1}))
+        found = evaluate_open_loop(run / "checkpoints" / "qwen_vla_async_best.pt", root)
+        print(made["ticks"], trained["step"], len(set(found.episode)))
+
+    statuses, output = fork(few_files)
+    assert statuses == [0], output
+    assert output.split()[-3:] == ["271", "2", "136"]
 
 
 def test_linked_datasets_and_episodes_are_cached_trained_and_evaluated(tmp_path):

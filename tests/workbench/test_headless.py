@@ -207,8 +207,9 @@ def test_a_failing_job_raises_its_cause_first(tmp_path):
 def test_the_first_failing_rank_explains_itself(tmp_path):
     script = tmp_path / "worker.py"
     script.write_text(
-        "from torch.distributed.elastic.multiprocessing.errors import record\nimport os, time\n@record\ndef main():\n"
-        "    if os.environ['RANK'] == '1': raise ValueError('the needle is bent')\n    time.sleep(60)\nmain()"
+        "import os, time\nif os.environ['RANK'] == '0': time.sleep(60)\n"
+        "from torch.distributed.elastic.multiprocessing.errors import record\n@record\ndef main():\n"
+        "    raise ValueError('the needle is bent')\nmain()"
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
     with pytest.raises(JobFailed) as failure:
