@@ -68,7 +68,8 @@ class EpisodeFeatures:
         """Read all and compare it with what was written. Raises UserError, naming the file, where it differs."""
         name = "xxh3" if self.header.get("xxh3") else "sha256"  # caches of earlier versions have SHA-256 alone
         if self.path is not None and _digest(name, self.tokens, self.mask, self.tick_step) != self.header[name]:
-            raise UserError(f"{self.path} is damaged: it is not what was written; remove it and build the cache again.")
+            said = "its checksum is not that of what was written"
+            raise UserError(f"{self.path} is damaged: {said}; remove it and build the cache again.")
 
     def newest(self, steps: np.ndarray | Sequence[int] | int, latency_steps: int = 0) -> np.ndarray:
         """Number of the newest tick at step - `latency_steps` or before, -1 where there is none; shaped as `steps`."""
@@ -256,9 +257,7 @@ def verify(root: str | Path, binding_id: str) -> dict[str, Any]:
             if feature_file(cache.folder, key) != path:
                 bad.append(f"{path.name} holds the features of {key}")
                 continue
-            features = read_features(cache.folder, cache.binding, key, root)
-            if _digest("sha256", features.tokens, features.mask, features.tick_step) != features.header["sha256"]:
-                bad.append(f"{path.name} does not have the checksum it was written with; remove it and build again")
+            read_features(cache.folder, cache.binding, key, root).check()
         except UserError as error:
             bad.append(str(error))
         except Exception as error:  # a damaged zip or pickle fails in many ways; each is a finding

@@ -6,7 +6,7 @@ Notebooks call `prepare_data` for their preflight; the training loop calls it fo
 
 import hashlib
 import shlex
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -68,33 +68,21 @@ class TrainingData:
     def weights_table(self) -> list[dict[str, Any]]:
         """One row a dataset, or a task of it where tasks have other weights: episodes, training steps, weight, share
         of draws."""
-        train = pd.DataFrame(
-            {
-                "dataset": [e.dataset for e in self.train.episodes],
-                "task": [e.task for e in self.train.episodes],
-                "weight": list(self.episode_weights.values()),
-                "steps": np.bincount(self.train.episode, minlength=len(self.train.episodes)),
-            }
-        )
-        apart = {name for name, weights in train.groupby("dataset")["weight"] if weights.nunique() > 1}
+        weights, episodes = list(self.episode_weights.values()), self.train.episodes
+        of_dataset = {(e.dataset, weight) for e, weight in zip(episodes, weights, strict=True)}
+        several = Counter(dataset for dataset, _ in of_dataset)
 
-        def group(dataset: str, task: str) -> str:
-            return f"{dataset}/{task}" if dataset in apart else dataset
+        def group(e: PreparedEpisode) -> str:
+            return f"{e.dataset}/{e.task}" if several[e.dataset] > 1 else e.dataset
 
-        train["dataset"] = [group(*pair) for pair in zip(train["dataset"], train["task"], strict=True)]
-        held = [group(e.dataset, e.task) for e in self.val.episodes] if self.val else []
-        total = float((train["weight"] * train["steps"]).sum())
-        return [
-            {
-                "dataset": name,
-                "train_episodes": len(rows),
-                "val_episodes": held.count(str(name)),
-                "train_steps": int(rows["steps"].sum()),
-                "weight": float(rows["weight"].iloc[0]),
-                "share": float((rows["weight"] * rows["steps"]).sum()) / total,
-            }
-            for name, rows in train.groupby("dataset")
-        ]
+        steps = np.bincount(self.train.episode, minlength=len(episodes))
+        train = pd.DataFrame({"dataset": map(group, episodes), "train_steps": steps, "weight": weights})
+        train["share"] = train["weight"] * train["train_steps"] / np.dot(weights, steps)
+        rows = train.groupby("dataset").agg({"train_steps": "sum", "weight": "first", "share": "sum"})
+        rows.insert(0, "train_episodes", train["dataset"].value_counts())
+        held = Counter(map(group, self.val.episodes if self.val else ()))
+        rows.insert(1, "val_episodes", [held[name] for name in rows.index])
+        return rows.reset_index().to_dict("records")
 
 
 def split_episodes(datasets: Mapping[str, str], val_fraction: float, seed: int = 0) -> Split:

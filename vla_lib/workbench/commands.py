@@ -75,7 +75,7 @@ def show(run: Run) -> int:
         print(f"error: {record['error']}")
     files = sorted(file for file in path.rglob("*") if file.is_file())
     sizes = {file.name: f"{file.stat().st_size / 1e6:.2f} MB" for file in files}
-    for title, values in (_facts(path) | {"files": sizes}).items():
+    for title, values in (runs.facts(path) | {"files": sizes}).items():
         _section(title, [f"{key}: {value}" for key, value in values.items()])
     return 0
 
@@ -83,12 +83,6 @@ def show(run: Run) -> int:
 def _section(title: str, lines: list[str]) -> None:
     if lines:
         print("\n  ".join([f"\n{title}", *lines]))
-
-
-def _facts(run: Path) -> dict[str, dict[str, Any]]:
-    record = read_record(run)
-    facts = {title: record.get(title) or {} for title in ("parameters", "git", "data", "versions")}
-    return facts | {"results": runs.plain_results(run)}
 
 
 def stop(run: Run) -> int:

@@ -142,10 +142,7 @@ def pairs(chosen: Sequence[Path]) -> pd.DataFrame:
 
 def checkpoints(chosen: Iterable[Path]) -> pd.DataFrame:
     """The best checkpoint of each run that has one, else its newest: for `checkpoint` of notebooks 06 and 07."""
-    rows = []
-    for path in chosen:
-        files = sorted((path / "checkpoints").glob("*.pt"), key=lambda file: ("_best" not in file.stem, file.name))
-        rows += [{"run": runs.label_of(path), "checkpoint": str(file)} for file in files[:1]]
+    rows = [(runs.label_of(path), str(file)) for path in chosen for file in runs.checkpoints_of(path)[:1]]
     return pd.DataFrame(rows, columns=["run", "checkpoint"])
 
 

@@ -114,13 +114,18 @@ def label_of(run: Path) -> str:
     return about(run)["label"] or run.name
 
 
+def facts(run: Path) -> dict[str, dict[str, Any]]:
+    """What is known of a run: its parameters, code, data, versions and plain results."""
+    record = read_record(run)
+    known = {title: record.get(title) or {} for title in ("parameters", "git", "data", "versions")}
+    return known | {"results": plain_results(run)}
+
+
 def diff(first: Path, second: Path) -> pd.DataFrame:
     """In what two runs differ: a row a value, of their state, parameters, code, data, versions and results."""
     found = []
     for run in (first, second):
-        record = read_record(run)
-        parts = {title: record.get(title) or {} for title in ("parameters", "git", "data", "versions")}
-        parts = {"run": {"state": record["state"]}, **parts, "results": plain_results(run)}
+        parts = {"run": {"state": read_record(run)["state"]}} | facts(run)
         found.append({(part, name): value for part, values in parts.items() for name, value in values.items()})
     differ = [key for key in found[0] | found[1] if found[0].get(key) != found[1].get(key)]
     rows = [[part, name, *(str(one.get((part, name), "")) for one in found)] for part, name in differ]
@@ -187,10 +192,12 @@ def digest(value: Any, characters: int = 16) -> str:
 
 def find_checkpoints(pattern: str = "*.pt") -> list[Path]:
     """The checkpoints of every run whose file names fit, newest run first, the best one of a run first."""
-    found: list[Path] = []
-    for run in reversed(find_runs()):
-        found += sorted((run / "checkpoints").glob(pattern), key=lambda path: ("_best" not in path.stem, path.name))
-    return found
+    return [path for run in reversed(find_runs()) for path in checkpoints_of(run, pattern)]
+
+
+def checkpoints_of(run: Path, pattern: str = "*.pt") -> list[Path]:
+    """The checkpoints of one run whose file names fit, the best one first."""
+    return sorted((run / "checkpoints").glob(pattern), key=lambda path: ("_best" not in path.stem, path.name))
 
 
 def newest_checkpoint(pattern: str) -> Path:
