@@ -52,18 +52,21 @@ def views(monkeypatch):
 
 
 def test_the_stop_button_stops_the_robot(checkpoint, views):
-    process = RehearsalProcess(RolloutSettings(checkpoint, max_time_s=60.0), 3, go_on=True)
-
     async def click():
         while not (views and bytes(views[0]._picture.value)):  # a moment has been drawn
             await asyncio.sleep(0.05)
         views[0]._stop.click()
 
     async def both():
+        process = RehearsalProcess(RolloutSettings(checkpoint, max_time_s=60.0), 3, go_on=True)
         return (await asyncio.gather(rollout_views.follow(process), click()))[0]
 
-    record, moments = asyncio.run(both())
-    log = record["log"]
+    for _ in range(3):  # on a busy machine safety may end a run before the click
+        views.clear()
+        record, moments = asyncio.run(both())
+        log = record["log"]
+        if log.ended != "watchdog":
+            break
     assert (log.ended, log.stopped, log.ticks[-1].mode) == ("operator", True, "stop")
     assert [event["kind"] for event in log.events][-2:] == ["stop", "end"] and log.events[-1]["reason"] == "operator"
     assert [seen.tick.step for seen in moments] == [tick.step for tick in log.ticks]  # the watcher saw every tick
