@@ -53,7 +53,7 @@ def run(
         run_dir: this run folder instead of a new one below runs/.
         resume: go on with the run that --run-dir holds, a training from its checkpoint.
     """
-    if batch.slurm:
+    if batch.submits:
         return submissions.submit_run(batch, notebook, once(parameters), run_dir)
     from vla_lib.workbench import headless
 
@@ -88,7 +88,7 @@ def sweep(
 
     how = {"objective": objective, "maximize": maximize, "prune": prune}
     plan = sweeps.plan_sweep(notebook, grid, once(parameters), search, trials, seeds, **how)
-    if batch.slurm:
+    if batch.submits:
         return submissions.submit_queue(batch, plan, parallel)
     return worker.run(plan, parallel, gpus_per_run)
 
@@ -103,7 +103,7 @@ def night(
     from vla_lib.workbench import sweeps, worker
 
     plan = sweeps.Plan("night", sweeps.read_list(jobs))
-    if batch.slurm:
+    if batch.submits:
         return submissions.submit_queue(batch, plan, parallel)
     return worker.run(plan, parallel, gpus_per_run)
 
@@ -133,7 +133,7 @@ def run_all(
     plan = replace(plan, given=flow.assign(own | given, plan.notebooks))
     plan.check_data()
     plan.check()
-    if batch.slurm:
+    if batch.submits:
         return submissions.submit_flow(batch, "run-all", str(plan.root))
     return flow.run("run-all", f"VLA workbench: {plan.root.name}", plan)
 
@@ -257,7 +257,7 @@ def main(words: list[str] | None = None) -> None:
         words = sys.argv[1:] if words is None else words
         command = parse(words)
         if batch := command.keywords.get("batch"):  # what is submitted are these words
-            command = functools.partial(command, batch=replace(batch, words=tuple(slurm.plain(words))))
+            command = functools.partial(command, batch=replace(batch, words=tuple(words)))
         raise SystemExit(command())
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)

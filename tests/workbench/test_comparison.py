@@ -97,11 +97,14 @@ def test_a_sweep_is_shown_with_its_spread_over_seeds_and_optunas_plots(write_not
     settings = comparison.settings(sweep)
     assert (settings["count"] == 2).all() and settings["mean"].is_monotonic_increasing
     assert (settings["max"] - settings["min"]).tolist() == pytest.approx([0.01] * 3)
-    (panel,) = plots.seed_spread(comparison.sweep_rows(sweep), comparison.objective(sweep)).axes
+    (panel,) = plots.seed_spread(comparison.sweep_rows(sweep), settings, comparison.objective(sweep)).axes
     assert [label.get_text() for label in panel.get_yticklabels()] == settings["setting"].tolist()
+    dots = panel.lines[0]
+    assert sorted(dots.get_xdata()) == sorted(table["objective"]) and sorted(dots.get_ydata()) == [0, 0, 1, 1, 2, 2]
+    assert table["objective"].is_monotonic_increasing
     before = pyplot.get_fignums(), dict(pyplot.rcParams)
     for what in ("history", "importances", "parallel", "slice"):
-        figure = plots.of_study(comparison.study_of(sweep), what)
+        figure = plots.of_study(comparison.study_of(sweep), what, "val_action_loss")
         assert any(axes.has_data() for axes in figure.axes), what
     assert (pyplot.get_fignums(), dict(pyplot.rcParams)) == before  # neither drawn twice nor the look changed
     with pytest.raises(UserError, match="holds no study.journal"):

@@ -1,5 +1,9 @@
 """On a real Slurm with two fake nodes: a training over both, the time limit, cancelling, a sweep as an array."""
 
+import json
+import os
+import re
+import signal
 import subprocess
 import sys
 import time
@@ -9,19 +13,23 @@ from pathlib import Path
 import psutil
 import pytest
 import slurm_cluster
+import sweep_stub
 
 from tests.training.synthetic import write_dataset
 from vla_lib import cli
-from vla_lib.core.files import read_json, read_jsonl
+from vla_lib.core.errors import UserError
+from vla_lib.core.files import read_jsonl, write_json
 from vla_lib.core.run_folder import RunFolder, read_record
 from vla_lib.training.checkpoint import read_checkpoint
 from vla_lib.workbench import run_all, slurm, submissions
 
 TRAINING = """
 from vla_lib import train_async
+from vla_lib.workbench import slurm
+with slurm.on_other_nodes('json.tool', [root + '/given.json', root + '/made.json']): pass
 from vla_lib.workbench.jobs import Job
 small = {"batch_size": 2, "grad_accum_steps": 1, "num_workers": 0, "width": 16, "layers": 1, "heads": 2}
-endless = {"val_fraction": 0.0, "max_steps": 100_000, "checkpoint_every_steps": 5}
+endless = {"val_fraction": 0.0, "max_steps": 100_000}  # an epoch of minutes: what is saved is saved at its end
 settings = train_async.Settings(dataset_root=root, **small, **endless)
 await Job.torchrun("vla_lib.train_async", settings, run.path, nproc_per_node, resume=bool(resume_run)).watch()
 """
@@ -68,74 +76,80 @@ def ranks() -> list[psutil.Process]:
 def test_a_training_over_two_nodes_outlives_its_time_limit_and_is_cancelled(
     on_cluster, write_notebook, runs_folder, tmp_path, capsys
 ):
-    """torchrun through srun on both; told before the limit it saves and is requeued, goes on, and ends at `stop`."""
-    write_dataset(tmp_path / "data", {"New_dataset/Task": 2}, steps=400, stride=3)
+    """On the other node a helper writes a file, then torchrun goes to both through srun. Another run waits meanwhile,
+    and is cancelled. Told before the limit the training saves and is requeued, goes on, and ends at `stop`."""
+    data = tmp_path / "data"
+    write_dataset(data, {"New_dataset/Task": 2}, steps=400, stride=3)
+    (data / "given.json").write_text("{}")
     path = write_notebook("root: str = ''\nnproc_per_node: int = 1\nresume_run: str = ''", TRAINING)
-    vla("run", str(path), "--slurm", "--nodes", "2", "--time", "10", "-p", "root", str(tmp_path / "data"))
+    words = ["run", str(path), "--slurm", "--nodes", "2", "--cpus", "8", "-p", "root", str(data)]
+    vla(*words, "--time", "10")
     (run,) = runs_folder.iterdir()
+    waiting = runs_folder / "waiting"
+    vla(*words, "--run-dir", str(waiting))
+    vla("runs", "stop", waiting.name)
     job, latest = slurm.job_of(run), run / "checkpoints" / "qwen_vla_async.pt"
-    until(lambda: latest.exists() and read_checkpoint(latest)["step"] >= 5, runs_folder)
-    assert "2 process(es)" in (run / "train.log").read_text()
+    steps = lambda: [row["step"] for row in read_jsonl(run / "metrics.jsonl")]  # noqa: E731
+    until(lambda: len(steps()) >= 5, runs_folder)
+    assert "2 process(es)" in (run / "train.log").read_text() and (data / "made.json").read_text() == "{}\n"
     capsys.readouterr()
     vla("runs")
-    assert f"{job} RUNNING" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"{job} RUNNING" in said and f"{slurm.job_of(waiting)} CANCELLED" in said
+    assert read_record(waiting)["state"] == "cancelled" and not (waiting / "run.log").exists()
 
     subprocess.run(["scancel", "--signal=USR1", "--batch", job], check=True)  # as Slurm does before the limit
     until(lambda: "resumed" in (run / "train.log").read_text(), runs_folder)
-    at = int((run / "train.log").read_text().rpartition(" at step ")[2].partition(",")[0])
-    assert at >= 5 and [row["step"] for row in read_jsonl(run / "metrics.jsonl")][:at] == list(range(1, at + 1))
-    until(lambda: read_checkpoint(latest)["step"] > at, runs_folder)
+    (stopped,) = re.findall(r"job stopped at step (\d+); saved", (run / "run.log").read_text())
+    (at,) = re.findall(r"resumed .* at step (\d+),", (run / "train.log").read_text())
+    assert int(at) == int(stopped) >= 5
+    until(lambda: len(steps()) > int(at), runs_folder)
     assert read_record(run)["state"] == "running"
 
     vla("runs", "stop", run.name)
     until(lambda: read_record(run)["state"] != "running", runs_folder)
-    assert read_record(run)["state"] == "cancelled" and read_checkpoint(latest)["step"] > at
+    assert steps() == list(range(1, read_checkpoint(latest)["step"] + 1))
+    assert read_record(run)["state"] == "cancelled"
     until(lambda: not ranks(), runs_folder)
     until(lambda: slurm.states([run])[run.name] in (f"{job} CANCELLED", f"{job} {slurm.GONE}"), runs_folder)
 
-
-CELL = """
-import os
-if n == 2: raise ValueError('two is broken')
-run.add_results(step=n, gpus=os.environ["CUDA_VISIBLE_DEVICES"], job=os.environ["SLURM_JOB_ID"]); run.finish()
-"""
-
-
-@needs_slurm
-def test_a_sweep_is_an_array_of_workers_of_one_study(on_cluster, write_notebook, runs_folder):
-    path = write_notebook("n: int = 1\nnproc_per_node: int = 1", CELL)
-    vla("sweep", str(path), "--grid", "n=1,2,3,4", "--slurm", "--gpus", "2", "--parallel", "2", "--gpus-per-run", "2")
-    (sweep,) = runs_folder.glob("*-sweep")
-    assert read_record(sweep)["state"] in ("submitted", "running", "cancelled")
-    until(lambda: read_record(sweep)["state"] in ("done", "failed"), runs_folder)
-    rows = read_json(sweep / "results.json")["entries"]
-    assert [row["state"] for row in rows] == ["done", "failed", "done", "done"]
-    assert len(list(runs_folder.glob("*-small"))) == 4  # each was begun once
-    found = [read_json(runs_folder / row["run"] / "results.json") for row in rows if row["state"] == "done"]
-    assert all(len(one["gpus"].split(",")) == 2 for one in found)
-    assert "two is broken" in "".join(log.read_text() for log in sweep.glob("slurm-*.log"))
-    assert read_record(sweep)["error"] == "1 of 4 runs did not end as done: n=2"
-
-
-@needs_slurm
-def test_a_waiting_job_is_cancelled_before_it_begins(on_cluster, write_notebook, runs_folder, tmp_path, capsys):
-    """The first holds both machines; on the other one a helper writes a file for it."""
-    both = "from vla_lib.workbench import slurm\nwith slurm.on_other_nodes('json.tool', [given, made]): pass"
-    path = write_notebook("given: str = ''\nmade: str = ''", both, "run.finish()")
-    (tmp_path / "given.json").write_text("{}")
-    words = ["run", str(path), "--slurm", "--nodes", "2", "--cpus", "8", "--time", "1"]
-    vla(*words, "-p", "given", str(tmp_path / "given.json"), "-p", "made", str(tmp_path / "made.json"))
-    (first,) = runs_folder.iterdir()
-    vla(*words, "--run-dir", str(runs_folder / "second"))
-    run = runs_folder / "second"
-    vla("runs", "stop", run.name)
-    until(lambda: "CANCELLED" in slurm.states([run])[run.name], runs_folder)
-    until(lambda: read_record(first)["state"] == "done", runs_folder)
-    assert (tmp_path / "made.json").read_text() == "{}\n"
     with pytest.raises(SystemExit) as ended:
-        cli.main(["run", str(path), "--slurm", "--partition", "nosuch"])
+        cli.main([*words, "--partition", "nosuch"])
     assert ended.value.code == 2 and "Slurm refused" in capsys.readouterr().err
-    assert sorted(read_record(path)["state"] for path in runs_folder.iterdir()) == ["cancelled", "done", "failed"]
+    assert sorted(read_record(path)["state"] for path in runs_folder.iterdir()) == ["cancelled"] * 2 + ["failed"]
+
+
+@needs_slurm
+def test_a_sweep_is_an_array_of_workers_each_setting_done_once(
+    on_cluster, write_notebook, runs_folder, tmp_path, monkeypatch
+):
+    """Two workers at once; one is killed, one cancelled, one entry fails; the same command goes on. See sweep_stub."""
+    monkeypatch.setattr(slurm, "PROGRAM", (sys.executable, sweep_stub.__file__, "vla"))
+    path = write_notebook("n: int = 1\nnproc_per_node: int = 1")
+    words = ["sweep", str(path), "--grid", sweep_stub.GRID]
+    words += ["--slurm", "--gpus", "2", "--parallel", "2", "--gpus-per-run", "2", "--time", "1:00:00"]
+    vla(*words)
+    until(lambda: len(sweep_stub.counted(tmp_path / "begun")) == 2, runs_folder)
+    (sweep,) = runs_folder.glob("*-sweep")
+    assert read_record(sweep)["state"] == "running"
+    job = slurm.job_of(sweep)
+    assert slurm.states([sweep]) == {sweep.name: f"{job} RUNNING 2"}
+    first, second = (json.loads(file.read_text())["pid"] for file in sweep.glob("workers/.*.owner"))
+    part = psutil.Process(second).environ()["SLURM_JOB_ID"]
+    os.kill(first, signal.SIGKILL)
+    until(lambda: "FAILED" in slurm.states([sweep])[sweep.name], runs_folder)
+    subprocess.run(["scancel", part], check=True)
+    until(lambda: "RUNNING" not in slurm.states([sweep])[sweep.name], runs_folder)
+    begun = [read_record(run)["state"] for run in runs_folder.glob("*-small")]
+    assert (read_record(sweep)["state"], begun) == ("cancelled", ["cancelled"] * 2)
+
+    (tmp_path / "go").touch()
+    vla(*words)
+    until(lambda: read_record(sweep)["state"] in ("done", "failed"), runs_folder)
+    until(lambda: (sweep / "reported").exists(), runs_folder)
+    found = sweep_stub.check_each_was_done_once(tmp_path, runs_folder)
+    assert {one["gpus"].count(",") for one in found} == {1}  # two of four to each
+    assert "three is broken" in "".join(log.read_text() for log in sweep.glob("slurm-*.log"))
 
 
 def test_where_there_is_no_slurm_that_is_told(write_notebook, runs_folder, monkeypatch, capsys):
@@ -173,6 +187,34 @@ def test_a_submitted_flow_is_taken_up_in_its_folder_with_the_step_that_was_stopp
     assert flow._stopped("04_train_async") == stopped.path
 
 
+def test_a_run_that_waits_to_go_on_is_cancelled_too(runs_folder, monkeypatch, capsys):
+    """Its record says cancelled since it was stopped at the time limit."""
+    run = RunFolder.create("small", {})
+    write_json(run.path / "slurm.json", {"job": "12"})
+    run.finish("cancelled")
+    asked: list[tuple[str, ...]] = []
+    answers = {"squeue": "12 PENDING\n", "scancel": ""}
+    monkeypatch.setattr(slurm, "_slurm", lambda *words: asked.append(words) or answers[words[0]])
+    vla("runs", "stop", run.path.name)
+    assert ("scancel", "--state=PENDING", "12") in asked and "job 12 is cancelled" in capsys.readouterr().out
+    answers["squeue"] = "12 CANCELLED\n"
+    vla("runs", "stop", run.path.name)
+    assert "does not run (cancelled)" in capsys.readouterr().out
+
+
+def test_a_sweep_that_waits_in_slurms_queue_is_not_submitted_twice(write_notebook, runs_folder, monkeypatch, capsys):
+    answers = {"sbatch": "12\n", "squeue": "12_0 PENDING\n12_1 PENDING\n"}
+    monkeypatch.setattr(slurm, "_slurm", lambda *words, given="": answers[words[0]])
+    words = ["sweep", str(write_notebook("n: int = 1")), "--grid", "n=1,2", "--slurm", "--parallel", "2"]
+    vla(*words)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(words)
+    assert ended.value.code == 2 and "waits in Slurm's queue already" in capsys.readouterr().err
+    (sweep,) = runs_folder.glob("*-sweep")
+    assert read_record(sweep)["state"] == "submitted"
+    assert slurm.states([sweep]) == {sweep.name: "12 PENDING 2"}
+
+
 def test_helpers_on_other_machines_begin_elsewhere_in_the_list(monkeypatch):
     assert slurm.share(90) == 0
     monkeypatch.setenv("SLURM_STEP_ID", "0")
@@ -182,9 +224,26 @@ def test_helpers_on_other_machines_begin_elsewhere_in_the_list(monkeypatch):
         assert slurm.share(90) == first
 
 
-def test_the_words_for_the_cluster_are_the_commands_own():
-    words = ["sweep", "x", "--slurm", "--grid", "lr=1,2", "--nodes", "2", "--time=8:00:00", "--parallel", "4"]
-    assert slurm.plain(words, "--parallel") == ["sweep", "x", "--grid", "lr=1,2"]
+def test_the_jobs_own_command_is_the_same_and_runs(monkeypatch):
+    """Of a flag that is given twice the last counts: a worker of an array runs one entry at a time."""
+    words = ["night", "jobs.yaml", "--slurm", "--parallel", "4", "--nodes", "2"]
+    assert cli.parse(words).keywords["batch"].submits
+    monkeypatch.setenv(slurm.SUBMITTED, "folder")
+    known = cli.parse([*words, "--parallel", "1"]).keywords
+    assert known["parallel"] == 1 and not known["batch"].submits
+
+
+@pytest.mark.parametrize(
+    "limit, seconds",
+    (("10", 600), ("4:30", 270), ("8:00:00", 28800), ("1-0", 86400), ("1-2:30", 95400), ("0-0:01:10", 70)),
+)
+def test_a_time_limit_that_leaves_no_time_to_work_is_refused(limit, seconds):
+    assert slurm._seconds(limit) == seconds and slurm._seconds("UNLIMITED") > 1e9
+    if seconds < slurm.LEAST_S:
+        with pytest.raises(UserError, match=f"--time {limit} is too short: .* up to 3 minutes .* give 5 minutes"):
+            slurm.Batch(time=limit)
+    else:
+        slurm.Batch(time=limit)
 
 
 def test_a_job_of_one_machine_is_as_any_other(monkeypatch):
@@ -194,5 +253,5 @@ def test_a_job_of_one_machine_is_as_any_other(monkeypatch):
         monkeypatch.setenv("SLURM_JOB_NUM_NODES", number)
         assert slurm.nodes() == count
     words = slurm.torchrun_words(2)
-    assert words[0] == "srun" and "--nnodes=2" in words and "--rdzv-id=7" in words
+    assert words[0] == "bash" and "srun" in words and "--nnodes=2" in words and "--rdzv-id=7" in words
     assert sys.executable in words

@@ -22,12 +22,6 @@ from vla_lib.workbench.jobs import Job
 from vla_lib.workbench.parameters import resolve
 from vla_lib.workbench.queue import Claim, Queue
 
-CELL = """
-if n == 2 and not __import__('pathlib').Path(flag).exists():
-    raise ValueError('two is broken')
-run.add_results(step=10 * n); run.finish()
-"""
-
 
 def entries(folder: Path) -> dict[str, dict[str, object]]:
     """The rows of the only sweep or night, by entry."""
@@ -35,17 +29,43 @@ def entries(folder: Path) -> dict[str, dict[str, object]]:
     return {row["entry"]: row for row in read_json(found / "results.json")["entries"]}
 
 
-def test_a_sweep_survives_a_failing_run_and_goes_on_where_it_was(write_notebook, runs_folder, tmp_path, capsys):
-    path = write_notebook("n: int = 1\nflag: str = ''", CELL)
-    plan = sweeps.plan_sweep(str(path), ["n=1,2"], {"flag": str(tmp_path / "mended")})
+write_report = worker.write_report
+
+
+@pytest.fixture(autouse=True)
+def reported(monkeypatch) -> list[Path]:
+    """The sweeps of which a report would have been made: that takes seconds."""
+    made: list[Path] = []
+    monkeypatch.setattr(worker, "write_report", made.append)
+    return made
+
+
+def test_a_sweep_survives_a_failing_run_and_goes_on_where_it_was(
+    write_notebook, runs_folder, monkeypatch, capsys, reported
+):
+    path = write_notebook("n: int = 1")
+    broken = {"2"}
+
+    def stand_in(self: worker.Worker, claim: Claim) -> Job:
+        run, n = RunFolder.create("small", {"n": int(claim.words["n"])}, path=claim.run), claim.words["n"]
+        if n in broken:
+            run.finish("failed", "ValueError: two is broken\nin cell 3")
+        else:
+            write_results(run.path, {"step": 10 * int(n), "val_action_loss": 0.25 / int(n)})
+            run.finish("done")
+        return Job(["false" if n in broken else "true"], self.queue.path / "jobs" / claim.run.name, "vla.log")
+
+    monkeypatch.setattr(worker.Worker, "_job", stand_in)
+    plan = sweeps.plan_sweep(str(path), ["n=1,2"], {})
     assert worker.run(plan, parallel=2) == 1
     said = capsys.readouterr().out
-    assert "failed after" in said and "ValueError: two is broken" in said
+    assert "failed after" in said and "  ValueError: two is broken\n" in said
     (folder,) = runs_folder.glob("*-sweep")
     first = entries(runs_folder)
     assert (read_record(folder)["state"], first["n=1"]["state"], first["n=2"]["state"]) == ("failed", "done", "failed")
 
-    (tmp_path / "mended").touch()
+    broken.clear()
+    monkeypatch.setattr(worker, "write_report", write_report)
     assert worker.run(plan) == 0
     after = entries(runs_folder)
     assert after["n=1"] == first["n=1"]  # not done again
@@ -53,6 +73,11 @@ def test_a_sweep_survives_a_failing_run_and_goes_on_where_it_was(write_notebook,
     table = pd.read_csv(folder / "comparison.csv")
     assert table[["entry", "state", "n", "step"]].values.tolist() == [["n=1", "done", 1, 10], ["n=2", "done", 2, 20]]
     assert len(list(runs_folder.glob("*-sweep"))) == 1
+    assert reported == [folder]
+    said, page = capsys.readouterr().out, folder / "report" / "notebook.html"
+    assert f"report: {page}" in said
+    text = page.read_text()
+    assert all(f">{one}</td>" in text for one in ("n=1", "n=2", "0.25", "0.125")) and "data:image/png;base64" in text
 
 
 def test_a_stopped_queue_leaves_no_process_and_true_records(write_notebook, runs_folder, tmp_path):
@@ -77,19 +102,18 @@ def test_a_stopped_queue_leaves_no_process_and_true_records(write_notebook, runs
 class Workers:
     """Workers of one sweep over n = 1 ... 6, each a process of its own; see sweep_stub."""
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, notebook: Path):
+        self.notebook, self.folder = notebook, notebook.parent
         self.processes: list[subprocess.Popen[str]] = []
 
     def start(self, parallel: int = 1) -> subprocess.Popen[str]:
-        words = [sys.executable, sweep_stub.__file__, "worker", str(self.folder), str(parallel)]
+        words = [sys.executable, sweep_stub.__file__, "worker", str(self.notebook), str(parallel)]
         log = open(self.folder / f"worker{len(self.processes)}.log", "w")  # noqa: SIM115
         self.processes.append(subprocess.Popen(words, stdout=log, stderr=log, text=True))
         return self.processes[-1]
 
-    def counted(self, name: str) -> list[int]:
-        file = self.folder / name
-        return sorted(map(int, file.read_text().split())) if file.exists() else []
+    def begun(self) -> list[int]:
+        return sweep_stub.counted(self.folder / "begun")
 
     def until(self, true: Callable[[], bool]) -> None:
         deadline = time.monotonic() + 120
@@ -99,9 +123,8 @@ class Workers:
 
 
 @pytest.fixture
-def workers(tmp_path: Path, write_notebook, runs_folder):
-    write_notebook("n: int = 1")
-    found = Workers(tmp_path)
+def workers(write_notebook):
+    found = Workers(write_notebook("n: int = 1"))
     yield found
     for process in found.processes:
         process.kill()
@@ -110,44 +133,30 @@ def workers(tmp_path: Path, write_notebook, runs_folder):
 
 def test_each_setting_is_done_once_whatever_happens_to_its_workers(workers, runs_folder):
     """Two workers at once; one is killed, one stopped by Ctrl-C, one entry fails; the same command goes on."""
-    first = workers.start()
-    workers.until(lambda: len(workers.counted("begun")) == 1)
-    second = workers.start()
-    workers.until(lambda: len(workers.counted("begun")) == 2)
-    assert len(set(workers.counted("begun"))) == 2  # each has an entry of its own
+    first, second = workers.start(), workers.start()
+    workers.until(lambda: len(workers.begun()) == 2)
+    assert len(set(workers.begun())) == 2  # each has an entry of its own
+    (sweep,) = runs_folder.glob("*-sweep")
+    keeper = read_record(sweep)["pid"]
+    first, second = (first, second) if first.pid == keeper else (second, first)
     family = psutil.Process(first.pid).children(recursive=True)
     first.kill()
     # the other one takes the queue's record up, and waits
-    (sweep,) = runs_folder.glob("*-sweep")
     workers.until(lambda: read_record(sweep).get("pid") == second.pid)
     second.send_signal(signal.SIGINT)
     assert second.wait() == 130
     assert psutil.wait_procs(family, timeout=30)[1] == []
-    assert read_record(sweep)["state"] == "cancelled"
+    assert read_record(sweep)["state"] == "cancelled" and not (sweep / "reported").exists()
     states = [read_record(run)["state"] for run in runs_folder.glob("*-small")]
     assert states == ["cancelled", "cancelled"]
 
-    third = workers.start(2)
-    fourth = workers.start()
-    workers.until(lambda: len(workers.counted("begun")) == 5)
+    third = workers.start(3)
+    workers.until(lambda: len(workers.begun()) == 5)
     (workers.folder / "go").touch()
-    assert (third.wait(), fourth.wait()) == (1, 1)
-    rows = entries(runs_folder)
-    assert {name: row["state"] for name, row in rows.items()} == {
-        f"n={n}": "failed" if n == 3 else "done" for n in range(1, 7)
-    }
-    assert workers.counted("ended") == [1, 2, 4, 5, 6]
-    assert len(list(runs_folder.glob("*-small"))) == 6  # what was stopped went on in its own folder
-    resumed = [read_json(run / "results.json")["resumed"] for run in runs_folder.glob("*-small/") if not_three(run)]
-    assert sorted(resumed) == [False, False, False, True, True]
-    record = read_record(sweep)
-    assert (record["state"], record["error"]) == ("failed", "1 of 6 runs did not end as done: n=3")
+    assert third.wait() == 1
+    sweep_stub.check_each_was_done_once(workers.folder, runs_folder)
     said = "".join(log.read_text() for log in workers.folder.glob("worker*.log"))
     assert "ValueError: three is broken" in said
-
-
-def not_three(run: Path) -> bool:
-    return read_record(run)["parameters"]["n"] != 3
 
 
 def test_a_worker_of_another_machine_is_gone_by_the_shared_disks_clock(write_notebook, runs_folder, monkeypatch):

@@ -76,20 +76,16 @@ def show(run: Run) -> int:
     files = sorted(file for file in path.rglob("*") if file.is_file())
     sizes = {file.name: f"{file.stat().st_size / 1e6:.2f} MB" for file in files}
     for title, values in (runs.facts(path) | {"files": sizes}).items():
-        _section(title, [f"{key}: {value}" for key, value in values.items()])
+        if values:
+            print("\n  ".join([f"\n{title}", *(f"{key}: {value}" for key, value in values.items())]))
     return 0
-
-
-def _section(title: str, lines: list[str]) -> None:
-    if lines:
-        print("\n  ".join([f"\n{title}", *lines]))
 
 
 def stop(run: Run) -> int:
     """Stop a run: it saves its checkpoint first. One that was submitted to Slurm is cancelled there."""
     path = runs.find_run(run)
     record = read_record(path)
-    if slurm.job_of(path) and record["state"] in ("running", "submitted"):
+    if slurm.holds(path, record["state"]):
         print(slurm.cancel(path))
         return 0
     if record["state"] != "running":

@@ -12,7 +12,7 @@ import pandas as pd
 from vla_lib.core.files import read_jsonl
 from vla_lib.core.run_folder import read_record, read_results, runs_root
 from vla_lib.workbench import runs
-from vla_lib.workbench.queue import open_study
+from vla_lib.workbench.queue import entry_rows, open_study
 
 FIRST = ["run", "star", "state", "started", "min"]
 LAST = ["data", "cache", "git", "host"]
@@ -22,7 +22,8 @@ NOT_COMPARED = ("sweep", "night", "run-all", "demo", "09_compare_runs")  # runs 
 
 def overview(sweep: str = "", notebook: str = "") -> pd.DataFrame:
     """One row a run, newest first, indexed by its folder's name: what a person says of it, state, time, where they
-    differ parameters, data, code and machine, key results. `sweep`: its entries alone, with their objective."""
+    differ parameters, data, code and machine, key results. `sweep`: its entries alone with their objective, best first.
+    """
     entries = {row["run"]: row for row in sweep_rows(sweep) if row["run"]} if sweep else {}
     folders = [runs_root() / name for name in entries] if sweep else runs.find_runs(notebook)
     folders = [path for path in folders if (path / "run.json").exists()]
@@ -46,19 +47,15 @@ def overview(sweep: str = "", notebook: str = "") -> pd.DataFrame:
     alike = [name for name in LAST if shown[name].astype(str).nunique() < 2]
     last = [*(name for name in LAST if name not in alike), "note"]
     ordered = [*(name for name in shown.columns if name not in [*LAST, "note"]), *last]
-    return shown[ordered].iloc[::-1]
+    newest_first = shown[ordered].iloc[::-1]
+    if sweep:
+        return newest_first.sort_values("objective", ascending=not _large_is_good(sweep), kind="stable")
+    return newest_first
 
 
 def sweep_rows(sweep: str) -> list[dict[str, Any]]:
     """The entries of a sweep or night, as its study has them now. Raises UserError where there is none."""
-    rows: dict[str, dict[str, Any]] = {}
-    for trial in study_of(sweep).get_trials(deepcopy=False):
-        known = trial.user_attrs
-        state = known.get("state") or ("running" if trial.state.name == "RUNNING" else "waiting")
-        value = trial.values[0] if trial.values and abs(trial.values[0]) != float("inf") else None
-        row = {"setting": known["setting"], "state": state, "run": known.get("run"), "value": value}
-        rows[known["entry"]] = {"entry": known["entry"], **row}
-    return list(rows.values())
+    return list(entry_rows(study_of(sweep)).values())
 
 
 def study_of(sweep: str) -> optuna.Study:
@@ -147,8 +144,12 @@ def checkpoints(chosen: Iterable[Path]) -> pd.DataFrame:
 
 
 def settings(sweep: str) -> pd.DataFrame:
-    """One row a setting of a sweep: its repetitions that ended, mean, smallest and largest value of the objective."""
+    """One row a setting of a sweep, best first: its repetitions that ended, mean, smallest and largest value of the
+    objective."""
     frame = pd.DataFrame(sweep_rows(sweep)).dropna(subset=["value"])
-    spread = frame.groupby("setting", sort=False)["value"].agg(["count", "mean", "min", "max"])
-    best_last = study_of(sweep).direction == optuna.study.StudyDirection.MAXIMIZE
-    return spread.sort_values("mean", ascending=not best_last).reset_index()
+    spread = frame.astype({"value": float}).groupby("setting", sort=False)["value"].agg(["count", "mean", "min", "max"])
+    return spread.sort_values("mean", ascending=not _large_is_good(sweep)).reset_index()
+
+
+def _large_is_good(sweep: str) -> bool:
+    return study_of(sweep).direction == optuna.study.StudyDirection.MAXIMIZE

@@ -63,6 +63,24 @@ def open_study(folder: Path, **options: Any) -> optuna.Study:
     return optuna.create_study(study_name=STUDY, storage=storage, load_if_exists=True, **options)
 
 
+def newest(study: optuna.Study) -> dict[str, FrozenTrial]:
+    """The newest trial of each entry that has one."""
+    return {trial.user_attrs["entry"]: trial for trial in study.get_trials(deepcopy=False)}
+
+
+def entry_rows(study: optuna.Study) -> dict[str, dict[str, Any]]:
+    """One row an entry that has a trial: entry, setting, state (waiting, running, or how it ended), run, value,
+    error."""
+    found = {}
+    for entry, trial in newest(study).items():
+        known = trial.user_attrs
+        state = known.get("state") or ("running" if trial.state == TrialState.RUNNING else "waiting")
+        value = trial.values[0] if trial.values and math.isfinite(trial.values[0]) else None
+        row = {"entry": entry, "setting": known["setting"], "state": state, "value": value}
+        found[entry] = row | {name: known.get(name) for name in ("run", "error")}
+    return found
+
+
 @dataclass(frozen=True)
 class Claim:
     """An entry that this worker has to itself: its trial, its parameters as words, its run folder, and whether that
@@ -126,11 +144,6 @@ class Queue:
         same = [one for one in known if one[1]["parameters"].get("digest") == digest]
         return next(((path, record["state"]) for path, record in same if record["state"] != "done"), (None, ""))
 
-    def newest(self) -> dict[str, FrozenTrial]:
-        """The newest trial of each entry that has one."""
-        trials = self.study.get_trials(deepcopy=False)
-        return {trial.user_attrs["entry"]: trial for trial in trials if trial.user_attrs.get("entry") in self._entries}
-
     def claim(self) -> Claim | None:
         """The next waiting entry, now this worker's; None where none waits."""
         with exclusive(self.path / "claim"):
@@ -148,15 +161,15 @@ class Queue:
     def _fill(self, again: bool = False) -> None:
         """Let wait: entries that nobody has begun (repetitions of a searched setting once it is drawn), those whose
         worker is gone or gave them back, and with `again` those that did not end well."""
-        for trial in self.newest().values():
+        for trial in newest(self.study).values():
             if trial.state == TrialState.RUNNING and self._gone(trial):
                 with contextlib.suppress(UpdateFinishedTrialError, ValueError):
                     self.study.tell(trial.number, state=TrialState.FAIL)
-        newest = self.newest()
-        drawn = {trial.user_attrs["setting"]: trial.params for trial in newest.values() if self._whole(trial)}
-        begun = {trial.user_attrs["setting"] for trial in newest.values()}
+        latest = newest(self.study)
+        drawn = {trial.user_attrs["setting"]: trial.params for trial in latest.values() if self._whole(trial)}
+        begun = {trial.user_attrs["setting"] for trial in latest.values()}
         for entry in self.plan.entries:
-            found, run = newest.get(entry.name), None
+            found, run = latest.get(entry.name), None
             if found is None:
                 if self.plan.searched and entry.setting in begun and entry.setting not in drawn:
                     continue
@@ -211,19 +224,13 @@ class Queue:
             self._fill()
 
     def rows(self) -> list[dict[str, Any]]:
-        """One row an entry: entry, setting, state (waiting, running, or how it ended), run, value, error."""
-        newest, rows = self.newest(), []
-        for entry in self.plan.entries:
-            trial = newest.get(entry.name)
-            row = {"entry": entry.name, "setting": entry.setting, "state": "waiting", "run": None, "value": None}
-            if trial is not None:
-                known = trial.user_attrs
-                open_state = {TrialState.RUNNING: "running", TrialState.WAITING: "waiting"}.get(trial.state, "waiting")
-                row |= {"state": known.get("state") or open_state, "run": known.get("run"), "error": known.get("error")}
-                if trial.state.is_finished() and trial.values and math.isfinite(trial.values[0]):
-                    row["value"] = trial.values[0]
-            rows.append(row)
-        return rows
+        """One row an entry, as `entry_rows`; a repetition whose setting is not drawn yet waits."""
+        found = entry_rows(self.study)
+        waiting = {"state": "waiting", "run": None, "value": None, "error": None}
+        return [
+            found.get(entry.name) or {"entry": entry.name, "setting": entry.setting, **waiting}
+            for entry in self.plan.entries
+        ]
 
     def keep_record(self) -> None:
         """Take up the queue's record where the worker that kept it has left."""
@@ -234,12 +241,12 @@ class Queue:
     def comparison(self) -> pd.DataFrame:
         """One row an entry that was begun: name, state, duration, the parameters that differ between entries, the key
         results; entries without a record have a state alone."""
-        rows = {row["entry"]: row for row in self.rows() if row["run"]}
-        folders = {name: runs_root() / row["run"] for name, row in rows.items()}
+        states = {row["entry"]: row["state"] for row in self.rows() if row["run"]}
+        folders = {row["entry"]: runs_root() / row["run"] for row in self.rows() if row["run"]}
         begun = {name: path for name, path in folders.items() if (path / "run.json").exists()}
         table = runs.table(of=begun.values())
         table.insert(0, "entry", list(begun))
         table = runs.short(table, ("entry", "state", "duration_s")).astype(object)
-        table = table.set_index("entry").reindex(list(rows))
-        table["state"] = [row["state"] for row in rows.values()]
+        table = table.set_index("entry").reindex(list(states))
+        table["state"] = list(states.values())
         return table.reset_index()

@@ -27,6 +27,12 @@ from vla_lib.core.processes import LAUNCHER
 from vla_lib.core.run_folder import RunFolder, read_record
 
 GRACE_S = 120  # Slurm may tell up to a minute earlier
+LEAST_S = 300  # a shorter time limit leaves less than two minutes to work before a run is told to stop
+PROGRAM = (sys.executable, "-m", "vla_lib.cli")
+# bash: until the child $run has ended, whatever signals come; its exit status is $status then
+WAIT = "while :; do wait $run; status=$?; kill -0 $run 2>/dev/null || break; done"
+# bash: srun, whose tasks are given time to save at SIGTERM: srun itself would have them killed at once
+RELAY = f"""trap 'scancel --signal=TERM $SLURM_JOB_ID' TERM; "$@" & run=$!; {WAIT}; exit $status"""
 CPUS_PER_GPU = 2  # a rank and what reads for it; a guess
 SUBMITTED = "VLA_SUBMITTED"  # the folder that was made when the job was submitted
 GONE = "gone"
@@ -43,7 +49,17 @@ class Batch:
     cpus: Annotated[int, arg(help="with --slurm: cores of each machine; 0: two a GPU")] = 0
     time: Annotated[str, arg(help="with --slurm: time limit, at which a run is saved and waits again")] = ""
     partition: Annotated[str, arg(help="with --slurm: partition")] = ""
-    words: Annotated[tuple[str, ...], Suppress] = ()  # of the command itself, without these flags
+    words: Annotated[tuple[str, ...], Suppress] = ()  # the whole command's
+
+    def __post_init__(self) -> None:
+        if self.time and _seconds(self.time) < LEAST_S:
+            told = f"a run is told to stop up to {(GRACE_S + 60) // 60} minutes before its time limit"
+            raise UserError(f"--time {self.time} is too short: {told}; give {LEAST_S // 60} minutes or more.")
+
+    @property
+    def submits(self) -> bool:
+        """Whether the command is to be submitted: the job's own command is the same, and runs."""
+        return self.slurm and SUBMITTED not in os.environ
 
     def script(self, name: str, folder: Path, words: Sequence[str], array: int = 0) -> str:
         """The job's script: `vla WORDS` on the first machine; on the signal before the limit it is stopped, and the job
@@ -63,33 +79,34 @@ class Batch:
             "array": f"0-{array - 1}" if array else "",
         }
         lines = [f"#SBATCH --{option}={value}" for option, value in options.items() if value]
-        command = shlex.join([sys.executable, "-m", "vla_lib.cli", *words])
+        command = shlex.join([*PROGRAM, *words])
         return "\n".join(
             [
                 "#!/bin/bash",
                 *lines,
                 "#SBATCH --requeue",
                 f"export {SUBMITTED}={shlex.quote(str(folder))}",
-                "trap 'again=1; kill -TERM $run' USR1",
+                "trap 'after=\"scontrol requeue\"; kill -TERM $run' USR1",
+                "trap 'after=scancel; kill -TERM $run' USR2  # vla runs stop",
                 "trap : TERM  # scancel tells all processes of the job",
                 f"{command} & run=$!",
-                "while :; do wait $run; status=$?; kill -0 $run 2>/dev/null || break; done",
-                'if [ "$again" ] && [ $status -eq 130 ]; then scontrol requeue $SLURM_JOB_ID; fi',
+                WAIT,
+                'if [ "$after" ] && [ $status -eq 130 ]; then $after $SLURM_JOB_ID; fi',
                 "exit $status\n",
             ]
         )
 
 
-def plain(words: Sequence[str], *flags: str) -> list[str]:
-    """The words of a command without those of Batch and the other `flags`, which each take a value."""
-    valued = {"--nodes", "--gpus", "--cpus", "--time", "--partition", *flags}
-    kept, left = [], iter(words)
-    for word in left:
-        if word in valued:
-            next(left, None)
-        elif word != "--slurm" and word.partition("=")[0] not in valued:
-            kept.append(word)
-    return kept
+def _seconds(limit: str) -> float:
+    """Seconds of a time limit as Slurm writes them: M, M:S, H:M:S, D-H, D-H:M or D-H:M:S. Others are Slurm's to
+    judge."""
+    days, dash, clock = limit.rpartition("-")
+    try:
+        parts = [int(part) for part in clock.split(":")]
+        units = (3600, 60, 1) if dash or len(parts) > 2 else (60, 1)
+        return 86400 * int(days or 0) + sum(unit * part for unit, part in zip(units, parts, strict=False))
+    except ValueError:
+        return float("inf")
 
 
 def submit(batch: Batch, name: str, record: RunFolder, words: Sequence[str], array: int = 0) -> int:
@@ -101,7 +118,7 @@ def submit(batch: Batch, name: str, record: RunFolder, words: Sequence[str], arr
         record.finish("failed", "Slurm did not take it")
         raise
     job = done.strip().partition(";")[0]
-    write_json(record.path / "slurm.json", {"job": job, "array": array, "words": list(words)})
+    write_json(record.path / "slurm.json", {"job": job})
     record.finish("submitted")
     print(f"Slurm job {job}: {record.path}; `vla runs` shows it, `vla runs stop {record.path.name}` cancels it")
     return 0
@@ -150,10 +167,18 @@ def states(runs: Iterable[Path]) -> dict[str, str]:
     return found
 
 
+def holds(run: Path, state: str) -> bool:
+    """Whether Slurm has a run's job, running or waiting (again): where it cannot be asked, by the record's `state`."""
+    said = states([run]).get(run.name, "")
+    return any(one in said for one in ("PENDING", "RUNNING")) or ("?" in said and state in ("running", "submitted"))
+
+
 def cancel(run: Path) -> str:
-    """Cancel the Slurm job of a run, which saves its checkpoint first; returns a sentence."""
+    """Cancel the Slurm job of a run, which saves its checkpoint first, unlike at `scancel` on several machines; returns
+    a sentence."""
     job = job_of(run)
-    _slurm("scancel", job)
+    _slurm("scancel", "--state=PENDING", job)
+    _slurm("scancel", "--signal=USR2", "--batch", "--state=RUNNING", job)
     if read_record(run)["state"] == "submitted":
         RunFolder.resume(run, read_record(run)["parameters"]).finish("cancelled", "cancelled before it began")
     return f"Slurm job {job} is cancelled"
@@ -172,7 +197,8 @@ def torchrun_words(count: int) -> list[str]:
         probe.bind(("", 0))
         port = probe.getsockname()[1]
     # ranks look for the launcher's number among their parents; here that is srun's, on another machine
-    srun = ["srun", f"--nodes={count}", f"--ntasks={count}", "--ntasks-per-node=1", "env", "-u", LAUNCHER]
+    relay = ["bash", "-c", RELAY, "relay"]
+    srun = [*relay, "srun", f"--nodes={count}", f"--ntasks={count}", "--ntasks-per-node=1", "env", "-u", LAUNCHER]
     torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={count}", "--rdzv-backend=c10d"]
     meet = [f"--rdzv-endpoint={socket.gethostname()}:{port}", f"--rdzv-id={os.environ['SLURM_JOB_ID']}"]
     return [*srun, *torchrun, *meet]

@@ -34,9 +34,13 @@ def submit_queue(batch: slurm.Batch, plan: "Plan", parallel: int) -> int:
     plan.check()
     queue = Queue.open(plan)
     queue.worker.release()
-    if queue.record is None:
-        raise UserError(f"The same {plan.kind} is running already in {queue.path}; stop it first, or wait for it.")
-    words = [*slurm.plain(batch.words, "--parallel"), "--parallel", "1"]
+    waits = queue.record is not None and slurm.holds(queue.path, "")
+    if queue.record is None or waits:
+        if queue.record:
+            queue.record.finish("submitted")
+        state = "waits in Slurm's queue" if waits else "is running"
+        raise UserError(f"The same {plan.kind} {state} already, {queue.path}; stop it first, or wait for it.")
+    words = [*batch.words, "--parallel", "1"]
     return slurm.submit(batch, plan.kind, queue.record, words, array=max(1, parallel))
 
 

@@ -41,7 +41,7 @@ def run(plan: Plan, parallel: int = 0, gpus_per_run: int = 0) -> int:
     done = sum(row["state"] in ENDED_WELL for row in queue.rows())
     joined = "" if queue.record else ", joined"
     print(f"{plan.kind}: {len(plan.entries)} runs, {done} done already{joined}; {shown(queue.path)}", flush=True)
-    named = f"{gpus.per_run} to a run, of {len(gpus.names)} GPUs ({', '.join(gpus.names)})"
+    named = f"{gpus.per_run} to a run, of {len(gpus.names)} GPU{'s' * (len(gpus.names) > 1)} ({', '.join(gpus.names)})"
     where = f"{named if gpus.names else 'on the CPU'}, {threads['OMP_NUM_THREADS']} CPU threads to a process"
     print(f"{parallel} at a time, {where}", flush=True)
     stopped = False
@@ -74,16 +74,30 @@ def conclude(queue: Queue, stopped: bool) -> int:
         write_results(queue.path, {"entries": rows, "objective": queue.plan.objective})
         write_text(queue.path / "comparison.csv", table.to_csv(index=False))
         queue.record.finish(state, why or None)
-    print(f"\n{table.to_string(index=False, na_rep='')}\n\n{shown(queue.path / 'comparison.csv')}", flush=True)
+    text = table.to_string(index=False, na_rep="", float_format="{:.6g}".format)
+    print(f"\n{text}\n\n{shown(queue.path / 'comparison.csv')}", flush=True)
     offline = [path for row in rows if row["run"] for path in (runs_root() / row["run"]).glob("wandb/offline-run-*")]
     if offline:
         listed = queue.path / "wandb.txt"
         write_text(listed, "".join(f"{path}\n" for path in sorted(offline)))
         group = f"W&B kept {len(offline)} runs offline, in the group {queue.path.name}"
         print(f"{group}; `xargs wandb sync < {shown(listed)}` uploads them", flush=True)
+    if queue.record and not left:
+        write_report(queue.path)
     if why:
         print(why if handed_on else f"error: {why}", file=sys.stderr)
     return 0 if handed_on else {"done": 0, "cancelled": 130}.get(state, 1)
+
+
+def write_report(sweep: Path) -> None:
+    """Notebook 09 on a sweep or night that has ended, in its folder; what fails there is told, and changes nothing."""
+    from vla_lib.workbench.headless import run_notebook
+
+    try:
+        made = run_notebook("09_compare_runs", {"sweep": sweep.name}, log=False, run_dir=sweep / "report", resume=True)
+        print(f"report: {shown(made.page)}" if made.state == "done" else f"no report: {made.error}", flush=True)
+    except (OSError, UserError) as error:
+        print(f"no report: {error}", flush=True)
 
 
 class Worker:

@@ -18,6 +18,12 @@ from vla_lib.workbench.plots.style import SERIES, Panels, panels, plot, say
 from vla_lib.workbench.plots.training import LOSSES, smooth
 
 Row = Mapping[str, Any]
+TITLES = {
+    "history": "Every run as it ended, and the best so far",
+    "importances": "Share of each parameter in the objective (PED-ANOVA)",
+    "parallel": "Which values went with which results",
+    "slice": "The objective over each parameter; darker: later",
+}
 
 
 @plot
@@ -46,7 +52,6 @@ def learning_curves(runs: Mapping[str, Sequence[Row]], by: str = "step", axes: P
             say(panel, "no run that trains is ticked")
     if loss.lines:
         loss.set_yscale("log")
-        held_out.set_ylim(0, None)
         figure.legend(*loss.get_legend_handles_labels(), loc="outside lower left", ncols=2)
     return figure
 
@@ -64,36 +69,36 @@ def success(loops: Mapping[str, Row], axes: Panels = None) -> Figure:
     panel.set(xlim=(0, 100), xlabel="phantoms hit (%), with 95 % interval", title="Closed loop")
     panel.invert_yaxis()
     if not found:
+        panel.axis("off")
         say(panel, "no evaluation names a checkpoint of these runs")
     return figure
 
 
 @plot
-def seed_spread(entries: Sequence[Row], objective: str, axes: Panels = None) -> Figure:
-    """The objective of every run of a sweep, a row a setting, sorted by the mean, where a bar is."""
-    frame = pd.DataFrame(list(entries), columns=["setting", "value"]).dropna()
-    order = frame.groupby("setting")["value"].mean().sort_values()
-    figure, (panel,) = panels(axes, (8, 0.28 * max(len(order), 1) + 1.4))
-    for place, setting in enumerate(order.index):
-        values = frame.loc[frame["setting"] == setting, "value"]
-        panel.plot(values, [place] * len(values), "o", ms=4, color=SERIES[0], alpha=0.7)
-        panel.plot(order[setting], place, "|", ms=14, color=SERIES[4])
-    panel.set_yticks(range(len(order)), list(order.index))
+def seed_spread(entries: Sequence[Row], settings: pd.DataFrame, objective: str, axes: Panels = None) -> Figure:
+    """The objective of every run of a sweep, a row a setting in the order of `settings` (see `comparison.settings`),
+    with a bar at its mean."""
+    figure, (panel,) = panels(axes, (8, 0.28 * max(len(settings), 1) + 1.4))
+    places = {setting: place for place, setting in enumerate(settings["setting"])}
+    ended = [one for one in entries if one["value"] is not None]
+    panel.plot([one["value"] for one in ended], [places[one["setting"]] for one in ended], "o", ms=4, alpha=0.7)
+    panel.plot(settings["mean"], list(places.values()), "|", ms=14, color=SERIES[4])
+    panel.set_yticks(list(places.values()), list(places))
     panel.invert_yaxis()
-    panel.set(xlabel=f"{objective}, a dot a run, a bar at the mean", title="Spread over seeds")
-    if not len(order):
+    panel.set(xlabel=f"{objective}, a dot a run, a bar at the mean", title="Spread over seeds, best first")
+    if not places:
         say(panel, "no run has ended with the objective yet")
     return figure
 
 
 @plot
-def of_study(study: optuna.Study, what: str) -> Figure:
+def of_study(study: optuna.Study, what: str, objective: str) -> Figure:
     """Optuna's own plot of a study: history, importances, parallel (coordinates) or slice."""
     drawers: dict[str, Callable[[], Any]] = {
-        "history": lambda: drawn_by_optuna.plot_optimization_history(study),
+        "history": lambda: drawn_by_optuna.plot_optimization_history(study, target_name=objective),
         "importances": lambda: drawn_by_optuna.plot_param_importances(study, evaluator=PedAnovaImportanceEvaluator()),
-        "parallel": lambda: drawn_by_optuna.plot_parallel_coordinate(study),
-        "slice": lambda: drawn_by_optuna.plot_slice(study),
+        "parallel": lambda: drawn_by_optuna.plot_parallel_coordinate(study, target_name=objective),
+        "slice": lambda: drawn_by_optuna.plot_slice(study, target_name=objective),
     }
     ended = [one for one in study.get_trials(deepcopy=False) if one.state == TrialState.COMPLETE]
     values = {one.values[0] for one in ended if np.isfinite(one.values[0])}
@@ -108,5 +113,11 @@ def of_study(study: optuna.Study, what: str) -> Figure:
         axes = np.ravel(drawers[what]())[0]
     figure = axes.get_figure()
     pyplot.close(figure)  # the notebook draws it once, as a cell's value
+    for panel in figure.axes:  # Optuna brings a look of its own
+        panel.set_facecolor("white")
+        panel.set_title("")
+        if what == "importances" and (legend := panel.get_legend()):
+            legend.remove()
+    figure.suptitle(TITLES[what])
     figure.set_size_inches(min(10.0, 3.2 * max(2, len(figure.axes))), 4)
     return figure
