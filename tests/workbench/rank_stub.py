@@ -17,9 +17,10 @@ CHECKPOINT = "stand_in.pt"
 
 @settings.settings
 class Settings(settings.Settings):
-    """Where the checkpoint goes."""
+    """Where the checkpoint goes, and whether it is gone on with."""
 
     run_dir: Path = Path()
+    resume: bool = False
 
 
 def work() -> None:
@@ -31,16 +32,18 @@ def main(given: Settings) -> None:
     asked: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, _frame: asked.append(number))
     multiprocessing.get_context("fork").Process(target=work, daemon=True).start()
-    step = 0
+    checkpoint, first = given.run_dir / "checkpoints" / CHECKPOINT, os.environ["RANK"] == "0"
+    step = read_step(checkpoint) if given.resume else 0
+    print(f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} begins at step {step}", flush=True)
     while not asked:
         time.sleep(0.02)
         step += 1
-        if os.environ["RANK"] == "0":
+        if first:
             append_jsonl(given.run_dir / "metrics.jsonl", {"step": step})
             if step == 5:
-                write_json(given.run_dir / "checkpoints" / CHECKPOINT, {"step": step})
-    if os.environ["RANK"] == "0":
-        write_json(given.run_dir / "checkpoints" / CHECKPOINT, {"step": step})
+                write_json(checkpoint, {"step": step})
+    if first:
+        write_json(checkpoint, {"step": step})
 
 
 def read_step(checkpoint: Path) -> int:

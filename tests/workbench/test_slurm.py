@@ -15,23 +15,20 @@ import pytest
 import slurm_cluster
 import sweep_stub
 
-from tests.training.synthetic import write_dataset
+from tests.workbench import rank_stub
 from vla_lib import cli
 from vla_lib.core.errors import UserError
 from vla_lib.core.files import read_jsonl, write_json
-from vla_lib.core.run_folder import RunFolder, read_record
-from vla_lib.training.checkpoint import read_checkpoint
+from vla_lib.core.run_folder import PROJECT, RunFolder, read_record
 from vla_lib.workbench import run_all, slurm, submissions
 
 TRAINING = """
-from vla_lib import train_async
+from tests.workbench import rank_stub
 from vla_lib.workbench import slurm
-with slurm.on_other_nodes('json.tool', [root + '/given.json', root + '/made.json']): pass
 from vla_lib.workbench.jobs import Job
-small = {"batch_size": 2, "grad_accum_steps": 1, "num_workers": 0, "width": 16, "layers": 1, "heads": 2}
-endless = {"val_fraction": 0.0, "max_steps": 100_000}  # an epoch of minutes: what is saved is saved at its end
-settings = train_async.Settings(dataset_root=root, **small, **endless)
-await Job.torchrun("vla_lib.train_async", settings, run.path, nproc_per_node, resume=bool(resume_run)).watch()
+with slurm.on_other_nodes('json.tool', [given, made]): pass
+job = Job.torchrun("tests.workbench.rank_stub", rank_stub.Settings(), run.path, nproc_per_node, resume=bool(resume_run))
+await job.watch()
 """
 needs_slurm = pytest.mark.skipif(bool(slurm_cluster.WHY), reason=slurm_cluster.WHY)
 
@@ -48,6 +45,7 @@ def cluster(tmp_path_factory) -> Iterator[Path]:
 @pytest.fixture
 def on_cluster(cluster: Path, monkeypatch) -> None:
     monkeypatch.setenv("SLURM_CONF", str(cluster))
+    monkeypatch.setenv("PYTHONPATH", str(PROJECT))  # of the jobs, for rank_stub
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # Slurm says which
 
 
@@ -58,7 +56,7 @@ def vla(*words: str) -> None:
 
 
 def until(true: Callable[[], object], runs: Path) -> None:
-    deadline = time.monotonic() + 180
+    deadline = time.monotonic() + 300
     while not true():
         assert time.monotonic() < deadline, [log.read_text()[-3000:] for log in runs.glob("*/*.log")]
         time.sleep(0.2)
@@ -68,7 +66,7 @@ def ranks() -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter(["cmdline"]):
         words = " ".join(process.info["cmdline"] or [])
-        found += [process] if "vla_lib.train_async --dataset-root" in words and "srun" not in words else []
+        found += [process] if "rank_stub --run-dir" in words and "srun" not in words else []
     return found
 
 
@@ -78,20 +76,20 @@ def test_a_training_over_two_nodes_outlives_its_time_limit_and_is_cancelled(
 ):
     """On the other node a helper writes a file, then torchrun goes to both through srun. Another run waits meanwhile,
     and is cancelled. Told before the limit the training saves and is requeued, goes on, and ends at `stop`."""
-    data = tmp_path / "data"
-    write_dataset(data, {"New_dataset/Task": 2}, steps=400, stride=3)
-    (data / "given.json").write_text("{}")
-    path = write_notebook("root: str = ''\nnproc_per_node: int = 1\nresume_run: str = ''", TRAINING)
-    words = ["run", str(path), "--slurm", "--nodes", "2", "--cpus", "8", "-p", "root", str(data)]
+    given, made = tmp_path / "given.json", tmp_path / "made.json"
+    given.write_text("{}")
+    path = write_notebook("given: str = ''\nmade: str = ''\nnproc_per_node: int = 1\nresume_run: str = ''", TRAINING)
+    words = ["run", str(path), "--slurm", "--nodes", "2", "--cpus", "8"]
+    words += ["-p", "given", str(given), "-p", "made", str(made)]
     vla(*words, "--time", "10")
     (run,) = runs_folder.iterdir()
     waiting = runs_folder / "waiting"
     vla(*words, "--run-dir", str(waiting))
     vla("runs", "stop", waiting.name)
-    job, latest = slurm.job_of(run), run / "checkpoints" / "qwen_vla_async.pt"
+    job, latest = slurm.job_of(run), run / "checkpoints" / rank_stub.CHECKPOINT
     steps = lambda: [row["step"] for row in read_jsonl(run / "metrics.jsonl")]  # noqa: E731
     until(lambda: len(steps()) >= 5, runs_folder)
-    assert "2 process(es)" in (run / "train.log").read_text() and (data / "made.json").read_text() == "{}\n"
+    assert made.read_text() == "{}\n"
     capsys.readouterr()
     vla("runs")
     said = capsys.readouterr().out
@@ -99,16 +97,17 @@ def test_a_training_over_two_nodes_outlives_its_time_limit_and_is_cancelled(
     assert read_record(waiting)["state"] == "cancelled" and not (waiting / "run.log").exists()
 
     subprocess.run(["scancel", "--signal=USR1", "--batch", job], check=True)  # as Slurm does before the limit
-    until(lambda: "resumed" in (run / "train.log").read_text(), runs_folder)
-    (stopped,) = re.findall(r"job stopped at step (\d+); saved", (run / "run.log").read_text())
-    (at,) = re.findall(r"resumed .* at step (\d+),", (run / "train.log").read_text())
-    assert int(at) == int(stopped) >= 5
-    until(lambda: len(steps()) > int(at), runs_folder)
+    begun = lambda: re.findall(r"rank (\d) of 2 begins at step (\d+)", (run / "train.log").read_text())  # noqa: E731
+    until(lambda: len(begun()) == 4, runs_folder)
+    (stopped,) = re.findall(r"job stopped at step (\d+); saved", (run / "slurm.log").read_text())
+    assert int(stopped) >= 5
+    assert sorted(begun()) == sorted([("0", "0"), ("1", "0"), ("0", stopped), ("1", stopped)])
+    until(lambda: len(steps()) > int(stopped), runs_folder)
     assert read_record(run)["state"] == "running"
 
     vla("runs", "stop", run.name)
     until(lambda: read_record(run)["state"] != "running", runs_folder)
-    assert steps() == list(range(1, read_checkpoint(latest)["step"] + 1))
+    assert steps() == list(range(1, rank_stub.read_step(latest) + 1))
     assert read_record(run)["state"] == "cancelled"
     until(lambda: not ranks(), runs_folder)
     until(lambda: slurm.states([run])[run.name] in (f"{job} CANCELLED", f"{job} {slurm.GONE}"), runs_folder)

@@ -267,12 +267,14 @@ def test_a_run_that_never_begins_is_lost_and_stands_beside_the_others(write_note
         ),
         (
             "- {notebook: 04_train_async, parameters: {lr: [1e-4, {a: b}]}}",
-            "entry 1: parameter lr is one value or a list of words",
+            "entry 1: parameters lr .*valid string",
         ),
-        ("- {name: [a], notebook: 04_train_async}", "entry 1: its name is text"),
-        ("- {name: a}", "entry 1: wants a notebook"),
+        ("- {name: [a], notebook: 04_train_async}", "entry 1: name: .*valid string"),
+        ("- {name: a}", "entry 1: notebook: Field required"),
         ("- {notebook: 04_train_async\n", "cannot be read as YAML"),
-        ("[]", "must hold a list of runs"),
+        ("[]", "at least 1 item.*holds a list of runs"),
+        ("- 4", "entry 1.*holds a list of runs"),
+        ("a: b", "valid list; the file holds a list of runs"),
         ("- {name: a, notebook: 04_train_async}\n- {name: a, notebook: 06_evaluate}", "two entries are named 'a'"),
     ),
 )

@@ -161,12 +161,11 @@ def _running(path: Path, record: dict[str, Any]) -> bool:
     return record.get("host") != socket.gethostname() or alive(record.get("pid"), record.get("pid_created"))
 
 
-def close_as_pruned(path: Path, why: str) -> str:
-    """Say of a cancelled run that a sweep has stopped it as a poor one; returns that state."""
+def close_as_pruned(path: Path, why: str) -> None:
+    """Say of a run that was cancelled that a sweep has stopped it as a poor one."""
     record = read_record(path)
     if record["state"] == "cancelled":
         write_json(Path(path) / "run.json", record | {"state": "pruned", "error": why})
-    return "pruned"
 
 
 def read_results(path: Path) -> dict[str, Any]:

@@ -241,12 +241,7 @@ class Queue:
     def comparison(self) -> pd.DataFrame:
         """One row an entry that was begun: name, state, duration, the parameters that differ between entries, the key
         results; entries without a record have a state alone."""
-        states = {row["entry"]: row["state"] for row in self.rows() if row["run"]}
-        folders = {row["entry"]: runs_root() / row["run"] for row in self.rows() if row["run"]}
-        begun = {name: path for name, path in folders.items() if (path / "run.json").exists()}
-        table = runs.table(of=begun.values())
-        table.insert(0, "entry", list(begun))
-        table = runs.short(table, ("entry", "state", "duration_s")).astype(object)
-        table = table.set_index("entry").reindex(list(states))
-        table["state"] = list(states.values())
-        return table.reset_index()
+        begun = pd.DataFrame([row for row in self.rows() if row["run"]], columns=["entry", "state", "run"])
+        folders = [path for name in begun["run"] if ((path := runs_root() / name) / "run.json").exists()]
+        table = runs.short(runs.table(of=folders), ("run", "duration_s")).astype(object)
+        return begun.merge(table, on="run", how="left").drop(columns="run")

@@ -176,9 +176,11 @@ def holds(run: Path, state: str) -> bool:
 def cancel(run: Path) -> str:
     """Cancel the Slurm job of a run, which saves its checkpoint first, unlike at `scancel` on several machines; returns
     a sentence."""
-    job = job_of(run)
-    _slurm("scancel", "--state=PENDING", job)
-    _slurm("scancel", "--signal=USR2", "--batch", "--state=RUNNING", job)
+    job, said = job_of(run), states([run]).get(run.name, "")
+    if "RUNNING" not in said or "PENDING" in said:  # of an array there may be both
+        _slurm("scancel", "--state=PENDING", job)
+    if "RUNNING" in said:
+        _slurm("scancel", "--signal=USR2", "--batch", "--state=RUNNING", job)
     if read_record(run)["state"] == "submitted":
         RunFolder.resume(run, read_record(run)["parameters"]).finish("cancelled", "cancelled before it began")
     return f"Slurm job {job} is cancelled"

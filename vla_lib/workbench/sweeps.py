@@ -12,10 +12,12 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
+from annotated_types import MinLen
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from vla_lib.core.errors import UserError
 from vla_lib.workbench import runs
@@ -163,44 +165,35 @@ def _seeds(notebook: str, seeds: int, fixed: dict[str, str]) -> list[dict[str, s
     return [{"seed": str(first + number)} for number in range(seeds)]
 
 
+class Listed(BaseModel, extra="forbid"):
+    """An entry of a night's list, as its file has it."""
+
+    notebook: str
+    name: str = ""
+    parameters: dict[str, str | list[str]] = {}
+
+
 def read_list(path: Path) -> list[Entry]:
     """The entries of a YAML list of `{name, notebook, parameters}`; values mean what the same words mean on a command
-    line.
-
-    Raises UserError naming the file and the entry for anything else.
-    """
+    line. Raises UserError naming the file and the entry for anything else."""
     try:  # the base loader leaves text as it is: neither dates nor `no` for False
         listed = yaml.load(Path(path).read_text(), Loader=yaml.BaseLoader)
+        rows = TypeAdapter(Annotated[list[Listed], MinLen(1)]).validate_python(listed)
+    except ValidationError as error:
+        (first, *_), example = error.errors(), "`- {name: wide, notebook: 04_train_async, parameters: {lr: 1e-4}}`"
+        number, *place = (*first["loc"], "")
+        where = f", entry {int(number) + 1}: {' '.join(map(str, place))}".rstrip(": ") if place else ""
+        raise UserError(f"{path}{where}: {first['msg']}; the file holds a list of runs: {example}.") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}.") from None
-    if not isinstance(listed, list) or not listed:
-        example = "`- {name: wide, notebook: 04_train_async, parameters: {lr: 1e-4}}`"
-        raise UserError(f"{path} must hold a list of runs: {example}.")
     found: list[Entry] = []
-    for number, row in enumerate(listed, 1):
-        where = f"{path}, entry {number}"
-        known = isinstance(row, dict) and not set(row) - {"name", "notebook", "parameters"}
-        if not known or not isinstance(row.get("notebook"), str):
-            raise UserError(f"{where}: wants a notebook, and may have a name and parameters; it is {row!r}.")
-        parameters, name = row.get("parameters") or {}, row.get("name") or f"{number} {row['notebook']}"
-        if not isinstance(parameters, dict):
-            raise UserError(f"{where}: parameters are NAME: VALUE pairs, not {parameters!r}.")
-        if not isinstance(name, str):
-            raise UserError(f"{where}: its name is text, not {name!r}.")
+    for number, row in enumerate(rows, 1):
+        name = row.name or f"{number} {row.notebook}"
         if name in [entry.name for entry in found]:
             raise UserError(f"{path}: two entries are named {name!r}; name each once.")
-        words = {key: _listed(value, f"{where}: parameter {key}") for key, value in parameters.items()}
-        found.append(Entry(name, row["notebook"], words, name))
+        words = {key: one if isinstance(one, str) else json.dumps(one) for key, one in row.parameters.items()}
+        found.append(Entry(name, row.notebook, words, name))
     return found
-
-
-def _listed(value: Any, where: str) -> str:
-    """A value of a YAML list as a command-line word; a list of words is one too."""
-    if isinstance(value, list) and all(isinstance(item, str) for item in value):
-        return json.dumps(value)
-    if not isinstance(value, str):
-        raise UserError(f"{where} is one value or a list of words, not {value!r}.")
-    return value
 
 
 def word(value: Any) -> str:

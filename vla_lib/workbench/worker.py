@@ -164,10 +164,9 @@ class Worker:
                 raise asyncio.CancelledError from error
         finally:
             self._jobs.discard(job)
-        state = _state(claim.run)
-        if watch.pruned and state == "cancelled":
-            state = close_as_pruned(claim.run, watch.pruned)
-        cause = "" if state == "done" else _cause(claim.run, job.log)
+        if watch.pruned:
+            close_as_pruned(claim.run, watch.pruned)
+        state, cause = _ended(claim.run, job.log)
         state = self.queue.tell(claim, state, cause)
         cause = f"\n  {cause}" if cause else ""
         print(f"{_now()} {state} after {clock(time.monotonic() - start)}: {name}{cause}", flush=True)
@@ -202,14 +201,12 @@ class _Validations:
         return bool(self.pruned)
 
 
-def _state(run: Path) -> str:
-    return read_record(run)["state"] if (run / "run.json").exists() else "lost"
-
-
-def _cause(run: Path, log: Path) -> str:
+def _ended(run: Path, log: Path) -> tuple[str, str]:
+    """The state in which a run has ended, and the cause in one line."""
     if not (run / "run.json").exists():
-        return f"it never began, see {log}"
-    return (read_record(run).get("error") or "").partition("\n")[0]
+        return "lost", f"it never began, see {log}"
+    record = read_record(run)
+    return record["state"], (record.get("error") or "").partition("\n")[0]
 
 
 def _now() -> str:

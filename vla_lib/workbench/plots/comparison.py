@@ -18,12 +18,6 @@ from vla_lib.workbench.plots.style import SERIES, Panels, panels, plot, say
 from vla_lib.workbench.plots.training import LOSSES, smooth
 
 Row = Mapping[str, Any]
-TITLES = {
-    "history": "Every run as it ended, and the best so far",
-    "importances": "Share of each parameter in the objective (PED-ANOVA)",
-    "parallel": "Which values went with which results",
-    "slice": "The objective over each parameter; darker: later",
-}
 
 
 @plot
@@ -115,9 +109,7 @@ def of_study(study: optuna.Study, what: str, objective: str) -> Figure:
     pyplot.close(figure)  # the notebook draws it once, as a cell's value
     for panel in figure.axes:  # Optuna brings a look of its own
         panel.set_facecolor("white")
-        panel.set_title("")
         if what == "importances" and (legend := panel.get_legend()):
             legend.remove()
-    figure.suptitle(TITLES[what])
     figure.set_size_inches(min(10.0, 3.2 * max(2, len(figure.axes))), 4)
     return figure
