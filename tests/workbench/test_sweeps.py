@@ -178,6 +178,20 @@ def test_a_worker_of_another_machine_is_gone_by_the_shared_disks_clock(write_not
     here.worker.release()
 
 
+def test_the_last_entry_may_end_while_another_worker_closes_the_record(
+    write_notebook, runs_folder, monkeypatch, reported
+):
+    plan = sweeps.plan_sweep(str(write_notebook("n: int = 1")), ["n=1,2"], {})
+    here, there = Queue.open(plan), Queue.open(plan)
+    mine, others = here.claim(), there.claim()
+    here.tell(mine, "done")
+    monkeypatch.setattr(worker, "write_text", lambda *_: others and there.tell(others, "done"))
+    assert worker.conclude(here, stopped=False) == 0
+    assert read_record(here.path)["state"] == "done" and reported == [here.path]
+    for queue in (here, there):
+        queue.worker.release()
+
+
 def test_a_search_draws_each_setting_once_and_repeats_it_with_other_seeds(write_notebook, runs_folder):
     path = write_notebook("lr: float = 1.0\ndepth: int = 1\nseed: int = 5\nkind: str = 'a'")
     plan = sweeps.plan_sweep(

@@ -31,8 +31,10 @@ LEAST_S = 300  # a shorter time limit leaves less than two minutes to work befor
 PROGRAM = (sys.executable, "-m", "vla_lib.cli")
 # bash: until the child $run has ended, whatever signals come; its exit status is $status then
 WAIT = "while :; do wait $run; status=$?; kill -0 $run 2>/dev/null || break; done"
+# of an array its first job has the whole array's number too
+JOB = "${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}"
 # bash: srun, whose tasks are given time to save at SIGTERM: srun itself would have them killed at once
-RELAY = f"""trap 'scancel --signal=TERM $SLURM_JOB_ID' TERM; "$@" & run=$!; {WAIT}; exit $status"""
+RELAY = f"""trap 'scancel --signal=TERM {JOB}' TERM; "$@" & run=$!; {WAIT}; exit $status"""
 CPUS_PER_GPU = 2  # a rank and what reads for it; a guess
 SUBMITTED = "VLA_SUBMITTED"  # the folder that was made when the job was submitted
 GONE = "gone"
@@ -91,7 +93,7 @@ class Batch:
                 "trap : TERM  # scancel tells all processes of the job",
                 f"{command} & run=$!",
                 WAIT,
-                'if [ "$after" ] && [ $status -eq 130 ]; then $after $SLURM_JOB_ID; fi',
+                f'if [ "$after" ] && [ $status -eq 130 ]; then $after {JOB}; fi',
                 "exit $status\n",
             ]
         )

@@ -84,6 +84,9 @@ def conclude(queue: Queue, stopped: bool) -> int:
         print(f"{group}; `xargs wandb sync < {shown(listed)}` uploads them", flush=True)
     if queue.record and not left:
         write_report(queue.path)
+    if queue.record and handed_on and not {row["state"] for row in queue.rows()} & {"waiting", "running"}:
+        queue.record = None  # the others ended meanwhile, while this worker kept the record
+        return conclude(queue, stopped)
     if why:
         print(why if handed_on else f"error: {why}", file=sys.stderr)
     return 0 if handed_on else {"done": 0, "cancelled": 130}.get(state, 1)
