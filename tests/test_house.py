@@ -114,7 +114,7 @@ BOUNDS = {
     "runtime": (10, 1390),
     "robots": (12, 1500),
     "evaluation": (12, 2119),
-    "workbench": (42, 6510),
+    "workbench": (42, 6550),
 }
 
 
