@@ -9,7 +9,7 @@ import shlex
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -82,7 +82,7 @@ class TrainingData:
         rows.insert(0, "train_episodes", train["dataset"].value_counts())
         held = Counter(map(group, self.val.episodes if self.val else ()))
         rows.insert(1, "val_episodes", [held[name] for name in rows.index])
-        return rows.reset_index().to_dict("records")
+        return cast(list[dict[str, Any]], rows.reset_index().to_dict("records"))
 
 
 def split_episodes(datasets: Mapping[str, str], val_fraction: float, seed: int = 0) -> Split:
