@@ -1,17 +1,23 @@
+from dataclasses import fields
 from types import SimpleNamespace
 
 import pytest
 
 from vla_lib import cli
 from vla_lib.core.errors import UserError
-from vla_lib.core.files import append_jsonl
+from vla_lib.core.files import append_jsonl, read_json
 from vla_lib.core.run_folder import PROJECT, RunFolder, read_record
+from vla_lib.core.settings import Settings, settings
+from vla_lib.evaluation.deployment import DeploySettings
+from vla_lib.evaluation.settings import EvaluateSettings
 from vla_lib.training.settings import AsyncSettings
-from vla_lib.workbench import notebook
+from vla_lib.workbench import commands, notebook
 from vla_lib.workbench.jobs import Job, JobCancelled
 from vla_lib.workbench.parameters import notebook_path, read_parameters, resolve
+from vla_lib.workbench.run_all import SETTINGS
 from vla_lib.workbench.runs import find_runs
 
+STAGES = {**SETTINGS, "06_evaluate": EvaluateSettings, "08_deploy": DeploySettings}
 CELL = "lr: float = 1e-4\nbatch_size: int = 4\nsensor_enabled: bool = True\nname: str = ''\nviews: list[str] = []"
 
 
@@ -105,6 +111,11 @@ def kernel(monkeypatch):
     monkeypatch.setattr(notebook, "_picks", {})
 
 
+@settings
+class Few(Settings):
+    lr: float = 1e-4
+
+
 TRAIN = "lr: float = 1e-4\nnproc: int = 1"
 
 
@@ -115,7 +126,7 @@ def test_a_renamed_parameter_is_refused_in_the_first_cell(write_notebook, kernel
     with pytest.raises(
         UserError, match="learning_rate is no setting of small and no cell uses it; .* does not name: .*lr"
     ):
-        run.settings(AsyncSettings)
+        run.settings(Few)
     live = write_notebook(TRAIN, "print(nproc)")
     cells = ["lr: float = 1e-4\nnproc: int = 1", "learning_rate: float = 3e-3\nnproc: int = 1", "a: int = 3"]
     with pytest.raises(UserError, match="lacks lr .default 0.0001. and has learning_rate in its place"):
@@ -127,7 +138,7 @@ def test_a_corrected_cell_counts_before_it_is_saved(write_notebook, kernel):
     corrected = {"In": ["lr: float = 'x'", "lr: float = 2e-4"], "lr": 2e-4}
     with pytest.raises(UserError, match="in the parameters cell is not"):
         notebook.begin(str(path), {"lr": 2e-4})
-    assert notebook.begin(str(path), corrected).settings(AsyncSettings).lr == 2e-4
+    assert notebook.begin(str(path), corrected).settings(Few).lr == 2e-4
 
 
 def test_a_pick_is_the_runs_parameter_and_kept_until_the_cell_says_otherwise(write_notebook, kernel):
@@ -142,6 +153,36 @@ def test_a_pick_is_the_runs_parameter_and_kept_until_the_cell_says_otherwise(wri
     for value in ("/c.pt", ""):  # the cell counts more from then on
         last = notebook.begin(path, {"checkpoint": value, "n": 2})
         assert read_record(last.path)["parameters"]["checkpoint"] == value
+
+
+def test_what_was_picked_is_run_again(write_notebook, kernel, runs_folder):
+    """By `vla rerun`, as it was."""
+    path = str(write_notebook("episode: str = ''", "run.add_results(shown=episode); run.finish()"))
+    first = notebook.begin(path, {"episode": ""})
+    notebook.pick(episode="part1/b")
+    first.finish()
+    assert commands.rerun(first.path.name) == 0
+    (second,) = set(runs_folder.iterdir()) - {first.path}
+    assert read_record(second)["parameters"] == {"episode": "part1/b"}
+    assert read_json(second / "results.json") == {"shown": "part1/b"}
+
+
+def test_a_setting_that_the_cell_lacks_is_refused_and_not_left_to_its_default(write_notebook, kernel):
+    known = {one.name: one for one in read_parameters(notebook_path("04_train_async")).values()}
+    lines = [f"{one.name}: {one.kind} = {one.default!r}" for one in known.values() if one.name != "lr"]
+    path = write_notebook("\n".join(lines), "print(nproc_per_node, resume_run)", name="04_train_async")
+    run = notebook.begin(str(path), {name: one.default for name, one in known.items()})
+    with pytest.raises(UserError, match="The parameters cell of 04_train_async lacks lr; write"):
+        run.settings(AsyncSettings)
+    assert run.settings(AsyncSettings, lr=2e-4).lr == 2e-4
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_the_notebooks_name_every_setting_but_those_meant_to_stay(name):
+    given = read_parameters(notebook_path(name)).keys()
+    settings = {field.name for field in fields(STAGES[name])}
+    assert set(STAGES[name].unnamed.split()) <= settings - given
+    assert settings - given - set(STAGES[name].unnamed.split()) <= {"quiet"}  # notebook 02 gives it
 
 
 def test_a_resumed_run_is_one_line_in_the_lab_book(write_notebook, kernel):

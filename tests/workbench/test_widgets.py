@@ -50,7 +50,7 @@ def ask(browser, **asked):
 def test_a_broken_episode_that_sorts_first_is_a_row_with_its_reason_and_another_is_shown(browser):
     row = browser.rows[0]
     assert (row["key"], row["verdict"]) == (BROKEN, "rejected") and "holds no robot log" in row["reasons"]
-    assert browser.key == browser.rows[1]["key"] and len(browser.broken) == 1
+    assert browser.key == browser.rows[1]["key"] and len(browser.first.broken) == 1
     answer, _ = ask(browser, open=BROKEN, place=0)
     assert "no robot log" in answer["error"] and answer["key"] == BROKEN and 0 not in browser._opened
 

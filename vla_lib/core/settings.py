@@ -8,10 +8,11 @@ A stage's record inherits from its groups (data, policy, learning, running), so 
 its type with the range, its default, and what `--help` says of it.
 """
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, Self, TypeVar, cast, dataclass_transform, get_args, get_type_hints
+from typing import Any, ClassVar, Self, TypeVar, cast, dataclass_transform, get_args, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
@@ -19,6 +20,7 @@ from pydantic.dataclasses import dataclass
 from vla_lib.core.errors import UserError
 from vla_lib.core.run_folder import PROJECT
 
+ROOT_VARIABLE = "VLA_DATASET_ROOT"
 C = TypeVar("C")
 
 
@@ -32,6 +34,9 @@ def settings(cls: type[C]) -> type[C]:
 @settings
 class Settings:
     """Base of all settings. A value that is refused raises UserError, one sentence that names the flag."""
+
+    unnamed: ClassVar[str] = ""
+    """Names of settings that notebooks leave at their defaults; every other one stands in the parameters cell."""
 
     @model_validator(mode="wrap")
     @classmethod
@@ -64,6 +69,11 @@ class Settings:
     def record(self) -> dict[str, Any]:
         """Every value by its name, as JSON takes it: paths as text, tuples as lists."""
         return TypeAdapter(type(self)).dump_python(self, mode="json")
+
+
+def named_root() -> Path | None:
+    """The dataset root for commands that are given none, from the environment; None where it names none."""
+    return Path(found).expanduser() if (found := os.environ.get(ROOT_VARIABLE)) else None
 
 
 def flag(name: str) -> str:

@@ -60,7 +60,7 @@ def sniff(raw: bytes, wanted: Wanted) -> Dialect | None:
     """How the CSV that begins with `raw` is written; None where it does not begin with wanted column names."""
     encoding = _encoding(raw)
     notes = [f"it is written in {encoding}"] if not encoding.startswith("utf-8") else []
-    for number, line in enumerate(_lines(raw.decode(encoding, errors="replace"))[:HEAD_LINES]):
+    for number, line in enumerate(_lines(raw.decode(encoding, errors="replace"), HEAD_LINES)[:HEAD_LINES]):
         if not line.strip() or line.lstrip().startswith(COMMENTS):
             continue
         for delimiter in DELIMITERS:
@@ -196,8 +196,8 @@ def _encoding(raw: bytes) -> str:
     return "utf-8-sig"
 
 
-def _lines(text: str) -> list[str]:
-    return re.split(r"\r\n|\n|\r", text)
+def _lines(text: str, most: int = 0) -> list[str]:
+    return re.split(r"\r\n|\n|\r", text, maxsplit=most)
 
 
 def _cells(line: str, delimiter: str) -> list[str]:

@@ -69,6 +69,8 @@ NO_SENSOR = "None of these episodes has a sensor: its columns and files are abse
 class ExportSettings(Settings):
     """Write the prepared episodes below a root as a LeRobot dataset v3.0. Nothing below the root is changed."""
 
+    unnamed = "codec crf views image_resize_height image_resize_width"
+
     dataset_root: Path  # Folder that the dataset folders lie in, preprocessed
     out: Path  # Folder of the LeRobot dataset; must be new, or an export that was interrupted
     codec: Literal["h264", "av1"] = "h264"  # Of the videos; av1: smaller, and slower to write

@@ -83,12 +83,12 @@ class Marks:
                 found |= entry.said
         return Mark(**found)
 
-    def left_out(self, key: str) -> str:
-        """Why an episode is not used; empty where it is."""
+    def left_out(self, key: str, place: tuple[str, str] | None = None) -> str:
+        """Why an episode is not used; empty where it is. place: its dataset and task, where they are known."""
         mark = self.of(key)
         if mark.exclude:
             return f"excluded in {MARKS_NAME}" + (f" ({mark.note})" if mark.note else "")
-        dataset, task = place_of(self.root / key, self.root, self.table)
+        dataset, task = place or place_of(self.root / key, self.root, self.table)
         none = self.table.weight(dataset, mark.task or task) == 0
         return f"weight 0 in {TABLE_NAME}" if none else ""
 

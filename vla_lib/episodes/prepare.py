@@ -16,7 +16,7 @@ from pydantic import Field
 
 from vla_lib.core.errors import UserError
 from vla_lib.core.files import NO_LOCKS_SENTENCE, atomic_path, file_checksum, file_lock, make_folder
-from vla_lib.core.settings import Settings, settings
+from vla_lib.core.settings import ROOT_VARIABLE, Settings, named_root, settings
 from vla_lib.episodes.clocks import Clocks, Evidence
 from vla_lib.episodes.data_pkl import (
     DATA_NAME,
@@ -52,8 +52,10 @@ UNKEPT = ("key", "status", "clocks", "note")  # of a report, in data.pkl
 class PreprocessSettings(Settings):
     """Prepare raw episodes for training: measure, judge, write data.pkl. Nothing raw is changed or deleted."""
 
+    unnamed = "check_pictures dataset_dirs output_root report report_only set_aside strict views"
+
     dataset_root: Path | None = None
-    """Folder that holds the dataset folders. Default: the folder that holds the first of --dataset-dirs."""
+    """Folder that holds the dataset folders. Default: that of the first of --dataset-dirs, else $VLA_DATASET_ROOT."""
     dataset_dirs: tuple[Path, ...] = ()
     """Only these dataset (or episode) folders; default: everything below --dataset-root."""
     action_hz: Annotated[float, Gt(0), Le(1000)] = 10.0  # Actions a second: step k lasts from k/hz to (k+1)/hz
@@ -76,14 +78,15 @@ class PreprocessSettings(Settings):
     quiet: bool = False  # Print the progress only, no line an episode
 
     def __post_init__(self) -> None:
-        if self.dataset_root is None and not self.dataset_dirs:
+        if self.dataset_root is None and not self.dataset_dirs and named_root() is None:
             ways = "name the folder of the datasets with --dataset-root, or datasets with --dataset-dirs"
-            raise UserError(f"No data given: {ways}.")
+            raise UserError(f"No data given: {ways}; or set {ROOT_VARIABLE}.")
 
     @property
     def root(self) -> Path:
         """The folder below which datasets are told apart."""
-        return self.dataset_root if self.dataset_root is not None else self.dataset_dirs[0].resolve().parent
+        given = self.dataset_dirs[0].resolve().parent if self.dataset_dirs else named_root()
+        return self.dataset_root or given or Path()
 
     @property
     def prepared_root(self) -> Path:

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from vla_lib.core.errors import UserError
+from vla_lib.core.settings import ROOT_VARIABLE
 from vla_lib.episodes.data_pkl import DATA_NAME
 from vla_lib.episodes.datasets import DatasetTable
 from vla_lib.episodes.hdf5 import is_episode
@@ -90,7 +91,7 @@ def all_prepared(root: str | Path) -> dict[Path, str]:
     """All folders below `root` with a data.pkl, sorted, each with why it is left out ("" where it is used)."""
     root = Path(root)
     if not root.is_dir():
-        raise UserError(f"There is no dataset folder {root}; give an existing folder.")
+        raise UserError(f"There is no dataset folder {root}; give one with --dataset-root or in {ROOT_VARIABLE}.")
     found: dict[str, Path] = {}
     for folder in _prepared_below(root, ()):
         real = os.path.realpath(folder)
@@ -124,7 +125,7 @@ def recording_id(files: EpisodeFiles) -> str | None:
     if files.layout == "F4":
         return file_id(files.robot_log)
     content = files.robot_log.read_bytes()
-    return hashlib.sha256(content).hexdigest()[:32] if len(content.splitlines()) > 2 else None
+    return hashlib.sha256(content).hexdigest()[:32] if len(content[:65536].splitlines()) > 2 else None
 
 
 def file_id(path: Path) -> str:

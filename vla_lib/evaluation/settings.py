@@ -63,6 +63,8 @@ class RolloutSettings(ClosedLoopSettings):
 class EvaluateSettings(ClosedLoopSettings):
     """Evaluate checkpoints: held-out errors beside three baselines, and rollouts on the simulated rig."""
 
+    unnamed = "checkpoints ddim_steps device expert_jitter_ms expert_latency_ms run_dir vlm_jitter_ms"
+
     # checkpoint files, each PATH or NAME=PATH; the first is the one in question, the others are compared with it
     checkpoints: Annotated[Texts, arg(aliases=("--checkpoint",))] = ()
     # folder of the dataset; default: the one that each checkpoint was trained on

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from vla_lib.core.errors import UserError
+from vla_lib.core.settings import ROOT_VARIABLE
 from vla_lib.episodes import PreparedEpisode, load_used
 from vla_lib.episodes.survey import left_out
 from vla_lib.features.binding import TokenLayout, model_words
@@ -137,7 +138,7 @@ def device_of(settings: CacheSettings) -> str:
 def load_episodes(root: Path) -> list[PreparedEpisode]:
     """Every prepared episode under `root` that is used. Raises UserError where there is none."""
     if not root.is_dir():
-        raise UserError(f"There is no dataset root {root}; check --dataset-root.")
+        raise UserError(f"There is no dataset root {root}; give it with --dataset-root or in {ROOT_VARIABLE}.")
     return list(load_used(root).values())
 
 

@@ -1,12 +1,13 @@
 """The settings of `vla_lib.build_vl_cache`: flags, notebook parameters and record at once. Imports nothing heavy."""
 
+from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Literal
 
 from annotated_types import Ge
 
 from vla_lib.core.errors import UserError
-from vla_lib.core.settings import Settings, settings
+from vla_lib.core.settings import Settings, named_root, settings
 from vla_lib.episodes.datasets import DatasetTable
 from vla_lib.features.binding import DEFAULT_POOLING, Pooling
 
@@ -21,8 +22,10 @@ class CacheSettings(Settings):
     vla_lib.build_vl_cache`). An interrupted build goes on where it stopped.
     """
 
-    dataset_root: Path
-    """Dataset root: dataset folders with prepared episodes (data.pkl) below them."""
+    unnamed = "device dtype preflight_only run_dir"
+
+    dataset_root: Path = field(default_factory=lambda: named_root() or Path("dataset"))
+    """Dataset root: dataset folders with prepared episodes (data.pkl) below them. Default: $VLA_DATASET_ROOT."""
     vl_model: str = ""
     """Qwen2.5-VL or Qwen3-VL: hub name, folder, `tiny` or `tiny-qwen3-vl` (random weights, made on the spot). Empty:
     `vl_model` in datasets.yaml; `tiny` for recordings of the simulated rig; on others it must be named."""

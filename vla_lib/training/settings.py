@@ -1,6 +1,7 @@
 """The settings of train_async and train_diffusion: what data, which policy, how it learns, how it runs (no torch
 here)."""
 
+from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
@@ -8,7 +9,7 @@ from annotated_types import Ge, Gt
 from tyro.conf import arg
 
 from vla_lib.core.errors import UserError
-from vla_lib.core.settings import Settings, flag, settings
+from vla_lib.core.settings import Settings, flag, named_root, settings
 from vla_lib.policy.config import PolicySettings, Positive, Share
 
 Count = Annotated[int, Ge(0)]
@@ -29,8 +30,10 @@ class Checkpoints(NamedTuple):
 class DataSettings(Settings):
     """Which episodes and features, and how they are paired."""
 
-    # folder of the dataset: prepared episodes (data.pkl) and cache/qwen_vl_features below it
-    dataset_root: Annotated[Path, arg(aliases=("--dataset-dir",))] = Path("dataset")
+    # dataset folder: prepared episodes (data.pkl) and cache/qwen_vl_features below it; default: $VLA_DATASET_ROOT
+    dataset_root: Annotated[Path, arg(aliases=("--dataset-dir",))] = field(
+        default_factory=lambda: named_root() or Path("dataset")
+    )
     cache_id: str = ""  # binding id of the VL cache; empty: the only one there is
     image_resize_height: Positive = 360  # picture height that the VL cache was made with (checked)
     image_resize_width: Positive = 640  # picture width that the VL cache was made with (checked)
@@ -95,6 +98,10 @@ class TrainingSettings(RunningSettings, LearningSettings, PolicySettings, DataSe
     head: ClassVar[str]
     project: ClassVar[str]  # W&B's
     loss_key: ClassVar[str]
+    unnamed = (
+        "checkpoint_every_s checkpoint_every_steps clip_norm device ema_decay heads horizon layers log_every_s "
+        "lora_alpha lora_rank precision resume run_dir wandb_mode warmup_steps width"
+    )
 
     def __post_init__(self) -> None:
         if self.training_stage == "stage1" and self.stage1_checkpoint is not None:

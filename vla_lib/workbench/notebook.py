@@ -34,8 +34,9 @@ class NotebookRun:
         self._folder = folder
 
     def settings(self, kind: type[S], **more: Any) -> S:
-        """A stage's settings from the notebook's parameters and `more`. Raises UserError where a value is refused, and
-        for a parameter that is neither a setting nor used by a cell: it would do nothing."""
+        """A stage's settings from the notebook's parameters and `more`. Raises UserError where a value is refused, for
+        a parameter that is neither a setting nor used by a cell, which would do nothing, and for a setting that the
+        parameters cell lacks, whose default would hold in silence."""
         known = {field.name for field in dataclasses.fields(kind)}
         _, used = nb_parameters.names(self.notebook)
         if idle := [name for name in self.parameters if name not in known | used]:
@@ -43,6 +44,11 @@ class NotebookRun:
             raise UserError(
                 f"The parameter {idle[0]} is no setting of {self.notebook.stem} and no cell uses it; correct or remove "
                 f"it. Settings that the notebook does not name: {others}."
+            )
+        if lacking := sorted(known - self.parameters.keys() - more.keys() - set(kind.unnamed.split())):
+            raise UserError(
+                f"The parameters cell of {self.notebook.stem} lacks {', '.join(lacking)}; write each there, as "
+                "`name: type = value  # what it is`: a default would hold in silence."
             )
         return kind.of(self.parameters, **more)
 

@@ -1,17 +1,17 @@
-"""Episodes to decide about: all of a root in one table with verdicts and marks, and the first of them that opens."""
+"""Episodes to decide about: a row for each of a root with verdict and marks, and the first of them that opens."""
 
 import base64
 import io
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-import pandas as pd
 from PIL import Image
 
 from vla_lib.core.errors import UserError, in_words
-from vla_lib.episodes import Episode, EpisodeFiles, find_episodes, load_prepared
+from vla_lib.episodes import Episode, EpisodeFiles, load_prepared
+from vla_lib.episodes.episode import pictures_at
 from vla_lib.episodes.findings import Findings
 from vla_lib.episodes.marks import Marks
 from vla_lib.episodes.pictures import read_pictures
@@ -20,23 +20,27 @@ from vla_lib.episodes.verdicts import read_verdicts
 
 CONTACT, SAMPLES = 5.0, 13  # mN above rest, mean of 20 ms at 650 Hz: as evaluation tells contact
 GLANCE_PX = 72
+SHOWN_FIRST = ("View1_left", "View5")  # whose pictures stand in the table
+Glance = tuple[list[Path | None], Any, Any]  # pictures; force (n,), position in mm (n, 3)
 UNJUDGED = "not judged yet (notebook 02)"
-COLUMNS = ["dataset", "task", "episode", "layout", "verdict", "marks", "seconds", "steps", "reasons", "key"]
 
 
-def episode_table(root: Path, found: list[EpisodeFiles] | None = None) -> pd.DataFrame:
-    """One row an episode below `root`, COLUMNS: its verdict with the reasons, rejected ones too, and its marks. Raises
-    UserError where the root, its marks or its verdicts cannot be read."""
+def episode_rows(root: Path, found: Iterable[EpisodeFiles]) -> list[dict[str, Any]]:
+    """What the table says of each episode below `root`: its verdict with the reasons, rejected ones too, and its marks.
+    Raises UserError where marks or verdicts cannot be read."""
     verdicts, marks = read_verdicts(root), Marks.load(root)
     rows = []
-    for files in find_episodes(root) if found is None else found:
+    for files in found:
         key = files.path.relative_to(root).as_posix() if files.path != root else "."
-        row: dict[str, Any] = {"dataset": files.dataset, "task": files.task, "episode": files.name, "key": key}
-        row |= {"layout": files.layout, **_verdict(files, verdicts.get(key))}
-        mark = marks.of(key)
-        left_out = {"excluded": bool(marks.left_out(key)), "note": mark.note or "", "label": mark.label or ""}
-        rows.append(row | left_out | {"marks": mark.words or marks.left_out(key)})
-    return pd.DataFrame(rows, columns=[*COLUMNS, "excluded", "note", "label"])
+        row = {"dataset": files.dataset, "task": files.task, "episode": files.name, "key": key, "layout": files.layout}
+        rows.append(row | _verdict(files, verdicts.get(key)) | marked(marks, key, files))
+    return rows
+
+
+def marked(marks: Marks, key: str, files: EpisodeFiles) -> dict[str, Any]:
+    """What a row says of an episode's marks."""
+    mark, why = marks.of(key), marks.left_out(key, (files.dataset, files.task))
+    return {"marks": mark.words or why, "excluded": bool(why), "note": mark.note or "", "label": mark.label or ""}
 
 
 def _verdict(files: EpisodeFiles, known: dict[str, Any] | None) -> dict[str, Any]:
@@ -44,31 +48,41 @@ def _verdict(files: EpisodeFiles, known: dict[str, Any] | None) -> dict[str, Any
         try:  # prepared before verdicts were kept
             known = load_prepared(files.path).metadata["report"]["summary"]
         except (UserError, KeyError) as error:
-            return {"verdict": f"data.pkl refused: {error}"}
-    if known is None:
-        return {"verdict": UNJUDGED}
-    reasons = known.get("reasons") or ""
+            known = {"verdict": f"data.pkl refused: {error}"}
+    known = known or {"verdict": UNJUDGED}
     seconds = round(known.get("seconds") or 0.0, 1)
+    reasons = known.get("reasons") or ""
     return {"verdict": known["verdict"], "steps": known.get("steps"), "seconds": seconds, "reasons": reasons}
 
 
-def first_that_opens(
-    found: Mapping[str, EpisodeFiles], dataset: str = "", episode: str = ""
-) -> tuple[Episode | None, list[str]]:
-    """The first episode (by its path below the root) of that dataset, with that text in its path, that can be opened,
-    and a sentence about each before it that cannot; None where none can. Raises UserError where none fits."""
-    fits = [files for key, files in found.items() if dataset in ("", files.dataset) and episode in key]
+class First(NamedTuple):
+    """What to begin with, by its path below the root, and a sentence about each episode that was passed over."""
+
+    key: str
+    episode: Episode | None
+    broken: list[str]
+
+
+def fitting(found: Mapping[str, EpisodeFiles], dataset: str = "", episode: str = "") -> dict[str, EpisodeFiles]:
+    """The episodes (by their paths below the root) of that dataset, with that text in the path. Raises UserError where
+    there is none."""
+    fits = {key: files for key, files in found.items() if dataset in ("", files.dataset) and episode in key}
     if not fits:
         names = ", ".join(sorted({files.dataset for files in found.values()})) or "none at all"
         wanted = f"dataset '{dataset}' and '{episode}' in its path"
         raise UserError(f"No episode has {wanted}; the datasets there are {names}.")
+    return fits
+
+
+def first_that_opens(fits: Mapping[str, EpisodeFiles]) -> First:
+    """The first that can be opened; "" and None where none can."""
     broken: list[str] = []
-    for files in fits:
+    for key, files in fits.items():
         try:
-            return Episode.open(files, known_clocks(files.path)), broken
+            return First(key, Episode.open(files, known_clocks(files.path)), broken)
         except Exception as error:  # whatever is wrong with one recording
             broken.append(f"{error}" if isinstance(error, UserError) else f"{files.path}: {in_words(error)}")
-    return None, broken
+    return First("", None, broken)
 
 
 def contact_s(force: Any, t_s: Any) -> float | None:
@@ -86,22 +100,40 @@ def glance(files: EpisodeFiles) -> dict[str, Any]:
     """A row's pictures (first, at contact, last, as small JPEGs) and its force and way from the start over time,
     thinned for a sparkline; what cannot be read is left out."""
     try:
-        prepared = load_prepared(files.path)
-        view = next((view for view in ("View1_left", "View5") if view in prepared.views), [*prepared.views, ""][0])
-        steps = [0, len(prepared) - 1]
-        force, way = np.zeros(0), np.linalg.norm(prepared.state[:, 6:9] - prepared.state[0, 6:9], axis=1)
-        if prepared.has_sensor:
-            force = prepared.sensor_force[np.maximum(prepared.sensor_index - 1, 0)]
-            touched = contact_s(prepared.sensor_force, prepared.sensor_timestamp)
-            steps[1:1] = [] if touched is None else [int(np.searchsorted(prepared.timestamp[:-1], touched))]
-        paths = [prepared.picture_path(view, step) for step in steps]
-    except (UserError, IndexError):  # not prepared: its pictures are there all the same
-        force = way = np.zeros(0)
-        seen = read_pictures(files.path, Findings()) if files.path.is_dir() else {}
-        names = next((one.paths for one in seen.values() if len(one)), [])
-        paths = [files.path / name for name in (names[:1] + names[-1:] if len(names) > 1 else names)]
+        paths, force, position = _of_prepared(files)
+    except Exception:  # not prepared, or whatever is wrong with what is
+        paths, force, position = _of_raw(files)
+    way = np.linalg.norm(position - position[:1], axis=1)
     pictures = [small for path in paths if path is not None and (small := picture_url(path, GLANCE_PX))]
     return {"pictures": pictures, "force": _spark(force), "way": _spark(way)}
+
+
+def _of_prepared(files: EpisodeFiles) -> Glance:
+    prepared = load_prepared(files.path)
+    view = next((view for view in SHOWN_FIRST if view in prepared.views), [*prepared.views, ""][0])
+    steps, force = [0, len(prepared) - 1], np.zeros(0)
+    if prepared.has_sensor:
+        force = prepared.sensor_force[np.maximum(prepared.sensor_index - 1, 0)]
+        touched = contact_s(prepared.sensor_force, prepared.sensor_timestamp)
+        steps[1:1] = [] if touched is None else [int(np.searchsorted(prepared.timestamp[:-1], touched))]
+    return [prepared.picture_path(view, step) for step in steps], force, prepared.state[:, 6:9]
+
+
+def _of_raw(files: EpisodeFiles) -> Glance:
+    """Of an episode that is not prepared; of a broken one its pictures are there all the same."""
+    try:
+        episode = Episode.open(files, known_clocks(files.path), full_picture_check=None)
+    except Exception:  # whatever is wrong with one recording
+        seen = read_pictures(files.path, Findings()) if files.path.is_dir() else {}
+        names = next((one.paths for one in seen.values() if len(one)), [])
+        return [files.path / name for name in names[:1] + names[1:][-1:]], np.zeros(0), np.zeros((0, 3))
+    sensor, at_s = episode.sensor, [episode.start_s, episode.end_s]
+    force = np.zeros(0) if sensor is None else sensor.force
+    touched = None if sensor is None else contact_s(force, sensor.t_s)
+    at_s[1:1] = [] if touched is None else [touched]
+    view = next((view for view in SHOWN_FIRST if view in episode.pictures), next(iter(episode.pictures), ""))
+    shown = [one for t_s in at_s for one in pictures_at(episode, t_s) if one.view == view]
+    return [one.path for one in shown], force, episode.robot.pose[:, :3]
 
 
 def picture_url(path: Path, most_px: int) -> str:
@@ -110,7 +142,7 @@ def picture_url(path: Path, most_px: int) -> str:
         with Image.open(path) as opened:
             opened.draft("RGB", (most_px, most_px))  # JPEG: decodes at a fraction of the size
             small = opened.convert("RGB")
-    except OSError:
+    except Exception:  # whatever the decoder makes of a damaged file
         return ""
     small.thumbnail((most_px, most_px))
     buffer = io.BytesIO()

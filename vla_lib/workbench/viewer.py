@@ -7,7 +7,8 @@ seconds since the first robot row.
 import base64
 import io
 import json
-from functools import cache
+from collections import Counter
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,16 @@ from vla_lib.episodes.marks import Mark, Marks
 from vla_lib.episodes.prepared import known_clocks
 from vla_lib.workbench.markup import Markup, page
 from vla_lib.workbench.notebook import interactive, pick
-from vla_lib.workbench.triage import contact_s, episode_table, first_that_opens, glance, picture_url
+from vla_lib.workbench.triage import (
+    First,
+    contact_s,
+    episode_rows,
+    first_that_opens,
+    fitting,
+    glance,
+    marked,
+    picture_url,
+)
 
 FOLDER = Path(__file__).parent / "browser"
 POINTS = 1500  # of a trace at most, thinned evenly; of the force the extremes
@@ -165,18 +175,28 @@ class EpisodeBrowser(anywidget.AnyWidget):
     def __init__(self, root: Path, action_hz: float = 10.0, dataset: str = "", episode: str = "") -> None:
         super().__init__()
         self.root, self.action_hz = root, action_hz
-        self.files = find_episodes(root)
-        self.table = episode_table(root, self.files)
-        self._by_key = dict(zip(self.table["key"], self.files, strict=True))
+        files = find_episodes(root)
+        self.rows = episode_rows(root, files)
+        self._by_key = dict(zip((row["key"] for row in self.rows), files, strict=True))
+        self._fits = fitting(self._by_key, dataset, episode)
         self._opened: dict[int, Episode] = {}
-        first, self.broken = first_that_opens(self._by_key, dataset, episode)
-        self.first: Episode | None = first
-        self.key = next((key for key, files in self._by_key.items() if first and files.path == first.path), "")
-        self.rows = self._rows()
+        self._shown = ""
         self.on_msg(self._asked)
 
-    def _rows(self) -> list[dict[str, Any]]:
-        return json.loads(self.table.to_json(orient="records", force_ascii=False))
+    @cached_property
+    def first(self) -> First:
+        """What to begin with; opened when it is asked for, so that the table need not wait."""
+        return first_that_opens(self._fits)
+
+    @property
+    def key(self) -> str:
+        """The episode that is shown, by its path below the root; "" where none can be opened."""
+        return self._shown or self.first.key
+
+    @property
+    def verdicts(self) -> dict[str, int]:
+        """How many episodes have which verdict."""
+        return dict(Counter(row["verdict"] for row in self.rows))
 
     def _asked(self, _widget: Any, asked: dict[str, Any], _buffers: Any) -> None:
         place, key = asked.get("place", 0), asked.get("open", asked.get("mark", ""))
@@ -202,7 +222,7 @@ class EpisodeBrowser(anywidget.AnyWidget):
         episode = Episode.open(files, known_clocks(files.path))
         self._opened[place] = episode
         drawn = payload(episode, self.action_hz, Marks.load(self.root).of(key))
-        self.key = key if not place else self.key
+        self._shown = key if not place else self._shown
         self.send({"episode": drawn, "key": key, "place": place})
 
     def _send_pictures(self, wanted: list[tuple[int, str, int]]) -> None:
@@ -223,19 +243,22 @@ class EpisodeBrowser(anywidget.AnyWidget):
     def mark(self, key: str, **changes: Any) -> None:
         """Change an episode's line in marks.yaml, and show it. Raises UserError where that cannot be written."""
         marks = Marks.load(self.root).write(key, **changes)
-        self.table = episode_table(self.root, self.files)
-        self.rows = self._rows()
-        self.send({"rows": self.rows})
+        row = next(row for row in self.rows if row["key"] == key)
+        row |= marked(
+            marks, key, self._by_key[key]
+        )  # in place: a page that is opened later has it, this one is sent the row alone
+        self.send({"row": row})
         if key == self.key and 0 in self._opened:
             self.send({"trimmed": trimmed(marks.of(key), self._opened[0].duration_s) or [[0, 0]]})
 
     def page(self, instants: int) -> HTML:
         """The saved page: the table, and the first episode with its pictures at `instants` moments."""
-        data: dict[str, Any] = {"rows": self._rows(), "key": self.key, "episode": None}
-        if self.first is not None:
+        episode = self.first.episode
+        data: dict[str, Any] = {"rows": self.rows, "key": self.key, "episode": None}
+        if episode is not None:
             mark = Marks.load(self.root).of(self.key)
-            data["episode"] = payload(self.first, self.action_hz, mark, SAVED_POINTS)
-            data["episode"]["pictures"] = _saved_pictures(self.first, instants)
+            drawn = payload(episode, self.action_hz, mark, SAVED_POINTS)
+            data["episode"] = drawn | {"pictures": _saved_pictures(episode, instants)}
         told = json.dumps(data, ensure_ascii=False).replace("<", "\\u003c")  # nothing in it ends the script
         body = Markup(
             "<style>{}</style><div class='vla-saved'></div><script type='application/json'>{}</script>"
@@ -246,5 +269,5 @@ class EpisodeBrowser(anywidget.AnyWidget):
 
     def show(self, instants: int = 6) -> None:
         """Show the widget, or where nobody sits before the kernel the saved page."""
-        print("\n".join(self.broken), end="\n" if self.broken else "")
         display(self if interactive() else self.page(instants))
+        print("\n".join(self.first.broken), end="\n" if self.first.broken else "")

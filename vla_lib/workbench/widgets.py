@@ -13,12 +13,11 @@ from IPython.display import HTML, display
 from matplotlib.figure import Figure
 
 from vla_lib.core.errors import UserError
+from vla_lib.features.binding import model_words
+from vla_lib.training.checkpoint import read_checkpoint
 from vla_lib.workbench import runs
 from vla_lib.workbench.markup import Html, Markup, joined, page
 from vla_lib.workbench.notebook import dataset_path, interactive, pick, shown
-
-STEP_S = 0.1
-ALL = "all datasets"
 
 
 def drawn(figure: Figure, kind: str = "png") -> bytes:
@@ -103,6 +102,11 @@ class CheckpointPicker:
     def first(self) -> Path:
         """The one in question."""
         return Path(self._first.value[1])
+
+    def vl_models(self) -> str:
+        """A line for each: whose VL features it was trained on, and that the model has random weights where it has."""
+        found = {name: read_checkpoint(path)["binding"] for name, path in (self._first.value, *self._others.value)}
+        return "\n".join(f"{name}: VL features of {model_words(binding)}" for name, binding in found.items())
 
     def _picked(self, _change: Any) -> None:
         first, *others = self.chosen

@@ -2,13 +2,15 @@
 // JupyterLab (Python answers what it asks for) and in a saved page (everything it needs stands in the page).
 //
 // model.get("rows"): one object an episode. model.send asks for {open: key}, {glance: [key]}, {pictures: [[place, view,
-// number]]}, {mark: key, ...}. Answers come as "msg:custom": {episode}, {glance}, {pictures}, {rows}, {error}.
+// number]]}, {mark: key, ...}. Answers come as "msg:custom": {episode}, {glance}, {pictures}, {row}, {error}.
 
 const COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9"];  // Okabe and Ito
 const DASHES = [[], [7, 3], [2, 2], [9, 3, 2, 3], [4, 4], [12, 3]];  // never colour alone
 const VERDICT = {good: "✓", "usable with exclusions": "◐", rejected: "✗"};
 const KEYS = "← → one step, Shift: ten · Space play · Home End · n p episodes · r next rejected · u next unmarked · " +
   "x exclude · [ ] trim · c compare · drag zooms, Shift-drag pans, wheel zooms, double-click shows all";
+
+const COLUMNS = ["episode", "first, contact, last", "force", "way", "verdict", "marks", "seconds", "steps", "dataset", "reasons"];
 
 function make(tag, name, text) {
   const node = document.createElement(tag);
@@ -187,7 +189,7 @@ class Episode {
       this.moved(u.posToVal(event.offsetX, "x") - this.shift);
     });
     u.over.addEventListener("wheel", (event) => {
-      if (!event.ctrlKey && !event.altKey && !this.el.contains(document.activeElement.closest?.(".vla-browser") && this.el)) return;
+      if (!this.el.closest(".vla-browser").contains(document.activeElement)) return;  // the page scrolls
       event.preventDefault();
       const at = u.posToVal(event.offsetX, "x"), factor = event.deltaY > 0 ? 1.25 : 0.8;
       const {min, max} = u.scales.x;
@@ -255,9 +257,10 @@ class Table {
     this.count = make("span", "vla-count");
     this.sort = {name: null, down: false};
     this.body = make("div", "vla-rows");
+    this.visible = new Set();  // keys of rows in sight that have no pictures yet
     this.seen = new IntersectionObserver((entries) => {
-      const keys = entries.filter((e) => e.isIntersecting && !e.target.asked).map((e) => { e.target.asked = true; return e.target.dataset.key; });
-      if (keys.length) this.glance(keys);
+      for (const {isIntersecting, target} of entries) this.visible[isIntersecting ? "add" : "delete"](target.dataset.key);
+      this.look();
     }, {root: this.body});
     this.glances = {};
     this.draw();
@@ -275,9 +278,9 @@ class Table {
 
   draw() {
     this.seen.disconnect();
-    const columns = ["episode", "first, contact, last", "force", "way", "verdict", "marks", "seconds", "steps", "dataset", "reasons"];
+    this.visible.clear();
     const table = make("table"), head = make("tr");
-    for (const name of columns) {
+    for (const name of COLUMNS) {
       const mark = this.sort.name === name ? (this.sort.down ? " ▾" : " ▴") : "";
       const cell = make("th", `vla-${name.split(",")[0]}`, name + mark);
       if (this.rows.length && name in this.rows[0]) cell.onclick = () => {
@@ -291,34 +294,51 @@ class Table {
     const body = make("tbody");
     this.lines = new Map();
     const shown = this.shown;
-    for (const row of shown) {
-      const line = make("tr");
-      line.dataset.key = row.key;
-      line.onclick = (event) => this.chosen(row.key, event.shiftKey);
-      for (const name of columns) {
-        const sign = name === "verdict" && VERDICT[row[name]] ? `${VERDICT[row[name]]} ` : "";
-        const value = typeof row[name] === "number" ? row[name] : row[name] ?? "";
-        const cell = make("td", `vla-${name.split(",")[0]}`, sign + value);
-        if (name === "reasons" || name === "episode") cell.title = value;
-        line.append(cell);
-      }
-      line.classList.toggle("vla-out", Boolean(row.excluded));
-      body.append(line);
-      this.lines.set(row.key, line);
-      if (this.glances[row.key]) this.fill(row.key, this.glances[row.key]);
-      else this.seen.observe(line);
-    }
+    for (const row of shown) body.append(this.line(row));
     table.append(top, body);
     this.body.replaceChildren(table);
     this.count.textContent = `${shown.length} of ${this.rows.length} episodes`;
     this.mark(this.current, this.other);
   }
 
+  line(row) {
+    const line = make("tr");
+    line.dataset.key = row.key;
+    line.onclick = (event) => this.chosen(row.key, event.shiftKey);
+    for (const name of COLUMNS) {
+      const sign = name === "verdict" && VERDICT[row[name]] ? `${VERDICT[row[name]]} ` : "";
+      const cell = make("td", `vla-${name.split(",")[0]}`, sign + (row[name] ?? ""));
+      cell.title = cell.textContent;
+      line.append(cell);
+    }
+    line.classList.toggle("vla-out", Boolean(row.excluded));
+    this.lines.set(row.key, line);
+    if (this.glances[row.key]) this.fill(row.key, this.glances[row.key]);
+    else this.seen.observe(line);
+    return line;
+  }
+
+  change(row) {  // of one episode, where it stands
+    Object.assign(this.rows.find((one) => one.key === row.key), row);
+    const before = this.lines.get(row.key);
+    if (before) { this.seen.unobserve(before); before.replaceWith(this.line(row)); }
+    this.mark(this.current, this.other);
+  }
+
+  look() {  // one row at a time, so that whatever else is asked for does not wait
+    const [key] = this.visible;
+    if (this.looking || !key) return;
+    this.looking = key;
+    this.glance([key]);
+  }
+
   fill(key, found) {
     this.glances[key] = found;
+    this.visible.delete(key);
+    if (key === this.looking) { this.looking = null; this.look(); }
     const line = this.lines.get(key);
     if (!line) return;
-    line.asked = true;
+    this.seen.unobserve(line);
     line.children[1].replaceChildren(...found.pictures.map((source) => { const img = make("img"); img.src = source; img.alt = ""; return img; }));
     ["force", "way"].forEach((name, k) => {
       const values = found[name];
@@ -438,7 +458,7 @@ class Browser {
       if (done) done.forEach((tell) => tell(source));
     });
     if (message.glance) for (const [key, found] of Object.entries(message.glance)) this.table.fill(key, found);
-    if (message.rows) { this.table.rows = message.rows; this.table.draw(); this.reflect(); }
+    if (message.row) { this.table.change(message.row); this.reflect(); }
     if (message.error) { this.tell(message.error, true); if (message.place === 0) this.clear(message.key); }
     if (message.trimmed && this.main.data) { this.main.data.trimmed = message.trimmed; this.main.charts.forEach((u) => u.redraw()); }
     if (message.episode) {

@@ -14,7 +14,7 @@ from optuna.importance import PedAnovaImportanceEvaluator
 from optuna.trial import TrialState
 from optuna.visualization import matplotlib as drawn_by_optuna
 
-from vla_lib.workbench.plots.style import SERIES, Panels, panels, plot, say
+from vla_lib.workbench.plots.style import SERIES, Panels, nth, panels, plot, say
 from vla_lib.workbench.plots.training import LOSSES, smooth
 
 Row = Mapping[str, Any]
@@ -27,17 +27,23 @@ def learning_curves(runs: Mapping[str, Sequence[Row]], by: str = "step", axes: P
     scale = 1 / 60 if by == "time" else 1
     along = "elapsed_s" if by == "time" else "step"
     for number, (label, rows) in enumerate(runs.items()):
-        colour = SERIES[number % len(SERIES)]
-        style = ("-", "--", ":", "-.")[number // len(SERIES) % 4]
+        colour, style, marker, _ = nth(number)
         steps = [row for row in rows if any(name in row for name in LOSSES)]
         if steps:
             name = next(name for name in LOSSES if name in steps[0])
             values = smooth(np.array([row[name] for row in steps]))
-            loss.plot([row[along] * scale for row in steps], values, color=colour, ls=style, label=label)
+            look: dict[str, Any] = {
+                "color": colour,
+                "ls": style,
+                "marker": marker,
+                "markevery": max(1, len(values) // 6),
+                "ms": 4,
+            }
+            loss.plot([row[along] * scale for row in steps], values, label=label, **look)
         when = {row["step"]: row["elapsed_s"] for row in steps}
         validations = [row for row in rows if "val/action_loss" in row]
         at = [(when.get(row["step"], 0.0) if by == "time" else row["step"]) * scale for row in validations]
-        held_out.plot(at, [row["val/action_loss"] for row in validations], "o", ls=style, ms=3, color=colour)
+        held_out.plot(at, [row["val/action_loss"] for row in validations], marker, ls=style, ms=3, color=colour)
     loss.set(ylabel="training loss (normalised units)", title="training loss, running mean")
     held_out.set(ylabel="action error (Huber, in std)", title="held-out episodes")
     for panel in (loss, held_out):

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from vla_lib.evaluation.metrics import DIMENSIONS, UNITS
 from vla_lib.evaluation.open_loop import OpenLoop
-from vla_lib.workbench.plots.style import COLOURS, Panels, diagonal, legend, panels, plot
+from vla_lib.workbench.plots.style import COLOURS, Panels, diagonal, legend, nth, panels, plot
 
 Metrics = Mapping[str, Mapping[str, Any]]
 """Name of the policy, a masked one or a baseline -> `open_loop_metrics`."""
@@ -20,11 +20,12 @@ def error_by_step(metrics: Metrics, action_hz: float, axes: Panels = None) -> Fi
     title = "Error of each step of the predicted chunk, held-out episodes"
     figure, found = panels(axes, (10, 3.6), "ab", title)
     for panel, kind, unit in zip(found, ("translation", "rotation"), ("mm", "deg"), strict=True):
-        for name, of in metrics.items():
+        for number, (name, of) in enumerate(metrics.items()):
             values = np.array(of["by_step"][f"{kind}_mae_{unit}"], float)  # None becomes not-a-number
             ahead_s = np.arange(1, len(values) + 1) / action_hz
             width = 2.2 if name == "policy" else 1.2
-            panel.plot(ahead_s, values, "o-", ms=3, lw=width, color=COLOURS[name], label=name)
+            look: dict[str, Any] = {"ls": nth(number).dash, "marker": nth(number).marker, "color": COLOURS[name]}
+            panel.plot(ahead_s, values, ms=3, lw=width, label=name, **look)
         panel.set(xlabel="time ahead (s)", ylabel=f"mean {kind} error ({unit})", ylim=(0, None))
     legend(found[0], 3)
     return figure
@@ -39,7 +40,7 @@ def error_by_dimension(metrics: Metrics, axes: Panels = None) -> Figure:
         for k, (name, of) in enumerate(metrics.items()):
             values = [of["dimensions"][dimension]["mae"] for dimension in dimensions]
             place = np.arange(3) + width * (k - (len(metrics) - 1) / 2)
-            panel.bar(place, values, 0.95 * width, color=COLOURS[name], label=name)
+            panel.bar(place, values, 0.95 * width, color=COLOURS[name], hatch=nth(k).hatch, label=name)
         panel.set_xticks(range(3), dimensions)
         panel.set_ylabel(f"mean absolute error ({unit} a step)")
     legend(found[0], 3)

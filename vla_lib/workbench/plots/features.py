@@ -11,7 +11,7 @@ from PIL import Image
 
 from vla_lib.episodes import PreparedEpisode
 from vla_lib.features.cache import EpisodeFeatures
-from vla_lib.workbench.plots.style import BLUE, COLOURS, SKY, Panels, diagonal, legend, panels, picture, plot, say
+from vla_lib.workbench.plots.style import BLUE, COLOURS, SKY, Panels, diagonal, legend, nth, panels, picture, plot, say
 
 PROBE_EPISODES = 40
 Frames = Mapping[str, Sequence[np.ndarray | None]]
@@ -26,9 +26,10 @@ def coverage(table: Sequence[Mapping[str, Any]], axes: Panels = None) -> Figure:
     """
     figure, (panel,) = panels(axes, (9, 1.3 + 0.45 * len(table)))
     left = np.zeros(len(table))
-    for state in ("covered", "stale", "missing"):
+    for number, state in enumerate(("covered", "stale", "missing")):
         counts = np.array([row[state] for row in table], float)
-        panel.barh(range(len(table)), counts, left=left, color=COLOURS[state], label=state)
+        look: dict[str, Any] = {"color": COLOURS[state], "hatch": nth(number).hatch}
+        panel.barh(range(len(table)), counts, left=left, label=state, **look)
         left += counts
     for place, row in enumerate(table):
         panel.text(left[place], place, f"  {row['ticks']} ticks, {row['MB']:.1f} MB", va="center")
@@ -56,11 +57,12 @@ def pooling_sizes(binding: Mapping[str, Any], ticks: int, token_grid: tuple[int,
     number_bytes = 4 if binding["dtype"] == "float32" else 2
     sizes_mb = [ticks * count * hidden_size * number_bytes / 1e6 for count in tokens]
     figure, (panel,) = panels(axes, (9, 1.1 + 0.4 * len(names)))
-    panel.barh(names, sizes_mb, color=[BLUE if name == chosen else SKY for name in names])
+    said = [f"{name} (chosen)" if name == chosen else name for name in names]
+    panel.barh(said, sizes_mb, color=[BLUE if name == chosen else SKY for name in names])
     for place, (size_mb, count) in enumerate(zip(sizes_mb, tokens, strict=True)):
         panel.text(size_mb, place, f"  {size_mb:,.1f} MB ({count} tokens a tick)", va="center")
     panel.set(xlabel="size of the whole cache (MB)", xscale="log", xlim=(min(sizes_mb) / 2, max(sizes_mb) * 30))
-    panel.set_title(f"Size by pooling: {ticks} ticks, {views} views, {hidden_size} numbers a token (dark: chosen)")
+    panel.set_title(f"Size by pooling: {ticks} ticks, {views} views, {hidden_size} numbers a token")
     panel.invert_yaxis()
     panel.grid(axis="y", visible=False)
     return figure
@@ -106,10 +108,11 @@ def similarity(episodes: Sequence[EpisodeFeatures], axes: Panels = None) -> Figu
     for number, (episode, kept) in enumerate(zip(episodes, whole, strict=True)):
         own = slice(edges[number], edges[number + 1])
         steps = episode.tick_step.numpy()[kept]
-        (line,) = lines.plot(steps, cosine[own.start, own], marker=".", ms=3, label=f"episode {number + 1}")
+        look: dict[str, Any] = {"color": nth(number).colour, "marker": nth(number).marker, "ms": 3.5}
+        lines.plot(steps, cosine[own.start, own], label=f"episode {number + 1}", **look)
         others = np.delete(cosine[own], np.r_[own], axis=1)
         if others.size:
-            lines.plot(steps, others.mean(1), color=line.get_color(), ls=":", lw=1)
+            lines.plot(steps, others.mean(1), ls=":", lw=1, **look)
     lines.set(xlabel="action step", ylabel="cosine")
     lines.set_title("Line: to the own first tick. Dotted: mean to other episodes")
     legend(lines)
@@ -163,7 +166,7 @@ def probe(result: Probe | None, axes: Panels = None) -> Figure:
     title += f"shown on {result.held_out_episodes} held out"
     figure, found = panels(axes, (11, 3.2), (1, 4), title)
     for panel, name, truth, predicted in zip(found, "xyz", result.truth_mm.T, result.predicted_mm.T, strict=False):
-        panel.scatter(truth, predicted, s=6, c=result.episode, cmap="tab20", alpha=0.7)
+        panel.scatter(truth, predicted, s=6, color=COLOURS["data"], alpha=0.5)
         diagonal(panel, truth, predicted)
         r2 = 1 - ((truth - predicted) ** 2).sum() / max(((truth - truth.mean()) ** 2).sum(), 1e-12)
         panel.set(xlabel=f"true {name} (mm)", ylabel=f"predicted {name} (mm)", title=f"{name}: R2 {r2:.2f}")

@@ -14,7 +14,7 @@ from vla_lib.episodes.episode import Episode
 from vla_lib.episodes.findings import GOOD, REJECTED, USABLE
 from vla_lib.episodes.motion import MotionMatch, camera_match, sensor_match
 from vla_lib.episodes.quality import STAGGER_S, Rates, distinct_hz, intervals_ms, measure
-from vla_lib.workbench.plots.style import COLOURS, PALE, Panels, diagonal, legend, panels, plot, say
+from vla_lib.workbench.plots.style import COLOURS, PALE, Panels, diagonal, legend, nth, panels, plot, say
 
 RATES = {"robot_hz": "robot rows", "pose_hz": "distinct poses", "sensor_hz": "sensor", "camera_hz": "cameras"}
 
@@ -104,7 +104,8 @@ def _agreement(
         sign = np.sign(told.correlation) if number else 1.0  # of the tool's axis, which differs between rigs
         ahead_s = told.offset_s if number else 0.0
         spread = (values - values.mean()) / max(float(values.std()), 1e-12)
-        curves.plot(t_s - ahead_s - episode.start_s, sign * spread, lw=1.0 if number < 2 else 0.5, label=name)
+        look: dict[str, Any] = {"lw": 1.0 if number < 2 else 0.5, "ls": nth(number).dash}
+        curves.plot(t_s - ahead_s - episode.start_s, sign * spread, label=name, **look)
     curves.set(xlabel=TIME, ylabel="in units of its spread")
     legend(curves, 2)
     lags.plot(match.lags_s, np.abs(match.correlations), color=COLOURS["data"])
@@ -125,11 +126,13 @@ def verdicts(summaries: Sequence[Mapping[str, Any]], axes: Panels = None) -> Fig
         bar.set_color(COLOURS[name])
     counts.bar_label(bars)
     counts.set(ylabel="episodes", title="verdicts")
-    for level, part in table.groupby("verdict"):
+    for number, level in enumerate(levels):
+        part = table[table["verdict"] == level]
         share = 100 * part["valid"] / part["steps"].clip(lower=1)
-        validity.scatter(part["seconds"], share, s=14, color=COLOURS[str(level)], label=str(level))
+        look: dict[str, Any] = {"color": COLOURS[level], "marker": nth(number).marker, "label": level}
+        validity.scatter(part["seconds"], share, s=14, **look)
     validity.set(xlabel="duration of the motion (s)", ylabel="valid steps (%)", title="validity", ylim=(-4, 104))
-    legend(validity, 2)
+    legend(validity, 1)
     measured = {text: table[name].dropna() for name, text in RATES.items() if name in table}
     measured = {text: values for text, values in measured.items() if len(values)}
     for place, values in enumerate(measured.values()):
@@ -148,7 +151,8 @@ def recheck(table: pd.DataFrame, episode: str = "", axes: Panels = None) -> Figu
     stored, again = (np.reshape(table[name].to_list(), (-1, 6)) for name in ("stored", "recomputed"))
     for panel, first, unit, what in ((moved, 0, "mm", "displacement"), (turned, 3, "deg", "rotation")):
         for column, name in enumerate("xyz", first):
-            panel.plot(again[:, column], stored[:, column], "o", ms=4, alpha=0.7, label=name)
+            marker = nth(column).marker
+            panel.plot(again[:, column], stored[:, column], marker, ls="", ms=4, alpha=0.7, label=name)
         diagonal(panel, again[:, first : first + 3], stored[:, first : first + 3])
         panel.set(xlabel=f"recomputed from raw ({unit})", ylabel=f"in data.pkl ({unit})", title=f"{what} per step")
         legend(panel)

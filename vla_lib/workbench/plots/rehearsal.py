@@ -10,7 +10,7 @@ from vla_lib.evaluation.rollout import Moment
 from vla_lib.runtime.robot_io import Observation
 from vla_lib.runtime.run_log import RunLog, Tick
 from vla_lib.workbench.plots.rollouts import LIMIT, a_scans
-from vla_lib.workbench.plots.style import COLOURS, Panels, legend, panels, picture, plot
+from vla_lib.workbench.plots.style import COLOURS, Panels, legend, nth, panels, picture, plot
 
 SHOWN_S = 10.0
 MODES = ("act", "wait", "hold", "retreat", "stop")
@@ -92,17 +92,18 @@ def _sensor(scans: Axes, force: Axes, recent: Sequence[Moment], limit_mN: float)
 
 
 def _actions(panel: Axes, ticks: Sequence[Tick]) -> None:
-    for name, column in zip(("dx", "dy", "dz"), np.array([tick.action for tick in ticks]).T, strict=False):
-        panel.step([tick.t_s for tick in ticks], column, where="post", lw=1.2, label=name)
+    for k, (name, column) in enumerate(zip(("dx", "dy", "dz"), np.array([t.action for t in ticks]).T, strict=False)):
+        panel.step([tick.t_s for tick in ticks], column, where="post", lw=1.2, ls=nth(k).dash, label=name)
     panel.set(ylabel="sent (mm a step)", title="actions")
     legend(panel)
 
 
 def _ages(panel: Axes, ticks: Sequence[Tick], columns: int) -> None:
-    for mode in MODES:
+    for number, mode in enumerate(MODES):
         if found := [tick for tick in ticks if tick.mode == mode]:
             ages_ms = [1000 * (tick.vl_age_s or 0.0) for tick in found]
-            panel.plot([tick.t_s for tick in found], ages_ms, ".", ms=5, color=COLOURS[mode], label=mode)
+            marker = nth(number).marker
+            panel.plot([tick.t_s for tick in found], ages_ms, marker, ls="", ms=3, color=COLOURS[mode], label=mode)
     panel.set(xlabel="time (s)", ylabel="age of VL features (ms)", ylim=(0, None))
     legend(panel, columns)
 
@@ -116,9 +117,9 @@ def _lateness(panel: Axes, ticks: Sequence[Tick]) -> None:
 
 
 def _durations(panel: Axes, found: Mapping[str, Iterable[float | None]], deadline_ms: float) -> None:
-    for name, values in found.items():
+    for number, (name, values) in enumerate(found.items()):
         if known := [value for value in values if value is not None]:
-            panel.hist(known, bins=30, color=COLOURS[name], alpha=0.8, label=name)
+            panel.hist(known, bins=30, color=COLOURS[name], alpha=0.8, hatch=nth(number).hatch, label=name)
     panel.axvline(deadline_ms, **LIMIT, label="deadline of an action")
     panel.set(xlabel=f"duration of the {' and the '.join(found)} (ms)", ylabel="calls")
     legend(panel, 2)

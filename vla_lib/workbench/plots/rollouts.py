@@ -13,7 +13,7 @@ from matplotlib.patches import Circle, Rectangle
 
 from vla_lib.evaluation.closed_loop import ClosedLoop
 from vla_lib.evaluation.sim_robot import BIN_MM, DEPTH_TOLERANCE_MM, FORCE_LIMIT_MN, LATERAL_TOLERANCE_MM
-from vla_lib.workbench.plots.style import BLACK, COLOURS, SERIES, Panels, legend, panels, picture, plot, say
+from vla_lib.workbench.plots.style import BLACK, COLOURS, SERIES, Panels, legend, nth, panels, picture, plot, say
 
 Rollout = Mapping[str, Any]
 LIMIT: dict[str, Any] = {"color": COLOURS["limit"], "lw": 1, "ls": "--"}
@@ -55,7 +55,7 @@ def _space(panel: Any, position_mm: np.ndarray, truth: Mapping[str, Any]) -> Non
     panel.plot(*position_mm.T, color=COLOURS["policy"], lw=1.5)
     panel.scatter(*position_mm[-1], color=COLOURS["policy"], s=15)
     panel.set(xlabel="x (mm)", ylabel="y (mm)", zlabel="z (mm)", title="path of the tip")
-    panel.legend(loc="upper left")
+    legend(panel)
     panel.set_box_aspect(None, zoom=0.8)  # room for the label of z
     panel.locator_params(nbins=5)
 
@@ -82,12 +82,15 @@ def from_above(rows: Sequence[Rollout], axes: Panels = None) -> Figure:
     for row in rows:
         position = np.asarray(row["path"]["position_mm"])
         offset = position[:, :2] - np.asarray(row["truth"]["target_xy_mm"])
-        colour = COLOURS["success" if row["success"] else "failure"]
-        above.plot(*offset.T, color=colour, lw=0.8, alpha=0.6)
-        above.plot(*offset[-1], "o", ms=3, color=colour)
-        side.plot(np.hypot(*offset.T), position[:, 2] - row["truth"]["membrane_z_mm"], color=colour, lw=0.8, alpha=0.6)
+        kind = "success" if row["success"] else "failure"
+        look: dict[str, Any] = {"color": COLOURS[kind], "ls": "-" if row["success"] else "--", "lw": 0.8, "alpha": 0.6}
+        above.plot(*offset.T, **look)
+        above.plot(*offset[-1], "o" if row["success"] else "x", ms=4, color=COLOURS[kind])
+        side.plot(np.hypot(*offset.T), position[:, 2] - row["truth"]["membrane_z_mm"], **look)
     above.set(xlabel="x from target (mm)", ylabel="y from target (mm)", aspect="equal")
-    above.set_title(f"{sum(bool(row['success']) for row in rows)} of {len(rows)} succeeded (blue)")
+    above.set_title(
+        f"{sum(bool(row['success']) for row in rows)} of {len(rows)} succeeded (the others dashed, ending in x)"
+    )
     side.set(xlabel="distance from target axis (mm)", ylabel="height over membrane (mm)")
     legend(side)
     return figure
@@ -143,8 +146,8 @@ def success(found: Mapping[str, ClosedLoop], axes: Panels = None) -> Figure:
     left = np.zeros(len(summaries))
     for number, reason in enumerate(reasons):
         counts = np.array([summary["reasons"].get(reason, 0) for summary in summaries.values()])
-        colour = SERIES[number % len(SERIES)]
-        why.barh(range(len(summaries)), counts, left=left, height=0.6, color=colour, label=reason)
+        look: dict[str, Any] = {"color": nth(number).colour, "hatch": nth(number).hatch}
+        why.barh(range(len(summaries)), counts, left=left, height=0.6, label=reason, **look)
         left += counts
     rate.set_yticks(range(len(summaries)), list(summaries))
     rate.set(xlabel="success (%), line: 95 % interval", xlim=(0, 118), xticks=range(0, 101, 20))
@@ -161,13 +164,13 @@ def errors(found: Mapping[str, ClosedLoop], axes: Panels = None) -> Figure:
     box = (0, -DEPTH_TOLERANCE_MM), LATERAL_TOLERANCE_MM, 2 * DEPTH_TOLERANCE_MM
     ends.add_patch(Rectangle(*box, **TOLERANCE, label="tolerance"))
     for number, (name, loop) in enumerate(found.items()):
-        colour = SERIES[number % len(SERIES)]
+        colour, style = nth(number).colour, nth(number).dash
         through = [row for row in loop.rollouts if row["punctured"]]
         lateral, depth = ([row[key] for row in through] for key in ("lateral_mm", "depth_error_mm"))
-        ends.plot(lateral, depth, "o", ms=4, alpha=0.7, color=colour, label=name)
-        force.ecdf([row["peak_force_mN"] for row in loop.rollouts], color=colour, lw=1.5)
+        ends.plot(lateral, depth, nth(number).marker, ls="", ms=4, alpha=0.7, color=colour, label=name)
+        force.ecdf([row["peak_force_mN"] for row in loop.rollouts], color=colour, ls=style, lw=1.5)
         if times := [row["time_s"] for row in loop.rollouts if row["success"]]:
-            took.ecdf(times, color=colour, lw=1.5)
+            took.ecdf(times, color=colour, ls=style, lw=1.5)
     ends.set(
         xlabel="distance from the target's axis (mm)", ylabel="depth error (mm), above 0: too deep", xlim=(0, None)
     )
@@ -192,12 +195,13 @@ def paired(one: ClosedLoop, other: ClosedLoop, names: Sequence[str], axes: Panel
         (False, True): (f"only {names[1]}", SERIES[1]),
         (False, False): ("neither", COLOURS["failure"]),
     }
-    for outcome, (label, colour) in outcomes.items():
+    for number, (outcome, (label, colour)) in enumerate(outcomes.items()):
+        marker = nth(number).marker
         found = [(a, b) for a, b in pairs if (bool(a["success"]), bool(b["success"])) == outcome]
         target = np.array([a["truth"]["target_xy_mm"] for a, _ in found]).reshape(-1, 2)
-        where.plot(*target.T, "o", color=colour, label=f"{label}: {len(found)}")
+        where.plot(*target.T, marker, ls="", color=colour, label=f"{label}: {len(found)}")
         ends = np.array([(a["lateral_mm"], b["lateral_mm"]) for a, b in found]).reshape(-1, 2)
-        distance.plot(*ends.T, "o", ms=5, alpha=0.8, color=colour)
+        distance.plot(*ends.T, marker, ls="", ms=5, alpha=0.8, color=colour)
     most = 1.05 * max([LATERAL_TOLERANCE_MM, *(row["lateral_mm"] for pair in pairs for row in pair)])
     distance.plot((0, most), (0, most), color=COLOURS["reference"], lw=0.8)
     distance.add_patch(Rectangle((0, 0), LATERAL_TOLERANCE_MM, LATERAL_TOLERANCE_MM, **TOLERANCE))

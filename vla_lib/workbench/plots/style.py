@@ -13,7 +13,7 @@ figure of its own. Figures are made without pyplot: nothing keeps them, so nothi
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, ParamSpec, TypeAlias
+from typing import Any, NamedTuple, ParamSpec, TypeAlias
 
 import matplotlib as mpl
 import numpy as np
@@ -31,6 +31,8 @@ BLUE, ORANGE, GREEN, VERMILLION, PURPLE, SKY = "#0072B2", "#E69F00", "#009E73", 
 BLACK, GREY, PALE = "#222222", "#8C8C8C", "#D9D9D9"
 SERIES = (BLUE, ORANGE, GREEN, PURPLE, VERMILLION, SKY)
 """For things of one kind that have no colour of their own, in this order."""
+DASHES: tuple[Any, ...] = ("-", "--", ":", "-.", (0, (6, 1.5, 1, 1.5, 1, 1.5)))
+HATCHES = ("", "///", "...", "xxx", "\\\\\\", "ooo")
 COLOURS = {
     "data": BLUE, "median": VERMILLION, "gap": VERMILLION, "invalid": GREY, "instant": VERMILLION,
     "policy": BLUE, "VL masked": PURPLE, "sensor masked": GREEN, "recorded": BLACK,
@@ -104,6 +106,20 @@ def panels(
     if title:
         figure.suptitle(title)
     return figure, made
+
+
+class Look(NamedTuple):
+    """How the things of one kind in a plot are told apart, by colour and without."""
+
+    colour: str
+    dash: Any
+    marker: str
+    hatch: str
+
+
+def nth(number: int) -> Look:
+    """The look of thing `number`; dash and marker together come again after 30."""
+    return Look(SERIES[number % 6], DASHES[number % 5], "os^DvX"[number % 6], HATCHES[number % 6])
 
 
 def legend(panel: Axes, columns: int = 4) -> None:

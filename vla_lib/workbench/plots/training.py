@@ -8,7 +8,7 @@ from matplotlib import ticker
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from vla_lib.workbench.plots.style import COLOURS, GREY, Panels, legend, panels, plot, say
+from vla_lib.workbench.plots.style import COLOURS, GREY, Panels, legend, nth, panels, plot, say
 
 Row = Mapping[str, Any]
 BASELINES = ("zero", "mean", "persistence")
@@ -59,9 +59,9 @@ def _held_out(panel: Axes, validations: Sequence[Row]) -> None:
     best = int(np.argmin(values))
     label = f"best (step {x[best]})"
     panel.plot(x[best], values[best], "o", ms=8, mfc="none", color=COLOURS["policy"], label=label)
-    for name in BASELINES:
+    for number, name in enumerate(BASELINES, 1):
         value = validations[-1][f"val/baseline_{name}_action_loss"]
-        panel.axhline(value, color=COLOURS[name], lw=1.2, ls="--", label=name)
+        panel.axhline(value, color=COLOURS[name], lw=1.2, ls=nth(number).dash, label=name)
     panel.set_ylim(0, None)
     legend(panel, 5)
 
@@ -124,7 +124,7 @@ def weights_share(table: Sequence[Row], axes: Panels = None) -> Figure:
     place = np.arange(len(table))
     figure, (panel,) = panels(axes, (8, 0.55 * len(table) + 1.4))
     panel.barh(place - 0.2, [100 * row["share"] for row in table], 0.38, color=COLOURS["data"], label="of the draws")
-    panel.barh(place + 0.2, 100 * steps / steps.sum(), 0.38, color=GREY, label="of the steps")
+    panel.barh(place + 0.2, 100 * steps / steps.sum(), 0.38, color=GREY, hatch=nth(1).hatch, label="of the steps")
     panel.set_yticks(place, [f"{row['dataset']} (weight {row['weight']:g})" for row in table])
     panel.invert_yaxis()
     panel.set(xlabel="share (%)", title="How much each dataset counts in training")
