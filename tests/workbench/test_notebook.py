@@ -65,7 +65,7 @@ def test_an_interrupt_and_a_cell_that_comes_too_early_read_as_sentences(write_no
             manager.interrupt_kernel()
 
     def run(source):
-        return client.execute_interactive(source, output_hook=hook, timeout=60)["content"]
+        return client.execute_interactive(source, output_hook=hook, timeout=240)["content"]
 
     try:
         for cell in cells[:2]:
