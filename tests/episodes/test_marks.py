@@ -17,7 +17,7 @@ from vla_lib.episodes.marks import Marks
 from vla_lib.episodes.survey import left_out
 from vla_lib.preprocess import Settings
 from vla_lib.workbench.runs import data_state
-from vla_lib.workbench.triage import episode_table, first_that_opens
+from vla_lib.workbench.triage import episode_rows, first_that_opens, fitting
 
 SMALL = Raw(seconds=2.0, camera_hz=2.0)
 A, B, BROKEN = "part1/recv_all_20250101_000001", "part1/recv_all_20250101_000002", "part1/recv_all_20240101_000000"
@@ -130,12 +130,16 @@ def test_marks_that_cannot_be_understood_are_refused_and_never_ignored(root, tex
             follow(root)
 
 
+def rows(root):
+    return {row["key"]: row for row in episode_rows(root, find_episodes(root))}
+
+
 def test_verdicts_are_kept_for_rejected_episodes_and_stay_true(root):
-    assert set(episode_table(root)["verdict"]) == {"not judged yet (notebook 02)"}
+    assert {row["verdict"] for row in rows(root).values()} == {"not judged yet"}
     judged(root)
-    table = episode_table(root).set_index("key")
-    assert table.loc[BROKEN, "verdict"] == "rejected" and "no robot log" in table.loc[BROKEN, "reasons"]
-    assert table.loc[A, "verdict"] == "good" and table.loc[A, "steps"] == 19
+    found = rows(root)
+    assert found[BROKEN]["verdict"] == "rejected" and "no robot log" in found[BROKEN]["reasons"]
+    assert found[A]["verdict"] == "good" and found[A]["steps"] == 19
     kept = (root / "verdicts.json").read_text()
     judged(root, dataset_dirs=(root / "part1",))
     assert (root / "verdicts.json").read_text() == kept  # a part of the root takes nothing away
@@ -146,16 +150,17 @@ def test_verdicts_are_kept_for_rejected_episodes_and_stay_true(root):
     assert set(json.loads((root / "verdicts.json").read_text())) == {A, B}
     (root / "verdicts.json").write_text("{")
     judged(root)
-    assert episode_table(root).set_index("key").loc[A, "verdict"] == "good"
+    assert rows(root)[A]["verdict"] == "good"
 
 
 def test_a_broken_episode_that_sorts_first_is_passed_over_in_words(root):
-    found = dict(zip(episode_table(root)["key"], find_episodes(root), strict=True))
-    opened, broken = first_that_opens(found)
-    assert opened.path == root / A and len(broken) == 1 and "holds no robot log" in broken[0]
-    assert first_that_opens(found, episode="20240101") == (None, broken)
+    found = dict(zip(rows(root), find_episodes(root), strict=True))
+    first = first_that_opens(fitting(found))
+    assert first.key == A and first.episode.path == root / A
+    assert len(first.broken) == 1 and "holds no robot log" in first.broken[0]
+    assert first_that_opens(fitting(found, episode="20240101")) == ("", None, first.broken)
     with pytest.raises(UserError, match="the datasets there are part1"):
-        first_that_opens(found, "part2")
+        fitting(found, "part2")
 
 
 def test_a_read_only_root_is_one_sentence_and_no_verdict_on_the_recordings(root, monkeypatch):

@@ -22,7 +22,7 @@ CONTACT, SAMPLES = 5.0, 13  # mN above rest, mean of 20 ms at 650 Hz: as evaluat
 GLANCE_PX = 72
 SHOWN_FIRST = ("View1_left", "View5")  # whose pictures stand in the table
 Glance = tuple[list[Path | None], Any, Any]  # pictures; force (n,), position in mm (n, 3)
-UNJUDGED = "not judged yet (notebook 02)"
+UNJUDGED = "not judged yet"
 
 
 def episode_rows(root: Path, found: Iterable[EpisodeFiles]) -> list[dict[str, Any]]:
@@ -49,7 +49,7 @@ def _verdict(files: EpisodeFiles, known: dict[str, Any] | None) -> dict[str, Any
             known = load_prepared(files.path).metadata["report"]["summary"]
         except (UserError, KeyError) as error:
             known = {"verdict": f"data.pkl refused: {error}"}
-    known = known or {"verdict": UNJUDGED}
+    known = known or {"verdict": UNJUDGED, "reasons": "notebook 02 judges"}
     seconds = round(known.get("seconds") or 0.0, 1)
     reasons = known.get("reasons") or ""
     return {"verdict": known["verdict"], "steps": known.get("steps"), "seconds": seconds, "reasons": reasons}

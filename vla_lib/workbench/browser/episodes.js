@@ -10,7 +10,8 @@ const VERDICT = {good: "✓", "usable with exclusions": "◐", rejected: "✗"};
 const KEYS = "← → one step, Shift: ten · Space play · Home End · n p episodes · r next rejected · u next unmarked · " +
   "x exclude · [ ] trim · c compare · drag zooms, Shift-drag pans, wheel zooms, double-click shows all";
 
-const COLUMNS = ["episode", "first, contact, last", "force", "way", "verdict", "marks", "seconds", "steps", "dataset", "reasons"];
+const COLUMNS = ["episode", "first, contact, last", "force", "way", "verdict", "marks", "seconds", "steps"];
+const BELOW = {episode: (row) => [row.dataset, row.task].filter(Boolean).join("/"), verdict: (row) => row.reasons};  // a second line
 
 function make(tag, name, text) {
   const node = document.createElement(tag);
@@ -272,8 +273,9 @@ class Table {
     const found = this.rows.filter((row) => { const of = text(row); return words.every((word) => of.includes(word)); });
     const {name, down} = this.sort;
     if (!name) return found;
+    const of = (row) => name === "episode" ? row.key : row[name];  // by dataset, then by name
     const order = (a, b) => typeof a === "number" && typeof b === "number" ? a - b : String(a ?? "").localeCompare(String(b ?? ""));
-    return [...found].sort((a, b) => (down ? -1 : 1) * order(a[name], b[name]));
+    return [...found].sort((a, b) => (down ? -1 : 1) * order(of(a), of(b)));
   }
 
   draw() {
@@ -309,6 +311,11 @@ class Table {
       const sign = name === "verdict" && VERDICT[row[name]] ? `${VERDICT[row[name]]} ` : "";
       const cell = make("td", `vla-${name.split(",")[0]}`, sign + (row[name] ?? ""));
       cell.title = cell.textContent;
+      if (BELOW[name]?.(row)) {
+        const below = make("small", "", BELOW[name](row));
+        below.title = below.textContent;
+        cell.append(below);
+      }
       line.append(cell);
     }
     line.classList.toggle("vla-out", Boolean(row.excluded));
@@ -345,13 +352,14 @@ class Table {
       if (!values.length) return;
       const low = Math.min(...values), high = Math.max(...values), span = high - low || 1;
       const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
-      svg.setAttribute("viewBox", "0 0 100 24"); svg.setAttribute("width", 90); svg.setAttribute("height", 22);
+      svg.setAttribute("viewBox", "0 0 100 24"); svg.setAttribute("width", 60); svg.setAttribute("height", 22); svg.setAttribute("preserveAspectRatio", "none");
       svg.setAttribute("aria-label", `${name} ${low.toPrecision(3)} to ${high.toPrecision(3)}`);
       const line2 = document.createElementNS("http://www.w3.org/2000/svg", "polyline");
       line2.setAttribute("points", values.map((v, i) => `${100 * i / (values.length - 1 || 1)},${22 - 20 * (v - low) / span}`).join(" "));
       line2.setAttribute("fill", "none"); line2.setAttribute("stroke", COLOURS[k]); line2.setAttribute("stroke-width", 1.6);
       svg.append(line2);
-      const unit = make("small", "", ` ${high.toPrecision(3)} ${name === "force" ? "" : "mm"}`);
+      const unit = make("span", "vla-most", ` ${high.toPrecision(3)}${name === "force" ? "" : " mm"}`);
+      unit.title = `at most; ${svg.getAttribute("aria-label")}`;
       line.children[2 + k].replaceChildren(svg, unit);
     });
   }

@@ -136,6 +136,8 @@ def _bars(panel: Axes, x: np.ndarray, counts: np.ndarray) -> None:
     if not len(counts):
         return say(panel, "nothing counted yet")
     panel.bar(x, counts, 0.9 * (x[1] - x[0] if len(x) > 1 else 1.0), color=COLOURS["data"])
+    if len(x) <= 10:
+        panel.set_xticks(x)
 
 
 def _wait_share(steps: Sequence[Row]) -> np.ndarray:
