@@ -76,7 +76,8 @@ class Episode {
     const self = this;
     return {
       title, width: this.width(), height: 150, series, legend: {live: true},
-      cursor: {sync: {key: `vla-${this.place}`, setSeries: false}, drag: {x: true, y: false}, points: {size: 5}},
+      cursor: {sync: {key: `vla-${this.place}`, setSeries: false}, drag: {x: true, y: false}, points: {size: 5},
+               bind: {dblclick: (u) => () => u.setScale("x", {min: 0, max: self.data.duration_s})}},
       scales: {x: {time: false}},
       axes: [{font: "11px sans-serif", size: 24, values: (u, v) => v.map((t) => `${t} s`)},
              {font: "11px sans-serif", size: 58, label: unit, labelSize: 16, labelFont: "11px sans-serif"}],
