@@ -19,6 +19,7 @@ from matplotlib.collections import PathCollection
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.text import Text
+from matplotlib.transforms import Bbox
 
 from tests.episodes.raw_episodes import Raw
 from vla_lib.episodes import Episode
@@ -185,50 +186,41 @@ def small(figure: Figure) -> list[str]:
     return [f"{text.get_text()}: {size:.1f} px" for text, size in pixels.items() if size < LEAST_PX]
 
 
-def boxes(figure: Figure) -> list[tuple[str, object]]:
-    """Texts with the places that they take, but ticks that lie outside of their axis."""
+Boxes = list[tuple[str, Bbox]]
+
+
+def boxes(figure: Figure) -> Boxes:
+    """Texts with the places that they take, but labels of ticks outside of their axis, and texts in space."""
     renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]
-    found = []
-    for text in texts(figure):
-        box = text.get_window_extent(renderer)
-        axes = text.axes
-        if axes is not None and hasattr(axes, "zaxis"):
-            continue  # in space, labels are placed by the view
-        if axes is not None and axes.name == "rectilinear":
-            outer = axes.get_window_extent(renderer)
-            if any(text in axis.get_ticklabels(which="both") for axis in (axes.xaxis, axes.yaxis)):
-                x, y = (box.x0 + box.x1) / 2, (box.y0 + box.y1) / 2
-                if not (outer.x0 - 1 <= x <= outer.x1 + 1 or outer.y0 - 1 <= y <= outer.y1 + 1):
-                    continue
-                if text in axes.xaxis.get_ticklabels(which="both") and not outer.x0 - 1 <= x <= outer.x1 + 1:
-                    continue
-                if text in axes.yaxis.get_ticklabels(which="both") and not outer.y0 - 1 <= y <= outer.y1 + 1:
-                    continue
-        found.append((text.get_text(), box))
-    return found
+    flat = [axes for axes in figure.axes if not hasattr(axes, "zaxis")]
+    outside = {id(text) for axes in figure.axes if axes not in flat for text in axes.findobj(Text)}
+    for axes, number in itertools.product(flat, (0, 1)):
+        low, high = axes.get_window_extent(renderer).get_points()[:, number]
+        for label in (axes.xaxis, axes.yaxis)[number].get_ticklabels(which="both"):
+            middle = label.get_window_extent(renderer).get_points()[:, number].mean()
+            outside |= {id(label)} if not low - 1 <= middle <= high + 1 else set()
+    return [(one.get_text(), one.get_window_extent(renderer)) for one in texts(figure) if id(one) not in outside]
 
 
-def cut_off(figure: Figure) -> list[str]:
+def overlap(a: Bbox, b: Bbox) -> tuple[float, float]:
+    """Pixels by which two places share width and height; below 0 where they do not."""
+    return min(a.x1, b.x1) - max(a.x0, b.x0), min(a.y1, b.y1) - max(a.y0, b.y0)
+
+
+def cut_off(figure: Figure, placed: Boxes) -> list[str]:
     """Texts that leave the figure."""
-    edge = figure.bbox
-    return [
-        text
-        for text, box in boxes(figure)
-        if box.x0 < edge.x0 - 1 or box.y0 < edge.y0 - 1 or box.x1 > edge.x1 + 1 or box.y1 > edge.y1 + 1
-    ]
+    edge = figure.bbox.padded(1)
+    return [text for text, box in placed if not edge.contains(box.x0, box.y0) or not edge.contains(box.x1, box.y1)]
 
 
-def covered(figure: Figure) -> list[str]:
+def covered(figure: Figure, placed: Boxes) -> list[str]:
     """Pairs of texts that lie on each other, and legends that lie on the axes' data."""
-    found = []
-    for (one, a), (other, b) in itertools.combinations(boxes(figure), 2):
-        wide, high = min(a.x1, b.x1) - max(a.x0, b.x0), min(a.y1, b.y1) - max(a.y0, b.y0)
-        if wide > 2 and high > 2:
-            found.append(f"{one!r} on {other!r}")
+    pairs = itertools.combinations(placed, 2)
+    found = [f"{one!r} on {other!r}" for (one, a), (other, b) in pairs if min(overlap(a, b)) > 2]
     legends = [*figure.legends, *(axes.get_legend() for axes in figure.axes if axes.get_legend())]
     for legend, axes in itertools.product(legends, figure.axes):
-        a, b = legend.get_window_extent(), axes.get_window_extent()
-        if min(a.x1, b.x1) - max(a.x0, b.x0) > 2 and min(a.y1, b.y1) - max(a.y0, b.y0) > 4:
+        wide, high = overlap(legend.get_window_extent(), axes.get_window_extent())
+        if wide > 2 and high > 4:
             found.append(f"a legend on the data of {axes.get_title() or axes.get_ylabel()!r}")
     return found
 
@@ -277,7 +269,8 @@ def test_a_plot_is_read_at_the_size_at_which_it_is_shown(made, tmp_path):
         figure.canvas.draw()
     if folder := os.environ.get("VLA_SCREENSHOTS"):
         figure.savefig(Path(folder) / f"plot-{made.__module__.rsplit('.', 1)[-1]}-{made.__name__}.png")
-    assert (small(figure), cut_off(figure), covered(figure), by_colour_alone(figure)) == ([], [], [], [])
+    placed = boxes(figure)
+    assert small(figure) + cut_off(figure, placed) + covered(figure, placed) + by_colour_alone(figure) == []
 
 
 def test_what_is_wrong_with_a_plot_is_found():
@@ -291,5 +284,7 @@ def test_what_is_wrong_with_a_plot_is_found():
     axes.text(0.5, 0.5, "on it")
     axes.text(3, 0.5, "outside")
     figure.canvas.draw()
-    assert small(figure) == ["tiny: 6.9 px"] and "outside" in cut_off(figure) and len(by_colour_alone(figure)) == 1
-    assert "'tiny' on 'on it'" in covered(figure) and any("legend" in text for text in covered(figure))
+    placed = boxes(figure)
+    assert small(figure) == ["tiny: 6.9 px"] and cut_off(figure, placed) == ["outside"]
+    assert len(by_colour_alone(figure)) == 1
+    assert covered(figure, placed) == ["'tiny' on 'on it'", "a legend on the data of ''"]

@@ -49,10 +49,12 @@ def _space(panel: Any, position_mm: np.ndarray, truth: Mapping[str, Any]) -> Non
     angle = np.linspace(0, 2 * np.pi, 60)
     for name, height, radius in (("target", truth["surface_z_mm"], 6), ("membrane", truth["membrane_z_mm"], 8)):
         ring = x + radius * np.cos(angle), y + radius * np.sin(angle), height
-        panel.plot(*ring, color=COLOURS[name], lw=1.5, label="membrane (hidden)" if name == "membrane" else name)
+        hidden = name == "membrane"
+        look: dict[str, Any] = {"color": COLOURS[name], "ls": ":" if hidden else "-"}
+        panel.plot(*ring, lw=1.5, label="membrane (hidden)" if hidden else name, **look)
     axis_z = truth["membrane_z_mm"] - truth["asked_depth_mm"], truth["surface_z_mm"] + 12
     panel.plot([x, x], [y, y], axis_z, color=COLOURS["reference"], lw=1, ls="--")
-    panel.plot(*position_mm.T, color=COLOURS["policy"], lw=1.5)
+    panel.plot(*position_mm.T, color=COLOURS["policy"], lw=2.2)
     panel.scatter(*position_mm[-1], color=COLOURS["policy"], s=15)
     panel.set(xlabel="x (mm)", ylabel="y (mm)", zlabel="z (mm)", title="path of the tip")
     legend(panel)
@@ -206,7 +208,7 @@ def paired(one: ClosedLoop, other: ClosedLoop, names: Sequence[str], axes: Panel
     distance.plot((0, most), (0, most), color=COLOURS["reference"], lw=0.8)
     distance.add_patch(Rectangle((0, 0), LATERAL_TOLERANCE_MM, LATERAL_TOLERANCE_MM, **TOLERANCE))
     where.set(xlabel="x of the target (mm)", ylabel="y of the target (mm)", aspect="equal", title="who succeeds where")
-    legend(where, 2)
+    legend(where, 1)
     distance.set(xlabel=f"{names[0]}: distance from the axis (mm)", ylabel=f"{names[1]}: distance from the axis (mm)")
     distance.set(xlim=(0, most), ylim=(0, most), aspect="equal", title="green: within the tolerance")
     return figure

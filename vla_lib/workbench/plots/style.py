@@ -12,8 +12,10 @@ figure of its own. Figures are made without pyplot: nothing keeps them, so nothi
 """
 
 import functools
+import textwrap
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, ParamSpec, TypeAlias
+from unicodedata import east_asian_width
 
 import matplotlib as mpl
 import numpy as np
@@ -104,7 +106,7 @@ def panels(
         mosaic = np.arange(mosaic[0] * mosaic[1]).reshape(mosaic).tolist()
     made = list(figure.subplot_mosaic(mosaic, **layout).values())
     if title:
-        figure.suptitle(title)
+        figure.suptitle(wrapped(title, size[0]))
     return figure, made
 
 
@@ -120,6 +122,15 @@ class Look(NamedTuple):
 def nth(number: int) -> Look:
     """The look of thing `number`; dash and marker together come again after 30."""
     return Look(SERIES[number % 6], DASHES[number % 5], "os^DvX"[number % 6], HATCHES[number % 6])
+
+
+def wrapped(title: str, inches: float) -> str:
+    """A figure's title in lines that fit its width: 12 letters an inch, and a Korean one counts twice."""
+
+    def most(line: str) -> int:
+        return int(12 * inches * len(line) / sum(1 + (east_asian_width(letter) in "WF") for letter in line))
+
+    return "\n".join(textwrap.fill(line, most(line)) for line in title.splitlines() if line)
 
 
 def legend(panel: Axes, columns: int = 4) -> None:
