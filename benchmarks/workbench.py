@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from unittest.mock import patch
 
+from benchmarks import episode_browser
 from benchmarks.rows import BenchRow
 from vla_lib.core.run_folder import RunFolder
 from vla_lib.workbench.queue import Queue
@@ -30,8 +31,9 @@ print(steps / took)
 
 
 def rows(fast: bool = False) -> list[BenchRow]:
-    """Work through a queue without running anything; train a small transformer beside a process that computes."""
-    return [queue_row(20 if fast else 500), threads_row(0.5 if fast else 10.0)]
+    """Work through a queue without running anything; train a small transformer beside a process that computes; look at
+    episodes in JupyterLab."""
+    return [queue_row(20 if fast else 500), threads_row(0.5 if fast else 10.0), *episode_browser.rows(fast)]
 
 
 def queue_row(entries: int) -> BenchRow:
