@@ -31,7 +31,9 @@ def intervals(episode: Episode, axes: Panels = None) -> Figure:
     for panel, (name, t_s) in zip(found, times.items(), strict=False):
         steps = intervals_ms(t_s)
         usual = float(np.median(steps))
-        panel.hist(np.clip(steps, 0, max(4 * usual, 1e-3)), bins=60, color=COLOURS["data"])
+        known = np.clip(steps, 0, max(4 * usual, 1e-3))
+        bins = np.linspace(min(known.min(), 0.95 * usual), max(known.max(), 1.05 * usual, 1e-3), 61)
+        panel.hist(known, bins=bins, color=COLOURS["data"])
         panel.axvline(usual, color=COLOURS["median"], lw=1)
         rate = distinct_hz(episode.robot) if "distinct" in name else 1e3 / usual if usual else float("nan")
         clipped = ", clipped at 4 x median" if (steps > 4 * usual).any() else ""
