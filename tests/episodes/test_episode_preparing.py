@@ -25,7 +25,7 @@ from vla_lib.core.errors import UserError
 from vla_lib.core.files import file_lock
 from vla_lib.episodes import find_episodes, find_prepared, load_prepared
 from vla_lib.preprocess import Settings, left_out, main, make_jobs, run_jobs
-from vla_lib.workbench.triage import episode_table
+from vla_lib.workbench.triage import episode_rows
 
 LOCK = ".data.pkl.lock"
 SMALL = Raw(seconds=1.5, camera_hz=2.0)
@@ -546,7 +546,9 @@ def test_metadata_that_readers_cannot_use_are_refused_at_the_door(prepared, key,
     (prepared / "data.pkl").write_bytes(pickle.dumps(content))
     with pytest.raises(UserError, match=f"data.pkl is refused: metadata .*{key}.*preprocess"):
         load_prepared(prepared)
-    assert key in episode_table(prepared.parent.parent)["verdict"].iloc[0]  # notebook 01 shows it beside the others
+    root = prepared.parent.parent
+    row = episode_rows(root, find_episodes(root))[0]
+    assert key in row["verdict"]  # notebook 01 shows it beside the others
 
 
 @pytest.mark.parametrize("damage", ("reversed", "reversed sensor", "no number", "a step without a number"))
