@@ -23,6 +23,7 @@ from cycler import cycler
 from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter, NullFormatter
 
 P = ParamSpec("P")
 Panels: TypeAlias = Axes | Sequence[Axes] | None
@@ -83,7 +84,12 @@ def plot(draw: Callable[P, Figure]) -> Callable[P, Figure]:
     @functools.wraps(draw)
     def styled(*data: P.args, **how: P.kwargs) -> Figure:
         with mpl.rc_context(_look()):
-            return draw(*data, **how)
+            figure = draw(*data, **how)
+        for axis in (axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis) if axis.get_scale() == "log"):
+            if isinstance(axis.get_major_formatter(), LogFormatter):  # it writes powers as formulas, which stay text
+                axis.set_major_formatter("{x:g}")
+                axis.set_minor_formatter(NullFormatter())
+        return figure
 
     return styled
 
