@@ -50,7 +50,7 @@ def _verdict(files: EpisodeFiles, known: dict[str, Any] | None) -> dict[str, Any
         except (UserError, KeyError) as error:
             known = {"verdict": f"data.pkl refused: {error}"}
     known = known or {"verdict": UNJUDGED, "reasons": "notebook 02 judges"}
-    seconds = round(known.get("seconds") or 0.0, 1)
+    seconds = round(known["seconds"], 1) if known.get("seconds") else None
     reasons = known.get("reasons") or ""
     return {"verdict": known["verdict"], "steps": known.get("steps"), "seconds": seconds, "reasons": reasons}
 
