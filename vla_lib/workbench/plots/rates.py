@@ -33,7 +33,7 @@ def intervals(episode: Episode, axes: Panels = None) -> Figure:
         usual = float(np.median(steps))
         known = np.clip(steps, 0, max(4 * usual, 1e-3))
         bins = np.linspace(min(known.min(), 0.95 * usual), max(known.max(), 1.05 * usual, 1e-3), 61)
-        panel.hist(known, bins=bins, color=COLOURS["data"])
+        panel.hist(known, bins=bins.tolist(), color=COLOURS["data"])
         panel.axvline(usual, color=COLOURS["median"], lw=1)
         rate = distinct_hz(episode.robot) if "distinct" in name else 1e3 / usual if usual else float("nan")
         clipped = ", clipped at 4 x median" if (steps > 4 * usual).any() else ""
