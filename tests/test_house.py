@@ -114,7 +114,7 @@ BOUNDS = {
     "runtime": (10, 1390),
     "robots": (12, 1500),
     "evaluation": (12, 2121),
-    "workbench": (42, 6672),
+    "workbench": (42, 6673),
 }
 
 

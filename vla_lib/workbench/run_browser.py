@@ -70,14 +70,15 @@ class RunBrowser:
         )
 
     def _shown(self) -> pd.DataFrame:
-        """The rows that hold every word of the filter (`column=value`: in that column)."""
+        """The rows that hold every word of the filter (`column=value`: in that column), without empty columns."""
         frame = self._sorted()
         for word in self.filter.value.split():
             column, equals, value = word.partition("=")
             of = frame[[column]] if equals and column in frame else frame.assign(folder=frame.index)
             text = of.map(_text).agg(" ".join, axis=1) if len(of) else pd.Series(dtype=str)
             frame = frame[text.str.contains(value if of.shape[1] == 1 else word, case=False, regex=False).astype(bool)]
-        return frame
+        says = [name == "run" or frame[name].map(_text).astype(bool).any() for name in frame]
+        return frame.loc[:, says]
 
     def _fill(self) -> None:
         """Draw the table anew."""
