@@ -65,8 +65,9 @@ class SafetyLimits:
                 f"The workspace box {self.workspace_mm} needs (low, high) in mm for x, y and z, low below high."
             )
         for name, value in vars(self).items():
-            if isinstance(value, int | float) and not isinstance(value, bool) and not value > -(name == "spare_views"):
-                raise UserError(f"The safety limit {name} is {value}; it must be above 0.")
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if number and not (value >= 0 if name == "spare_views" else value > 0):
+                raise UserError(f"The safety limit {name} is {value}; it must be above 0 (spare_views: 0 or more).")
         if self.turn_deg >= 90:  # beyond, a turn may come back into the range from its other side
             raise UserError(f"The safety limit turn_deg is {self.turn_deg}; it must be below 90 degrees.")
 
