@@ -63,7 +63,7 @@ class RolloutSettings(ClosedLoopSettings):
 class EvaluateSettings(ClosedLoopSettings):
     """Evaluate checkpoints: held-out errors beside three baselines, and rollouts on the simulated rig."""
 
-    unnamed = "checkpoints ddim_steps device expert_jitter_ms expert_latency_ms run_dir vlm_jitter_ms"
+    unnamed = "checkpoints ddim_steps device expert_jitter_ms expert_latency_ms run_dir skip_seeds vlm_jitter_ms"
 
     # checkpoint files, each PATH or NAME=PATH; the first is the one in question, the others are compared with it
     checkpoints: Annotated[Texts, arg(aliases=("--checkpoint",))] = ()
@@ -73,6 +73,7 @@ class EvaluateSettings(ClosedLoopSettings):
     batch_size: Positive = 64  # samples in one forward pass
     closed_loop_seeds: Count = 0  # unseen phantoms of the rig on which every checkpoint is tried; 0: none
     tuning: bool = False  # take seeds that are kept for choosing between variants: the reported ones stay unseen
+    skip_seeds: Count = 0  # leave out so many of these phantoms, on which something was decided before
     masked: bool = False  # also the first checkpoint with its VL and with its sensor masked
     latency_sweep: bool = False  # also the first checkpoint with VL features that come 0, 381 and 600 ms late
     disturbed: bool = False  # also the first checkpoint under each disturbance of the rig, one at a time

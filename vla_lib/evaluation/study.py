@@ -92,7 +92,7 @@ def evaluate(settings: EvaluateSettings, done: Callable[[Study], Any] = lambda s
     done(study)
     if tried:
         first = TUNING_SEED if settings.tuning else FIRST_SEED
-        seeds = unseen_seeds(settings.closed_loop_seeds, list(roots.values()), first)
+        seeds = unseen_seeds(settings.closed_loop_seeds, list(roots.values()), first + settings.skip_seeds)
         study.closed_loop = closed_loop(tried, seeds, settings.workers)
         for name, path in study.checkpoints.items():
             trained_ms = read_checkpoint(path)["settings"]["vlm_latency_ms"]
