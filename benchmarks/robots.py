@@ -86,8 +86,12 @@ def lateness_row(log: RunLog, used: dict[str, Any]) -> BenchRow:
     faults = ", ".join(
         f"{row['stream']} {row['fault'] or row['refused']}" for row in used["streams"] if row["fault"] or row["refused"]
     )
+    worst = int(log.column("lateness_ms").argmax())
+    before = "; ".join(f"{name} {getattr(log.ticks[worst - 1], name)}" for name in ("mode", "expert_ms", "vl_busy"))
     note = (
-        f"{summary['ticks']} ticks to {summary['ended']}: median {late['median']:.2f}, max {late['max']:.2f} ms; "
+        f"real-time priority {'given' if log.real_time else 'refused'}; {summary['ticks']} ticks to "
+        f"{summary['ended']}: median {late['median']:.2f}, max {late['max']:.2f} ms (tick {worst}; before "
+        f"it {before}); "
         f"{summary['missed_deadlines']} missed deadlines, {summary['skipped_ticks']} skipped, "
         f"{summary['modes'].get('hold', 0)} held; memory {early:.0f} to {late_MB:.0f} MB; {rates}; refused or faulty: "
         f"{faults or 'nothing'}; load {used['load']:.1f} before; baseline: allowed"

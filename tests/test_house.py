@@ -111,9 +111,9 @@ BOUNDS = {
     "features": (13, 2214),
     "policy": (8, 745),
     "training": (14, 2175),
-    "runtime": (10, 1390),
+    "runtime": (10, 1409),
     "robots": (12, 1500),
-    "evaluation": (12, 2121),
+    "evaluation": (12, 2126),
     "workbench": (42, 6673),
 }
 

@@ -1,6 +1,7 @@
 """The real clock: the same loop with a thread, a process, a watchdog. Logic only: counts and reasons, never
 milliseconds."""
 
+import os
 import subprocess
 import sys
 import threading
@@ -12,7 +13,7 @@ import pytest
 from plain_robot import BOX, PlainExpert, PlainRobot
 from plain_vlm import make_broken, make_mortal, make_quick, make_slow, tokens_of
 
-from vla_lib.runtime.clock import RealClock, Watchdog
+from vla_lib.runtime.clock import RealClock, Watchdog, real_time
 from vla_lib.runtime.runner import Runner, RunnerSettings
 from vla_lib.runtime.safety import SafetyLimits
 from vla_lib.runtime.vlm_worker import LiveVlm, vlm_process
@@ -211,3 +212,24 @@ def test_a_stop_from_another_thread_is_the_last_word():
     log = runner.run(15.0)
     vlm.close()
     assert log.ended == "operator" and robot.stops[0][1] == "operator"
+
+
+def test_the_loop_goes_before_other_work_where_the_system_allows_it(monkeypatch):
+    """Asked of the kernel: within, this thread is of the real-time class, and what it starts is not."""
+    plain, first = "chrt -p", "SCHED_FIFO"
+
+    def classes():
+        started = subprocess.run(["sh", "-c", "chrt -p $$"], capture_output=True, text=True).stdout
+        own = subprocess.run([*plain.split(), str(threading.get_native_id())], capture_output=True, text=True).stdout
+        return first in own, first in started
+
+    with real_time() as given:
+        assert classes() == (given, False)
+    assert classes() == (False, False)
+
+    def refuses(*_):
+        raise PermissionError("Operation not permitted")
+
+    monkeypatch.setattr(os, "sched_setscheduler", refuses)
+    with real_time() as given:
+        assert not given

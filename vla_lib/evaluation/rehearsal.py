@@ -34,7 +34,7 @@ from vla_lib.evaluation.rollout import Moment, expert_of, judged, rig_of
 from vla_lib.evaluation.settings import RolloutSettings
 from vla_lib.evaluation.sim_robot import SimRobot, make_rig, prepare_gl, sim_limits
 from vla_lib.features.extractor import FeatureExtractor
-from vla_lib.runtime.clock import RealClock
+from vla_lib.runtime.clock import RealClock, real_time
 from vla_lib.runtime.robot_io import DryRunIO, Observation, RobotIO
 from vla_lib.runtime.run_log import RunLog, Tick
 from vla_lib.runtime.runner import Runner, Watch
@@ -95,7 +95,8 @@ class Pilot(contextlib.AbstractContextManager["Pilot"]):
         gc.freeze()  # the collector shall not walk through models in the middle of a tick
         try:
             started(runner)
-            return runner.run(max_s, until, held)
+            with real_time() as runner.log.real_time:
+                return runner.run(max_s, until, held)
         finally:
             gc.unfreeze()
             torch.set_num_threads(threads)

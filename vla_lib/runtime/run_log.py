@@ -41,6 +41,7 @@ class RunLog:
     ended: str = ""
     stopped: bool = False
     period_s: float = 0.1  # seconds of one action; the deadline of each
+    real_time: bool = False  # whether the loop went before the machine's other work
 
     def event(self, t_s: float, kind: str, reason: str) -> None:
         """Note that something began: hold, resume, retreat, stop, warning, end; or that the robot did not take a stop
@@ -60,6 +61,7 @@ class RunLog:
         return {
             "ended": self.ended,
             "stopped": self.stopped,
+            "real_time": self.real_time,
             "ticks": len(self.ticks),
             "modes": dict(Counter(tick.mode for tick in self.ticks)),
             "reasons": dict(Counter(tick.reason for tick in self.ticks if tick.reason)),
