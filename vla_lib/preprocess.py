@@ -170,13 +170,14 @@ def run_jobs(jobs: Sequence[EpisodeJob], workers: int = 0, show: bool = True) ->
     workers = min(workers or len(os.sched_getaffinity(0)), len(jobs))
     asked: dict[str, EpisodeJob] = {}
     reports: dict[str, Report] = {}
-    for job, found in _each(ask_job, jobs, workers, "comparing clocks", show):
+    first = slurm.share(len(jobs))  # machines of one Slurm job begin apart, and skip what is done
+    for job, found in _each(ask_job, [*jobs[first:], *jobs[:first]], workers, "comparing clocks", show):
         asked[job.key] = job if isinstance(found, BaseException) else found
         if isinstance(found, MACHINE):
             reports[job.key] = job.failed(INTERRUPTED, str(found), NOT_JUDGED)
     order, jobs = jobs, with_clocks([asked[job.key] for job in jobs if job.key not in reports])
     label = "inspecting" if jobs and jobs[0].settings.report_only else "preparing"
-    first = slurm.share(len(jobs))  # machines of one Slurm job begin apart, and skip what is done
+    first = slurm.share(len(jobs))
     for job, result in _each(run_job, [*jobs[first:], *jobs[:first]], workers, label, show):
         if isinstance(result, UserError):
             raise result
@@ -238,9 +239,11 @@ def ask_job(job: EpisodeJob) -> EpisodeJob:
         before = known_content(job.out)
         if before and before["metadata"].get("inputs") == inputs:
             return replace(job, inputs=inputs, evidence=Evidence.of(before["metadata"]["evidence"]))
-        return replace(
-            job, inputs=inputs, evidence=evidence(Episode.open(job.files, full_picture_check=None, listing=listing))
-        )
+
+        def find() -> dict[str, Any]:
+            return evidence(Episode.open(job.files, full_picture_check=None, listing=listing)).to_dict()
+
+        return replace(job, inputs=inputs, evidence=Evidence.of(slurm.found_once(inputs, find)))
     except Exception:  # whatever is wrong with the episode
         return job
 

@@ -67,6 +67,22 @@ def test_a_stopped_worker_is_told_and_the_wait_ends_when_asked(monkeypatch, caps
     assert [worker for worker in workers() if worker not in before] == []
 
 
+@pytest.mark.parametrize("number", sorted(loader.STOPS))
+def test_a_stop_signal_that_every_process_gets_leaves_the_workers_at_work(number):
+    before = workers()
+    assert len(list(loader.load(Items(lambda: os.kill(os.getpid(), number)), 2))) == 6
+    assert workers() == before
+
+
+def test_a_worker_that_does_not_end_is_killed(monkeypatch):
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.2)  # torch's patience
+    before, items = workers(), loader.load(Items(lambda: time.sleep(3600)), 1)
+    assert [next(items)["number"] for _ in range(3)] == [0, 1, 2]
+    items.close()
+    psutil.wait_procs([worker for worker in workers() if worker not in before], timeout=10)
+    assert workers() == before
+
+
 def test_a_killed_worker_names_both_limits():
     with pytest.raises(UserError, match=r"is lost .*ulimit -n.*--shm-size"):
         list(loader.load(Items(lambda: os.kill(os.getpid(), signal.SIGKILL)), 1))

@@ -25,6 +25,7 @@ from vla_lib.core.errors import UserError
 from vla_lib.core.files import file_lock
 from vla_lib.episodes import find_episodes, find_prepared, load_prepared
 from vla_lib.preprocess import Settings, left_out, main, make_jobs, run_jobs
+from vla_lib.workbench import slurm
 from vla_lib.workbench.triage import episode_rows
 
 LOCK = ".data.pkl.lock"
@@ -209,6 +210,21 @@ def test_what_the_machine_failed_at_is_no_verdict_and_another_run_makes_up_for_i
     monkeypatch.undo()
     assert main(replace(settings, workers=1))["interrupted"] == 0
     assert len(find_prepared(root)) == 2
+
+
+def test_machines_of_one_job_begin_apart_and_ask_the_motion_of_an_episode_once(root, tmp_path, monkeypatch):
+    asked, evidence = [], preprocess.evidence
+    monkeypatch.setattr(preprocess, "evidence", lambda episode: asked.append(episode.path) or evidence(episode))
+    jobs = make_jobs(Settings(root, report_only=True))
+    first, second = (job.files.path for job in jobs)
+    monkeypatch.setenv(slurm.FOUND, str(tmp_path / "found"))
+    here = run_jobs(jobs, 1)
+    for name, value in (("ID", "0"), ("NUM_TASKS", "1")):  # a helper on the other machine
+        monkeypatch.setenv(f"SLURM_STEP_{name}", value)
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    assert run_jobs(jobs, 1) == here and asked == [first, second]
+    monkeypatch.delenv(slurm.FOUND)
+    assert run_jobs(jobs, 1) == here and asked[2:] == [second, first]
 
 
 # --- hostile and broken input ----------------------------------------------------------------------------------

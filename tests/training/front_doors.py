@@ -1,7 +1,11 @@
-"""Starts trainings as programs, small ones, and reads what they told W&B."""
+"""Starts trainings as programs, small ones, and reads what they told W&B.
+
+python front_doors.py STEP SIGNAL PROGRAM FLAGS...     PROGRAM, which SIGNAL meets in the middle of a step
+"""
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -52,11 +56,36 @@ def flags_of(values: dict) -> list[str]:
     return words
 
 
-def launch(program: str, values: dict, processes: int = 1) -> subprocess.Popen:
-    """Start a front door as a program, under torchrun where `processes` > 1; returns at once."""
-    words = [sys.executable, "-m", f"vla_lib.{program}", *flags_of(values)]
+def launch(program: str, values: dict, processes: int = 1, signal_after: tuple[int, int] = ()) -> subprocess.Popen:
+    """Start a front door as a program, under torchrun where `processes` > 1; returns at once.
+
+    `signal_after`: so many steps, and the signal that the last rank's process group gets in the step that follows.
+    """
+    words = ["-m", f"vla_lib.{program}", *flags_of(values)]
+    if signal_after:
+        words = [__file__, *map(str, map(int, signal_after)), *words[1:]]
     if processes > 1:
-        words[1:1] = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        words = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *words]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
     output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(words, env=environment, start_new_session=True, **output)
+    return subprocess.Popen([sys.executable, *words], env=environment, start_new_session=True, **output)
+
+
+def signal_midway(step: int, number: int) -> None:
+    """From now on: after `step` steps the last rank sends the signal to its process group, loader processes too."""
+    from vla_lib.training.schedule import Schedule
+
+    rate, last = Schedule.learning_rate, int(os.environ.get("WORLD_SIZE", 1)) - 1
+
+    def begin(self, state):
+        if state.step == step and int(os.environ.get("RANK", 0)) == last:
+            os.killpg(0, number)
+        return rate(self, state)
+
+    Schedule.learning_rate = begin
+
+
+if __name__ == "__main__":
+    signal_midway(int(sys.argv[1]), int(sys.argv[2]))
+    del sys.argv[:3]
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

@@ -26,7 +26,7 @@ TRAINING = """
 from tests.workbench import rank_stub
 from vla_lib.workbench import slurm
 from vla_lib.workbench.jobs import Job
-with slurm.on_other_nodes('json.tool', [given, made]): pass
+with slurm.on_other_nodes('json.tool', [given, made], run.path): pass
 job = Job.torchrun("tests.workbench.rank_stub", rank_stub.Settings(), run.path, nproc_per_node, resume=bool(resume_run))
 await job.watch()
 """
@@ -89,7 +89,7 @@ def test_a_training_over_two_nodes_outlives_its_time_limit_and_is_cancelled(
     job, latest = slurm.job_of(run), run / "checkpoints" / rank_stub.CHECKPOINT
     steps = lambda: [row["step"] for row in read_jsonl(run / "metrics.jsonl")]  # noqa: E731
     until(lambda: len(steps()) >= 5, runs_folder)
-    assert made.read_text() == "{}\n"
+    assert made.read_text() == "{}\n" and not (run / "found").exists()
     capsys.readouterr()
     vla("runs")
     said = capsys.readouterr().out
@@ -172,6 +172,7 @@ def test_a_submitted_flow_is_taken_up_in_its_folder_with_the_step_that_was_stopp
     assert submissions.submit_flow(batch, "run-all", "D") == 0
     lines = scripts[0].splitlines()
     asked = ["nodes=2", "gres=gpu:4", "cpus-per-task=8", "time=8:00:00", "partition=long", "signal=B:USR1@120"]
+    assert "\nexport SRUN_CPUS_PER_TASK=8 " in scripts[0]
     assert {f"#SBATCH --{one}" for one in [*asked, "requeue"]} <= set(lines)
     assert any(line.endswith("-m vla_lib.cli run-all --dataset-root D & run=$!") for line in lines)
     (folder,) = runs_folder.iterdir()

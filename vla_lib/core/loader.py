@@ -1,8 +1,8 @@
 """Batches from loader processes: the wait can be stopped, a long silence is told, and what is lost ends it.
 
 torch's DataLoader waits for ever where a worker is stopped, or has lost a batch on its way (no open file or no shared
-memory left for it). torchrun and a terminal signal a rank's whole process group: a worker that died of that would take
-the rank along before it has saved, so workers leave the group.
+memory left for it). torchrun and a terminal signal a rank's whole process group, Slurm every process of a job: a worker
+that died of that would take the rank along before it has saved, so workers leave the group and block these signals.
 """
 
 import contextlib
@@ -79,6 +79,8 @@ def _patiently(items: Iterator[Any], workers: list[BaseProcess], stop: Callable[
             if worker.is_alive() and worker.pid:
                 os.kill(worker.pid, signal.SIGCONT)
         del items  # ends the workers now, though an error's traceback may hold this frame
+        for worker in workers:
+            worker.kill()  # torch's own last word is SIGTERM
 
 
 def _states(workers: list[BaseProcess]) -> str:
@@ -126,7 +128,7 @@ def limits() -> str:
 
 @contextlib.contextmanager
 def _stops_blocked() -> Iterator[None]:
-    """Workers are forked inside: stop signals wait, here to the block's end, in a worker until it has begun."""
+    """Workers are forked inside: stop signals wait, here to the block's end, in a worker for ever."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
     try:
         yield
@@ -135,13 +137,10 @@ def _stops_blocked() -> Iterator[None]:
 
 
 def _begin(_: int) -> None:
-    """First call of a worker: it leaves its parent's group, drops the signals before, and dies with its parent."""
+    """First call of a worker: it leaves its parent's group, and dies with its parent."""
     os.setpgid(0, 0)
     parent = multiprocessing.parent_process()
     die_with_parent(parent=parent.pid if parent else None)
-    while signal.sigtimedwait(STOPS, 0):
-        pass
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
     # a private hook, as there is no public one: the thread that sends a batch drops it where it fails, and the parent
     # would wait for ever; tests/core/test_loader.py watches it
     Queue._on_queue_feeder_error = staticmethod(_lose)  # type: ignore[attr-defined]

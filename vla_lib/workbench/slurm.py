@@ -10,11 +10,12 @@ before the time limit the run is told to stop: it saves a checkpoint, and the jo
 import contextlib
 import os
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -37,6 +38,7 @@ JOB = "${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_
 RELAY = f"""trap 'scancel --signal=TERM {JOB}' TERM; "$@" & run=$!; {WAIT}; exit $status"""
 CPUS_PER_GPU = 2  # a rank and what reads for it; a guess
 SUBMITTED = "VLA_SUBMITTED"  # the folder that was made when the job was submitted
+FOUND = "VLA_FOUND"  # the folder in which machines of one job tell each other what they found
 GONE = "gone"
 BATCH_STEP = (None, "", "4294967291")  # SLURM_STEP_ID outside srun
 
@@ -88,6 +90,7 @@ class Batch:
                 *lines,
                 "#SBATCH --requeue",
                 f"export {SUBMITTED}={shlex.quote(str(folder))}",
+                f"export SRUN_CPUS_PER_TASK={cpus}  # since Slurm 22.05 srun asks for one core else",
                 "trap 'after=\"scontrol requeue\"; kill -TERM $run' USR1",
                 "trap 'after=scancel; kill -TERM $run' USR2  # vla runs stop",
                 "trap : TERM  # scancel tells all processes of the job",
@@ -209,13 +212,15 @@ def torchrun_words(count: int) -> list[str]:
 
 
 @contextlib.contextmanager
-def on_other_nodes(module: str, words: Sequence[str]) -> Iterator[None]:
+def on_other_nodes(module: str, words: Sequence[str], folder: Path) -> Iterator[None]:
     """Inside, `python -m MODULE WORDS` also runs on the other machines of this Slurm job, which share the work by its
-    locks; they are waited for. Outside a job of several machines nothing happens."""
+    locks and by `found_once` (in files below `folder`, for the time); they are waited for. Outside a job of several
+    machines nothing happens."""
     others = nodes() - 1
     if others < 1:
         yield
         return
+    os.environ[FOUND] = str(folder / "found")
     srun = ["srun", f"--nodes={others}", f"--ntasks={others}", "--ntasks-per-node=1", "--relative=1"]
     helpers = subprocess.Popen([*srun, sys.executable, "-m", module, *words], stdin=subprocess.DEVNULL)
     try:
@@ -225,6 +230,20 @@ def on_other_nodes(module: str, words: Sequence[str]) -> Iterator[None]:
         if helpers.poll() is None:
             helpers.terminate()
             helpers.wait()
+        shutil.rmtree(os.environ.pop(FOUND), ignore_errors=True)
+
+
+def found_once(name: str, find: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What `find` gives, or what it gave on another machine of this job under that name (see `on_other_nodes`)."""
+    if FOUND not in os.environ:
+        return find()
+    file = Path(os.environ[FOUND]) / f"{name}.json"
+    if file.exists():
+        return dict(read_json(file))
+    found = find()
+    with contextlib.suppress(OSError):
+        write_json(file, found)
+    return found
 
 
 def share(count: int) -> int:
