@@ -114,7 +114,7 @@ BOUNDS = {
     "runtime": (10, 1409),
     "robots": (12, 1500),
     "evaluation": (12, 2126),
-    "workbench": (42, 6692),
+    "workbench": (42, 6694),
 }
 
 

@@ -38,6 +38,7 @@ def intervals(episode: Episode, axes: Panels = None) -> Figure:
         rate = distinct_hz(episode.robot) if "distinct" in name else 1e3 / usual if usual else float("nan")
         clipped = ", clipped at 4 x median" if (steps > 4 * usual).any() else ""
         panel.set(yscale="log", xlabel=f"interval (ms){clipped}", ylabel="count")
+        panel.set_ylim(0.7, max(12.0, panel.get_ylim()[1]))  # so that 1 and 10 are written, also of a few pictures
         panel.set_title(f"{name}\n{rate:.1f} Hz, longest {steps.max():.0f} ms")
     for panel in found[len(times) :]:
         panel.set_axis_off()

@@ -119,7 +119,8 @@ def _lateness(panel: Axes, ticks: Sequence[Tick]) -> None:
 def _durations(panel: Axes, found: Mapping[str, Iterable[float | None]], deadline_ms: float) -> None:
     for number, (name, values) in enumerate(found.items()):
         if known := [value for value in values if value is not None]:
-            panel.hist(known, bins=30, color=COLOURS[name], alpha=0.8, hatch=nth(number).hatch, label=name)
+            bins = np.linspace(0, max(*known, deadline_ms), 61).tolist()  # one width: a bar is wide enough to be seen
+            panel.hist(known, bins=bins, color=COLOURS[name], alpha=0.8, hatch=nth(number).hatch, label=name)
     panel.axvline(deadline_ms, **LIMIT, label="deadline of an action")
     panel.set(xlabel=f"duration of the {' and the '.join(found)} (ms)", ylabel="calls")
     legend(panel, 2)

@@ -210,7 +210,7 @@ def paired(one: ClosedLoop, other: ClosedLoop, names: Sequence[str], axes: Panel
     where.set(xlabel="x of the target (mm)", ylabel="y of the target (mm)", title="who succeeds where")
     where.set_aspect("equal", adjustable="datalim")
     legend(where, 1)
-    distance.set(xlabel=f"{names[0]}: distance from the axis (mm)", ylabel=f"{names[1]}: distance from the axis (mm)")
+    distance.set(xlabel=f"{names[0]}:\ndistance from the axis (mm)", ylabel=f"{names[1]}:\ndistance from the axis (mm)")
     distance.set(xlim=(0, most), ylim=(0, most), aspect="equal", title="green: within the tolerance")
     return figure
 
