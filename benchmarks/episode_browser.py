@@ -25,7 +25,7 @@ from benchmarks.rows import BenchRow, seconds
 from vla_lib import preprocess
 from vla_lib.core.files import write_json
 from vla_lib.episodes import Episode, find_episodes, load_prepared
-from vla_lib.episodes.verdicts import VERDICTS_NAME, read_verdicts
+from vla_lib.episodes.findings import VERDICTS_NAME, read_verdicts
 from vla_lib.workbench import lab
 from vla_lib.workbench.viewer import payload
 from vla_lib.workbench.widgets import drawn

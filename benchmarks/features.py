@@ -82,7 +82,8 @@ def serve_rows(root: Path, plain_rate: float) -> list[BenchRow]:
     def serve() -> None:
         for numbers, steps in picks:
             found = [cache.episode(episodes[number]) for number in numbers]
-            torch.stack([one.tokens[int(one.newest(step))] for one, step in zip(found, steps, strict=True)])
+            newest = [np.searchsorted(one.tick_step, at, "right") - 1 for one, at in zip(found, steps, strict=True)]
+            torch.stack([one.tokens[int(tick)] for one, tick in zip(found, newest, strict=True)])
 
     rate = 64 * len(picks) / float(np.median(seconds(serve, 3, warm=1)))
     tokens = torch.cat([cache.episode(episode).tokens for episode in episodes]).clone()

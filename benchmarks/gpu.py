@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -188,7 +189,8 @@ def large_extractor(checkpoint: Any, processor: Any, config: dict[str, Any], vie
             AutoConfig.for_model("qwen2_5_vl", **half), dtype=torch.bfloat16, attn_implementation="sdpa"
         )
     speed_up(model)
-    vlm = Vlm(model.eval().requires_grad_(False), processor, "qwen2_5_vl", 36, 18, config["text_config"]["hidden_size"])
+    large = replace(checkpoint, depth=36, hidden_size=config["text_config"]["hidden_size"])
+    vlm = Vlm(model.eval().requires_grad_(False), processor, large, 18)
     return FeatureExtractor(vlm, FeatureForm(processor, views, "grid:4x6", 360, 640))
 
 

@@ -14,7 +14,7 @@ import os
 import sys
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ from vla_lib.episodes.clocks import (
 from vla_lib.episodes.data_pkl import drop_prepared, known_content
 from vla_lib.episodes.datasets import DatasetTable
 from vla_lib.episodes.episode import Episode
-from vla_lib.episodes.findings import GOOD, NOT_JUDGED, REJECTED
+from vla_lib.episodes.findings import GOOD, NOT_JUDGED, REJECTED, keep_verdicts
 from vla_lib.episodes.marks import Marks
 from vla_lib.episodes.motion import evidence
 from vla_lib.episodes.pictures import list_pictures
@@ -45,7 +45,6 @@ from vla_lib.episodes.prepare import EpisodeJob, Report, prepare_episode
 from vla_lib.episodes.prepare import PreprocessSettings as Settings
 from vla_lib.episodes.quality import verdict_table
 from vla_lib.episodes.survey import Survey, survey
-from vla_lib.episodes.verdicts import keep_verdicts
 from vla_lib.workbench import slurm
 
 EXIT_STRICT = 3
@@ -86,7 +85,7 @@ def main(settings: Settings) -> dict[str, Any]:
         "no_episodes": [f"{_shown(path, settings.root)} {why}" for path, why in found.remarks],
         "unknown_datasets": found.unknown,
         "notes": list(dict.fromkeys(report.note for report in reports if report.note)),
-        "reports": [report.to_dict() for report in reports],
+        "reports": [vars(report) for report in reports],
     }
     if not settings.report_only:
         rows = {report.key: report.summary for report in reports if report.verdict != NOT_JUDGED}
@@ -238,12 +237,12 @@ def ask_job(job: EpisodeJob) -> EpisodeJob:
         inputs = job.fingerprint(listing)
         before = known_content(job.out)
         if before and before["metadata"].get("inputs") == inputs:
-            return replace(job, inputs=inputs, evidence=Evidence.of(before["metadata"]["evidence"]))
+            return replace(job, inputs=inputs, evidence=Evidence(**before["metadata"]["evidence"]))
 
         def find() -> dict[str, Any]:
-            return evidence(Episode.open(job.files, full_picture_check=None, listing=listing)).to_dict()
+            return asdict(evidence(Episode.open(job.files, full_picture_check=None, listing=listing)))
 
-        return replace(job, inputs=inputs, evidence=Evidence.of(slurm.found_once(inputs, find)))
+        return replace(job, inputs=inputs, evidence=Evidence(**slurm.found_once(inputs, find)))
     except Exception:  # whatever is wrong with the episode
         return job
 

@@ -9,11 +9,12 @@ from vla_lib.episodes import Episode, find_prepared, load_prepared
 from vla_lib.episodes.clocks import (
     CONFIRMED,
     FOUND,
+    GIVEN,
     UNKNOWN,
+    ClockOffset,
     Clocks,
     Estimate,
     Evidence,
-    given,
     session_clocks,
     sessions,
 )
@@ -113,7 +114,7 @@ def test_a_given_offset_overrides_what_the_motion_says(tmp_path):
     episode = load_prepared(path)
     assert episode.clocks.sensor.sentence() == "+300 ms, given"
     assert episode.sensor_timestamp[0] == pytest.approx(T0 - 0.3, abs=1e-5)
-    opened = Episode.open(path, Clocks(given(300)))
+    opened = Episode.open(path, Clocks(ClockOffset(0.3, GIVEN)))
     np.testing.assert_allclose(opened.sensor.t_s, episode.sensor_timestamp)
 
 

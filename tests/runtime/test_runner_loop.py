@@ -11,7 +11,7 @@ from vla_lib.episodes.poses import apply_action, rotation_angle_deg
 from vla_lib.runtime.clock import Latency, SimulatedClock
 from vla_lib.runtime.expert import ChunkPlan
 from vla_lib.runtime.robot_io import DryRunIO
-from vla_lib.runtime.sensor_buffer import SensorBuffer
+from vla_lib.runtime.streams import SensorBuffer
 
 
 def ages(log) -> list[int]:

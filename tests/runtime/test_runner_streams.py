@@ -7,8 +7,7 @@ from test_runner_safety import assert_held_then_stopped, first
 
 from vla_lib.runtime.robot_io import Observation
 from vla_lib.runtime.safety import SafetyLimits
-from vla_lib.runtime.sensor_buffer import SensorBuffer
-from vla_lib.runtime.streams import Streams
+from vla_lib.runtime.streams import SensorBuffer, Streams
 
 AFTER = 0.95  # faults begin with the tick at 1 s
 

@@ -35,7 +35,7 @@ def with_pictures(folder: Path) -> None:
     """Small pictures, all of one file."""
     for view in VIEWS:
         (folder / view).mkdir()
-        for number in range(load_prepared(folder).image_count(view)):
+        for number in range(len(load_prepared(folder).image_timestamp[view])):
             Image.fromarray(np.full((28, 28, 3), 20 * number, np.uint8)).save(folder / view / f"{number:04d}.jpg")
 
 

@@ -25,6 +25,11 @@ def needing_room(path: Path, remedy: str = "Make room and go on with --resume.")
         raise UserError(f"{path} cannot be written ({in_words(error)}). {remedy}") from error
 
 
+def first_line(error: BaseException) -> str:
+    """What another library's error says in its first line (300 letters at most), else the error's type."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
 def in_words(error: BaseException) -> str:
     """An error for a record or a person: a UserError's sentence, `disk full` where that is it, else its type too."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -23,7 +23,7 @@ import psutil
 import torch
 from torch.utils.data import DataLoader
 
-from vla_lib.core.errors import UserError
+from vla_lib.core.errors import UserError, first_line
 from vla_lib.core.processes import die_with_parent
 
 POLL_S = 1.0  # the stop flag is looked at so often
@@ -108,9 +108,8 @@ def _telling_losses() -> Iterator[None]:
         if broken:  # torch raises once more when the worker is gone: here, not somewhere later
             with contextlib.suppress(RuntimeError):
                 time.sleep(POLL_S)
-        cause = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"A loader worker or its batch is lost ({cause}). {limits()} If the log above names "
+            f"A loader worker or its batch is lost ({first_line(error)}). {limits()} If the log above names "
             "neither, memory was short. Raise what was, or pass a smaller --num-workers, and go on with --resume."
         ) from error.with_traceback(
             None

@@ -8,11 +8,11 @@ Where a stream begins never shifts anything: that depends on how the recorder be
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
+from pydantic.dataclasses import dataclass
 
 CLEAR_S = 0.02
 CLEAR_CORRELATION = 0.7
@@ -50,15 +50,6 @@ class Evidence:
     start_s: float  # first robot row
     sensor: Estimate | None
     cameras: Estimate | None
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def of(cls, values: dict[str, Any]) -> "Evidence":
-        """From what `to_dict` gave."""
-        found = {name: Estimate(**values[name]) if values[name] else None for name in ("sensor", "cameras")}
-        return cls(values["start_s"], **found)
 
 
 @dataclass(frozen=True)
@@ -104,16 +95,6 @@ class Clocks:
             found.append(row | {"offset_ms": told[0], "uncertainty_ms": told[1], "told_by": clock.episodes})
         return found
 
-    @classmethod
-    def of(cls, values: dict[str, Any]) -> "Clocks":
-        """From what `asdict` gave."""
-        return cls(ClockOffset(**values["sensor"]), ClockOffset(**values["cameras"]), values["session"])
-
-
-def given(offset_ms: float) -> ClockOffset:
-    """The user's own figure."""
-    return ClockOffset(offset_ms / 1e3, GIVEN)
-
 
 def sessions(datasets: Sequence[str], starts_s: Sequence[float]) -> list[list[int]]:
     """Numbers of the episodes of each session: a dataset's episodes that begin within four hours of one another."""
@@ -136,7 +117,7 @@ def session_clocks(
     name = f"{dataset} {datetime.fromtimestamp(min(one.start_s for one in evidence), UTC):%Y-%m-%d %H:%M}"
     sensor = _pooled([one.sensor for one in evidence], smallest_s)
     if given_ms is not None:
-        sensor = [given(given_ms)] * len(evidence)
+        sensor = [ClockOffset(given_ms / 1e3, GIVEN)] * len(evidence)
     cameras = _pooled([one.cameras for one in evidence], smallest_s)
     return [Clocks(*pair, name) for pair in zip(sensor, cameras, strict=True)]
 

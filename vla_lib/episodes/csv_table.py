@@ -18,7 +18,6 @@ import pandas as pd
 
 from vla_lib.core.errors import UserError
 
-Array = np.ndarray[Any, Any]
 Wanted = Callable[[Sequence[str]], Any]
 """Whether column names are those of the table that is looked for."""
 

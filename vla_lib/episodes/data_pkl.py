@@ -15,7 +15,7 @@ import pickle
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import numpy as np
 from annotated_types import Ge, Gt
@@ -39,15 +39,12 @@ _ADMITTED = {
 }
 _LEAVES = re.compile(r"\n(?:[\n/\\]|.:[\n/\\])|[\n/\\]\.\.[\n/\\]|\0")
 """In paths that stand between line ends: an empty or absolute one, a Windows drive, a way up."""
-
-
 _Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class _Metadata(BaseModel, strict=True):
     """What readers take from the metadata without asking; there is more, which they ask for."""
 
-    schema_version: Literal[1]
     dataset: str
     layout: str
     fingerprint: str

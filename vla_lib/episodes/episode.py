@@ -4,26 +4,23 @@ All times are UNIX seconds of the robot's clock; the sensor's and the pictures' 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 
 from vla_lib.core.errors import UserError
-from vla_lib.episodes.clocks import ClockOffset, Clocks
-from vla_lib.episodes.commands import Commands, read_commands
+from vla_lib.episodes.clocks import Clocks
 from vla_lib.episodes.findings import Findings
-from vla_lib.episodes.frozen import frozen_spans
 from vla_lib.episodes.hdf5 import CAMERAS, picture_file, read_h5
 from vla_lib.episodes.layouts import EXPECTED_VIEWS, EpisodeFiles, describe_log, read_layout
+from vla_lib.episodes.motion_cues import frozen_spans
 from vla_lib.episodes.picture_content import sound_pictures
 from vla_lib.episodes.pictures import Listing, Pictures, read_pictures
-from vla_lib.episodes.robot_log import RobotLog, read_robot_log
+from vla_lib.episodes.robot_log import Commands, RobotLog, read_commands, read_robot_log
 from vla_lib.episodes.sensor_log import SensorLog, read_sensor_log
 from vla_lib.episodes.timeline import clean_times, newest_at_or_before
-
-Array = np.ndarray[Any, Any]
 
 AS_RECORDED = Clocks()
 
@@ -131,14 +128,6 @@ class Episode:
         return self.files.layout
 
     @property
-    def sensor_clock(self) -> ClockOffset:
-        return self.clocks.sensor
-
-    @property
-    def camera_clock(self) -> ClockOffset:
-        return self.clocks.cameras
-
-    @property
     def sensor_start_s(self) -> float | None:
         """When the sensor's recording begins, seconds after the first robot row; None without a sensor."""
         begins = self.sensor.begins_s if self.sensor is not None else ()
@@ -186,12 +175,11 @@ def pictures_at(episode: Episode, at_s: float) -> list[PictureAt]:
     return found
 
 
-@dataclass(frozen=True)
-class SensorImage:
-    """A-scans over time, thinned for drawing."""
+class SensorImage(NamedTuple):
+    """A-scans over time, thinned for drawing: t_s (C,) UNIX seconds, values (1025, C) float32, depth x time."""
 
-    t_s: Array  # (C,) UNIX seconds
-    values: Array = field(repr=False)  # (1025, C) float32: depth x time
+    t_s: np.ndarray
+    values: np.ndarray
 
 
 def sensor_image(episode: Episode, columns: int = 600) -> SensorImage | None:

@@ -9,7 +9,7 @@ never used. What is written lies in a folder of the file's stem beside it; the f
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import cache
@@ -27,8 +27,6 @@ from vla_lib.episodes.findings import Findings
 from vla_lib.episodes.layouts import CHANNELS
 from vla_lib.episodes.pictures import Pictures
 from vla_lib.episodes.sensor_file import BLOCK_ROWS
-
-Array = np.ndarray[Any, Any]
 
 FRAME_HZ = 15.0
 SENSOR_HZ = 700.0
@@ -68,18 +66,18 @@ class H5Samples:
     def __len__(self) -> int:
         return self.count
 
-    def blocks(self) -> Iterator[tuple[Array, int]]:
+    def blocks(self) -> Iterator[tuple[np.ndarray, int]]:
         """((n, 1026) float32, 0), in order."""
         with opened(self.path) as file:
             for start in range(0, self.count, BLOCK_ROWS):
                 yield _samples(file, slice(start, min(start + BLOCK_ROWS, self.count))), 0
 
-    def force(self) -> Array:
+    def force(self) -> np.ndarray:
         """(S,) float32."""
         with opened(self.path) as file:
             return np.asarray(file[FORCE][: self.count], np.float32).reshape(self.count, -1)[:, 0]
 
-    def rows(self, wanted: Array) -> Array:
+    def rows(self, wanted: np.ndarray) -> np.ndarray:
         """(M, 1026) float32: the samples with the given numbers."""
         places, back = np.unique(wanted, return_inverse=True)  # h5py wants rising numbers
         runs = np.split(places, np.flatnonzero(np.diff(places) != 1) + 1)
@@ -90,12 +88,12 @@ class H5Samples:
             return np.concatenate([_samples(file, slice(run[0], run[-1] + 1)) for run in runs])[back]
 
 
-def _samples(file: Any, which: Any) -> Array:
+def _samples(file: Any, which: Any) -> np.ndarray:
     force, alines = np.asarray(file[FORCE][which], np.float32), np.asarray(file[ALINE][which], np.float32)
     return np.concatenate([force.reshape(len(alines), -1)[:, :1], alines], axis=1)
 
 
-def read_h5(path: Path, findings: Findings) -> tuple[Table, H5Samples | None, Array, dict[str, Pictures]]:
+def read_h5(path: Path, findings: Findings) -> tuple[Table, H5Samples | None, np.ndarray, dict[str, Pictures]]:
     """(robot log as a table, samples, their times (S,), view key -> pictures). All times are UNIX seconds, rebuilt.
 
     Raises UserError where the file is damaged or holds no poses.
@@ -140,7 +138,7 @@ def _sensor(file: Any, path: Path, frames: int, findings: Findings) -> H5Samples
     return H5Samples(path, count)
 
 
-def _times(file: Any, path: Path, frames: int, samples: H5Samples | None, findings: Findings) -> Array:
+def _times(file: Any, path: Path, frames: int, samples: H5Samples | None, findings: Findings) -> np.ndarray:
     """(N,) UNIX seconds of the frames."""
     stamps = np.asarray(file["timestamp"]) if "timestamp" in file else np.zeros(0)
     if stamps.dtype == np.float64 and len(stamps) == frames > 1 and (np.diff(stamps) > 0).all() and stamps[0] > 1e8:
@@ -173,18 +171,16 @@ def _is_jpeg(jpeg: Any) -> bool:
     return data[:2] == b"\xff\xd8" and b"\xff\xd9" in data[-64:]
 
 
-def write_pictures(path: Path, pictures: dict[str, Pictures], out: Path) -> None:
+def write_pictures(path: Path, names: Iterable[str], out: Path) -> None:
     """Write the JPEG bytes of a file below `out`, at the pictures' relative paths; what is there already stays."""
     with opened(path) as file:
-        for view, one in pictures.items():
-            make_folder(out / view)
-            for name in one.paths:
-                jpeg = np.asarray(file[IMAGES][view][int(Path(name).stem)], np.uint8).tobytes()
-                target = out / name
-                if not target.is_file() or target.stat().st_size != len(jpeg):
-                    partial = target.with_name(f".{target.name}.partial")
-                    partial.write_bytes(jpeg)
-                    os.replace(partial, target)
+        for target in (out / name for name in names):
+            jpeg = np.asarray(file[IMAGES][target.parent.name][int(target.stem)], np.uint8).tobytes()
+            if not target.is_file() or target.stat().st_size != len(jpeg):
+                make_folder(target.parent)
+                partial = target.with_name(f".{target.name}.partial")
+                partial.write_bytes(jpeg)
+                os.replace(partial, target)
 
 
 @cache
@@ -194,9 +190,7 @@ def _looked_at() -> Any:
 
 def picture_file(path: Path, name: str) -> Path:
     """One picture of a file that is not prepared, written into a temporary folder, so that it can be looked at."""
-    view, _, number = name.partition("/")
-    target = Path(_looked_at().name) / f"{abs(hash(path))}-{view}-{number}"
-    if not target.exists():
-        with opened(path) as file:
-            target.write_bytes(np.asarray(file[IMAGES][view][int(Path(number).stem)], np.uint8).tobytes())
-    return target
+    folder = Path(_looked_at().name) / f"{abs(hash(path))}"
+    if not (folder / name).exists():
+        write_pictures(path, [name], folder)
+    return folder / name

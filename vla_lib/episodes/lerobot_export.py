@@ -37,8 +37,6 @@ from vla_lib.episodes.marks import Marks
 from vla_lib.episodes.prepared import PreparedEpisode, load_used
 from vla_lib.episodes.survey import all_prepared
 
-Array = np.ndarray[Any, Any]
-
 VERSION = "v3.0"
 SHARD_FRAMES = 1000  # frames of a data file and its videos: what an interruption costs at most
 EXPORT_RECORD = "meta/vla_export.json"
@@ -89,7 +87,8 @@ def export(settings: ExportSettings) -> dict[str, Any]:
     """
     shards, sources, left_out = _plan(settings)
     out, parts = settings.out, [part for shard in shards for part in shard.parts]
-    fingerprint = hashlib.sha256(repr([shards[0].sizes, sources, parts, _chosen(settings)]).encode()).hexdigest()[:32]
+    chosen = [settings.codec, settings.crf, settings.sensor_window_size]  # what decides over the files' content
+    fingerprint = hashlib.sha256(repr([shards[0].sizes, sources, parts, chosen]).encode()).hexdigest()[:32]
     counts = {"episodes": len(parts), "frames": sum(map(len, parts)), "left_out": left_out}
     with needing_room(out, "Make room and give the same command again, which goes on."):
         make_folder(out)
@@ -101,11 +100,6 @@ def export(settings: ExportSettings) -> dict[str, Any]:
             record = {"fingerprint": fingerprint, "settings": settings.record(), "left_out": left_out}
             _write_meta(shards, record | {"sources": sources})
     return counts | {"status": "written"}
-
-
-def _chosen(settings: ExportSettings) -> list[Any]:
-    """What of the settings decides over the files' content."""
-    return [settings.codec, settings.crf, settings.sensor_window_size]
 
 
 def _known(out: Path, fingerprint: str) -> bool:
@@ -203,7 +197,7 @@ def _sizes(
     return sizes
 
 
-def _runs(valid: Array) -> list[tuple[int, int]]:
+def _runs(valid: np.ndarray) -> list[tuple[int, int]]:
     """(begin, end) of each run of valid steps."""
     edges = np.flatnonzero(np.diff(np.concatenate([[False], valid, [False]]).astype(int)))
     return [(int(begin), int(end)) for begin, end in zip(edges[::2], edges[1::2], strict=True)]

@@ -37,8 +37,6 @@ from vla_lib.episodes.datasets import DEFAULT, TABLE_NAME
 from vla_lib.episodes.layouts import CHANNELS
 from vla_lib.episodes.poses import apply_action, delta_action, euler_deg, interpolate, rotation
 
-Array = np.ndarray[Any, Any]
-
 RECORD = "lerobot_import.json"
 VIEW = re.compile(r"View([1-9])(?:_(left|right))?$")
 PLACE = re.compile(r"(^|[._])x(_m|_mm)?$")
@@ -77,11 +75,11 @@ class ImportSettings(Settings):
 class Steps:
     """The states and actions of one LeRobot episode, in mm and degrees."""
 
-    pose: Array  # (N, 6) intrinsic XYZ
-    joints: Array | None  # (N, 6)
-    action: Array  # (N, width), lengths and angles converted, for `kind`
+    pose: np.ndarray  # (N, 6) intrinsic XYZ
+    joints: np.ndarray | None  # (N, 6)
+    action: np.ndarray  # (N, width), lengths and angles converted, for `kind`
 
-    def targets(self, kind: str, frame: str) -> Array:
+    def targets(self, kind: str, frame: str) -> np.ndarray:
         """(N, 6) where each action leads: a pose, or joints."""
         if kind != "delta":
             return self.action[:, :6]
@@ -189,7 +187,7 @@ class LeRobotDataset:
         raise UserError(f"{file} ends at frame {wanted} of {row['length']} of episode {row['episode_index']}.")
 
 
-def _pose(values: Array, chosen: ImportSettings) -> Array:
+def _pose(values: np.ndarray, chosen: ImportSettings) -> np.ndarray:
     """(N, 6) in mm and intrinsic XYZ angles in degrees; a vector in degrees where `chosen` says euler of a delta."""
     place = values[:, :3] * 1000 if chosen.lengths == "m" else values[:, :3]
     turn = np.degrees(values[:, 3:6]) if chosen.angles == "rad" else values[:, 3:6]

@@ -24,8 +24,6 @@ from vla_lib.core.files import atomic_path, write_json
 from vla_lib.episodes.lerobot_stats import Stats, VideoStats, table_stats
 from vla_lib.episodes.prepared import PreparedEpisode, load_prepared
 
-Array = np.ndarray[Any, Any]
-
 FILES_A_CHUNK = 1000
 CODECS = {"h264": ("libx264", 20), "av1": ("libsvtav1", 30)}  # encoder, quality (CRF) where none is given
 INDEX_COLUMNS = ("frame_index", "episode_index", "index", "task_index")
@@ -123,10 +121,10 @@ def _row(shard: Shard, part: Part) -> dict[str, Any]:
     return row | {f"vla/{name}": value for name, value in ours.items()}
 
 
-def _columns(shard: Shard, part: Part) -> dict[str, Array]:
+def _columns(shard: Shard, part: Part) -> dict[str, np.ndarray]:
     """A part's columns of the data file, each (n,) or (n, width), n the part's frames."""
     episode, steps, frames = _episode(part.folder), slice(part.begin, part.end), np.arange(len(part))
-    found: dict[str, Array] = {"observation.state": episode.state[steps].astype(np.float32)}
+    found: dict[str, np.ndarray] = {"observation.state": episode.state[steps].astype(np.float32)}
     found["action"] = episode.action[steps].astype(np.float32)
     if shard.window:
         index, full = episode.sensor_index[steps], episode.sensor_full(shard.window)[steps]
@@ -155,7 +153,7 @@ def _write_data(shard: Shard) -> list[dict[str, Stats]]:
     return found
 
 
-def _arrow(values: Array) -> pa.Array:
+def _arrow(values: np.ndarray) -> pa.Array:
     flat = pa.array(np.ascontiguousarray(values).reshape(-1))
     return flat if values.ndim == 1 else pa.FixedSizeListArray.from_arrays(flat, values.shape[1])
 
@@ -194,7 +192,7 @@ def _write_video(shard: Shard, view: str, size: tuple[int, int]) -> list[Stats]:
 
 
 @lru_cache(maxsize=1)
-def _pixels(path: Path | None, size: tuple[int, int]) -> Array:
+def _pixels(path: Path | None, size: tuple[int, int]) -> np.ndarray:
     """(height, width, 3) uint8. A camera is slower than the steps: the last picture is kept."""
     try:
         with Image.open(path or "") as picture:

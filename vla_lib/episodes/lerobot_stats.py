@@ -6,12 +6,10 @@ made in float64, so that a small motion far from zero keeps its spread.
 """
 
 from collections.abc import Iterable
-from typing import Any
 
 import numpy as np
 
-Array = np.ndarray[Any, Any]
-Stats = dict[str, Array]  # name of the statistic -> (width,), of a video (3, 1, 1); `count`: (1,)
+Stats = dict[str, np.ndarray]  # name of the statistic -> (width,), of a video (3, 1, 1); `count`: (1,)
 
 QUANTILES = {"q01": 0.01, "q10": 0.10, "q50": 0.50, "q90": 0.90, "q99": 0.99}
 BINS = 5000
@@ -19,7 +17,7 @@ EDGE = 1e-10
 LEVELS = np.arange(256.0)
 
 
-def table_stats(values: Array) -> Stats:
+def table_stats(values: np.ndarray) -> Stats:
     """The statistics of one episode's column (n,) or (n, width)."""
     columns = np.asarray(values, float).reshape(len(values), -1)
     each = [_weighted(column, np.ones(len(column))) for column in columns.T]
@@ -39,7 +37,7 @@ class VideoStats:
         self._count = count
         self._levels = np.zeros((3, 256))
 
-    def add(self, frame: int, pixels: Array) -> None:
+    def add(self, frame: int, pixels: np.ndarray) -> None:
         """Pixels (height, width, 3) uint8 of a frame; those that are not wanted are passed over."""
         if frame in self.wanted:
             height, width = pixels.shape[:2]
@@ -54,7 +52,7 @@ class VideoStats:
         return found | {"count": np.array([self._count])}
 
 
-def _weighted(values: Array, weights: Array) -> dict[str, float]:
+def _weighted(values: np.ndarray, weights: np.ndarray) -> dict[str, float]:
     total = weights.sum()
     mean = float((values * weights).sum() / total)
     std = float(np.sqrt((np.square(values - mean) * weights).sum() / total))
@@ -75,7 +73,7 @@ def combine(episodes: Iterable[Stats]) -> Stats:
     each = list(episodes)
     counts = np.array([one["count"][0] for one in each], float)
 
-    def mean(values: list[Array]) -> Array:
+    def mean(values: list[np.ndarray]) -> np.ndarray:
         return np.asarray(np.average(np.stack(values), axis=0, weights=counts))
 
     middle = mean([one["mean"] for one in each])

@@ -8,7 +8,6 @@ counts. All times in seconds.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from scipy.ndimage import gaussian_filter1d
@@ -20,9 +19,8 @@ from vla_lib.episodes.layouts import EXPECTED_VIEWS
 from vla_lib.episodes.motion_cues import GROUP_S, layer_speed, picture_change
 from vla_lib.episodes.steps import pose_rows
 
-Array = np.ndarray[Any, Any]
 HAND_EYE_VIEW = EXPECTED_VIEWS[-1]
-Curves = dict[str, tuple[Array, Array]]  # name -> times (each on its own clock) and values
+Curves = dict[str, tuple[np.ndarray, np.ndarray]]  # name -> times (each on its own clock) and values
 
 SEARCH_S = 3.0  # lags that are compared, to either side
 MOST_S = 60.0  # of the sensor stream are read: more tells little more
@@ -42,8 +40,8 @@ class MotionMatch:
     """Two curves of one motion and how they agree at each lag."""
 
     estimate: Estimate
-    lags_s: Array  # (L,) the lags that were compared: how far the stream's clock, as recorded, would be ahead
-    correlations: Array  # (L,) the curves' correlation at each
+    lags_s: np.ndarray  # (L,) the lags that were compared: how far the stream's clock, as recorded, would be ahead
+    correlations: np.ndarray  # (L,) the curves' correlation at each
     curves: Curves
 
 
@@ -100,7 +98,7 @@ def camera_match(episode: Episode) -> MotionMatch | None:
     rows = pose_rows(episode.robot)
     t_s, points = episode.robot.t_s[rows], _tool_points(episode.robot.pose[rows])
     around_s = _around(episode.cameras_start_s)
-    views: dict[str, tuple[Array, Array]] = {}
+    views: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     # the right camera sees what the left one sees; all that the hand-eye one sees moves
     left = sorted(view for view in episode.pictures if not view.endswith("_right"))
     for view in sorted(left, key=lambda view: view != HAND_EYE_VIEW)[:MOST_VIEWS]:
@@ -109,12 +107,12 @@ def camera_match(episode: Episode) -> MotionMatch | None:
         part = slice(first, first + MOST_PICTURES)
         if len(pictures.paths[part]) > 20:
             paths = [episode.path / path for path in pictures.paths[part]]
-            views[view] = pictures.t_s[part] + episode.camera_clock.offset_s, picture_change(paths)
-    return _match_pictures(t_s, points, views, around_s + episode.camera_clock.offset_s)
+            views[view] = pictures.t_s[part] + episode.clocks.cameras.offset_s, picture_change(paths)
+    return _match_pictures(t_s, points, views, around_s + episode.clocks.cameras.offset_s)
 
 
 def _match_pictures(
-    t_s: Array, points: Array, views: Mapping[str, tuple[Array, Array]], around_s: float
+    t_s: np.ndarray, points: np.ndarray, views: Mapping[str, tuple[np.ndarray, np.ndarray]], around_s: float
 ) -> MotionMatch | None:
     """As `camera_match`, of points (T, D) mm at t_s (T,); views: name -> picture times (n,), their change (n - 1,)."""
     lags_s = around_s + np.arange(-SEARCH_S, SEARCH_S + PICTURE_STEP_S / 2, PICTURE_STEP_S)
@@ -144,7 +142,7 @@ def _match_pictures(
     return _conclude(found, lags_s, 2.0, {"arm (root of mm/s)": (t_s[1:], np.sqrt(speed)), **curves})
 
 
-def tip_speed(t_s: Array, pose: Array, at_s: Array) -> Array:
+def tip_speed(t_s: np.ndarray, pose: np.ndarray, at_s: np.ndarray) -> np.ndarray:
     """Speed of the tip along the tool's z axis (mm/s) at evenly spaced times, smoothed as `layer_speed` is."""
     place = np.stack([np.interp(at_s, t_s, pose[:, k]) for k in range(3)], axis=1)
     tool = Rotation.from_euler("XYZ", pose[:, 3:], degrees=True).as_matrix()[:, :, 2]
@@ -155,13 +153,13 @@ def tip_speed(t_s: Array, pose: Array, at_s: Array) -> Array:
     return gaussian_filter1d(np.convolve(speed, window, "same"), SMOOTH_S / STEP_S)
 
 
-def _tool_points(pose: Array) -> Array:
+def _tool_points(pose: np.ndarray) -> np.ndarray:
     """(T, 9) mm: the tip and points of the tool 100 mm behind and 30 mm beside it: what a camera sees of a turn."""
     axes = Rotation.from_euler("XYZ", pose[:, 3:], degrees=True).as_matrix()
     return np.concatenate([pose[:, :3], pose[:, :3] - 100 * axes[:, :, 2], pose[:, :3] + 30 * axes[:, :, 0]], axis=1)
 
 
-def _covered(t_s: Array, at_s: Array, longest_s: float) -> Array:
+def _covered(t_s: np.ndarray, at_s: np.ndarray, longest_s: float) -> np.ndarray:
     """(N,) bool: where a smoothed curve stands on measurements alone: not near a gap, nor near an end."""
     margin = 2.5 * SMOOTH_S + GROUP_S
     good = (at_s > t_s[0] + margin) & (at_s < t_s[-1] - margin)
@@ -170,7 +168,7 @@ def _covered(t_s: Array, at_s: Array, longest_s: float) -> Array:
     return np.asarray(good)
 
 
-def _lagged_sums(a: Array, good_a: Array, b: Array, good_b: Array, lags: int) -> Array:
+def _lagged_sums(a: np.ndarray, good_a: np.ndarray, b: np.ndarray, good_b: np.ndarray, lags: int) -> np.ndarray:
     """(parts, 2 * lags + 1, 6): n, sums of a, b, aa, bb, ab over each part of `a`, `b` moved by each lag; by FFT."""
     used = np.flatnonzero(good_a)
     if not len(used):
@@ -191,12 +189,12 @@ def _lagged_sums(a: Array, good_a: Array, b: Array, good_b: Array, lags: int) ->
     return sums
 
 
-def _conclude(sums: Sequence[Array], lags_s: Array, alike: float, curves: Curves) -> MotionMatch | None:
+def _conclude(sums: Sequence[np.ndarray], lags_s: np.ndarray, alike: float, curves: Curves) -> MotionMatch | None:
     """`sums`: of each view (parts, L, 6); their correlations are averaged. `alike`: neighbours that say the same."""
     totals = [of.sum(axis=0) for of in sums]
     least = [0.4 * float(total[:, 0].max()) for total in totals]
 
-    def marks_without(part: int | None) -> Array:
+    def marks_without(part: int | None) -> np.ndarray:
         left = totals if part is None else [total - of[part] for total, of in zip(totals, sums, strict=True)]
         needed = least if part is None else [0.8 * n for n in least]
         return np.mean([_correlations(of, n) for of, n in zip(left, needed, strict=True)], axis=0)
@@ -216,14 +214,14 @@ def _conclude(sums: Sequence[Array], lags_s: Array, alike: float, curves: Curves
     return MotionMatch(Estimate(offset_s, uncertainty_s, float(marks[best]), likelihood), lags_s, marks, curves)
 
 
-def _correlations(sums: Array, least: float) -> Array:
+def _correlations(sums: np.ndarray, least: float) -> np.ndarray:
     n, a, b, aa, bb, ab = np.moveaxis(sums, -1, 0)
     n = np.maximum(n, 1e-9)
     spread = np.maximum(aa - a * a / n, 1e-9) * np.maximum(bb - b * b / n, 1e-9)
     return np.where(sums[:, 0] >= max(least, 1.0), (ab - a * b / n) / np.sqrt(spread), 0.0)
 
 
-def _peak(marks: Array, lags_s: Array, near_s: float | None = None) -> tuple[float, int]:
+def _peak(marks: np.ndarray, lags_s: np.ndarray, near_s: float | None = None) -> tuple[float, int]:
     """The lag of the largest mark, between lags by a parabola, and its number."""
     height = np.abs(marks) if near_s is None else np.where(np.abs(lags_s - near_s) < 0.15, np.abs(marks), 0.0)
     best = int(np.clip(height.argmax(), 1, len(marks) - 2))

@@ -10,7 +10,7 @@ from bisect import bisect_left
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image
@@ -19,8 +19,6 @@ from vla_lib.episodes.findings import Findings
 from vla_lib.episodes.pictures import Pictures
 from vla_lib.episodes.poses import interpolate
 from vla_lib.episodes.robot_log import RobotLog
-
-Array = np.ndarray[Any, Any]
 
 SAME_SHAPE = 0.02  # sides may differ by this part, and by a factor of two in all: then a picture is only resized
 CONSTANT = 2.0  # grey levels (0..255): the spread over all pixels of a picture that shows nothing
@@ -54,7 +52,7 @@ def sound_pictures(
     sound = np.ones(len(pictures), bool)
     start_s = float(robot.t_s[0])
 
-    def leave_out(bad: Array, text: str) -> None:
+    def leave_out(bad: np.ndarray, text: str) -> None:
         bad = bad & sound
         if bad.any():
             first = int(bad.argmax())
@@ -123,7 +121,7 @@ def _spread(picture: Image.Image) -> float:
     return float(np.asarray(picture.convert("L"), float).std())
 
 
-def _constant(episode: Path, pictures: Pictures, sound: Array) -> Array:
+def _constant(episode: Path, pictures: Pictures, sound: np.ndarray) -> np.ndarray:
     """(n,) bool: pictures of one colour. They compress to the fewest bytes: found from the smallest upwards."""
 
     def shows_nothing(number: int) -> bool:
@@ -140,7 +138,7 @@ def _constant(episode: Path, pictures: Pictures, sound: Array) -> Array:
     return constant
 
 
-def _frozen(episode: Path, pictures: Pictures, sound: Array, robot: RobotLog) -> Array:
+def _frozen(episode: Path, pictures: Pictures, sound: np.ndarray, robot: RobotLog) -> np.ndarray:
     """(n,) bool: pictures that repeat the bytes of the one before, for FROZEN_S and while the arm moves."""
     frozen = np.zeros(len(pictures), bool)
     numbers = np.flatnonzero(sound)

@@ -6,19 +6,17 @@ the view; elsewhere the camera's serial number does. The time is the number at t
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from vla_lib.core.errors import UserError
 from vla_lib.episodes.findings import Findings
-from vla_lib.episodes.layouts import HAND_EYE, PICTURE_SUFFIXES, SERIALS, VIEW_FOLDER
+from vla_lib.episodes.layouts import HAND_EYE, PICTURE_SUFFIXES, SERIALS, VIEW_FOLDER, is_folder
 from vla_lib.episodes.timeline import FAR_S, in_seconds
 
-Array = np.ndarray[Any, Any]
 Row = tuple[float, str, int]  # time, relative path, size in bytes
 
 _TIME = re.compile(r"(\d{8,})(?:\.(\d+))?\.\w+$")
@@ -32,10 +30,10 @@ class Pictures:
 
     view: str
     paths: list[str] = field(repr=False)  # relative to the episode folder, posix
-    t_s: Array = field(repr=False)  # (n,) float64 UNIX seconds, rising
-    sizes: Array = field(repr=False)  # (n,) int64 bytes; 0 where nothing can be opened, as behind a dangling link
+    t_s: np.ndarray = field(repr=False)  # (n,) float64 UNIX seconds, rising
+    sizes: np.ndarray = field(repr=False)  # (n,) int64 bytes; 0 where nothing can be opened, as behind a dangling link
 
-    def only(self, chosen: Array) -> "Pictures":
+    def only(self, chosen: np.ndarray) -> "Pictures":
         """Those that `chosen` (n,) bool names."""
         paths = [path for path, use in zip(self.paths, chosen.tolist(), strict=True) if use]
         return Pictures(self.view, paths, self.t_s[chosen], self.sizes[chosen])
@@ -80,16 +78,15 @@ def list_pictures(episode: Path) -> Listing:
                 size = entry.stat().st_size
             except OSError:  # a link that dangles or loops
                 size = 0
-            name_parts = (stamp.group(1), stamp.group(2) or "", f"{folder}/{entry.name}", size)
-            named.setdefault(key, []).append(name_parts)
+            named.setdefault(key, []).append((stamp[1], stamp[2] or "", f"{folder}/{entry.name}", size))
     for key, rows in sorted(named.items()):
-        times, listing.read_as[key] = _read_times([row[0] for row in rows], [row[1] for row in rows])
-        stamped = zip(times.tolist(), (row[2] for row in rows), (row[3] for row in rows), strict=True)
-        listing.rows[key] = sorted(stamped)
+        whole, fraction, paths, sizes = zip(*rows, strict=True)
+        times, listing.read_as[key] = _read_times(whole, fraction)
+        listing.rows[key] = sorted(zip(times.tolist(), paths, sizes, strict=True))
     return listing
 
 
-def _read_times(whole: list[str], fraction: list[str]) -> tuple[Array, str]:
+def _read_times(whole: Sequence[str], fraction: Sequence[str]) -> tuple[np.ndarray, str]:
     """UNIX seconds (n,) of the numbers in names, and how they are meant where that is not what they say, else "".
 
     A recorder that joins seconds and milliseconds with a dot writes 1762.5 for 1762.005: fractions of one to three
@@ -107,7 +104,7 @@ def _read_times(whole: list[str], fraction: list[str]) -> tuple[Array, str]:
     return times, notes[0].text if notes else ""
 
 
-def _unevenness(times: Array) -> float:
+def _unevenness(times: np.ndarray) -> float:
     steps = np.diff(np.sort(times))
     return float(np.abs(steps - np.median(steps)).mean()) if len(steps) else 0.0
 
@@ -149,10 +146,7 @@ def _folders(episode: Path) -> Iterator[tuple[str, int, str]]:
 
 
 def _inner(folder: Path) -> list[str]:
-    entries = [entry for entry in os.scandir(folder) if not entry.name.startswith(".")]
-    # only links are looked behind: a link to itself must not raise, and thousands of pictures need no `stat`
-    linked = {entry.name for entry in entries if entry.is_symlink() and os.path.isdir(entry.path)}
-    return sorted({entry.name for entry in entries if entry.is_dir(follow_symlinks=False)} | linked)
+    return sorted(entry.name for entry in os.scandir(folder) if entry.name[0] != "." and is_folder(entry))
 
 
 def _view_of(name: str) -> int:

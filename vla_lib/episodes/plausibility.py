@@ -6,14 +6,11 @@ actions are made of them.
 """
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
 from vla_lib.episodes.poses import rotation_angle_deg, wrap_deg
 from vla_lib.episodes.timeline import Span
-
-Array = np.ndarray[Any, Any]
 
 FASTEST = (1000.0, 500.0)  # of the tip (mm/s); of a joint or the tool's turn (deg/s)
 LEAST = 100.0  # slower steps (mm/s, deg/s) are never called impossible, however slow the rest of the episode is
@@ -30,15 +27,15 @@ RADIANS = (3.2, 6.4)  # the tool's angles; the joints (the sixth turns more than
 class Plausible:
     """What can be true of a log's motion."""
 
-    pose: Array = field(repr=False)  # (T, 6) mm, deg
-    joints: Array = field(repr=False)  # (T, 6) deg
-    keep: Array = field(repr=False)  # (T,) bool: rows that can be true
+    pose: np.ndarray = field(repr=False)  # (T, 6) mm, deg
+    joints: np.ndarray = field(repr=False)  # (T, 6) deg
+    keep: np.ndarray = field(repr=False)  # (T,) bool: rows that can be true
     spans: list[Span]  # across which the arm's motion is not known (s): no step may lie across them
     excluded: list[str]  # what is left out and why, in words
     notes: list[str]  # what was converted, or cannot be judged
 
 
-def plausible(t_s: Array, pose: Array, joints: Array) -> Plausible:
+def plausible(t_s: np.ndarray, pose: np.ndarray, joints: np.ndarray) -> Plausible:
     """Judge all rows. t_s (T,) strictly rising; pose (T, 6); joints (T, 6), zeros where none are logged."""
     answered = np.any(pose[:, :3] != 0, axis=1)
     notes: list[str] = []
@@ -72,7 +69,9 @@ def plausible(t_s: Array, pose: Array, joints: Array) -> Plausible:
     return Plausible(pose, joints, keep, spans, excluded, notes)
 
 
-def _in_mm_and_degrees(pose: Array, joints: Array, rows: Array, notes: list[str]) -> tuple[Array, Array]:
+def _in_mm_and_degrees(
+    pose: np.ndarray, joints: np.ndarray, rows: np.ndarray, notes: list[str]
+) -> tuple[np.ndarray, np.ndarray]:
     """Pose and joints with metres and radians converted where that is certain, each said in `notes`."""
     if not rows.any():
         return pose, joints
@@ -92,13 +91,13 @@ def _in_mm_and_degrees(pose: Array, joints: Array, rows: Array, notes: list[str]
     return pose, joints
 
 
-def _changes(pose: Array, joints: Array) -> tuple[Array, Array, Array]:
+def _changes(pose: np.ndarray, joints: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """What changes from row to row, (T - 1,) each: mm of the tip, degrees of the tool, largest degrees of a joint."""
     swing = np.abs(wrap_deg(np.diff(joints, axis=0))).max(axis=1)
     return np.linalg.norm(np.diff(pose[:, :3], axis=0), axis=1), rotation_angle_deg(pose[:-1], pose[1:]), swing
 
 
-def _jumps(t_s: Array, pose: Array, joints: Array) -> Array:
+def _jumps(t_s: np.ndarray, pose: np.ndarray, joints: np.ndarray) -> np.ndarray:
     """(T - 1,) bool: steps between neighbouring rows that are faster than can be."""
     fast = np.zeros(max(len(t_s) - 1, 0), bool)
     if len(t_s) < 3:
@@ -111,7 +110,7 @@ def _jumps(t_s: Array, pose: Array, joints: Array) -> Array:
     return fast
 
 
-def _unknown_spans(t_s: Array, pose: Array, joints: Array) -> list[Span]:
+def _unknown_spans(t_s: np.ndarray, pose: np.ndarray, joints: np.ndarray) -> list[Span]:
     """Spans (s) that end in a jump, or in a leap out of rows that stood still; each begins where they stood still."""
     if len(t_s) < 3:
         return []
@@ -128,6 +127,6 @@ def _unknown_spans(t_s: Array, pose: Array, joints: Array) -> list[Span]:
     return [(float(t_s[begin]), float(t_s[move + 1])) for begin, move in zip(begins[leaps], moves[leaps], strict=True)]
 
 
-def _rows(bad: Array, t_s: Array) -> str:
+def _rows(bad: np.ndarray, t_s: np.ndarray) -> str:
     at = np.flatnonzero(bad)
     return f"{len(at)} rows (first at {t_s[at[0]] - t_s[0]:.2f} s)"

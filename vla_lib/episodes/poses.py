@@ -6,35 +6,32 @@ degrees (`R_after = exp(rotvec) @ R_before`), then the gripper. Euler angles are
 """
 
 import warnings
-from typing import Any
 
 import numpy as np
 from scipy.spatial.transform import Rotation
-
-Array = np.ndarray[Any, Any]
 
 GRIPPER_CLOSED = 1.0  # the needle tool has no gripper: the seventh number of every action is this constant
 SAME_ROTATION_DEG = 0.005
 
 
-def rotation(angles_deg: Array) -> Rotation:
+def rotation(angles_deg: np.ndarray) -> Rotation:
     """Rotations of Euler angles (..., 3) in degrees, flattened to (M,)."""
     return Rotation.from_euler("XYZ", np.asarray(angles_deg, float).reshape(-1, 3), degrees=True)
 
 
-def euler_deg(turned: Rotation) -> Array:
+def euler_deg(turned: Rotation) -> np.ndarray:
     """Angles (M, 3) in degrees, beta in [-90, 90]; at beta = +-90 gamma is set to 0 (the pair is not unique there)."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # scipy's gimbal-lock warning; the rotation itself is exact
         return np.asarray(turned.as_euler("XYZ", degrees=True)).reshape(-1, 3)
 
 
-def wrap_deg(angle_deg: Array) -> Array:
+def wrap_deg(angle_deg: np.ndarray) -> np.ndarray:
     """Angles brought into [-180, 180) degrees."""
     return (np.asarray(angle_deg, float) + 180.0) % 360.0 - 180.0
 
 
-def pose_to_matrix(pose: Array) -> Array:
+def pose_to_matrix(pose: np.ndarray) -> np.ndarray:
     """(..., 6) pose in mm and degrees -> (..., 4, 4) homogeneous matrix, translation in mm."""
     pose = np.asarray(pose, float)
     matrix = np.zeros((*pose.shape[:-1], 4, 4))
@@ -44,7 +41,7 @@ def pose_to_matrix(pose: Array) -> Array:
     return matrix
 
 
-def delta_action(pose_a: Array, pose_b: Array, euler: bool = False) -> Array:
+def delta_action(pose_a: np.ndarray, pose_b: np.ndarray, euler: bool = False) -> np.ndarray:
     """The action (..., 7) from pose_a (..., 6) to pose_b (..., 6): mm, rotation vector in degrees, gripper.
 
     `euler`: wrap-corrected differences of the angles in place of the vector, for comparison with older systems only.
@@ -57,7 +54,7 @@ def delta_action(pose_a: Array, pose_b: Array, euler: bool = False) -> Array:
     return np.concatenate([pose_b[..., :3] - pose_a[..., :3], turn.reshape(*pose_a.shape[:-1], 3), gripper], axis=-1)
 
 
-def apply_action(pose: Array, action: Array) -> Array:
+def apply_action(pose: np.ndarray, action: np.ndarray) -> np.ndarray:
     """Inverse of `delta_action`: pose (..., 6) moved by action (..., 6 or 7) -> pose (..., 6), beta in [-90, 90]."""
     pose, action = np.asarray(pose, float), np.asarray(action, float)
     lead = np.broadcast_shapes(pose.shape[:-1], action.shape[:-1])
@@ -67,12 +64,12 @@ def apply_action(pose: Array, action: Array) -> Array:
     return np.concatenate([pose[..., :3] + action[..., :3], angles], axis=-1)
 
 
-def rotation_angle_deg(pose_a: Array, pose_b: Array) -> Array:
+def rotation_angle_deg(pose_a: np.ndarray, pose_b: np.ndarray) -> np.ndarray:
     """The angle (...,) in degrees between the orientations of two poses (..., 6)."""
     return np.linalg.norm(delta_action(pose_a, pose_b)[..., 3:6], axis=-1)
 
 
-def interpolate(t_s: Array, pose: Array, at_s: Array) -> tuple[Array, Rotation]:
+def interpolate(t_s: np.ndarray, pose: np.ndarray, at_s: np.ndarray) -> tuple[np.ndarray, Rotation]:
     """Poses at times `at_s` (M,): positions linearly, orientations by slerp, between the rows around each time.
 
     t_s (T,) strictly increasing, pose (T, 6). Times outside take the first or last row.

@@ -39,8 +39,6 @@ from vla_lib.episodes.sensor_log import SensorLog
 from vla_lib.episodes.steps import Steps, build_steps, image_index, sensor_index, stream_gaps, window_full
 from vla_lib.episodes.survey import file_id, recording_id
 
-Array = np.ndarray[Any, Any]
-
 LOCK_NAME = ".data.pkl.lock"
 CODE_VERSION = 3  # raised whenever the same inputs and settings give other values: part of the fingerprint
 DIFFER = "differ between the windows that share them; the first window's stand"
@@ -122,15 +120,12 @@ class EpisodeJob:
         """
         chosen = self.settings
         values = {
-            "action_hz": chosen.action_hz,
-            "rotation": chosen.rotation,
-            "sensor_clock_offset_ms": chosen.sensor_clock_offset_ms,
-            "views": chosen.views,
             "full_picture_check": chosen.check_pictures,
             "instruction": self.instruction,
             "dataset": self.files.dataset,
             "task": self.files.task,
         }
+        values |= {k: getattr(chosen, k) for k in ("action_hz", "rotation", "sensor_clock_offset_ms", "views")}
         values |= {"trim": self.mark.trim} if self.mark.trim != Mark().trim else {}
         versions = [SCHEMA, CODE_VERSION, self.files.layout]
         digest = hashlib.sha256(json.dumps([*versions, values], sort_keys=True).encode())
@@ -171,9 +166,6 @@ class Report:
     rates: list[dict[str, Any]]  # one measured row per stream
     clocks: list[dict[str, Any]] = field(default_factory=list)  # its session's rows: see `Clocks.rows`
     note: str = ""  # what concerns the machine and not the recording
-
-    def to_dict(self) -> dict[str, Any]:
-        return dict(vars(self))
 
 
 def prepare_episode(job: EpisodeJob) -> Report:
@@ -265,7 +257,7 @@ class _Study:
             reasons=self.findings.reasons,
             left_out=self.findings.left_out,
             summary=summary | {"full_windows": int(full.sum())},
-            rates=[row.to_dict() for row in self.rates.values()],
+            rates=[dict(vars(row)) for row in self.rates.values()],
         )
 
 
@@ -296,7 +288,8 @@ def _write(job: EpisodeJob, episode: Episode, fingerprint: str, before: dict[str
         content["sensor_data"]["checksum"] = checksum
     check_content(content, out / DATA_NAME)
     if episode.layout == "F4" and episode.files.robot_log is not None:
-        write_pictures(episode.files.robot_log, episode.pictures, out)
+        names = [name for one in episode.pictures.values() for name in one.paths]
+        write_pictures(episode.files.robot_log, names, out)
     elif episode.path.resolve() != out.resolve():
         link_pictures(episode.path, episode.pictures, out)
     write_pickle(out / DATA_NAME, content)
@@ -305,7 +298,7 @@ def _write(job: EpisodeJob, episode: Episode, fingerprint: str, before: dict[str
     return study.report
 
 
-def _known_force(job: EpisodeJob, episode: Episode, before: dict[str, Any] | None) -> Array | None:
+def _known_force(job: EpisodeJob, episode: Episode, before: dict[str, Any] | None) -> np.ndarray | None:
     """The force (S,) of a sensor.npy that was already made from these very files; None where it must be written."""
     if not before or not (before["sensor_data"] or {}).get("checksum") or not _sensor_whole(job.out, before):
         return None
@@ -315,7 +308,7 @@ def _known_force(job: EpisodeJob, episode: Episode, before: dict[str, Any] | Non
     return force if episode.sensor is not None and len(force) == len(episode.sensor) else None
 
 
-def _write_sensor(path: Path, sensor: SensorLog, findings: Findings) -> Array:
+def _write_sensor(path: Path, sensor: SensorLog, findings: Findings) -> np.ndarray:
     """Stream all samples into an .npy file; returns their force (S,). Raises UserError where the files break off."""
     for file in sensor.files:
         if isinstance(file, SensorFile):  # HDF5 has checksums of its own, where it was written with any
@@ -342,7 +335,7 @@ def _write_sensor(path: Path, sensor: SensorLog, findings: Findings) -> Array:
     return force
 
 
-def _content(study: _Study, fingerprint: str, force: Array | None) -> dict[str, Any]:
+def _content(study: _Study, fingerprint: str, force: np.ndarray | None) -> dict[str, Any]:
     job, episode, steps, rates, report = study.job, study.episode, study.steps, study.rates, study.report
     sensor, pictures = episode.sensor, episode.pictures
     metadata = {
@@ -368,15 +361,15 @@ def _content(study: _Study, fingerprint: str, force: Array | None) -> dict[str, 
         "camera_hz": {view: rates[view].hz for view in pictures},
         "clock_offsets": {
             **asdict(episode.clocks),
-            "sentences": [episode.sensor_clock.sentence(), episode.camera_clock.sentence()],
+            "sentences": [episode.clocks.sensor.sentence(), episode.clocks.cameras.sentence()],
             "robot_receive_lag_s": episode.robot.clock_lag_s,
         },
-        "evidence": job.evidence.to_dict() if job.evidence else None,
+        "evidence": asdict(job.evidence) if job.evidence else None,
         "inputs": job.inputs if job.evidence else "",
         "gaps": {stream: [list(span) for span in spans] for stream, spans in steps.gaps.items()},
         "sensor_bytes_findings": any(finding.text.endswith((DIFFER, NO_NUMBERS)) for finding in study.findings),
         "verdict": report.verdict,
-        "findings": [finding.to_dict() for finding in study.findings],
+        "findings": [asdict(finding) for finding in study.findings],
         "sensor_window_size": job.settings.sensor_window_size,
         "report": {name: value for name, value in vars(report).items() if name not in UNKEPT},
         "num_full_windows": report.summary["full_windows"],

@@ -7,7 +7,7 @@ import errno
 import shlex
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -25,16 +25,14 @@ from vla_lib.episodes.steps import pose_rows, window_full
 from vla_lib.episodes.survey import all_prepared
 from vla_lib.episodes.timeline import Span
 
-Array = np.ndarray[Any, Any]
 BEYOND = 1e12  # that no sensor measures, in any unit (a guess)
+OF_STEPS = ("action", "timestamp", "valid", "state", "image_index", "image_timestamp")
 AGAIN = "prepare its dataset again with python -m vla_lib.preprocess --overwrite"
-
-
 OPEN_MAPS = 64  # sensor files: each mapped one is an open file, of which a process has 1,024 where nobody raised it
 
 
 @lru_cache(maxsize=OPEN_MAPS)
-def _mapped(path: Path, state: tuple[int, ...]) -> Array:
+def _mapped(path: Path, state: tuple[int, ...]) -> np.ndarray:
     """The array of a sensor file, without memmap's slow indexing. `state`: of the file by now."""
     return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
 
@@ -51,17 +49,16 @@ def _content(path: Path, state: tuple[int, ...]) -> dict[str, Any]:
     return read_checked(path)
 
 
-class _Steps(NamedTuple):
-    action: Array
-    timestamp: Array
-    valid: Array
-    state: Array
-    image_index: dict[str, Array]
-    image_timestamp: dict[str, Array]
-
-
 class PreparedEpisode:
     """One episode as `data.pkl` holds it; N steps, S sensor samples. See `data_pkl` for the units."""
+
+    # all read when one of them is first touched
+    action: np.ndarray  # (N, 7) float32: mm, rotation vector in degrees (base frame), gripper
+    timestamp: np.ndarray  # (N,) float64 UNIX seconds on the action grid
+    valid: np.ndarray  # (N,) bool: false where a stream has a gap across the step
+    state: np.ndarray  # (N, 12) float32: joints (deg), pose (mm, deg)
+    image_index: dict[str, np.ndarray]  # view -> (N,) int32: newest picture at or before each step, -1 for none
+    image_timestamp: dict[str, np.ndarray]  # view -> (n,) float64 UNIX seconds of its pictures
 
     def __init__(self, path: str | Path):
         """Open and check the episode folder. Raises UserError, saying what is wrong, if data.pkl cannot be trusted."""
@@ -86,13 +83,13 @@ class PreparedEpisode:
         self._samples = len(sensor["force"]) if sensor else 0
         self._sensor_state: tuple[int, ...] | None = None  # of the file, once it was opened
         self._length = len(content["action"])
-        self._full: dict[int, Array] = {}
+        self._full: dict[int, np.ndarray] = {}
 
     @property
     def clocks(self) -> Clocks:
         """What was taken off the sensor's times and the pictures': `Episode.open` needs it to show the same times."""
         known = self.metadata["clock_offsets"]
-        return Clocks.of(known) if "cameras" in known else Clocks()
+        return Clocks(**known) if "cameras" in known else Clocks()
 
     def _read(self) -> dict[str, Any]:
         path = self.path / DATA_NAME
@@ -104,50 +101,18 @@ class PreparedEpisode:
     def __repr__(self) -> str:
         return f"PreparedEpisode({str(self.path)!r}, {len(self)} steps)"
 
-    @cached_property
-    def _steps(self) -> _Steps:
+    def __getattr__(self, name: str) -> Any:
+        if name not in OF_STEPS:
+            raise AttributeError(f"A prepared episode has no {name}.")
         content = self._read()
-        return _Steps(*(content[name] for name in _Steps._fields))
-
-    @property
-    def action(self) -> Array:
-        """(N, 7) float32: mm, rotation vector in degrees (base frame), gripper."""
-        return self._steps.action
-
-    @property
-    def timestamp(self) -> Array:
-        """(N,) float64 UNIX seconds on the action grid."""
-        return self._steps.timestamp
-
-    @property
-    def valid(self) -> Array:
-        """(N,) bool: false where a stream has a gap across the step."""
-        return self._steps.valid
-
-    @property
-    def state(self) -> Array:
-        """(N, 12) float32: joints (deg), pose (mm, deg)."""
-        return self._steps.state
-
-    @property
-    def image_index(self) -> dict[str, Array]:
-        """View -> (N,) int32: newest picture at or before each step, -1 where there is none."""
-        return self._steps.image_index
-
-    @property
-    def image_timestamp(self) -> dict[str, Array]:
-        """View -> (n,) float64 UNIX seconds of its pictures."""
-        return self._steps.image_timestamp
+        vars(self).update({each: content[each] for each in OF_STEPS})
+        return content[name]
 
     @cached_property
-    def _paths(self) -> dict[str, Array]:
+    def _paths(self) -> dict[str, np.ndarray]:
         # as arrays of bytes: thousands of str objects an episode would fill the memory
         paths = self._read()["image"].items()
         return {view: np.array([path.encode() for path in of_view], bytes) for view, of_view in paths}
-
-    def image_count(self, view: str) -> int:
-        """Number of pictures of a view."""
-        return len(self._paths[view])
 
     def picture_path(self, view: str, step: int) -> Path | None:
         """Newest picture of a view at or before step `step`; None where there is none (or no such view)."""
@@ -155,7 +120,7 @@ class PreparedEpisode:
         return self.path / self._paths[view][number].decode() if number >= 0 else None
 
     @cached_property
-    def sensor_index(self) -> Array:
+    def sensor_index(self) -> np.ndarray:
         """(N,) int64: one past the newest sample at or before each step; all zero without a sensor."""
         sensor = self._read()["sensor_data"]
         return sensor["index"].astype(np.int64) if sensor else np.zeros(len(self), np.int64)
@@ -167,17 +132,17 @@ class PreparedEpisode:
         return dict(stream)
 
     @cached_property
-    def sensor_force(self) -> Array:
+    def sensor_force(self) -> np.ndarray:
         """(S,) float32 force of every sample. Raises UserError without a sensor."""
         return np.asarray(self._stream()["force"])
 
     @cached_property
-    def sensor_timestamp(self) -> Array:
+    def sensor_timestamp(self) -> np.ndarray:
         """(S,) float64 UNIX seconds of every sample, clock offset taken off. Raises UserError without a sensor."""
         return np.asarray(self._stream()["timestamp"])
 
     @property
-    def sensor(self) -> Array:
+    def sensor(self) -> np.ndarray:
         """(S, 1026) float32, mapped, force first; the files used last stay mapped. Raises UserError without a sensor,
         or if the file is not whole or another than at first."""
         if not self._sensor_path:
@@ -219,7 +184,7 @@ class PreparedEpisode:
         if not same:
             raise UserError(f"{path} is damaged: it is not what was written; {AGAIN}.")
 
-    def sensor_full(self, length: int) -> Array:
+    def sensor_full(self, length: int) -> np.ndarray:
         """(N,) bool: steps that have a whole window of `length` samples, free of gaps, behind them."""
         if length not in self._full:
             full = np.zeros(len(self), bool)
@@ -230,7 +195,7 @@ class PreparedEpisode:
             self._full[length] = full
         return self._full[length]
 
-    def sensor_window(self, step: int, length: int) -> Array | None:
+    def sensor_window(self, step: int, length: int) -> np.ndarray | None:
         """(length, 1026) float32: the samples that end at step `step`; None where the window is not full.
 
         Raises nothing for an episode without a sensor: the answer is None.
@@ -315,7 +280,7 @@ def recheck(prepared: PreparedEpisode, episode: Episode, count: int = 20, seed: 
     return pd.DataFrame(found)
 
 
-def _newest(t_s: Array, at_s: float) -> int:
+def _newest(t_s: np.ndarray, at_s: float) -> int:
     return int((t_s <= at_s).sum()) - 1
 
 

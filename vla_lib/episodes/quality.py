@@ -8,14 +8,12 @@ import numpy as np
 import pandas as pd
 
 from vla_lib.episodes.clocks import FOUND, UNKNOWN, ClockOffset
-from vla_lib.episodes.commands import POLICY
 from vla_lib.episodes.episode import Episode
 from vla_lib.episodes.findings import GOOD, NOT_JUDGED, REJECTED, USABLE, Finding, Findings
-from vla_lib.episodes.robot_log import RobotLog
+from vla_lib.episodes.robot_log import POLICY, RobotLog
 from vla_lib.episodes.steps import Steps, stream_gaps
 from vla_lib.episodes.timeline import Span
 
-Array = np.ndarray[Any, Any]
 NAN = float("nan")
 
 LEAST_VALID_S = 0.8  # one chunk of eight actions at 10 Hz: less cannot be trained on
@@ -50,17 +48,9 @@ class StreamRate:
     clock_offset_s: float  # taken off this stream's times
     clock: str  # how its times relate to the robot's
 
-    def to_dict(self) -> dict[str, Any]:
-        return vars(self) | {"gaps": [list(gap) for gap in self.gaps]}
-
 
 Rates = dict[str, StreamRate]
 """Stream name -> what was measured of it: the robot first, then the sensor, then every view."""
-
-
-def intervals_ms(t_s: Array) -> Array:
-    """Intervals between neighbouring times in ms."""
-    return np.diff(np.asarray(t_s, float)) * 1e3
 
 
 def distinct_hz(robot: RobotLog) -> float:
@@ -77,7 +67,13 @@ def measure(episode: Episode, gaps: Mapping[str, list[Span]] | None = None) -> R
     robot, sensor = episode.robot, episode.sensor
 
     def row(
-        stream: str, t_s: Array, repeats: int, clock: str, backward: int = 0, distinct: float = NAN, offset: float = 0.0
+        stream: str,
+        t_s: np.ndarray,
+        repeats: int,
+        clock: str,
+        backward: int = 0,
+        distinct: float = NAN,
+        offset: float = 0.0,
     ) -> StreamRate:
         steps = np.diff(t_s)
         steps = steps[steps > 0]
@@ -106,12 +102,12 @@ def measure(episode: Episode, gaps: Mapping[str, list[Span]] | None = None) -> R
     rows = [row("robot", robot.t_s, clean.repeats, reference, clean.backward_steps, distinct_hz(robot))]
     if sensor is not None:
         clean = sensor.cleaned
-        clock = episode.sensor_clock.how
+        clock = episode.clocks.sensor.how
         clock += "; sample times are rebuilt from window times" if sensor.reconstructed else ""
         offset_s = sensor.clock_offset_s
         rows.append(row("sensor", sensor.t_s, clean.repeats, clock, clean.backward_steps, offset=offset_s))
     for view, pictures in episode.pictures.items():
-        cameras, repeats = episode.camera_clock, int((np.diff(pictures.t_s) == 0).sum())
+        cameras, repeats = episode.clocks.cameras, int((np.diff(pictures.t_s) == 0).sum())
         rows.append(row(view, pictures.t_s, repeats, cameras.how, offset=cameras.offset_s))
     if episode.commands is not None:
         rows.append(row(POLICY, episode.commands.t_s, 0, "the recorder's"))
@@ -176,7 +172,7 @@ def _judge_robot(episode: Episode, steps: Steps, robot: StreamRate, findings: Fi
 
 
 def _judge_sensor(episode: Episode, sensor: StreamRate, findings: Findings) -> None:
-    _judge_clock("sensor", episode.sensor_clock, episode.sensor_start_s, 0.0, findings)
+    _judge_clock("sensor", episode.clocks.sensor, episode.sensor_start_s, 0.0, findings)
     _gaps(sensor, episode, findings)
     low, high = EXPECTED_SENSOR_HZ
     if not low <= sensor.hz <= high:
@@ -199,7 +195,7 @@ def _judge_clock(stream: str, clock: ClockOffset, start_s: float | None, interva
 def _judge_pictures(episode: Episode, rates: Rates, findings: Findings) -> None:
     overlapping = 0
     slowest_s = max((1 / rates[view].hz for view in episode.pictures if rates[view].hz > 0), default=0.0)
-    _judge_clock("cameras", episode.camera_clock, episode.cameras_start_s, slowest_s, findings)
+    _judge_clock("cameras", episode.clocks.cameras, episode.cameras_start_s, slowest_s, findings)
     for view in episode.pictures:
         row = rates[view]
         _gaps(row, episode, findings)
@@ -253,6 +249,6 @@ def verdict_table(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
 
 def rate_table(rates: Rates) -> pd.DataFrame:
     """One episode's streams in one table; gaps as their number and total length."""
-    frame = pd.DataFrame([row.to_dict() for row in rates.values()])
+    frame = pd.DataFrame([vars(row) for row in rates.values()])
     gaps = frame.pop("gaps")
     return frame.assign(gaps=gaps.map(len), gap_s=gaps.map(lambda spans: float(sum(e - b for b, e in spans))))

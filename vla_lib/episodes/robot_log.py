@@ -1,8 +1,15 @@
-"""A robot log (CSV of any layout, or the .npz file that is left of one): rising times, poses, joints. s, mm, degrees.
+"""What the arm did, and what a policy ordered: rising times in seconds, poses in mm and degrees, joints in degrees.
 
-The columns decide, not the file's name (see `layouts`): a clock, six pose columns, and six joints where present.
+A robot log is a CSV of any layout, or the .npz file that is left of one. The columns decide, not the file's name (see
+`layouts`): a clock, six pose columns, and six joints where present.
+
+`inference_results_*.json` of a rollout lists predictions, each with `timestamp` (UNIX seconds of the recorder) and
+`actions`: the chunk of which the first action was sent. Units and frame are the policy's own and are not recorded: a
+stream to look at, on which nothing is trained.
 """
 
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +25,9 @@ from vla_lib.episodes.plausibility import plausible
 from vla_lib.episodes.sensor_file import NpzFile
 from vla_lib.episodes.timeline import Cleaned, Span, clean_times, in_seconds
 
-Array = np.ndarray[Any, Any]
+ACTION_KEYS = ("actions", "action")
+POLICY = "policy"
+MOST_BYTES = 200_000_000  # an hour at 10 Hz has 20 MB
 
 
 @dataclass
@@ -26,11 +35,9 @@ class RobotLog:
     """All usable rows of one robot log; times strictly increase."""
 
     path: Path
-    t_s: Array  # (T,) float64, UNIX seconds of the robot host: when the row was published
-    pose: Array  # (T, 6) float64: x y z in mm, alpha beta gamma in degrees (intrinsic XYZ)
-    joints: Array  # (T, 6) float64 degrees; zeros where the log has no joints
-    force: Array | None
-    """(T,) the log's own force column where it carries a signal (a placeholder of zeros is None)."""
+    t_s: np.ndarray  # (T,) float64, UNIX seconds of the robot host: when the row was published
+    pose: np.ndarray  # (T, 6) float64: x y z in mm, alpha beta gamma in degrees (intrinsic XYZ)
+    joints: np.ndarray  # (T, 6) float64 degrees; zeros where the log has no joints
     clock: str  # the column that gave the times
     clock_lag_s: float | None
     """Median of receive time minus robot time, where both are logged: network delay plus clock difference."""
@@ -38,7 +45,7 @@ class RobotLog:
     unknown: list[Span] = field(default_factory=list)  # spans (s) across which the arm's motion is not known
 
     @property
-    def changed(self) -> Array:
+    def changed(self) -> np.ndarray:
         """(T,) bool: rows whose pose or joints differ from the row before; the first row counts as changed."""
         new = np.ones(len(self.t_s), bool)
         new[1:] = (np.diff(self.pose, axis=0) != 0).any(1) | (np.diff(self.joints, axis=0) != 0).any(1)
@@ -100,7 +107,6 @@ def read_robot_log(path: Path, findings: Findings, table: Table | None = None) -
         raise UserError(f"{path}: no two rows can be true ({'; '.join(motion.excluded)}).")
     cells = cells[motion.keep]
     t_s = cells[clock].to_numpy()
-    force = cells[columns.force].to_numpy() if columns.force else None
     receive = next((name for name in columns.clock if name.lower() == "recv_timestamp" and name != clock), None)
     lag_s = float((cells[receive] - t_s).median()) if receive else float("nan")
     return RobotLog(
@@ -108,7 +114,6 @@ def read_robot_log(path: Path, findings: Findings, table: Table | None = None) -
         t_s=t_s,
         pose=motion.pose[motion.keep],
         joints=motion.joints[motion.keep],
-        force=force if force is not None and np.isfinite(force).any() and np.nanstd(force) > 0 else None,
         clock=clock,
         clock_lag_s=None if np.isnan(lag_s) else lag_s,
         cleaned=cleaned,
@@ -131,6 +136,61 @@ def _npz_table(path: Path) -> Table:
     return Table(pd.DataFrame(columns).astype(np.float64), [note])
 
 
-def _is_clock(stamps: Array) -> bool:
+def _is_clock(stamps: np.ndarray) -> bool:
     good = stamps[np.isfinite(stamps)]
     return len(good) >= 1 and float(np.median(good)) > 1e8 and (len(good) < 3 or float(np.ptp(good)) > 0)
+
+
+@dataclass(frozen=True)
+class Commands:
+    """The action that was sent at each prediction."""
+
+    t_s: np.ndarray  # (K,) UNIX seconds of the robot's clock, rising
+    action: np.ndarray  # (K, 6) float32: x y z and three angles, in the policy's units
+
+
+def read_commands(paths: Sequence[Path], ahead_s: float, findings: Findings) -> Commands | None:
+    """All predictions of an episode; None where there is none that can be read (said in `findings`).
+
+    ahead_s: how far the recorder's clock is ahead of the robot's.
+    """
+    found: list[tuple[float, list[float]]] = []
+    for path in paths:
+        try:
+            if path.stat().st_size > MOST_BYTES:
+                raise ValueError(f"it has {path.stat().st_size / 1e6:.0f} MB")
+            predictions = _predictions(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, RecursionError) as error:
+            findings.note(POLICY, f"{path.name} cannot be read as what a policy ordered ({error})")
+            continue
+        sent = [one for one in map(_sent, predictions) if one is not None]
+        if len(sent) < len(predictions) or not sent:
+            kept = f"{len(sent)} of its {len(predictions)} predictions have a time and an action"
+            findings.note(POLICY, f"{path.name}: {kept}")
+        found += sent
+    if not found:
+        return None
+    t_s = in_seconds(np.array([time for time, _ in found]), POLICY, findings) - ahead_s
+    order = np.argsort(t_s, kind="stable")
+    return Commands(t_s[order], np.array([action for _, action in found], np.float32)[order])
+
+
+def _predictions(content: Any) -> list[Any]:
+    """The list of predictions: the file's value, or the longest list in it."""
+    if isinstance(content, dict):
+        content = max((value for value in content.values() if isinstance(value, list)), key=len, default=None)
+    if not isinstance(content, list):
+        raise ValueError("it holds no list of predictions")
+    return content
+
+
+def _sent(prediction: Any) -> tuple[float, list[float]] | None:
+    """Time and first action of one prediction; None where it has none."""
+    if not isinstance(prediction, dict):
+        return None
+    chunk = next((prediction[key] for key in ACTION_KEYS if key in prediction), None)
+    try:
+        time, first = float(prediction["timestamp"]), np.atleast_2d(np.asarray(chunk, np.float64))[0, :6]
+    except (KeyError, TypeError, ValueError, IndexError):
+        return None
+    return (time, first.tolist()) if len(first) == 6 and np.isfinite([time, *first]).all() else None

@@ -4,25 +4,24 @@ A large array is never loaded whole: what numpy's `savez` stored uncompressed is
 streamed. Arrays of Python objects are refused: nothing in a file is ever executed.
 """
 
+import contextlib
 import struct
 import zipfile
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import numpy as np
 
 from vla_lib.core.errors import UserError
 from vla_lib.episodes.layouts import ALINE_KEYS, CHANNELS, FORCE_KEYS, TIME_KEYS
 
-Array = np.ndarray[Any, Any]
-
 BLOCK_ROWS = 512  # rows read at a time: 2 MB, so that the work stays in the processor's cache
 CHECK_BYTES = 1 << 20
 MOST_SAMPLES = 30_000_000  # 12 hours at 650 Hz: more is no recording
-_NO_NPZ = (OSError, zipfile.BadZipFile, ValueError, EOFError, struct.error, NotImplementedError, RuntimeError)
+_NO_NPZ = (OSError, zipfile.BadZipFile, ValueError, EOFError, struct.error, zlib.error, RuntimeError)
 
 
 @dataclass(frozen=True)
@@ -33,8 +32,6 @@ class Member:
     dtype: np.dtype[Any]
     fortran: bool
     offset: int | None  # byte where the values begin in the file; None where they are compressed
-    packed: tuple[int, int, int] = (0, 0, 0)
-    """Of a stored array: the byte where it begins, header and all, its length, and the CRC-32 of the whole."""
 
     @property
     def size(self) -> int:
@@ -75,29 +72,32 @@ class NpzFile:
         with open(self.path, "rb") as stream:  # the member's own zip header: 30 bytes, its name, an extra field
             stream.seek(info.header_offset + 26)
             name, extra = struct.unpack("<HH", stream.read(4))
-        first = info.header_offset + 30 + name + extra
-        return Member(shape, dtype, fortran, first + begin, (first, info.file_size, info.CRC))
+        return replace(member, offset=info.header_offset + 30 + name + extra + begin)
+
+    @contextlib.contextmanager
+    def _unpacked(self, key: str) -> Iterator[IO[bytes]]:
+        """The bytes of an array, compared with their CRC-32 at their end. Raises UserError where they are damaged."""
+        try:
+            with zipfile.ZipFile(self.path) as archive, archive.open(f"{key}.npy") as stream:
+                yield stream
+        except _NO_NPZ as error:
+            raise UserError(f"{self.path} is damaged inside ({error}); copy it again from its source.") from error
 
     def check(self, key: str) -> None:
-        """Compare a stored array with its CRC-32, as numpy does; a compressed one is checked as it is read.
+        """Raise UserError where a bit of a stored array is not what was written; a compressed one is checked as it is
+        read."""
+        if self.members[key].offset is not None:
+            with self._unpacked(key) as stream:
+                while stream.read(CHECK_BYTES):
+                    pass
 
-        Raises UserError where a bit is not what was written.
-        """
-        (first, left, wanted), found = self.members[key].packed, 0
-        with open(self.path, "rb") as stream:
-            stream.seek(first)
-            while left and (block := stream.read(min(left, CHECK_BYTES))):
-                found, left = zlib.crc32(block, found), left - len(block)
-        if left or found != wanted:
-            raise UserError(f"{self.path} is damaged inside (bad CRC-32 for {key}); copy it again from its source.")
-
-    def load(self, key: str) -> Array:
+    def load(self, key: str) -> np.ndarray:
         """The whole array; for small members only. Raises UserError where it is damaged."""
         self.check(key)
         chunks = [np.array(chunk) for chunk in self.chunks(key, 65536)]
         return np.concatenate(chunks) if chunks else np.empty(self.members[key].shape, self.members[key].dtype)
 
-    def mapped(self, key: str) -> Array | None:
+    def mapped(self, key: str) -> np.ndarray | None:
         """A read-only memory map of a stored array; None where it is compressed."""
         member = self.members[key]
         if member.offset is None or not np.prod(member.shape):
@@ -105,7 +105,7 @@ class NpzFile:
         order: Literal["F", "C"] = "F" if member.fortran else "C"
         return np.memmap(self.path, member.dtype, "r", member.offset, member.shape, order)
 
-    def chunks(self, key: str, rows: int) -> Iterator[Array]:
+    def chunks(self, key: str, rows: int) -> Iterator[np.ndarray]:
         """The array in order, at most `rows` of its first axis at a time. Raises UserError where it is damaged."""
         member = self.members[key]
         if not member.shape:
@@ -118,15 +118,12 @@ class NpzFile:
         if member.fortran and len(member.shape) > 1:
             raise UserError(f"{self.path}: {key} is compressed column by column; save it again with numpy.savez.")
         row_bytes = int(np.prod(member.shape[1:], dtype=np.int64)) * member.dtype.itemsize
-        try:
-            with zipfile.ZipFile(self.path) as archive, archive.open(f"{key}.npy") as packed:
-                _read_header(packed)
-                for start in range(0, member.shape[0], rows):
-                    count = min(rows, member.shape[0] - start)
-                    values = np.frombuffer(packed.read(count * row_bytes), member.dtype)
-                    yield values.reshape(count, *member.shape[1:])
-        except (OSError, zipfile.BadZipFile, EOFError, ValueError, zlib.error) as error:
-            raise UserError(f"{self.path} is damaged inside ({error}).") from error
+        with self._unpacked(key) as packed:
+            _read_header(packed)
+            for start in range(0, member.shape[0], rows):
+                count = min(rows, member.shape[0] - start)
+                values = np.frombuffer(packed.read(count * row_bytes), member.dtype)
+                yield values.reshape(count, *member.shape[1:])
 
 
 def _read_header(stream: Any) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
@@ -186,16 +183,16 @@ class SensorFile(NpzFile):
         if max(shape[0], *self.members[self.keys.time].shape) > MOST_SAMPLES:
             raise UserError(f"it says that it holds {shape[0]} samples, more than any recording")
         self.stamps_s = np.asarray(self.load(self.keys.time), np.float64)
-        self.keep: Array = np.arange(len(self.stamps_s))
+        self.keep: np.ndarray = np.arange(len(self.stamps_s))
         """(K,) rows (or windows) that are used, in order."""
-        self.new: Array = np.full(len(self.stamps_s), self.window or 1)
+        self.new: np.ndarray = np.full(len(self.stamps_s), self.window or 1)
         """(K,) samples of each that none before it holds: the last rows of a window."""
         self.cut = 0  # times of `stamps_s` that were taken out, since they lie far from the robot log
 
     def __len__(self) -> int:
         return int(self.new.sum())
 
-    def windows(self) -> Iterator[Array]:
+    def windows(self) -> Iterator[np.ndarray]:
         """The windows in use (W, 1026), one after the other."""
         stored = self.mapped(self.keys.body)
         used = set(self.keep.tolist())
@@ -203,7 +200,7 @@ class SensorFile(NpzFile):
             return (stored[number] for number in self.keep)
         return (chunk[0] for number, chunk in enumerate(self.chunks(self.keys.body, 1)) if number in used)
 
-    def blocks(self) -> Iterator[tuple[Array, int]]:
+    def blocks(self) -> Iterator[tuple[np.ndarray, int]]:
         """((n, 1026) float32 block, overlapping rows that disagree with the window before), in order.
 
         A block is only valid until the next one is asked for.
@@ -221,7 +218,7 @@ class SensorFile(NpzFile):
             if not len(self.keep) or start > self.keep[-1]:
                 return
 
-    def _rows(self) -> Iterator[Array]:
+    def _rows(self) -> Iterator[np.ndarray]:
         if not self.keys.force:
             yield from (chunk.astype(np.float32, copy=False) for chunk in self.chunks(self.keys.body, BLOCK_ROWS))
             return
@@ -234,8 +231,8 @@ class SensorFile(NpzFile):
             start += count
             yield block[:count]
 
-    def _new_rows(self) -> Iterator[tuple[Array, int]]:
-        before: Array | None = None
+    def _new_rows(self) -> Iterator[tuple[np.ndarray, int]]:
+        before: np.ndarray | None = None
         for window, count in zip(self.windows(), self.new.tolist(), strict=True):
             shared = len(window) - count
             differ = 0
@@ -244,17 +241,17 @@ class SensorFile(NpzFile):
             before = window
             yield window[shared:].astype(np.float32, copy=False), differ
 
-    def _forces(self, key: str) -> Array:
+    def _forces(self, key: str) -> np.ndarray:
         force = self.load(key)
         return force.reshape(len(force), -1)[:, 0]
 
-    def force(self) -> Array:
+    def force(self) -> np.ndarray:
         """(S,) float32 force of every sample in use."""
         if self.keys.force:
             return self._forces(self.keys.force)[self.keep].astype(np.float32)
         return np.concatenate([block[:, 0].copy() for block, _ in self.blocks()])
 
-    def rows(self, wanted: Array) -> Array:
+    def rows(self, wanted: np.ndarray) -> np.ndarray:
         """(M, 1026) float32: the samples in use with the given numbers."""
         out = np.empty((len(wanted), CHANNELS), np.float32)
         body = self.mapped(self.keys.body)
@@ -275,6 +272,6 @@ class SensorFile(NpzFile):
         return out
 
 
-def bits(values: Array) -> Array:
+def bits(values: np.ndarray) -> np.ndarray:
     """The values as bits, so that NaN equals NaN."""
     return np.ascontiguousarray(values).view(f"u{values.dtype.itemsize}")

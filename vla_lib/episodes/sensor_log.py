@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -21,8 +20,6 @@ from vla_lib.episodes.hdf5 import H5Samples
 from vla_lib.episodes.layouts import CHANNELS
 from vla_lib.episodes.sensor_file import SensorFile, bits
 from vla_lib.episodes.timeline import Cleaned, Span, clean_times, find_gaps, in_seconds, spread_packets
-
-Array = np.ndarray[Any, Any]
 
 NOMINAL_HZ = 650.0
 LONGEST_TAIL_S = 600.0  # a sensor that goes on so much longer than the robot log was not stopped
@@ -36,7 +33,7 @@ class SensorLog:
     """The whole sensor stream of an episode, in the robot's time."""
 
     files: Sequence[SensorFile | H5Samples]
-    t_s: Array  # (S,) float64 UNIX seconds, clock offset already taken off
+    t_s: np.ndarray  # (S,) float64 UNIX seconds, clock offset already taken off
     hz: float  # rate from the median interval
     gaps: list[Span]  # spans without samples (in windows: within which samples were lost)
     cleaned: Cleaned = field(repr=False)
@@ -66,17 +63,17 @@ class SensorLog:
         self.gaps = [(begin - offset_s, end - offset_s) for begin, end in self.gaps]
         self.clock_offset_s += offset_s
 
-    def blocks(self) -> Iterator[tuple[Array, int]]:
+    def blocks(self) -> Iterator[tuple[np.ndarray, int]]:
         """See `SensorFile.blocks`: the whole stream in order."""
         for file in self.files:
             yield from file.blocks()
 
     @cached_property
-    def force(self) -> Array:
+    def force(self) -> np.ndarray:
         """(S,) float32 force of every sample, in the sensor's own unit."""
         return np.concatenate([file.force() for file in self.files])
 
-    def rows(self, wanted: Array) -> Array:
+    def rows(self, wanted: np.ndarray) -> np.ndarray:
         """(M, 1026) float32: the samples with the given numbers, e.g. every tenth for a picture."""
         wanted = np.asarray(wanted, np.int64)
         out = np.full((len(wanted), CHANNELS), np.nan, np.float32)
@@ -220,20 +217,20 @@ def _opened(paths: Sequence[Path], findings: Findings) -> Iterator[SensorFile]:
 class Stitched:
     """How a stack of V windows becomes one stream of S samples."""
 
-    new: Array  # (V,) number of last rows of each window that no earlier window holds
-    t_s: Array  # (S,) rebuilt time of each sample
+    new: np.ndarray  # (V,) number of last rows of each window that no earlier window holds
+    t_s: np.ndarray  # (S,) rebuilt time of each sample
     hz: float
     gaps: list[Span]
 
 
-def stitch(windows: Iterable[Array], width: int, ends_s: Array, findings: Findings) -> Stitched:
+def stitch(windows: Iterable[np.ndarray], width: int, ends_s: np.ndarray, findings: Findings) -> Stitched:
     """Join windows, each (W, C) with W = width, whose last rows have the rising times ends_s (V,).
 
     Reads a few rows of each window, unless the content is not where the times say.
     """
     new = np.full(len(ends_s), width, np.int64)
     matched = np.ones(len(ends_s), bool)
-    before: Array | None = None
+    before: np.ndarray | None = None
     for place, window in enumerate(windows):
         if before is not None:
             guess = int(round((ends_s[place] - ends_s[place - 1]) * NOMINAL_HZ))
@@ -254,7 +251,7 @@ def stitch(windows: Iterable[Array], width: int, ends_s: Array, findings: Findin
     return Stitched(new, times, hz, gaps)
 
 
-def _find_shift(before: Array, after: Array, guess: int) -> int | None:
+def _find_shift(before: np.ndarray, after: np.ndarray, guess: int) -> int | None:
     """How many new rows `after` holds: its first row is row `shift` of `before`; None where they share nothing."""
     width = len(before)
     for shift in (guess + step for step in (0, 1, -1, 2, -2, 3, -3)):
@@ -266,13 +263,13 @@ def _find_shift(before: Array, after: Array, guess: int) -> int | None:
     return next((shift for shift in nearest_first if _same(before, after, shift)), None)
 
 
-def _same(before: Array, after: Array, shift: int) -> bool:
+def _same(before: np.ndarray, after: np.ndarray, shift: int) -> bool:
     shared = len(before) - shift
     rows = sorted({0, shared // 2, shared - 1})
     return all(np.array_equal(bits(before[shift + row]), bits(after[row])) for row in rows)
 
 
-def _rate(new: Array, steps_s: Array, usable: Array) -> float:
+def _rate(new: np.ndarray, steps_s: np.ndarray, usable: np.ndarray) -> float:
     if not usable.any():
         return NOMINAL_HZ
     hz = float(np.median(new[usable] / steps_s[usable]))
@@ -281,8 +278,8 @@ def _rate(new: Array, steps_s: Array, usable: Array) -> float:
     return best if 0.5 * NOMINAL_HZ < best < 2 * NOMINAL_HZ else NOMINAL_HZ
 
 
-def _times(new: Array, ends_s: Array, width: int, hz: float) -> tuple[Array, list[Span], int]:
-    pieces: list[Array] = [ends_s[0] - np.arange(new[0] - 1, -1, -1) / hz]
+def _times(new: np.ndarray, ends_s: np.ndarray, width: int, hz: float) -> tuple[np.ndarray, list[Span], int]:
+    pieces: list[np.ndarray] = [ends_s[0] - np.arange(new[0] - 1, -1, -1) / hz]
     gaps: list[Span] = []
     squeezed = 0
     for count, before, end in zip(new[1:].tolist(), ends_s[:-1].tolist(), ends_s[1:].tolist(), strict=True):

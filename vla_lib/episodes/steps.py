@@ -6,7 +6,6 @@ neither uneven rows nor a drifting match enters. Steps exist only where the robo
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -16,8 +15,6 @@ from vla_lib.episodes.pictures import Pictures
 from vla_lib.episodes.poses import delta_action, interpolate
 from vla_lib.episodes.robot_log import RobotLog
 from vla_lib.episodes.timeline import Span, find_gaps, grid, newest_at_or_before, overlaps
-
-Array = np.ndarray[Any, Any]
 
 ROBOT_GAP_S = 0.05
 """Interpolating over 50 ms of the fastest motion (64 mm/s^2) errs by 0.02 mm; a longer hole is a gap."""
@@ -32,18 +29,18 @@ class Steps:
     """The action grid of one episode (N steps)."""
 
     hz: float
-    t_s: Array  # (N,) float64 UNIX seconds, exactly start + k / hz
-    state: Array  # (N, 12) float32: joints (deg), pose (mm, deg) at t_k
-    action: Array  # (N, 7) float32: mm, degrees, gripper
-    valid: Array  # (N,) bool: no stream has a gap across the step, and it is not blind
-    blind: Array  # (N,) bool: a view that is used has no picture yet
+    t_s: np.ndarray  # (N,) float64 UNIX seconds, exactly start + k / hz
+    state: np.ndarray  # (N, 12) float32: joints (deg), pose (mm, deg) at t_k
+    action: np.ndarray  # (N, 7) float32: mm, degrees, gripper
+    valid: np.ndarray  # (N,) bool: no stream has a gap across the step, and it is not blind
+    blind: np.ndarray  # (N,) bool: a view that is used has no picture yet
     gaps: dict[str, list[Span]]  # stream -> spans without data, in seconds
 
     def __len__(self) -> int:
         return len(self.t_s)
 
 
-def pose_rows(robot: RobotLog) -> Array:
+def pose_rows(robot: RobotLog) -> np.ndarray:
     """Numbers of the rows that tell where the arm was: the first of each run of equal rows, and the last of a rest.
 
     The controller refreshes more slowly than rows are published, so a repeated row is an old pose under a new stamp.
@@ -76,7 +73,7 @@ def stream_gaps(episode: Episode) -> dict[str, list[Span]]:
     return {stream: spans for stream, spans in gaps.items() if spans}
 
 
-def _early_end(t_s: Array, end_s: float, longest_s: float) -> list[Span]:
+def _early_end(t_s: np.ndarray, end_s: float, longest_s: float) -> list[Span]:
     last = float(t_s[-1])
     return [(last, end_s)] if end_s - last > longest_s else []
 
@@ -132,17 +129,19 @@ def build_steps(
     )
 
 
-def image_index(pictures: Pictures, t_s: Array) -> Array:
+def image_index(pictures: Pictures, t_s: np.ndarray) -> np.ndarray:
     """(N,) int32: the newest picture taken at or before each step; -1 where there is none."""
     return newest_at_or_before(pictures.t_s, t_s).astype(np.int32)
 
 
-def sensor_index(sensor_t_s: Array, t_s: Array) -> Array:
+def sensor_index(sensor_t_s: np.ndarray, t_s: np.ndarray) -> np.ndarray:
     """(N,) int64: one past the newest sample at or before each step: `[index - n : index]` never sees the future."""
     return (newest_at_or_before(sensor_t_s, t_s) + 1).astype(np.int64)
 
 
-def window_full(index: Array, sensor_t_s: Array, t_s: Array, length: int, hz: float, gaps: list[Span]) -> Array:
+def window_full(
+    index: np.ndarray, sensor_t_s: np.ndarray, t_s: np.ndarray, length: int, hz: float, gaps: list[Span]
+) -> np.ndarray:
     """(N,) bool: whether `length` samples without a gap end at each step.
 
     A window is not full where the stream has fewer samples before the step, where its newest sample is older than

@@ -2,13 +2,11 @@
 
 from bisect import bisect_right
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
 from vla_lib.episodes.findings import Findings
 
-Array = np.ndarray[Any, Any]
 Span = tuple[float, float]
 
 FAR_S = 6 * 3600.0
@@ -23,7 +21,7 @@ PACKET_PART = 0.5  # from this part of repeated stamps on they are those of pack
 class Cleaned:
     """What `clean_times` found: which rows to keep, in order, and why the others go."""
 
-    keep: Array = field(repr=False)  # (K,) int64: rows to keep; their stamps strictly increase
+    keep: np.ndarray = field(repr=False)  # (K,) int64: rows to keep; their stamps strictly increase
     unusable: int  # rows whose stamp is no number or lies hours away from all others
     backwards: int  # rows whose stamp lies behind that of an earlier row that is kept (a clock that stepped)
     repeats: int  # rows that carry the same stamp as the row before
@@ -42,7 +40,7 @@ class Cleaned:
             findings.note(stream, f"{self.repeats} {entries} repeat the time of the one before and are left out")
 
 
-def in_seconds(stamps: Array, stream: str, findings: Findings) -> Array:
+def in_seconds(stamps: np.ndarray, stream: str, findings: Findings) -> np.ndarray:
     """UNIX stamps (n,) in seconds, whatever unit their size tells; another one than seconds is noted."""
     stamps = np.asarray(stamps, np.float64)
     finite = stamps[np.isfinite(stamps)]
@@ -54,7 +52,7 @@ def in_seconds(stamps: Array, stream: str, findings: Findings) -> Array:
     return stamps
 
 
-def spread_packets(t_s: Array, findings: Findings) -> Array:
+def spread_packets(t_s: np.ndarray, findings: Findings) -> np.ndarray:
     """Sample times (S,) of a stream whose samples came in packets, each with one stamp: spread over the packet's span.
 
     A packet is sent when its last sample was taken: that one keeps the stamp, the others are spread evenly back to the
@@ -74,7 +72,7 @@ def spread_packets(t_s: Array, findings: Findings) -> Array:
     return np.asarray(t_s - back * np.repeat(held_s / sizes, sizes))
 
 
-def longest_rising(t_s: Array) -> Array:
+def longest_rising(t_s: np.ndarray) -> np.ndarray:
     """Indices (K,) of the longest never-falling subsequence of t_s: what is left when the fewest rows are dropped."""
     t_s = np.asarray(t_s, float)
     if not np.any(np.diff(t_s) < 0):
@@ -92,7 +90,7 @@ def longest_rising(t_s: Array) -> Array:
     return np.asarray(chain[::-1], np.int64)
 
 
-def clean_times(t_s: Array) -> Cleaned:
+def clean_times(t_s: np.ndarray) -> Cleaned:
     """Choose the rows whose stamps strictly increase, dropping as few as possible.
 
     A clock that jumps back for some rows loses those rows; a single stamp far in the future loses only itself.
@@ -116,18 +114,18 @@ def clean_times(t_s: Array) -> Cleaned:
     )
 
 
-def newest_at_or_before(t_s: Array, at_s: Array) -> Array:
+def newest_at_or_before(t_s: np.ndarray, at_s: np.ndarray) -> np.ndarray:
     """Index (M,) of the newest of the rising times t_s (S,) at or before each at_s; -1 where there is none."""
     return np.searchsorted(np.asarray(t_s, float), np.asarray(at_s, float), side="right") - 1
 
 
-def find_gaps(t_s: Array, longest_s: float) -> list[Span]:
+def find_gaps(t_s: np.ndarray, longest_s: float) -> list[Span]:
     """Spans between neighbouring times that are longer than `longest_s`."""
     t_s = np.asarray(t_s, float)
     return [(float(t_s[k]), float(t_s[k + 1])) for k in np.flatnonzero(np.diff(t_s) > longest_s)]
 
 
-def overlaps(start_s: Array, end_s: Array, spans: list[Span]) -> Array:
+def overlaps(start_s: np.ndarray, end_s: np.ndarray, spans: list[Span]) -> np.ndarray:
     """(M,) bool: whether the open interval (start, end) shares any time with one of the spans."""
     hit = np.zeros(len(start_s), bool)
     for begin, end in spans:
@@ -135,7 +133,7 @@ def overlaps(start_s: Array, end_s: Array, spans: list[Span]) -> Array:
     return hit
 
 
-def grid(start_s: float, end_s: float, hz: float) -> Array:
+def grid(start_s: float, end_s: float, hz: float) -> np.ndarray:
     """Times start + k/hz (N,) of all steps that end by `end_s`; each from the start, so that nothing drifts."""
     steps = int(np.floor((end_s - start_s) * hz + 1e-6)) if end_s > start_s else 0
     return start_s + np.arange(steps) / hz

@@ -15,7 +15,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from torch.distributed import HashStore, Store, TCPStore  # type: ignore[attr-defined]  # documented, not in __all__
 
-from vla_lib.core.errors import UserError
+from vla_lib.core.errors import UserError, needing_room
 from vla_lib.core.files import append_jsonl, write_json
 from vla_lib.core.progress import Progress
 from vla_lib.core.run_folder import write_results
@@ -94,6 +94,18 @@ def build_share(
     start, root, folder = time.perf_counter(), settings.dataset_root, cache_folder(settings.dataset_root)
     left, statistics = list(share), Statistics(workers=_workers(settings, extractor.device.type))
 
+    writing: list[Future[None]] = []  # one episode's features, while the model computes the next one's
+
+    def write(*features: Any) -> None:
+        begin = time.perf_counter()
+        statistics.bytes += write_features(*features)
+        statistics.write_s += time.perf_counter() - begin
+
+    def wait_for_writer() -> None:
+        with needing_room(folder, "Free some space or check the folder, then run again."):
+            while writing:
+                writing.pop().result()
+
     def compute(batch_size: int) -> None:
         """Compute the episodes that are left; each is taken from the list when its features go to be written."""
         if batch_size < settings.batch_size:
@@ -120,55 +132,20 @@ def build_share(
             tokens, mask = (torch.cat(part) for part in zip(*parts, strict=True))
             tick_step = torch.tensor(steps[number], dtype=torch.int64)
             path = feature_file(folder / binding["id"], key)
-            writer.put(path, binding, episode, key, tokens, mask, tick_step, sorted(findings))
+            wait_for_writer()
+            features = path, binding, episode, key, tokens, mask, tick_step, sorted(findings)
+            writing.append(writer.submit(write, *features))
             left.remove(planned[number])
             statistics.findings += sorted(findings)
             statistics.episodes += 1
             statistics.ticks += len(tick_step)
             add_ticks(len(tick_step))
 
-    with _Writer(statistics) as writer:
+    with ThreadPoolExecutor(1) as writer:
         backing_off(compute, settings.batch_size)()
+        wait_for_writer()
     statistics.wait_s = time.perf_counter() - start - statistics.forward_s
     return statistics
-
-
-class _Writer:
-    """Writes one episode's features while the model computes the next one's. A context manager.
-
-    Raises UserError where a write failed, at the next call or at the end.
-    """
-
-    def __init__(self, statistics: Statistics):
-        self.statistics, self._pool = statistics, ThreadPoolExecutor(1)
-        self._writing: Future[None] | None = None
-
-    def put(self, *features: Any) -> None:
-        """Write these arguments of `write_features`, when the last ones are written."""
-        self._wait()
-        self._writing = self._pool.submit(self._write, *features)
-
-    def _write(self, *features: Any) -> None:
-        begin = time.perf_counter()
-        self.statistics.bytes += write_features(*features)
-        self.statistics.write_s += time.perf_counter() - begin
-
-    def _wait(self) -> None:
-        writing, self._writing = self._writing, None
-        try:
-            if writing is not None:
-                writing.result()
-        except OSError as error:
-            raise UserError(
-                f"The features cannot be written: {error}; free some space or check the folder, then run again."
-            ) from error
-
-    def __enter__(self) -> "_Writer":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._pool.shutdown()
-        self._wait()
 
 
 class _Ticks:
@@ -221,7 +198,7 @@ def _plan_of_the_first(ranks: PartialState, settings: CacheSettings) -> Prefligh
 
 
 def _prepare_folder(folder: Path, binding: dict[str, Any]) -> None:
-    try:
+    with needing_room(folder, "Check its permissions."):
         folder.mkdir(parents=True, exist_ok=True)
         if (folder / "binding.json").exists():
             read_binding(folder)
@@ -232,10 +209,6 @@ def _prepare_folder(folder: Path, binding: dict[str, Any]) -> None:
         for partial in folder.glob(".*.partial"):  # left by a killed build
             if time.time() - partial.stat().st_mtime > STALE_PARTIAL_S:
                 partial.unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"The cache folder {folder} cannot be written ({error.strerror or error}); check its permissions."
-        ) from None
 
 
 def _results(settings: CacheSettings, found: Preflight, ranks: list[Statistics], seconds: float) -> dict[str, Any]:

@@ -8,16 +8,15 @@ import hashlib
 import pickle
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from vla_lib.core.errors import UserError
+from vla_lib.core.errors import UserError, first_line
 from vla_lib.core.files import atomic_path, checksum, read_json
 from vla_lib.episodes import PreparedEpisode, find_prepared, load_used
 from vla_lib.features import binding as bindings
@@ -67,13 +66,9 @@ class EpisodeFeatures:
     def check(self) -> None:
         """Read all and compare it with what was written. Raises UserError, naming the file, where it differs."""
         name = "xxh3" if self.header.get("xxh3") else "sha256"  # caches of earlier versions have SHA-256 alone
-        if self.path is not None and _digest(name, self.tokens, self.mask, self.tick_step) != self.header[name]:
+        if self.path is not None and digest(name, self.tokens, self.mask, self.tick_step) != self.header[name]:
             said = "its checksum is not that of what was written"
             raise UserError(f"{self.path} is damaged: {said}; remove it and build the cache again.")
-
-    def newest(self, steps: np.ndarray | Sequence[int] | int, latency_steps: int = 0) -> np.ndarray:
-        """Number of the newest tick at step - `latency_steps` or before, -1 where there is none; shaped as `steps`."""
-        return np.searchsorted(self.tick_step.numpy(), np.asarray(steps) - latency_steps, side="right") - 1
 
 
 class FeatureCache:
@@ -85,13 +80,10 @@ class FeatureCache:
         self._open: dict[str, EpisodeFeatures] = {}
 
     @classmethod
-    def open(
-        cls, dataset_root: str | Path, binding_id: str | None = None, expect: Mapping[str, Any] | None = None
-    ) -> "FeatureCache":
+    def open(cls, dataset_root: str | Path, binding_id: str | None = None) -> "FeatureCache":
         """Open the binding `binding_id` (None: the only one there).
 
-        expect: binding fields that the reader relies on, such as {"tick_stride": 3}. Raises UserError where there is no
-        such cache, where there are several to choose from, or where the binding is not what is expected (naming both).
+        Raises UserError where there is no such cache, or where there are several to choose from.
         """
         root = Path(dataset_root)
         base = cache_folder(root)
@@ -103,9 +95,7 @@ class FeatureCache:
         chosen = binding_id or found[0]
         if chosen not in found:
             raise UserError(f'There is no cache "{chosen}" under {base}; there are: {", ".join(found)}.')
-        binding = read_binding(base / chosen)
-        bindings.check(binding, expect or {}, f'The cache "{chosen}"')
-        return cls(root, base / chosen, binding)
+        return cls(root, base / chosen, read_binding(base / chosen))
 
     def episode(self, episode: PreparedEpisode) -> EpisodeFeatures:
         """Features of an episode. Raises UserError where they are absent, unreadable, or were made from other data."""
@@ -155,8 +145,8 @@ def write_features(
         "instruction": episode.instruction,
         "steps": len(episode),
         "findings": findings,
-        "sha256": _digest("sha256", tokens, mask, tick_step),
-        "xxh3": _digest("xxh3", tokens, mask, tick_step),
+        "sha256": digest("sha256", tokens, mask, tick_step),
+        "xxh3": digest("xxh3", tokens, mask, tick_step),
         "tokens": tokens,
         "mask": mask,
         "tick_step": tick_step,
@@ -177,8 +167,7 @@ def read_features(folder: Path, binding: Mapping[str, Any], key: str, root: str 
     except FileNotFoundError:
         raise UserError(f'The episode {key} has no features in cache "{binding["id"]}". {hint}') from None
     except DAMAGES as error:
-        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
-        raise UserError(f"{path} is damaged ({reason}). {hint}") from None
+        raise UserError(f"{path} is damaged ({first_line(error)}). {hint}") from None
     if (header["binding"], header["episode"]) != (binding["id"], key):
         found = f'"{header["episode"]}" of cache "{header["binding"]}"'
         raise UserError(f'{path} holds the features of {found}, asked for was "{key}" of "{binding["id"]}". {hint}')
@@ -206,15 +195,15 @@ def coverage_state(folder: Path, binding: Mapping[str, Any], root: str | Path, e
     return "stale" if stale_reason(header, episode) else "covered"
 
 
-def _digest(name: str, *tensors: Tensor) -> str:
+def digest(name: str, *tensors: Tensor) -> str:
     """XXH3 or SHA-256 over the tensors' bytes."""
     parts = [tensor.contiguous().view(torch.uint8).numpy().data for tensor in tensors]
     if name == "xxh3":
         return checksum(parts)
-    digest = hashlib.sha256()
+    sha256 = hashlib.sha256()
     for part in parts:
-        digest.update(part)
-    return digest.hexdigest()
+        sha256.update(part)
+    return sha256.hexdigest()
 
 
 # -------------------------------------------------------------------- housekeeping (`vla cache ls|verify|rm`)

@@ -52,11 +52,12 @@ class FeatureExtractor:
 
     def __init__(self, vlm: Vlm, form: FeatureForm):
         self.vlm, self.form = vlm, form
-        self.views, self.layout, self.recipe, self.hidden_size = form.views, form.layout, form.recipe, vlm.hidden_size
+        self.views, self.layout, self.recipe = form.views, form.layout, form.recipe
+        self.hidden_size = vlm.checkpoint.hidden_size
         self.device: torch.device = vlm.model.device
         self.dtype: torch.dtype = vlm.model.dtype
         self.prompt = lru_cache(maxsize=256)(self._make_prompt)
-        if vlm.layer < vlm.depth:
+        if vlm.layer < vlm.checkpoint.depth:
             # what transformers calls hidden_states[layer] comes before the final norm, which the last layer alone has
             vlm.model.language_model.norm = torch.nn.Identity()
 
@@ -216,8 +217,3 @@ def default_device() -> str:
     if not torch.cuda.is_available():
         return "cpu"
     return f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
-
-
-def default_dtype(device: str) -> str:
-    """bfloat16 on a GPU, float32 on a CPU."""
-    return "bfloat16" if device.startswith("cuda") else "float32"

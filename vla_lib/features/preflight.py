@@ -14,7 +14,7 @@ from vla_lib.episodes import PreparedEpisode, load_used
 from vla_lib.episodes.survey import left_out
 from vla_lib.features.binding import TokenLayout, model_words
 from vla_lib.features.cache import cache_folder, coverage_state, episode_key
-from vla_lib.features.extractor import default_device, default_dtype
+from vla_lib.features.extractor import default_device
 from vla_lib.features.form import FeatureForm
 from vla_lib.features.reader import tick_steps
 from vla_lib.features.settings import CacheSettings
@@ -121,7 +121,8 @@ def plan(settings: CacheSettings) -> tuple[Preflight, FeatureForm]:
     processor = load_processor(checkpoint)
     size = settings.image_resize_height, settings.image_resize_width
     form = FeatureForm(processor, choose_views(episodes, settings.views), settings.vl_pooling, *size)
-    dtype = default_dtype(device_of(settings)) if settings.dtype == "auto" else settings.dtype
+    automatic = "bfloat16" if device_of(settings).startswith("cuda") else "float32"
+    dtype = automatic if settings.dtype == "auto" else settings.dtype
     layer = resolve_layer(settings.vl_layer, checkpoint.depth)
     return plan_build(root, episodes, form.binding(checkpoint, layer, settings.tick_stride, dtype)), form
 

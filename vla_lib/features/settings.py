@@ -33,30 +33,22 @@ class CacheSettings(Settings):
     """Decoder layer whose hidden state is kept, counted from 1; those above are not computed. 0: half the depth."""
     vl_pooling: str = DEFAULT_POOLING
     """What is kept of a view: `grid:ROWSxCOLS` averaged tokens, `mean`, or all `tokens`. One text token is added."""
-    vlm_reuse_count: Annotated[int, Ge(1)] = 3
-    """Action steps that share one VLM tick (3 at 10 Hz: 3.33 Hz)."""
+    vlm_reuse_count: Annotated[int, Ge(1)] = 3  # Action steps that share one VLM tick (3 at 10 Hz: 3.33 Hz)
     vl_stride: Annotated[int, Ge(0)] = 0
     """Action steps between cached ticks; 0: as --vlm-reuse-count. 1 caches every step."""
-    image_resize_height: Annotated[int, Ge(1)] = 360
-    """Pictures are shrunk to fit this height (pixels); never enlarged."""
-    image_resize_width: Annotated[int, Ge(1)] = 640
-    """Pictures are shrunk to fit this width (pixels); never enlarged."""
+    image_resize_height: Annotated[int, Ge(1)] = 360  # Pictures are shrunk to fit this height (pixels); never enlarged
+    image_resize_width: Annotated[int, Ge(1)] = 640  # Pictures are shrunk to fit this width (pixels); never enlarged
     views: tuple[str, ...] = ()
     """Views in order. Empty: View1_left, View2_left, View3_left, View4_left, View5, as far as there are any."""
-    batch_size: Annotated[int, Ge(1)] = 8
-    """Ticks in one forward pass; halved by itself when memory runs out."""
+    batch_size: Annotated[int, Ge(1)] = 8  # Ticks in one forward pass; halved by itself when memory runs out
     num_workers: Annotated[int, Ge(-1)] = -1
     """Processes that decode and resize pictures; 0: none, -1: by the number of CPU cores."""
-    device: str = "auto"
-    """`auto` (this rank's GPU, else the CPU), `cpu`, or `cuda:N`."""
+    device: str = "auto"  # `auto` (this rank's GPU, else the CPU), `cpu`, or `cuda:N`
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Number type of model and cache; `auto`: bfloat16 on a GPU, float32 on a CPU."""
-    overwrite: bool = False
-    """Compute every episode again, also those whose features are up to date."""
-    preflight_only: bool = False
-    """Stop after the preflight table; compute nothing."""
-    run_dir: Path | None = None
-    """Folder for metrics.jsonl and results.json."""
+    overwrite: bool = False  # Compute every episode again, also those whose features are up to date
+    preflight_only: bool = False  # Stop after the preflight table; compute nothing
+    run_dir: Path | None = None  # Folder for metrics.jsonl and results.json
 
     def __post_init__(self) -> None:
         Pooling.parse(self.vl_pooling)

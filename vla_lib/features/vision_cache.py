@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 
 from vla_lib.core.errors import UserError
-from vla_lib.core.files import atomic_path, checksum
+from vla_lib.core.files import atomic_path
 from vla_lib.episodes import PreparedEpisode
-from vla_lib.features.cache import DAMAGES, VISION, EpisodeFeatures, FeatureCache, episode_key, feature_file
+from vla_lib.features.cache import DAMAGES, VISION, EpisodeFeatures, FeatureCache, digest, episode_key, feature_file
 from vla_lib.features.extractor import EncodedPicture, FeatureExtractor
 from vla_lib.features.reader import BatchPlan, backing_off, plan_batches, read_batch, tick_steps
 
@@ -30,7 +30,7 @@ class VisionTokens:
 
     pictures: list[EncodedPicture]
     ticks: list[list[int]]
-    xxh3: str | None = None  # of all tensors; None in files of earlier versions
+    xxh3: str  # of all tensors
 
 
 class VisionCache:
@@ -95,7 +95,7 @@ class VisionCache:
                     f"The vision tokens of {episode.path} are missing or stale; start the training again, "
                     "which computes them."
                 )
-            if found.xxh3 not in (None, _digest(found.pictures)):
+            if found.xxh3 != _digest(found.pictures):
                 raise UserError(
                     f"{self._file(episode)} is damaged: it is not what was written; remove it and start the training "
                     "again with --resume, which computes it."
@@ -128,14 +128,13 @@ class VisionCache:
             if (value["binding"], value["fingerprint"]) != (self.cache.binding["id"], episode.fingerprint):
                 return None
             pictures = [EncodedPicture(*picture) for picture in value["pictures"]]
-            return VisionTokens(pictures, value["ticks"], value.get("xxh3"))
+            return VisionTokens(pictures, value["ticks"], value["xxh3"])
         except DAMAGES:
             return None
 
 
 def _digest(pictures: Sequence[EncodedPicture]) -> str:
-    tensors = (tensor for _, tokens, deep in pictures for tensor in (tokens, *deep))
-    return checksum(tensor.contiguous().view(torch.uint8).numpy().data for tensor in tensors)
+    return digest("xxh3", *(tensor for _, tokens, deep in pictures for tensor in (tokens, *deep)))
 
 
 class ComputedFeatures:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vla_lib.core.errors import UserError
+from vla_lib.core.errors import UserError, first_line
 from vla_lib.features.binding import TINY
 from vla_lib.features.tiny import FAMILIES, tiny_checkpoint
 
@@ -30,14 +30,12 @@ SMALL_FILES += ["merges.txt", "chat_template.json", "chat_template.jinja"]
 
 @dataclass
 class Vlm:
-    """A frozen model in eval mode. `depth`: decoder layers of the checkpoint, `layer`: how many of them are kept."""
+    """A frozen model in eval mode, and its checkpoint, of whose decoder layers the first `layer` are kept."""
 
     model: Any
     processor: Any
-    family: str
-    depth: int
+    checkpoint: "Checkpoint"
     layer: int
-    hidden_size: int
 
 
 @dataclass(frozen=True)
@@ -133,7 +131,7 @@ def load_processor(checkpoint: Checkpoint) -> Any:
             processor.image_processor = AutoImageProcessor.from_pretrained(checkpoint.folder, backend=IMAGE_BACKEND)
             image_token_id = AutoConfig.from_pretrained(checkpoint.folder).image_token_id
         except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-            raise UserError(f"{unusable}: {_first_line(error)}") from error
+            raise UserError(f"{unusable}: {first_line(error)}") from error
     if processor.tokenizer.convert_tokens_to_ids(processor.image_token) != image_token_id:
         raise UserError(f"{unusable}: its picture token is unknown.")
     if not isinstance(processor.image_processor, Qwen2VLImageProcessorPil):
@@ -169,14 +167,14 @@ def load_vlm(checkpoint: Checkpoint, processor: Any, layer: int, device: str = "
                 output_loading_info=True,
             )
         except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-            raise UserError(f"The checkpoint {checkpoint.folder} cannot be loaded: {_first_line(error)}") from error
+            raise UserError(f"The checkpoint {checkpoint.folder} cannot be loaded: {first_line(error)}") from error
     if absent := sorted([*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]):
         raise UserError(
             f"The checkpoint {checkpoint.folder} lacks {len(absent)} weights (such as {absent[0]}); download it anew."
         )
     speed_up(model)
     model.eval().requires_grad_(False).to(device)
-    return Vlm(model, processor, checkpoint.family, checkpoint.depth, layer, checkpoint.hidden_size)
+    return Vlm(model, processor, checkpoint, layer)
 
 
 def resolve_layer(layer: int, depth: int) -> int:
@@ -237,8 +235,3 @@ def quiet_transformers() -> Iterator[None]:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:300] if lines else type(error).__name__

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.spatial.transform import Rotation
 
-from vla_lib.episodes.poses import Array, pose_to_matrix
+from vla_lib.episodes.poses import pose_to_matrix
 from vla_lib.runtime.safety import JOINT_LIMIT, SINGULARITY
 
 BASE_MM, UPPER_MM, OFFSET_MM, FOREARM_MM, WRIST_MM = 135.0, 135.0, 38.0, 120.0, 70.0
@@ -18,7 +18,7 @@ LIMITS_DEG = np.array([(-175, 175), (-70, 90), (-135, 70), (-170, 170), (-115, 1
 STRETCHED_DEG = -float(np.degrees(np.arctan2(FOREARM_MM, OFFSET_MM)))  # joint 3 where the arm is straight
 
 
-def axes(joints: Array) -> tuple[Array, Array, Array]:
+def axes(joints: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Of joints (6,) in degrees, base frame: axes (6, 3), a point on each (6, 3) in mm, the flange's pose (4, 4)."""
     turn, place = Rotation.identity(), np.zeros(3)
     # axis of the joint, then the way from there to the next one, both in the frame before it
@@ -51,13 +51,13 @@ class Reach:
     singularity_deg: float = 3.0
     shoulder_mm: float = 10.0
 
-    def tip(self, joints: Array) -> Array:
+    def tip(self, joints: np.ndarray) -> np.ndarray:
         """(4, 4) pose of the tool in the WRF, mm."""
         flange = axes(joints)[2]
-        inverse: Array = np.linalg.inv(pose_to_matrix(np.array(self.wrf)))
+        inverse: np.ndarray = np.linalg.inv(pose_to_matrix(np.array(self.wrf)))
         return inverse @ flange @ pose_to_matrix(np.array(self.trf))
 
-    def jacobian(self, joints: Array) -> Array:
+    def jacobian(self, joints: np.ndarray) -> np.ndarray:
         """(6, 6): mm and degrees of the tool, in the WRF's axes, a degree of each joint."""
         along, points, flange = axes(joints)
         tip = (flange @ pose_to_matrix(np.array(self.trf)))[:3, 3]
@@ -65,7 +65,7 @@ class Reach:
         linear = np.cross(along, tip - points) * np.pi / 180
         return np.concatenate([base @ linear.T, base @ along.T])
 
-    def distances(self, joints: Array) -> dict[str, float]:
+    def distances(self, joints: np.ndarray) -> dict[str, float]:
         """How far the nearest trouble is: degrees to each joint's limit (below 0: beyond) and to the wrist's and the
         elbow's singularity, mm to the shoulder's, each less the margin."""
         joints = np.asarray(joints, float)
@@ -77,7 +77,7 @@ class Reach:
         found[f"{SINGULARITY} of the shoulder"] = float(np.hypot(*wrist[:2])) - self.shoulder_mm
         return found
 
-    def refuses(self, joints: Array, action: Array) -> str:
+    def refuses(self, joints: np.ndarray, action: np.ndarray) -> str:
         """Why an action (7,) must not be sent with the arm at `joints` (6,): it would end within a margin, nearer than
         now. "" where nothing is in the way; the way out is always free."""
         step = np.linalg.lstsq(self.jacobian(joints), np.asarray(action, float)[:6], rcond=1e-6)[0]

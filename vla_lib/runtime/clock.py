@@ -62,7 +62,6 @@ class SimulatedClock:
         self._rng = {work: np.random.default_rng([seed & 0xFFFFFFFF, *work.encode()]) for work in self.latencies}
 
     def now(self) -> float:
-        """Simulated seconds."""
         return self._t_s
 
     def sleep_until(self, t_s: float) -> None:
@@ -87,7 +86,6 @@ class RealClock:
         self._zero = time.perf_counter()
 
     def now(self) -> float:
-        """Seconds since the clock was made."""
         return time.perf_counter() - self._zero
 
     def sleep_until(self, t_s: float) -> None:

@@ -68,13 +68,11 @@ class DryRunIO:
         self._lock = threading.Lock()
 
     def read_observation(self) -> Observation:
-        """The source's."""
         observation = self.source.read_observation()
         self._timestamp = observation.timestamp
         return observation
 
     def send_action(self, action: np.ndarray) -> None:
-        """Log the action."""
         self._write({"timestamp": self._timestamp, "action": np.asarray(action, float).tolist()})
 
     def refuses(self, action: np.ndarray) -> str:
@@ -83,7 +81,6 @@ class DryRunIO:
         return str(refuses(action)) if refuses is not None else ""
 
     def stop(self, reason: str) -> None:
-        """Log the stop."""
         self._write({"timestamp": self._timestamp, "stop": reason})
 
     def _write(self, line: dict[str, Any]) -> None:

@@ -37,11 +37,14 @@ class VlmWorker(Protocol):
 
     failure: str  # why the worker will give no more features; "" while it works
 
-    def submit(self, pictures: Mapping[str, Any], instruction: str, step: int, now_s: float) -> None: ...
+    def submit(self, pictures: Mapping[str, Any], instruction: str, step: int, now_s: float) -> None:
+        """Begin with these pictures."""
 
-    def busy(self, now_s: float) -> bool: ...
+    def busy(self, now_s: float) -> bool:
+        """Whether features are still being made."""
 
-    def newest(self, now_s: float) -> Features | None: ...
+    def newest(self, now_s: float) -> Features | None:
+        """The newest finished features."""
 
 
 class SimulatedVlm:
@@ -54,7 +57,6 @@ class SimulatedVlm:
         self._pending: tuple[float, Features] | None = None
 
     def submit(self, pictures: Mapping[str, Any], instruction: str, step: int, now_s: float) -> None:
-        """Begin with these pictures."""
         took_s = self._clock.draw_s("vlm")
         try:
             tokens, mask = self._compute(pictures, instruction)
@@ -64,12 +66,10 @@ class SimulatedVlm:
         self._pending = (now_s + took_s, Features(tokens, mask, step, took_s))
 
     def busy(self, now_s: float) -> bool:
-        """Whether features are still being made."""
         self.newest(now_s)
         return self._pending is not None
 
     def newest(self, now_s: float) -> Features | None:
-        """The newest finished features."""
         if self._pending is not None and self._pending[0] <= now_s + 1e-9:
             self._done, self._pending = self._pending[1], None
         return self._done
@@ -93,7 +93,6 @@ class LiveVlm:
         return self.executor.submit(self._compute, given, instruction)
 
     def submit(self, pictures: Mapping[str, Any], instruction: str, step: int, now_s: float) -> None:
-        """Begin with these pictures."""
         begun_s = time.perf_counter()
 
         def finished(job: Future[tuple[Any, Any]]) -> None:  # called by the executor's thread
@@ -112,11 +111,9 @@ class LiveVlm:
             self.failure = _words(error)
 
     def busy(self, now_s: float) -> bool:
-        """Whether features are still being made."""
         return self._busy
 
     def newest(self, now_s: float) -> Features | None:
-        """The newest finished features."""
         return self._done
 
     def close(self) -> None:

@@ -1,2 +1,1 @@
-"""Prepared episodes and their VL cache in, checkpoints of a policy out: settings, split, statistics, samples,
-sampler, one loop."""
+"""Prepared episodes and their VL cache in, checkpoints of a policy out: settings, samples, state, one loop."""

@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from vla_lib.core.errors import UserError, in_words
+from vla_lib.core.errors import UserError, first_line, in_words
 from vla_lib.core.files import atomic_path
 from vla_lib.core.owner import Owner
 from vla_lib.core.settings import flag
@@ -52,13 +52,12 @@ Content = dict[str, Any]
 
 
 def save_checkpoint(path: Path, content: Content) -> None:
-    """Write atomically: at any failure (a full disk, a kill) the old file stays. Raises OSError as the file system
-    does."""
+    """Write atomically: at any failure (a full disk, a kill) the old file stays. Raises OSError."""
     with atomic_path(path) as temporary:
         try:
             torch.save({"format": FORMAT, **content}, temporary)
         except RuntimeError as error:
-            said = f"{error}".splitlines()[0]
+            said = first_line(error)
             if any(words in said for words in FULL):
                 raise OSError(errno.ENOSPC, said) from error
             raise OSError(said) from error
@@ -100,8 +99,7 @@ class CheckpointWriter:
         self._write(self._settings.checkpoints.best, _policy_alone(state), must=False)
 
     def final(self, state: Content) -> None:
-        """Write what the run ends with: the newest checkpoint, and the policy alone where the model has a file for
-        it."""
+        """Write what the run ends with: the newest checkpoint, and the policy alone where that has a file."""
         self.newest(state, must=True)
         if name := self._settings.checkpoints.final:
             self._write(name, _policy_alone(state), must=True)
@@ -128,8 +126,7 @@ def _policy_alone(state: Content) -> Content:
 
 
 def read_checkpoint(path: str | Path, map_location: str = "cpu") -> Content:
-    """The content of a checkpoint. Raises UserError where the file is missing, damaged, or no checkpoint of this
-    workbench."""
+    """The content of a checkpoint. Raises UserError where the file is missing, damaged, or no checkpoint of ours."""
     path = Path(path)
     try:
         content = torch.load(path, map_location=map_location, weights_only=True)
@@ -138,9 +135,8 @@ def read_checkpoint(path: str | Path, map_location: str = "cpu") -> Content:
             f"There is no checkpoint {path}; a run keeps its own below checkpoints/ (see `vla runs`)."
         ) from None
     except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
-        first = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"{path} cannot be read as a checkpoint ({first}); take another one of the same run."
+            f"{path} cannot be read as a checkpoint ({first_line(error)}); take another one of the same run."
         ) from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(f"{path} is not a checkpoint of this workbench (format {FORMAT}); give one that it trained.")
@@ -203,8 +199,7 @@ def refuse_taken(latest: Path) -> str:
 
 
 def read_previous(settings: TrainingSettings, latest: Path) -> Content:
-    """The newest checkpoint of the run that --resume goes on with. Raises UserError where it is none, or another
-    run's."""
+    """The newest checkpoint of the run that --resume goes on with. Raises UserError where none fits."""
     if not latest.exists():
         raise UserError(
             f"There is no checkpoint {latest} to go on from; give the --run-dir of a run with one, or drop --resume."
@@ -253,8 +248,7 @@ def check_previous(
 
 
 def read_stage1(settings: TrainingSettings) -> Content:
-    """The checkpoint that stage 2 starts from. Raises UserError where it is missing, of the other model, or of stage
-    2."""
+    """The checkpoint that stage 2 starts from. Raises UserError where it is missing, or none of stage 1's."""
     path = settings.stage1_checkpoint
     assert path is not None
     found = read_checkpoint(path)

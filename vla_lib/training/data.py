@@ -1,5 +1,4 @@
-"""The data of a run: episodes, VL cache, split, sample sets and weights, opened and checked. Everything fails here,
-early.
+"""The data of a run: episodes, VL cache, split, sample sets and weights, opened and checked: all fails early, here.
 
 Notebooks call `prepare_data` for their preflight; the training loop calls it for itself.
 """
@@ -29,8 +28,7 @@ SENSOR_RATE_PART = 0.15  # the lab's own recorders differ by this much: 650 Hz, 
 
 @dataclass(frozen=True)
 class TrainingData:
-    """What a run learns from. `episode_weights`: of each training episode, by key; `val` is None where nothing is
-    held out."""
+    """What a run learns from. `episode_weights`: of training episodes, by key; `val`: None if nothing is held out."""
 
     train: SampleSet
     val: SampleSet | None
@@ -66,8 +64,7 @@ class TrainingData:
         )
 
     def weights_table(self) -> list[dict[str, Any]]:
-        """One row a dataset, or a task of it where tasks have other weights: episodes, training steps, weight, share
-        of draws."""
+        """One row a dataset, or a task of it where tasks differ in weight: episodes, steps, weight, share of draws."""
         weights, episodes = list(self.episode_weights.values()), self.train.episodes
         of_dataset = {(e.dataset, weight) for e, weight in zip(episodes, weights, strict=True)}
         several = Counter(dataset for dataset, _ in of_dataset)

@@ -33,8 +33,7 @@ class LiveVlm:
         self.vision = VisionCache(data.cache, self.extractor)
 
     def prepare(self, data: TrainingData, accelerator: Accelerator, log_every_s: float) -> None:
-        """Compute the vision tokens that are missing, each process its share. Raises UserError where the disk is too
-        full."""
+        """Compute the vision tokens that are missing, each process its share. Raises UserError on too full a disk."""
         todo = self.vision.missing([*data.train.episodes, *(data.val.episodes if data.val else ())])
         accelerator.wait_for_everyone()  # all have looked before anyone writes
         if todo:
@@ -45,8 +44,7 @@ class LiveVlm:
         accelerator.wait_for_everyone()
 
     def features(self, samples: SampleSet, numbers: Sequence[int] | np.ndarray) -> tuple[Tensor, Tensor]:
-        """VL tokens (B, T, D) and mask (B, T) of samples, on the VLM's device; ticks that several samples share are
-        computed once."""
+        """VL tokens (B, T, D) and mask (B, T) of samples, on the VLM's device; a shared tick is computed once."""
         pictures: list[EncodedPicture] = []
         ticks: list[list[int]] = []
         known: dict[tuple[int, int], int] = {}

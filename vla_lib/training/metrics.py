@@ -1,5 +1,4 @@
-"""The metrics of a run: the same rows in metrics.jsonl and in Weights & Biases, no step doubled or missing after a
-resumption."""
+"""The metrics of a run: the same rows in metrics.jsonl and in W&B, no step doubled or missing after a resumption."""
 
 import contextlib
 import json
@@ -21,8 +20,7 @@ END_S = 10.0  # and for its service process to end
 
 
 def truncate(path: Path, step: int, validated: int) -> None:
-    """Drop what an interrupted run wrote after its newest checkpoint: rows beyond `step`, validations beyond
-    `validated`."""
+    """Drop what a run wrote after its newest checkpoint: rows beyond `step`, validations beyond `validated`."""
     rows = [row for row in read_jsonl(path) if row.get("step", 0) <= (validated if "epoch" in row else step)]
     if path.exists():
         with needing_room(path):
@@ -30,8 +28,7 @@ def truncate(path: Path, step: int, validated: int) -> None:
 
 
 def wandb_mode(asked: str) -> str:
-    """`auto` is `online` where a key is set (environment, or what `wandb login` left), else `offline`. Asks no
-    network."""
+    """`auto`: `online` where a key is set (environment, or `wandb login`), else `offline`. Asks no network."""
     if asked != "auto":
         return asked
     if (mode := os.environ.get("WANDB_MODE")) in ("offline", "disabled", "dryrun"):
@@ -79,8 +76,7 @@ class MetricsLog:
         return Path(self._wandb.dir).parent
 
     def log(self, row: dict[str, Any]) -> None:
-        """Write one row; its `step` is W&B's step. Raises UserError where the disk is full: a step must not be
-        missing."""
+        """Write one row; its `step` is W&B's step. Raises UserError on a full disk: no step must be missing."""
         row = {**row, "time": time.time()}
         with needing_room(self.path):
             append_jsonl(self.path, row)
@@ -136,8 +132,7 @@ def _start(mode: str, options: dict[str, Any]) -> Any:
 
 
 def _end_service() -> None:
-    """End W&B's service process; kill it where it does not end (seen after a run had been finished): a run must not
-    wait."""
+    """End W&B's service process; kill it where it does not end (seen after a run's end): a run must not wait."""
     import wandb
 
     services = [process for process in psutil.Process().children() if "wandb-core" in process.name()]

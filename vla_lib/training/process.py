@@ -27,8 +27,7 @@ def uses_gpu(settings: TrainingSettings) -> bool:
 
 
 def uses_bf16(settings: TrainingSettings) -> bool:
-    """Whether products are bf16: as asked, or where the GPU has it by itself (an emulated bf16 is slower than
-    float32)."""
+    """Whether products are bf16: as asked, or where the GPU has it (an emulated one is slower than float32)."""
     if settings.precision != "auto":
         return settings.precision == "bf16"
     return uses_gpu(settings) and torch.cuda.is_bf16_supported(including_emulation=False)

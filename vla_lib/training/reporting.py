@@ -1,5 +1,4 @@
-"""What a run says of itself: run.json where no notebook keeps one, the lines of its log, its results, what to do
-without memory."""
+"""What a run says of itself: run.json where no notebook keeps one, its log's lines, its results, its remedies."""
 
 import contextlib
 import math
@@ -27,8 +26,7 @@ STARVED = 0.2  # share of the time waited for data above which the loader is cal
 
 @contextlib.contextmanager
 def recorded(run_dir: Path, settings: TrainingSettings, stop: StopRequest) -> Iterator[None]:
-    """Inside is trained: run.json is opened, or this front door's own one again, and closed as done, cancelled or
-    failed."""
+    """Inside is trained: run.json is opened, or this front door's again, and closed as done, cancelled or failed."""
     path = run_dir / "run.json"
     run = None
     with needing_room(path):
@@ -50,8 +48,7 @@ def recorded(run_dir: Path, settings: TrainingSettings, stop: StopRequest) -> It
 
 @contextlib.contextmanager
 def memory_remedies(settings: TrainingSettings) -> Iterator[None]:
-    """Inside is trained: memory of the GPU or of the machine that does not suffice becomes a UserError with its
-    remedies."""
+    """Inside is trained: too little memory of the GPU or the machine becomes a UserError with its remedies."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:  # torch has a class of its own for the GPU's memory only
@@ -61,8 +58,7 @@ def memory_remedies(settings: TrainingSettings) -> Iterator[None]:
 
 
 def _out_of_memory(settings: TrainingSettings) -> str:
-    """The guide's three remedies, filled in with this run's numbers; those that --resume does not admit ask for a new
-    run."""
+    """The guide's three remedies with this run's numbers; what --resume does not admit asks for a new run."""
     height, width = settings.image_resize_height // 2, settings.image_resize_width // 2
     size = f"--image-resize-height {height} --image-resize-width {width}"
     smaller_pictures = replace(settings, image_resize_height=height, image_resize_width=width)
@@ -80,8 +76,7 @@ def _out_of_memory(settings: TrainingSettings) -> str:
 
 
 def not_finite(settings: TrainingSettings, step: int, largest: list[tuple[float, str]]) -> str:
-    """What to do about a loss or gradient that is not finite; `largest`: each process's largest loss, and of which
-    sample."""
+    """What to do about a loss or gradient that is not finite; `largest`: each process's largest loss, its sample."""
     spoilt = [where for loss, where in largest if not math.isfinite(loss)]
     odd = f"it comes from {spoilt[0]}" if spoilt else f"its gradient is; the largest loss is of {max(largest)[1]}"
     remedy = f"look for spoilt values there (notebook 01), or lower --lr ({settings.lr:g})"
@@ -89,8 +84,7 @@ def not_finite(settings: TrainingSettings, step: int, largest: list[tuple[float,
 
 
 def data_lines(data: TrainingData, root: Path) -> list[str]:
-    """One line a dataset: episodes, steps, weight, share of the draws; before them, what the marks leave out; behind
-    them, what is to be known of the data."""
+    """What the marks leave out; a line a dataset (episodes, steps, weight, share of the draws); the data's notes."""
     rows = [f"VL features of {model_words(data.binding)}"]
     rows += [f"left out: {words}"] if (words := left_out(root)) else []
     rows += [

@@ -102,8 +102,7 @@ class SampleSet(torch.utils.data.Dataset[Batch | UserError]):
         self._checked = torch.zeros(len(self.episodes), dtype=torch.bool).share_memory_()
 
     def _refuse_impossible(self, action: np.ndarray, valid: np.ndarray, starts: np.ndarray) -> None:
-        """Raise UserError where an action is faster than an arm, and far beyond the others: what a data.pkl without a
-        checksum may hide."""
+        """Raise UserError where an action is faster than an arm and all others: an old data.pkl has no checksum."""
         moved_mm = np.linalg.norm(action[:, :3], axis=1) * valid
         limit_mm = max(SPEED_MM_S / self.action_hz, BEYOND * float(np.quantile(moved_mm, 0.9)))
         worst = int(moved_mm.argmax())
@@ -188,8 +187,7 @@ class SampleSet(torch.utils.data.Dataset[Batch | UserError]):
         return batch | (self._windows(numbers) if self.sensor_enabled else {})
 
     def largest(self, numbers: np.ndarray, losses: np.ndarray) -> tuple[float, str]:
-        """The largest of the `losses` (B,) of samples `numbers` (B,), one that is not finite before all others, and
-        where it is from, in words."""
+        """The largest of the `losses` (B,) of samples `numbers` (B,), or one that is not finite; its place in words."""
         worst = int(np.argmax(np.nan_to_num(losses, nan=np.inf)))
         number = int(numbers[worst])
         episode, step = self.episodes[int(self.episode[number])], int(self.step[number])

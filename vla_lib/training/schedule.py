@@ -36,8 +36,7 @@ def step_seed(*numbers: int) -> int:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """One forward pass: of this process `indices` and `counts` (batch,), 0 for filled places; `shared` (<= size,) of
-    all."""
+    """One forward pass: this process's `indices` and `counts` (batch,), 0 for filled places; all's `shared`."""
 
     indices: np.ndarray
     counts: np.ndarray

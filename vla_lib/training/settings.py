@@ -1,5 +1,4 @@
-"""The settings of train_async and train_diffusion: what data, which policy, how it learns, how it runs (no torch
-here)."""
+"""The settings of train_async and train_diffusion: data, policy, learning, running. No torch here."""
 
 from dataclasses import field
 from pathlib import Path
@@ -18,8 +17,7 @@ AmountAbove0 = Annotated[float, Gt(0)]
 
 
 class Checkpoints(NamedTuple):
-    """Names of the files below checkpoints/: the newest state, the best held-out error, and the end ("": none is
-    written)."""
+    """Names of the files below checkpoints/: the newest state, the best held-out error, the end ("": none)."""
 
     latest: str
     best: str
@@ -171,8 +169,7 @@ RESUMABLE |= RunningSettings.__dataclass_fields__.keys()
 
 
 def resume_conflicts(before: dict[str, Any], now: TrainingSettings) -> list[str]:
-    """Settings that must not change on --resume, as `--flag: checkpoint X, now Y`; `before`: the checkpoint's
-    record."""
+    """Settings that --resume must not change, as `--flag: checkpoint X, now Y`; `before`: the checkpoint's record."""
     known = type(now)(run_dir=now.run_dir).record() | before  # it may be older than a setting
     return [
         f"{flag(name)}: checkpoint {known[name]!r}, now {value!r}"

@@ -63,8 +63,7 @@ class Tally:
 
 
 class Trained(nn.Module):
-    """All weights that are trained, and averaged: the policy's and, in stage 2, LoRA's. Never called, only counted
-    over."""
+    """All weights that are trained and averaged: the policy's and, in stage 2, LoRA's. Never called."""
 
     def __init__(self, policy: Policy, adapter: nn.ParameterList) -> None:
         super().__init__()

@@ -16,8 +16,7 @@ TICKS = 4_000  # VL ticks read in all
 
 
 def training_statistics(samples: SampleSet) -> dict[str, Tensor]:
-    """Statistics of the samples' episodes alone (pass the training split). Keys and shapes:
-    Normaliser.load_statistics."""
+    """Of the samples' episodes alone (pass the training split). Keys and shapes: Normaliser.load_statistics."""
     action = samples._action[samples._row].double()  # (n, 7): the actions of valid steps
     state = samples._state[samples._row].double()
     action, state = held(action), held(state)
@@ -49,8 +48,7 @@ def held(values: Tensor) -> Tensor:
 
 
 def _token_statistics(samples: SampleSet) -> dict[str, Tensor]:
-    """Mean of each token position (T, D); one spread a feature channel (D,) about those means. Masked tokens do not
-    count."""
+    """Mean of each token position (T, D); a spread of each channel (D,) about them. Masked tokens do not count."""
     stride = max(1, sum(len(f.tick_step) for f in samples.features) // TICKS)
     total, square = torch.zeros(2, *samples.token_shape, dtype=torch.float64)
     count = torch.zeros(samples.token_shape[0], 1, dtype=torch.float64)
@@ -66,8 +64,7 @@ def _token_statistics(samples: SampleSet) -> dict[str, Tensor]:
 
 
 def _sensor_statistics(samples: SampleSet) -> dict[str, Tensor]:
-    """Mean of each of the 1026 channels; the spread of the force, and one common spread for all depth bins (empty
-    bins stay small)."""
+    """Mean of each of the 1026 channels; the force's spread, and one for all depth bins (empty bins stay small)."""
     total, square, count = np.zeros(SENSOR_CHANNELS), np.zeros(SENSOR_CHANNELS), 0
     for episode in samples.episodes:
         if episode.has_sensor:

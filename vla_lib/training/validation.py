@@ -1,5 +1,4 @@
-"""Validation: a policy's losses and errors (mm, degrees) on held-out samples, beside the zero, mean and persistence
-baselines."""
+"""A policy's losses and errors (mm, degrees) on held-out samples, beside the zero, mean and persistence baselines."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext

@@ -79,7 +79,7 @@ def payload(episode: Episode, hz: float, mark: Mark = NO_MARK, points: int = POI
             traces.append(_trace(f"what the policy ordered: {title}", unit, at_s, ordered, names, points))
     edges = np.flatnonzero(np.diff(np.concatenate([[0], (~steps.valid).astype(int), [0]]))).reshape(-1, 2)
     grid_s = np.append(steps.t_s - start_s, steps.t_s[-1] - start_s + 1 / hz)
-    clock = episode.sensor_clock.sentence()
+    clock = episode.clocks.sensor.sentence()
     return {
         "title": f"{episode.path.parent.name}/{episode.name} ({episode.layout}, {episode.duration_s:.1f} s); {clock}",
         "duration_s": episode.duration_s,

@@ -13,7 +13,7 @@ from vla_lib.episodes.clocks import ClockOffset
 from vla_lib.episodes.episode import Episode
 from vla_lib.episodes.findings import GOOD, REJECTED, USABLE
 from vla_lib.episodes.motion import MotionMatch, camera_match, sensor_match
-from vla_lib.episodes.quality import STAGGER_S, Rates, distinct_hz, intervals_ms, measure
+from vla_lib.episodes.quality import STAGGER_S, Rates, distinct_hz, measure
 from vla_lib.workbench.plots.style import COLOURS, PALE, Panels, diagonal, legend, nth, panels, plot, say
 
 RATES = {"robot_hz": "robot rows", "pose_hz": "distinct poses", "sensor_hz": "sensor", "camera_hz": "cameras"}
@@ -29,7 +29,7 @@ def intervals(episode: Episode, axes: Panels = None) -> Figure:
     rows = max(1, -(-len(times) // columns))
     figure, found = panels(axes, (11, 2.1 * rows + 0.5), (rows, columns), f"{episode.name}: intervals")
     for panel, (name, t_s) in zip(found, times.items(), strict=False):
-        steps = intervals_ms(t_s)
+        steps = 1e3 * np.diff(t_s)
         usual = float(np.median(steps))
         known = np.clip(steps, 0, max(4 * usual, 1e-3))
         bins = np.linspace(min(known.min(), 0.95 * usual), max(known.max(), 1.05 * usual, 1e-3), 61)
@@ -74,8 +74,8 @@ def offset_evidence(episode: Episode, axes: Panels = None) -> Figure:
     title = f"{episode.name}: what its motion says of the clocks"
     figure, (starts, *found) = panels(axes, (11, 5.6), "abc;ade", title, width_ratios=(1, 2.4, 1.2))
     _starts(starts, episode)
-    _agreement(found[:2], sensor_match(episode), episode, "sensor", episode.sensor_clock)
-    _agreement(found[2:], camera_match(episode), episode, "cameras", episode.camera_clock)
+    _agreement(found[:2], sensor_match(episode), episode, "sensor", episode.clocks.sensor)
+    _agreement(found[2:], camera_match(episode), episode, "cameras", episode.clocks.cameras)
     return figure
 
 
