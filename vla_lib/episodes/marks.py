@@ -144,9 +144,8 @@ def _mark(values: Any, key: str, path: Path) -> Mark:
         mark = Mark.model_validate(values or {}, strict=False)
     except ValidationError as error:
         odd = "; ".join(f"{'.'.join(map(str, one['loc'])) or 'it'}: {one['msg']}" for one in error.errors()[:3])
-        raise UserError(
-            f"{path}: the mark of {key} is refused ({odd}); it has {', '.join(Mark.model_fields)}."
-        ) from None
+        known = ", ".join(Mark.model_fields)
+        raise UserError(f"{path}: the mark of {key} is refused ({odd}); it has {known}.") from None
     if mark.trim[0] >= mark.trim[1]:
         raise UserError(f"{path}: {key} starts at {mark.start_s:g} s and ends at {mark.end_s:g} s; nothing is left.")
     return mark

@@ -90,9 +90,7 @@ class Pooling:
         if text in ("mean", "tokens"):
             return cls(text)
         if not (match := re.fullmatch(r"grid:([1-9]\d*)x([1-9]\d*)", text)):
-            raise UserError(
-                f'--vl-pooling "{text}" is not known; take grid:ROWSxCOLS (such as {DEFAULT_POOLING}), mean or tokens.'
-            )
+            raise UserError(f'--vl-pooling "{text}" is not known; take grid:ROWSxCOLS, mean or tokens.')
         return cls("grid", int(match[1]), int(match[2]))
 
     def __str__(self) -> str:
@@ -155,9 +153,7 @@ def check_own(binding: Any, where: str) -> None:
     if not isinstance(binding, dict) or {"id", *FIELDS} - binding.keys():
         raise UserError(f"{where} is no binding of this workbench; point to another cache folder, or remove this one.")
     if binding["schema"] != SCHEMA:
-        raise UserError(
-            f"{where} has schema {binding['schema']}, this workbench reads schema {SCHEMA}; build the cache anew."
-        )
+        raise UserError(f"{where} has schema {binding['schema']}, this code reads {SCHEMA}; build the cache anew.")
     if (expected := binding_id(binding)) != binding["id"]:
         raise UserError(
             f'{where} was altered: its fields belong to "{expected}", its id says "{binding["id"]}"; '

@@ -33,7 +33,6 @@ class EncodedPicture(NamedTuple):
     deep: list[Tensor]
 
     def to(self, device: torch.device) -> "EncodedPicture":
-        """The same on `device`."""
         return EncodedPicture(self.grid, self.tokens.to(device), [level.to(device) for level in self.deep])
 
 

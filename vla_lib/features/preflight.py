@@ -96,7 +96,6 @@ class Preflight:
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """For results.json."""
         todo = self.todo()
         return {
             "binding_id": self.binding["id"],

@@ -169,9 +169,8 @@ def load_vlm(checkpoint: Checkpoint, processor: Any, layer: int, device: str = "
         except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
             raise UserError(f"The checkpoint {checkpoint.folder} cannot be loaded: {first_line(error)}") from error
     if absent := sorted([*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]):
-        raise UserError(
-            f"The checkpoint {checkpoint.folder} lacks {len(absent)} weights (such as {absent[0]}); download it anew."
-        )
+        lacks = f"lacks {len(absent)} weights (such as {absent[0]})"
+        raise UserError(f"The checkpoint {checkpoint.folder} {lacks}; download it anew.")
     speed_up(model)
     model.eval().requires_grad_(False).to(device)
     return Vlm(model, processor, checkpoint, layer)
@@ -180,9 +179,7 @@ def load_vlm(checkpoint: Checkpoint, processor: Any, layer: int, device: str = "
 def resolve_layer(layer: int, depth: int) -> int:
     """The number of decoder layers kept: `layer`, or half of `depth` for 0. Raises UserError for a layer too many."""
     if not 0 <= layer <= depth:
-        raise UserError(
-            f"--vl-layer {layer} does not exist: the model has layers 1 to {depth} (0 means half the depth)."
-        )
+        raise UserError(f"--vl-layer {layer} does not exist: the model has layers 1 to {depth} (0: half the depth).")
     return layer or max(1, depth // 2)
 
 
@@ -213,10 +210,8 @@ def fill_adapter(weights: Mapping[str, nn.Parameter], record: Mapping[str, Any])
     given = record["weights"]
     odd = sorted(given.keys() ^ weights.keys()) or [n for n in weights if given[n].shape != weights[n].shape]
     if odd:
-        raise UserError(
-            f"The LoRA weights of the checkpoint do not fit its VLM: {odd[0]} ({len(odd)} differ); "
-            "take a checkpoint of this VLM."
-        )
+        differ = f"{odd[0]} ({len(odd)} differ)"
+        raise UserError(f"The LoRA weights do not fit the VLM: {differ}; take a checkpoint of this VLM.")
     for name, weight in weights.items():
         weight.copy_(given[name])
 

@@ -124,7 +124,6 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def beat(self) -> None:
-        """The loop lives."""
         self._beat_s = time.perf_counter()
 
     def __enter__(self) -> "Watchdog":

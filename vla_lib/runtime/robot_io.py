@@ -76,7 +76,6 @@ class DryRunIO:
         self._write({"timestamp": self._timestamp, "action": np.asarray(action, float).tolist()})
 
     def refuses(self, action: np.ndarray) -> str:
-        """The source's, where it has one."""
         refuses = getattr(self.source, "refuses", None)
         return str(refuses(action)) if refuses is not None else ""
 

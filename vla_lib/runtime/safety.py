@@ -61,9 +61,7 @@ class SafetyLimits:
 
     def __post_init__(self) -> None:
         if len(self.workspace_mm) != 3 or any(not low < high for low, high in self.workspace_mm):
-            raise UserError(
-                f"The workspace box {self.workspace_mm} needs (low, high) in mm for x, y and z, low below high."
-            )
+            raise UserError(f"The workspace box {self.workspace_mm} needs (low, high) mm for x, y, z, low below high.")
         for name, value in vars(self).items():
             number = isinstance(value, int | float) and not isinstance(value, bool)
             if number and not (value >= 0 if name == "spare_views" else value > 0):

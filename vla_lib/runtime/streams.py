@@ -29,9 +29,7 @@ class SensorBuffer:
 
     def __init__(self, capacity: int, sensor_hz: float = 650.0):
         if capacity < 1 or sensor_hz <= 0:
-            raise UserError(
-                f"A sensor buffer of {capacity} samples at {sensor_hz:g} Hz cannot be; both must be above 0."
-            )
+            raise UserError(f"A sensor buffer of {capacity} samples at {sensor_hz:g} Hz: both must be above 0.")
         self.capacity, self.sensor_hz = capacity, sensor_hz
         self._samples = np.zeros((2 * capacity, SENSOR_CHANNELS), np.float32)
         self._t_s = np.zeros(2 * capacity)

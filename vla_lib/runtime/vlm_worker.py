@@ -117,7 +117,6 @@ class LiveVlm:
         return self._done
 
     def close(self) -> None:
-        """End the worker."""
         self.executor.shutdown(wait=False)
         if self._shared is not None:
             self._shared.close()
@@ -144,7 +143,6 @@ class SharedPictures:
         return placed
 
     def close(self) -> None:
-        """Give the memory back."""
         if self._memory is not None:
             self._memory.close()
             self._memory.unlink()

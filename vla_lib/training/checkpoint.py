@@ -131,13 +131,11 @@ def read_checkpoint(path: str | Path, map_location: str = "cpu") -> Content:
     try:
         content = torch.load(path, map_location=map_location, weights_only=True)
     except FileNotFoundError:
-        raise UserError(
-            f"There is no checkpoint {path}; a run keeps its own below checkpoints/ (see `vla runs`)."
-        ) from None
+        where = "a run keeps its own below checkpoints/ (see `vla runs`)"
+        raise UserError(f"There is no checkpoint {path}; {where}.") from None
     except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
-        raise UserError(
-            f"{path} cannot be read as a checkpoint ({first_line(error)}); take another one of the same run."
-        ) from error
+        said = f"{path} cannot be read as a checkpoint ({first_line(error)})"
+        raise UserError(f"{said}; take another one of the same run.") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(f"{path} is not a checkpoint of this workbench (format {FORMAT}); give one that it trained.")
     if missing := [name for name in KEYS if name not in content]:
@@ -201,14 +199,10 @@ def refuse_taken(latest: Path) -> str:
 def read_previous(settings: TrainingSettings, latest: Path) -> Content:
     """The newest checkpoint of the run that --resume goes on with. Raises UserError where none fits."""
     if not latest.exists():
-        raise UserError(
-            f"There is no checkpoint {latest} to go on from; give the --run-dir of a run with one, or drop --resume."
-        )
+        raise UserError(f"There is no checkpoint {latest} to go on from; give the --run-dir of one, or drop --resume.")
     before = read_checkpoint(latest)
     if "training" not in before:
-        raise UserError(
-            f"{latest} holds a policy but no training state; give the newest one its name back, or start anew."
-        )
+        raise UserError(f"{latest} holds no training state; give the newest one its name back, or start anew.")
     if (door := before["front_door"]) != settings.name:
         raise UserError(
             f"{latest} was written by {door}, this is {settings.name}; go on with vla_lib.{door}, "

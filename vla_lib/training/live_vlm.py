@@ -112,7 +112,6 @@ class LiveSamples:
         return len(self._samples)
 
     def batch(self, numbers: Sequence[int] | np.ndarray) -> Batch:
-        """As SampleSet.batch."""
         with torch.no_grad(), self._live.using(self._values):
             tokens, mask = self._live.features(self._samples, np.asarray(numbers))
         return self._samples.batch(numbers) | {"vl_tokens": tokens, "vl_mask": mask}

@@ -57,10 +57,8 @@ class SampleSet(torch.utils.data.Dataset[Batch | UserError]):
         self.token_shape = tuple(self.features[0].tokens.shape[1:])  # (T, D)
         self.action_hz = float(self.episodes[0].action_hz)
         if odd := [e.name for e in self.episodes if float(e.action_hz) != self.action_hz]:
-            raise UserError(
-                f"Episodes differ in action_hz ({self.episodes[0].name}: {self.action_hz:g}; {odd[0]} does not); "
-                "preprocess all at one rate."
-            )
+            rates = f"{self.episodes[0].name}: {self.action_hz:g}; {odd[0]} does not"
+            raise UserError(f"Episodes differ in action_hz ({rates}); preprocess all at one rate.")
         lengths = np.array([len(e) for e in self.episodes])
         starts = np.concatenate([[0], np.cumsum(lengths)])  # rows of an episode in the joined tables
         action = np.concatenate([np.asarray(e.action, np.float32) for e in self.episodes])

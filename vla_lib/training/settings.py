@@ -103,17 +103,11 @@ class TrainingSettings(RunningSettings, LearningSettings, PolicySettings, DataSe
 
     def __post_init__(self) -> None:
         if self.training_stage == "stage1" and self.stage1_checkpoint is not None:
-            raise UserError(
-                "--stage1-checkpoint is what stage 2 starts from; pass --training-stage stage2 with it, or drop it."
-            )
+            raise UserError("--stage1-checkpoint is stage 2's; pass --training-stage stage2 with it, or drop it.")
         if self.live_vlm and self.stage1_checkpoint is None and not self.resume:
-            raise UserError(
-                "--training-stage stage2 goes on from a stage-1 checkpoint; name one with --stage1-checkpoint."
-            )
+            raise UserError("--training-stage stage2 goes on from a stage-1 checkpoint; give --stage1-checkpoint.")
         if self.live_vlm and not self.vl_enabled:
-            raise UserError(
-                "--training-stage stage2 trains the VL model, which --no-vl-enabled hides; drop one of the two."
-            )
+            raise UserError("--training-stage stage2 trains the VL model, which --no-vl-enabled hides; drop one.")
 
     @property
     def live_vlm(self) -> bool:
@@ -135,7 +129,6 @@ class AsyncSettings(TrainingSettings):
 
     @property
     def checkpoints(self) -> Checkpoints:
-        """File names of the checkpoints."""
         stem = "qwen_vla_async" + ("_stage2" if self.live_vlm else "")
         return Checkpoints(f"{stem}.pt", f"{stem}_best.pt", f"{stem}_final.pt")
 
@@ -153,9 +146,8 @@ class DiffusionSettings(TrainingSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.ddim_steps > self.diffusion_timesteps:
-            raise UserError(
-                f"--ddim-steps {self.ddim_steps} is above --diffusion-timesteps {self.diffusion_timesteps}; change one."
-            )
+            above = f"--ddim-steps {self.ddim_steps} is above --diffusion-timesteps {self.diffusion_timesteps}"
+            raise UserError(f"{above}; change one.")
 
     @property
     def checkpoints(self) -> Checkpoints:

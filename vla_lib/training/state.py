@@ -30,7 +30,6 @@ class Tally:
         self._waited_s = self._took_s = 0.0
 
     def add(self, ages: np.ndarray, timesteps: list[np.ndarray], waited_s: float, took_s: float) -> None:
-        """Take in one optimiser step."""
         self._counts["ages"] += np.bincount(ages, minlength=self._sizes[0])
         if timesteps:
             self._counts["timesteps"] += np.histogram(np.concatenate(timesteps), T_BINS, (0, self._sizes[1]))[0]
@@ -38,7 +37,6 @@ class Tally:
         self._took_s += took_s
 
     def empty(self) -> "Tally":
-        """A new one of the same sizes."""
         return Tally(*self._sizes)
 
     @property
@@ -52,7 +50,6 @@ class Tally:
         return row | ({"train/diffusion_t_counts": self._counts["timesteps"].tolist()} if self._sizes[1] else {})
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain values."""
         counts = {name: values.tolist() for name, values in self._counts.items()}
         return {"counts": counts, "waited_s": self._waited_s, "took_s": self._took_s}
 
