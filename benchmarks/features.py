@@ -103,7 +103,7 @@ def open_row(count: int) -> BenchRow:
     import torch
 
     from vla_lib.features import binding as bindings
-    from vla_lib.features.cache import FeatureCache, cache_folder, feature_file, write_features
+    from vla_lib.features.cache import FeatureCache, cache_folder
 
     class Stub:
         """What the cache asks of a prepared episode."""
@@ -124,8 +124,7 @@ def open_row(count: int) -> BenchRow:
         tokens, mask = torch.zeros(20, 121, 128, dtype=torch.bfloat16), torch.ones(20, 121, dtype=torch.bool)
         stubs = [Stub(root / "part1" / f"episode_{number:04d}") for number in range(count)]
         for stub in stubs:
-            key = f"part1/{stub.path.name}"
-            write_features(feature_file(target, key), binding, stub, key, tokens, mask, torch.arange(0, 60, 3), [])
+            FeatureCache(root, binding).write(stub, tokens, mask, torch.arange(0, 60, 3), [])
         _write_binding(target, binding)
 
         def whole() -> None:

@@ -23,7 +23,7 @@ from vla_lib.core import frontdoor
 from vla_lib.core.errors import UserError
 from vla_lib.episodes import find_prepared, load_prepared
 from vla_lib.features import binding as bindings
-from vla_lib.features import builder, cache, extractor, preflight
+from vla_lib.features import cache, extractor, preflight
 from vla_lib.features.cache import FeatureCache
 from vla_lib.features.extractor import FeatureExtractor
 
@@ -249,7 +249,7 @@ def test_a_failing_disk_ends_the_build_with_a_sentence(dataset, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(builder, "write_features", full)
+    monkeypatch.setattr(FeatureCache, "write", full)
     with pytest.raises(UserError, match="No space left"):
         build(dataset)
     assert files(dataset) == []

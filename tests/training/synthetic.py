@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from vla_lib.features.binding import TokenLayout, make_binding
-from vla_lib.features.cache import cache_folder, feature_file, write_features
+from vla_lib.features.cache import FeatureCache, cache_folder
 
 VIEWS = ("View1_left", "View5")
 ROWS, COLS, DIM = 4, 6, 24
@@ -51,19 +51,10 @@ def write_dataset(
             ticks = np.arange(0, steps, stride)
             tokens = _tokens(prepared["truth"], ticks, look, len(views), rng)
             mask = torch.ones(len(ticks), layout.tokens, dtype=torch.bool)
-            key = path.relative_to(root).as_posix()
             from vla_lib.episodes import load_prepared
 
-            write_features(
-                feature_file(folder, key),
-                binding,
-                load_prepared(path),
-                key,
-                torch.from_numpy(tokens).half(),
-                mask,
-                torch.from_numpy(ticks),
-                [],
-            )
+            features = torch.from_numpy(tokens).half(), mask, torch.from_numpy(ticks)
+            FeatureCache(root, binding).write(load_prepared(path), *features, [])
     return made
 
 

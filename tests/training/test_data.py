@@ -21,10 +21,9 @@ from vla_lib.policy.config import PolicyConfig
 from vla_lib.policy.normaliser import Normaliser
 from vla_lib.training import reporting
 from vla_lib.training.data import prepare_data, split_episodes
-from vla_lib.training.samples import SampleSet, batches
+from vla_lib.training.samples import SampleSet, batches, training_statistics
 from vla_lib.training.schedule import EpochPlan, draw_epoch
 from vla_lib.training.settings import AsyncSettings
-from vla_lib.training.statistics import training_statistics
 from vla_lib.workbench import training_preflight
 
 

@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from pydantic.dataclasses import dataclass
 
 CLEAR_S = 0.02
@@ -98,16 +99,9 @@ class Clocks:
 
 def sessions(datasets: Sequence[str], starts_s: Sequence[float]) -> list[list[int]]:
     """Numbers of the episodes of each session: a dataset's episodes that begin within four hours of one another."""
-    order = sorted(range(len(starts_s)), key=lambda number: (datasets[number], starts_s[number]))
-    found: list[list[int]] = []
-    for number in order:
-        last = found[-1][-1] if found else None
-        near = last is not None and starts_s[number] - starts_s[last] < SESSION_GAP_S
-        if last is not None and near and datasets[last] == datasets[number]:
-            found[-1].append(number)
-        else:
-            found.append([number])
-    return found
+    frame = pd.DataFrame({"dataset": datasets, "start_s": starts_s}).sort_values(["dataset", "start_s"])
+    begins = (frame["dataset"] != frame["dataset"].shift()) | (frame["start_s"].diff() >= SESSION_GAP_S)
+    return [group.index.tolist() for _, group in frame.groupby(begins.cumsum())]
 
 
 def session_clocks(

@@ -153,12 +153,10 @@ class PreparedEpisode:
             raise UserError(f"{path} was changed while it was read; start again with --resume.")
         try:
             mapped = _mapped(path, state)
-        except OSError as error:
-            if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
-                raise UserError(f"{path} cannot be opened ({error}); {AGAIN}.") from error
-            raise UserError(f"{path} cannot be opened ({error.strerror}): raise `ulimit -n`.") from error
-        except (ValueError, EOFError) as error:
-            raise UserError(f"{path} cannot be opened ({error}); {AGAIN}.") from error
+        except (OSError, ValueError, EOFError) as error:
+            full = isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+            remedy = "raise `ulimit -n`" if full else AGAIN
+            raise UserError(f"{path} cannot be opened ({error}); {remedy}.") from error
         if mapped.shape != (self._samples, CHANNELS) or mapped.dtype != np.float32:
             held = f"{mapped.shape} {mapped.dtype}"
             raise UserError(f"{path} holds {held}, which data.pkl does not expect; {AGAIN}.")

@@ -20,7 +20,7 @@ from vla_lib.core.files import append_jsonl, write_json
 from vla_lib.core.progress import Progress
 from vla_lib.core.run_folder import write_results
 from vla_lib.episodes import load_prepared
-from vla_lib.features.cache import cache_folder, feature_file, read_binding, write_features
+from vla_lib.features.cache import FeatureCache, cache_folder, read_binding
 from vla_lib.features.extractor import FeatureExtractor
 from vla_lib.features.preflight import PlannedEpisode, Preflight, device_of, plan, share_out
 from vla_lib.features.reader import backing_off, plan_batches, read_ahead, tick_steps
@@ -91,18 +91,18 @@ def build_share(
 
     Raises UserError where the features cannot be written or a single tick does not fit into memory.
     """
-    start, root, folder = time.perf_counter(), settings.dataset_root, cache_folder(settings.dataset_root)
+    start, root, cache = time.perf_counter(), settings.dataset_root, FeatureCache(settings.dataset_root, binding)
     left, statistics = list(share), Statistics(workers=_workers(settings, extractor.device.type))
 
     writing: list[Future[None]] = []  # one episode's features, while the model computes the next one's
 
     def write(*features: Any) -> None:
         begin = time.perf_counter()
-        statistics.bytes += write_features(*features)
+        statistics.bytes += cache.write(*features)
         statistics.write_s += time.perf_counter() - begin
 
     def wait_for_writer() -> None:
-        with needing_room(folder, "Free some space or check the folder, then run again."):
+        with needing_room(cache.folder, "Free some space or check the folder, then run again."):
             while writing:
                 writing.pop().result()
 
@@ -120,7 +120,7 @@ def build_share(
         ]
         ahead = read_ahead(plans, extractor.recipe, root, statistics.workers, extractor.device.type == "cuda")
         for number, batches in groupby(ahead, key=lambda batch: batch.plan.episode):
-            episode, key = episodes[number], planned[number].key
+            episode = episodes[number]
             parts, findings = [], set[str]()
             for batch in batches:
                 begin = time.perf_counter()
@@ -131,10 +131,8 @@ def build_share(
                 findings.update(batch.findings)
             tokens, mask = (torch.cat(part) for part in zip(*parts, strict=True))
             tick_step = torch.tensor(steps[number], dtype=torch.int64)
-            path = feature_file(folder / binding["id"], key)
             wait_for_writer()
-            features = path, binding, episode, key, tokens, mask, tick_step, sorted(findings)
-            writing.append(writer.submit(write, *features))
+            writing.append(writer.submit(write, episode, tokens, mask, tick_step, sorted(findings)))
             left.remove(planned[number])
             statistics.findings += sorted(findings)
             statistics.episodes += 1

@@ -74,9 +74,11 @@ class EpisodeFeatures:
 class FeatureCache:
     """All episodes' features under one binding. Files are opened when first asked for and stay mapped."""
 
-    def __init__(self, root: Path, folder: Path, binding: dict[str, Any]):
-        self.root, self.folder, self.binding = root, folder, binding
+    def __init__(self, root: str | Path, binding: Mapping[str, Any]):
+        self.root, self.binding = Path(root), dict(binding)
+        self.folder = cache_folder(root) / binding["id"]
         self.layout = TokenLayout.from_dict(binding["layout"])
+        self._hint = BUILD_HINT.format(root=root)
         self._open: dict[str, EpisodeFeatures] = {}
 
     @classmethod
@@ -85,33 +87,83 @@ class FeatureCache:
 
         Raises UserError where there is no such cache, or where there are several to choose from.
         """
-        root = Path(dataset_root)
-        base = cache_folder(root)
+        base = cache_folder(dataset_root)
         found = sorted(path.parent.name for path in base.glob("*/binding.json"))
         if not found:
-            raise UserError(f"There are no cached features under {base}. {BUILD_HINT.format(root=root)}")
+            raise UserError(f"There are no cached features under {base}. {BUILD_HINT.format(root=dataset_root)}")
         if binding_id is None and len(found) > 1:
             raise UserError(f"There are {len(found)} caches under {base}; choose one by its id: {', '.join(found)}.")
         chosen = binding_id or found[0]
         if chosen not in found:
             raise UserError(f'There is no cache "{chosen}" under {base}; there are: {", ".join(found)}.')
-        return cls(root, base / chosen, read_binding(base / chosen))
+        return cls(dataset_root, read_binding(base / chosen))
 
     def episode(self, episode: PreparedEpisode) -> EpisodeFeatures:
         """Features of an episode. Raises UserError where they are absent, unreadable, or were made from other data."""
         path = str(episode.path)
         if path not in self._open:
-            self._open[path] = read_features(self.folder, self.binding, episode_key(self.root, path), self.root)
+            self._open[path] = self.read(episode_key(self.root, path))
         features = self._open[path]
         if reason := stale_reason(features.header, episode):
-            raise UserError(
-                f'The features of {features.key} in cache "{self.binding["id"]}" are stale: {reason}. '
-                f"{BUILD_HINT.format(root=self.root)}"
-            )
+            where = f'The features of {features.key} in cache "{self.binding["id"]}"'
+            raise UserError(f"{where} are stale: {reason}. {self._hint}")
         return features
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": {}}  # worker processes map the files anew
+
+    def state(self, episode: PreparedEpisode) -> str:
+        """`covered`, `stale` (from other data, or unreadable) or `missing` for one episode."""
+        key = episode_key(self.root, episode.path)
+        if not feature_file(self.folder, key).is_file():
+            return "missing"
+        try:
+            return "stale" if stale_reason(self.read(key).header, episode) else "covered"
+        except UserError:
+            return "stale"
+
+    def read(self, key: str) -> EpisodeFeatures:
+        """Map one episode's file. Raises UserError where it is absent, unreadable, or of another episode or binding."""
+        path, own = feature_file(self.folder, key), self.binding["id"]
+        try:
+            value = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
+            header = {name: value[name] for name in HEADER} | {"xxh3": value.get("xxh3")}
+            tensors = value["tokens"], value["mask"], value["tick_step"]
+        except FileNotFoundError:
+            raise UserError(f'The episode {key} has no features in cache "{own}". {self._hint}') from None
+        except DAMAGES as error:
+            raise UserError(f"{path} is damaged ({first_line(error)}). {self._hint}") from None
+        if (header["binding"], header["episode"]) != (own, key):
+            found = f'"{header["episode"]}" of cache "{header["binding"]}"'
+            raise UserError(f'{path} holds the features of {found}, asked for was "{key}" of "{own}". {self._hint}')
+        return EpisodeFeatures(*tensors, self.layout, key, header, path)
+
+    def write(
+        self, episode: PreparedEpisode, tokens: Tensor, mask: Tensor, tick_step: Tensor, findings: list[str]
+    ) -> int:
+        """Write one episode's features atomically; returns the bytes.
+
+        The content holds no time and no host, so equal features are equal files.
+        """
+        key = episode_key(self.root, episode.path)
+        value = {
+            "schema": bindings.SCHEMA,
+            "binding": self.binding["id"],
+            "episode": key,
+            "fingerprint": episode.fingerprint,
+            "instruction": episode.instruction,
+            "steps": len(episode),
+            "findings": findings,
+            "sha256": digest("sha256", tokens, mask, tick_step),
+            "xxh3": digest("xxh3", tokens, mask, tick_step),
+            "tokens": tokens,
+            "mask": mask,
+            "tick_step": tick_step,
+        }
+        path = feature_file(self.folder, key)
+        with atomic_path(path) as temporary, open(temporary, "wb") as file:
+            torch.save(value, file)  # through a handle: by name, torch would write the temporary name into the file
+        return path.stat().st_size
 
 
 def read_binding(folder: Path) -> dict[str, Any]:
@@ -123,57 +175,6 @@ def read_binding(folder: Path) -> dict[str, Any]:
     return binding
 
 
-def write_features(
-    path: Path,
-    binding: Mapping[str, Any],
-    episode: PreparedEpisode,
-    key: str,
-    tokens: Tensor,
-    mask: Tensor,
-    tick_step: Tensor,
-    findings: list[str],
-) -> int:
-    """Write one episode's features atomically; returns the bytes.
-
-    The content holds no time and no host, so equal features are equal files.
-    """
-    value = {
-        "schema": bindings.SCHEMA,
-        "binding": binding["id"],
-        "episode": key,
-        "fingerprint": episode.fingerprint,
-        "instruction": episode.instruction,
-        "steps": len(episode),
-        "findings": findings,
-        "sha256": digest("sha256", tokens, mask, tick_step),
-        "xxh3": digest("xxh3", tokens, mask, tick_step),
-        "tokens": tokens,
-        "mask": mask,
-        "tick_step": tick_step,
-    }
-    with atomic_path(path) as temporary, open(temporary, "wb") as file:
-        torch.save(value, file)  # through a handle: by name, torch would write the temporary name into the file
-    return path.stat().st_size
-
-
-def read_features(folder: Path, binding: Mapping[str, Any], key: str, root: str | Path) -> EpisodeFeatures:
-    """Map one episode's file. Raises UserError where it is absent, unreadable, or of another episode or binding."""
-    hint, path = BUILD_HINT.format(root=root), feature_file(folder, key)
-    try:
-        value = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
-        header = {name: value[name] for name in HEADER} | {"xxh3": value.get("xxh3")}
-        layout = TokenLayout.from_dict(binding["layout"])
-        features = EpisodeFeatures(value["tokens"], value["mask"], value["tick_step"], layout, key, header, path)
-    except FileNotFoundError:
-        raise UserError(f'The episode {key} has no features in cache "{binding["id"]}". {hint}') from None
-    except DAMAGES as error:
-        raise UserError(f"{path} is damaged ({first_line(error)}). {hint}") from None
-    if (header["binding"], header["episode"]) != (binding["id"], key):
-        found = f'"{header["episode"]}" of cache "{header["binding"]}"'
-        raise UserError(f'{path} holds the features of {found}, asked for was "{key}" of "{binding["id"]}". {hint}')
-    return features
-
-
 def stale_reason(header: Mapping[str, Any], episode: PreparedEpisode) -> str:
     """Why features with this header do not belong to `episode`, naming both sides; "" where they do."""
     if header["fingerprint"] != episode.fingerprint:
@@ -181,18 +182,6 @@ def stale_reason(header: Mapping[str, Any], episode: PreparedEpisode) -> str:
     if header["instruction"] != episode.instruction:
         return f'made with the instruction "{header["instruction"]}", it is now "{episode.instruction}"'
     return ""
-
-
-def coverage_state(folder: Path, binding: Mapping[str, Any], root: str | Path, episode: PreparedEpisode) -> str:
-    """`covered`, `stale` (from other data, or unreadable) or `missing` for one episode."""
-    key = episode_key(root, episode.path)
-    if not feature_file(folder, key).is_file():
-        return "missing"
-    try:
-        header = read_features(folder, binding, key, root).header
-    except UserError:
-        return "stale"
-    return "stale" if stale_reason(header, episode) else "covered"
 
 
 def digest(name: str, *tensors: Tensor) -> str:
@@ -229,7 +218,8 @@ def list_bindings(root: str | Path, runs: str | Path | None = None) -> list[dict
         except UserError as error:
             row["problem"] = str(error)
             continue
-        states = [coverage_state(folder, binding, root, episode) for episode in episodes]
+        cache = FeatureCache(root, binding)
+        states = [cache.state(episode) for episode in episodes]
         row |= {name: binding[name] for name in names}
         row |= {state: states.count(state) for state in ("covered", "stale", "missing")}
         row |= {"episodes": len(episodes), "used_by": _users(folder.name, runs)}
@@ -246,7 +236,7 @@ def verify(root: str | Path, binding_id: str) -> dict[str, Any]:
             if feature_file(cache.folder, key) != path:
                 bad.append(f"{path.name} holds the features of {key}")
                 continue
-            read_features(cache.folder, cache.binding, key, root).check()
+            cache.read(key).check()
         except UserError as error:
             bad.append(str(error))
         except Exception as error:  # a damaged zip or pickle fails in many ways; each is a finding

@@ -12,8 +12,8 @@ from vla_lib.core.errors import UserError
 from vla_lib.core.settings import ROOT_VARIABLE
 from vla_lib.episodes import PreparedEpisode, load_used
 from vla_lib.episodes.survey import left_out
-from vla_lib.features.binding import TokenLayout, model_words
-from vla_lib.features.cache import cache_folder, coverage_state, episode_key
+from vla_lib.features.binding import model_words
+from vla_lib.features.cache import FeatureCache, cache_folder, episode_key
 from vla_lib.features.extractor import default_device
 from vla_lib.features.form import FeatureForm
 from vla_lib.features.reader import tick_steps
@@ -155,10 +155,8 @@ def choose_views(episodes: Sequence[PreparedEpisode], asked: Sequence[str]) -> t
 
 def plan_build(root: Path, episodes: Sequence[PreparedEpisode], binding: Mapping[str, Any]) -> Preflight:
     """Compare the episodes with what the binding's folder holds."""
-    base = cache_folder(root)
-    folder = base / binding["id"]
-    tokens = TokenLayout.from_dict(binding["layout"]).tokens
-    tick_bytes = tokens * (binding["hidden_size"] * getattr(torch, binding["dtype"]).itemsize + 1) + 8
+    cache, base = FeatureCache(root, binding), cache_folder(root)
+    tick_bytes = cache.layout.tokens * (binding["hidden_size"] * getattr(torch, binding["dtype"]).itemsize + 1) + 8
     planned = []
     for episode in episodes:
         ticks = len(tick_steps(episode, binding["tick_stride"]))
@@ -170,13 +168,13 @@ def plan_build(root: Path, episodes: Sequence[PreparedEpisode], binding: Mapping
                 dataset=episode.dataset,
                 ticks=ticks,
                 bytes=ticks * tick_bytes + HEADER_BYTES,
-                state=coverage_state(folder, binding, root, episode),
+                state=cache.state(episode),
                 pictures=ticks * (len(binding["views"]) - len(lacking)),
                 missing_views=lacking,
             )
         )
     others = sorted(path.parent.name for path in base.glob("*/binding.json") if path.parent.name != binding["id"])
-    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    existing = next(path for path in (base, *base.parents) if path.exists())
     return Preflight(dict(binding), planned, shutil.disk_usage(existing).free, others, left_out(root))
 
 

@@ -35,11 +35,10 @@ from vla_lib.training.data import TrainingData, prepare_data
 from vla_lib.training.live_vlm import LivePolicy, LiveSamples, LiveVlm
 from vla_lib.training.metrics import MetricsLog, truncate
 from vla_lib.training.process import StopRequest, open_accelerator
-from vla_lib.training.samples import batches
+from vla_lib.training.samples import batches, training_statistics
 from vla_lib.training.schedule import Schedule, step_seed
 from vla_lib.training.settings import TrainingSettings
 from vla_lib.training.state import Tally, TrainState
-from vla_lib.training.statistics import training_statistics
 from vla_lib.training.validation import validate
 
 EPOCH_SAVE_S = 2.0  # epochs and validations shorter than this do not each write a checkpoint
