@@ -108,12 +108,10 @@ def _telling_losses() -> Iterator[None]:
         if broken:  # torch raises once more when the worker is gone: here, not somewhere later
             with contextlib.suppress(RuntimeError):
                 time.sleep(POLL_S)
-        raise UserError(
-            f"A loader worker or its batch is lost ({first_line(error)}). {limits()} If the log above names "
-            "neither, memory was short. Raise what was, or pass a smaller --num-workers, and go on with --resume."
-        ) from error.with_traceback(
-            None
-        )  # its frames would keep torch's iterator, and that raises for each dead worker
+        lost = f"A loader worker or its batch is lost ({first_line(error)}). {limits()} If the log above names "
+        lost += "neither, memory was short. Raise what was, or pass a smaller --num-workers, and go on with --resume."
+        # without its frames: they would keep torch's iterator, and that raises for each dead worker
+        raise UserError(lost) from error.with_traceback(None)
 
 
 def limits() -> str:

@@ -18,8 +18,9 @@ NOTE, EXCLUDED, FATAL = "note", "excluded", "fatal"
 """A note changes nothing; `excluded` leaves some data out; `fatal` makes the episode useless."""
 GOOD, USABLE, REJECTED = "good", "usable with exclusions", "rejected"
 NO_NUMBERS = "hold values that are no numbers"  # how the sentence about a sensor's ends
-VERDICTS_NAME = "verdicts.json"
 NOT_JUDGED = "not judged"  # the machine failed, not the recording
+VERDICTS_NAME = "verdicts.json"
+Row = Mapping[str, Any]  # of `quality.summary_row`
 
 
 @dataclass(frozen=True)
@@ -62,9 +63,6 @@ class Findings(list[Finding]):
     def left_out(self) -> list[str]:
         """Whole streams or files that are not used."""
         return [f"{f.stream}: {f.text}" for f in self if f.left_out]
-
-
-Row = Mapping[str, Any]
 
 
 def read_verdicts(root: str | Path) -> dict[str, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""What moves in the streams beside the robot log, layers of the A-scan and pictures, and a log that stood still then.
+"""What moves in the streams beside the robot log (layers of the A-scan, pictures), and a log that stood still then.
 
 A resting arm looks the same in the log as a frozen log, so only what the other streams show tells the two apart. Where
 they show nothing, nothing is said. Times in seconds.

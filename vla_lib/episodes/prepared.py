@@ -7,7 +7,7 @@ import errno
 import shlex
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -101,12 +101,14 @@ class PreparedEpisode:
     def __repr__(self) -> str:
         return f"PreparedEpisode({str(self.path)!r}, {len(self)} steps)"
 
-    def __getattr__(self, name: str) -> Any:
-        if name not in OF_STEPS:
-            raise AttributeError(f"A prepared episode has no {name}.")
-        content = self._read()
-        vars(self).update({each: content[each] for each in OF_STEPS})
-        return content[name]
+    if not TYPE_CHECKING:  # else mypy would take any name for an attribute
+
+        def __getattr__(self, name: str) -> Any:
+            if name not in OF_STEPS:
+                raise AttributeError(f"A prepared episode has no {name}.")
+            content = self._read()
+            vars(self).update({each: content[each] for each in OF_STEPS})
+            return content[name]
 
     @cached_property
     def _paths(self) -> dict[str, np.ndarray]:
