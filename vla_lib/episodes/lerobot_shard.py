@@ -162,10 +162,8 @@ def _write_video(shard: Shard, view: str, size: tuple[int, int]) -> list[Stats]:
     """Write one view's video, frame k at k / fps; the statistics of each part."""
     found, number = [], 0
     encoder = CODECS[shard.codec][0]
-    options = {
-        "crf": str(shard.quality),
-        "g": "2",
-    }  # every second frame is a key frame, as LeRobot has it: quick to seek
+    # every second frame is a key frame, as LeRobot has it: quick to seek
+    options = {"crf": str(shard.quality), "g": "2"}
     options |= {"bf": "0"} if encoder == "libx264" else {"preset": "10", "svtav1-params": "lp=1"}
     os.environ.setdefault("SVT_LOG", "1")  # of the AV1 encoder errors alone
     path = shard.out / shard.path(f"videos/{feature(view)}", "mp4")

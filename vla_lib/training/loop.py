@@ -145,10 +145,7 @@ def train(settings: TrainingSettings) -> dict[str, Any]:
                             writer.newest(state.state_dict())
                             raise
                         waited_s += time.monotonic() - asked_at
-                        batch |= {
-                            "sample": torch.from_numpy(micro.indices),
-                            "count": torch.from_numpy(micro.counts),
-                        }  # (B,)
+                        batch["sample"], batch["count"] = map(torch.from_numpy, (micro.indices, micro.counts))  # (B,)
                         batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
                         # drawn for all processes: noise belongs to a place among all draws, not to a process
                         drawn = state.policy.draw(micro.size, generator)
@@ -159,9 +156,7 @@ def train(settings: TrainingSettings) -> dict[str, Any]:
                         # gradients of all processes are averaged once a step, with its last micro-batch
                         last = micro is micros[-1]
                         with contextlib.nullcontext() if last else accelerator.no_sync(model):
-                            loss = model(
-                                batch, draws
-                            )  # (B, H); through the wrapped module, which averages the gradients
+                            loss = model(batch, draws)  # (B, H); the wrapped module averages the gradients
                             counted = loss.float() * batch["action_mask"] * batch["count"][:, None]
                             sums[0] += counted.detach().double().sum()
                             losses.append(counted.detach().sum(1))

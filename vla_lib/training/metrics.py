@@ -65,9 +65,8 @@ class MetricsLog:
             for row in read_jsonl(self.path):
                 if row["step"] >= self._wandb.starting_step:  # 0 in a new or an offline run
                     self._send(row)
-            for folder in run_dir.glob(
-                f"wandb/*run-*-{wandb_id}"
-            ):  # of starts before this one, which has all of theirs
+            # of starts before this one, which has all of theirs
+            for folder in run_dir.glob(f"wandb/*run-*-{wandb_id}"):
                 if folder != self._folder:
                     shutil.rmtree(folder, ignore_errors=True)
 

@@ -24,9 +24,7 @@ def draw_epoch(weights: np.ndarray, count: int, seed: int, epoch: int) -> np.nda
 
     The semantics of torch's WeightedRandomSampler, without its limit of 2**24 samples.
     """
-    cumulative = np.cumsum(weights, dtype=np.float64)
-    uniform = np.random.default_rng([seed, epoch]).random(count)
-    return np.minimum(np.searchsorted(cumulative, uniform * cumulative[-1], side="right"), len(weights) - 1)
+    return np.random.default_rng([seed, epoch]).choice(len(weights), count, p=weights / np.sum(weights))
 
 
 def step_seed(*numbers: int) -> int:
