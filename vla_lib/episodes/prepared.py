@@ -231,10 +231,8 @@ def load_used(root: str | Path) -> dict[str, PreparedEpisode]:
         episode, mark = load_prepared(folder), marks.of(key)
         trim, task = tuple(episode.metadata.get("trim", Mark().trim)), mark.task or episode.task
         if (trim, episode.task) != (mark.trim, task):
-            raise UserError(
-                f"{folder} was prepared before its line in {MARKS_NAME} was changed; run python -m vla_lib.preprocess "
-                "on its dataset again, which prepares only such episodes."
-            )
+            remedy = "run python -m vla_lib.preprocess on its dataset again, which prepares only such episodes"
+            raise UserError(f"{folder} was prepared before its line in {MARKS_NAME} was changed; {remedy}.")
         found[key] = episode
     return found
 

@@ -142,10 +142,8 @@ def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str
 def check(found: Mapping[str, Any], wanted: Mapping[str, Any], where: str) -> None:
     """Raise UserError where `found` (the cache's) is not what `wanted` (the reader's fields, some or all) asks for."""
     if phrases := differences(found, wanted):
-        raise UserError(
-            f"{where} was made otherwise than asked (cache against here): {'; '.join(phrases)}. "
-            "Build anew with build_vl_cache."
-        )
+        otherwise = f"was made otherwise than asked (cache against here): {'; '.join(phrases)}"
+        raise UserError(f"{where} {otherwise}. Build anew with build_vl_cache.")
 
 
 def check_own(binding: Any, where: str) -> None:
@@ -155,10 +153,8 @@ def check_own(binding: Any, where: str) -> None:
     if binding["schema"] != SCHEMA:
         raise UserError(f"{where} has schema {binding['schema']}, this code reads {SCHEMA}; build the cache anew.")
     if (expected := binding_id(binding)) != binding["id"]:
-        raise UserError(
-            f'{where} was altered: its fields belong to "{expected}", its id says "{binding["id"]}"; '
-            "build the cache anew."
-        )
+        said = f'its fields belong to "{expected}", its id says "{binding["id"]}"'
+        raise UserError(f"{where} was altered: {said}; build the cache anew.")
 
 
 def _short(value: Any) -> str:

@@ -202,10 +202,8 @@ def pool(tokens: Tensor, grid: Grid, pooling: Pooling, layout: TokenLayout) -> t
     else:
         below, right = layout.rows - grid[0], layout.cols - grid[1]
         if below < 0 or right < 0:
-            raise UserError(
-                f"A picture has {grid[0]}x{grid[1]} tokens where the cache has room for {layout.rows}x{layout.cols}; "
-                "raise --image-resize-height/width."
-            )
+            room = f"where the cache has room for {layout.rows}x{layout.cols}"
+            raise UserError(f"A picture has {grid[0]}x{grid[1]} tokens {room}; raise --image-resize-height/width.")
         image = F.pad(image, (0, right, 0, below))
         known[grid[0] :], known[:, grid[1] :] = False, False
     return image.flatten(2).transpose(1, 2), known.flatten()

@@ -147,10 +147,8 @@ class FeatureForm:
         message = {"role": "user", "content": [*content, {"type": "text", "text": REQUEST + SLOT}]}
         text = self.processor.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
         if text.count(SLOT) != 1 or text.count(self.processor.image_token) != len(views):
-            raise UserError(
-                "The checkpoint's chat template does not keep the pictures and the text of a message; "
-                "take a Qwen-VL checkpoint."
-            )
+            loses = "does not keep the pictures and the text of a message"
+            raise UserError(f"The checkpoint's chat template {loses}; take a Qwen-VL checkpoint.")
         return text
 
     def prompt(self, views: Sequence[str], instruction: str, image_tokens: Sequence[int] | None = None) -> str:
@@ -160,10 +158,8 @@ class FeatureForm:
         token, which would be read as a picture or as the end.
         """
         if "<|" in instruction:
-            raise UserError(
-                f'The instruction "{instruction}" holds "<|", which the model reads as a special token; '
-                "reword it in datasets.yaml."
-            )
+            special = 'holds "<|", which the model reads as a special token'
+            raise UserError(f'The instruction "{instruction}" {special}; reword it in datasets.yaml.')
         first, *rest = self.template(views).replace(SLOT, instruction).split(self.processor.image_token)
         counts = image_tokens or [1] * len(views)
         return first + "".join(self.processor.image_token * n + text for n, text in zip(counts, rest, strict=True))

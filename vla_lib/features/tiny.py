@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vla_lib.core.errors import UserError
+from vla_lib.core.errors import UserError, needing_room
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, Qwen2Tokenizer
@@ -64,14 +64,9 @@ def tiny_checkpoint(family: str = "qwen2_5_vl", seed: int = 0) -> Path:
     folder = Path(os.environ.get("VLA_CACHE_DIR") or caches / "vla-workbench") / f"tiny-{family}-seed{seed}-form{FORM}"
     if (folder / "model.safetensors").is_file():
         return folder
-    try:
+    with needing_room(folder, "Set VLA_CACHE_DIR to a folder that can be."):
         folder.parent.mkdir(parents=True, exist_ok=True)
         work = tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.", ignore_cleanup_errors=True)
-    except OSError as error:
-        raise UserError(
-            f"The tiny checkpoint cannot be written below {folder.parent} ({error}); "
-            "set VLA_CACHE_DIR to a folder that can."
-        ) from None
     with work as place:
         made = write_tiny_checkpoint(Path(place) / "checkpoint", family, seed)
         os.chmod(made, 0o755)

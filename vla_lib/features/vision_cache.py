@@ -91,15 +91,11 @@ class VisionCache:
         key = str(episode.path)
         if key not in self._open:
             if (found := self._read(episode)) is None:
-                raise UserError(
-                    f"The vision tokens of {episode.path} are missing or stale; start the training again, "
-                    "which computes them."
-                )
+                remedy = "start the training again, which computes them"
+                raise UserError(f"The vision tokens of {episode.path} are missing or stale; {remedy}.")
             if found.xxh3 != _digest(found.pictures):
-                raise UserError(
-                    f"{self._file(episode)} is damaged: it is not what was written; remove it and start the training "
-                    "again with --resume, which computes it."
-                )
+                remedy = "remove it and start the training again with --resume, which computes it"
+                raise UserError(f"{self._file(episode)} is damaged: it is not what was written; {remedy}.")
             self._open[key] = found
         return self._open[key]
 
@@ -157,10 +153,8 @@ class ComputedFeatures:
         for plan in plan_batches(0, episode, steps, self.extractor.views, batch_size):
             batch = read_batch(plan, self.extractor.recipe, episode.path)
             if batch.findings:
-                raise UserError(
-                    f"A picture of {episode.path} cannot be read: {batch.findings[0]}; "
-                    "restore it, or leave the episode out."
-                )
+                remedy = "restore it, or leave the episode out"
+                raise UserError(f"A picture of {episode.path} cannot be read: {batch.findings[0]}; {remedy}.")
             pictures = batch.pictures(self.extractor.device)
             parts.append(self.extractor.forward(pictures, batch.ticks, episode.instruction))
         tokens, mask = (torch.cat(part) for part in zip(*parts, strict=True))

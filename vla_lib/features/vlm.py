@@ -89,10 +89,8 @@ def open_checkpoint(name: str) -> Checkpoint:
     try:
         config = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"{folder} holds no readable config.json ({type(error).__name__}); "
-            "give --vl-model the folder of a checkpoint."
-        ) from None
+        said = f"holds no readable config.json ({type(error).__name__})"
+        raise UserError(f"{folder} {said}; give --vl-model the folder of a checkpoint.") from None
     family = config.get("model_type", "unknown")
     if family not in FAMILIES:
         kind = "a text-only model" if "vision_config" not in config else "a model of another family"

@@ -50,7 +50,7 @@ class Normaliser(nn.Module):
             self.register_buffer("sensor_std", torch.ones(SENSOR_CHANNELS))
 
     def load_statistics(self, statistics: dict[str, Tensor]) -> None:
-        """Copy what training.statistics made into the buffers; zero spreads become harmless.
+        """Copy what training.samples made into the buffers; zero spreads become harmless.
 
         Keys: action_mean, action_std (7,), action_range (), state_mean, state_std (12,), goal_mean, goal_std (3,),
         token_mean (T, D), token_std (D,), sensor_mean, sensor_std (1026,) where the policy has a sensor."""

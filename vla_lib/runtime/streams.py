@@ -53,10 +53,8 @@ class SensorBuffer:
         """
         samples, t_s = np.asarray(samples, np.float32), np.asarray(t_s, float)
         if samples.ndim != 2 or samples.shape[1] != SENSOR_CHANNELS or t_s.shape != samples.shape[:1]:
-            raise UserError(
-                f"The sensor gave samples of shape {samples.shape} with times {t_s.shape}; "
-                f"(n, {SENSOR_CHANNELS}) and (n,) go in."
-            )
+            gave = f"samples of shape {samples.shape} with times {t_s.shape}"
+            raise UserError(f"The sensor gave {gave}; (n, {SENSOR_CHANNELS}) and (n,) go in.")
         samples, t_s = samples[t_s <= latest_s], t_s[t_s <= latest_s]
         newest = self.newest_s
         before = np.maximum.accumulate(np.concatenate([[-np.inf if newest is None else newest], t_s]))[:-1]

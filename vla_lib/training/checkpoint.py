@@ -155,10 +155,8 @@ def load_policy(
     content = read_checkpoint(path, device)
     if binding is not None:
         if "adapter" in content:
-            raise UserError(
-                f"{path} has LoRA weights in its VLM (stage 2): features from a cache are not its own; "
-                "compute them with its adapter."
-            )
+            said = f"{path} has LoRA weights in its VLM (stage 2): features from a cache are not its own"
+            raise UserError(f"{said}; compute them with its adapter.")
         check_binding(content["binding"], binding, str(path))
     policy = Policy(PolicyConfig.from_dict(content["policy_config"]))
     load_weights(policy, content["policy"], str(path))
@@ -204,15 +202,11 @@ def read_previous(settings: TrainingSettings, latest: Path) -> Content:
     if "training" not in before:
         raise UserError(f"{latest} holds no training state; give the newest one its name back, or start anew.")
     if (door := before["front_door"]) != settings.name:
-        raise UserError(
-            f"{latest} was written by {door}, this is {settings.name}; go on with vla_lib.{door}, "
-            "or give another --run-dir."
-        )
+        remedy = f"go on with vla_lib.{door}, or give another --run-dir"
+        raise UserError(f"{latest} was written by {door}, this is {settings.name}; {remedy}.")
     if conflicts := resume_conflicts(before["settings"], settings):
-        raise UserError(
-            f"--resume with other settings than the run began with: {'; '.join(conflicts)}. "
-            "Give the same ones, or start a new run."
-        )
+        other = f"--resume with other settings than the run began with: {'; '.join(conflicts)}"
+        raise UserError(f"{other}. Give the same ones, or start a new run.")
     return before
 
 
@@ -228,17 +222,13 @@ def check_previous(
     PolicyConfig.from_dict(before["policy_config"])  # one that this version cannot build is refused here
     known = before["training"]["fingerprints"]
     if changed := [key for key in known if known[key] != fingerprints.get(key)]:
-        raise UserError(
-            f"{len(changed)} episodes have changed since the run began (first: {changed[0]}); "
-            "restore them or start a new run."
-        )
+        said = f"{len(changed)} episodes have changed since the run began (first: {changed[0]})"
+        raise UserError(f"{said}; restore them or start a new run.")
     then = before["training"]["weights"]
     odd = [f"{k}: checkpoint {then[k]:g}, now {now:g}" for k, now in weights.items() if then[k] != now]
     if odd:
-        raise UserError(
-            f"{len(odd)} episodes have another weight than the run began with ({'; '.join(odd[:3])}); "
-            "restore datasets.yaml, or start a new run."
-        )
+        said = f"{len(odd)} episodes have another weight than the run began with ({'; '.join(odd[:3])})"
+        raise UserError(f"{said}; restore datasets.yaml, or start a new run.")
 
 
 def read_stage1(settings: TrainingSettings) -> Content:
@@ -262,7 +252,5 @@ def check_stage1(found: Content, binding: Mapping[str, Any], config: PolicyConfi
         f"{flag(k)}: there {before[k]!r}, here {now[k]!r}" for k in now if k not in WEIGHTLESS and before[k] != now[k]
     ]
     if odd:
-        raise UserError(
-            f"{where} holds another policy than these settings ask for: {'; '.join(odd)[:600]}. "
-            "Give the settings of stage 1."
-        )
+        said = f"{where} holds another policy than these settings ask for: {'; '.join(odd)[:600]}"
+        raise UserError(f"{said}. Give the settings of stage 1.")

@@ -140,10 +140,8 @@ def prepare_data(settings: TrainingSettings, split: Split | None = None) -> Trai
         split = split_episodes({k: e.dataset for k, e in episodes.items()}, settings.val_fraction, settings.seed)
     keys = [*split["train"], *split["val"]]
     if gone := [key for key in keys if key not in episodes]:
-        raise UserError(
-            f"{len(gone)} episodes of the checkpoint's split are gone from {root}, or left out there "
-            f"(first: {gone[0]}); restore them or start a new run."
-        )
+        said = f"{len(gone)} episodes of the checkpoint's split are gone from {root}, or left out there"
+        raise UserError(f"{said} (first: {gone[0]}); restore them or start a new run.")
     if settings.sensor_enabled and not any(episodes[key].has_sensor for key in keys):
         raise UserError(f"No episode below {root} has sensor data; pass --no-sensor-enabled to train without it.")
     if settings.sensor_enabled:
@@ -225,7 +223,5 @@ def _check_picture_size(settings: TrainingSettings, binding: Mapping[str, Any]) 
         if name in binding and int(binding[name]) != getattr(settings, name)
     ]
     if odd:
-        raise UserError(
-            f"The VL cache and the flags differ: {'; '.join(odd)}. Pass the cache's size, or build another: "
-            f"{cache_command(settings, binding)}"
-        )
+        remedy = f"Pass the cache's size, or build another: {cache_command(settings, binding)}"
+        raise UserError(f"The VL cache and the flags differ: {'; '.join(odd)}. {remedy}")
