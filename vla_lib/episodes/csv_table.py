@@ -18,8 +18,7 @@ import pandas as pd
 
 from vla_lib.core.errors import UserError
 
-Wanted = Callable[[Sequence[str]], Any]
-"""Whether column names are those of the table that is looked for."""
+Wanted = Callable[[Sequence[str]], Any]  # Whether column names are those of the table that is looked for
 
 HEAD_BYTES = 65536
 HEAD_LINES = 50  # of which the header must be one

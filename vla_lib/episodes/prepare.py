@@ -101,8 +101,7 @@ class EpisodeJob:
     out: Path
     instruction: str
     settings: PreprocessSettings
-    inputs: str = ""
-    """`fingerprint` of the raw files and settings, where it was taken already."""
+    inputs: str = ""  # `fingerprint` of the raw files and settings, where it was taken already
     evidence: Evidence | None = None  # for its clocks
     clocks: Clocks = Clocks()
     mark: Mark = Mark()

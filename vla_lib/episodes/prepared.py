@@ -62,8 +62,7 @@ class PreparedEpisode:
 
     def __init__(self, path: str | Path):
         """Open and check the episode folder. Raises UserError, saying what is wrong, if data.pkl cannot be trusted."""
-        self.path = Path(path)
-        """The episode folder."""
+        self.path = Path(path)  # The episode folder
         content = self._read()
         self.metadata: dict[str, Any] = content["metadata"]
         self.name: str = self.path.name
@@ -75,8 +74,7 @@ class PreparedEpisode:
         self.fingerprint: str = str(self.metadata["fingerprint"])
         """Identifies the inputs and settings that data.pkl was made from."""
         self.instruction: str = content["instruction"]
-        self.views: list[str] = sorted(content["image"])
-        """View keys, sorted."""
+        self.views: list[str] = sorted(content["image"])  # View keys, sorted
         sensor = content["sensor_data"]
         self.has_sensor: bool = sensor is not None
         self._sensor_path: str = sensor["array"] if sensor else ""

@@ -183,8 +183,7 @@ class SensorFile(NpzFile):
         if max(shape[0], *self.members[self.keys.time].shape) > MOST_SAMPLES:
             raise UserError(f"it says that it holds {shape[0]} samples, more than any recording")
         self.stamps_s = np.asarray(self.load(self.keys.time), np.float64)
-        self.keep: np.ndarray = np.arange(len(self.stamps_s))
-        """(K,) rows (or windows) that are used, in order."""
+        self.keep: np.ndarray = np.arange(len(self.stamps_s))  # (K,) rows (or windows) that are used, in order
         self.new: np.ndarray = np.full(len(self.stamps_s), self.window or 1)
         """(K,) samples of each that none before it holds: the last rows of a window."""
         self.cut = 0  # times of `stamps_s` that were taken out, since they lie far from the robot log

@@ -29,8 +29,7 @@ from vla_lib.episodes.layouts import (
 from vla_lib.episodes.marks import Marks
 
 MAX_DEPTH = 8  # levels searched below a root: collecting folder / dataset / task / episode, and room for more
-CACHE_FOLDERS = ("qwen_vl_features", "run.json")
-"""A folder that holds one of them is ours: a VL cache or a run."""
+CACHE_FOLDERS = ("qwen_vl_features", "run.json")  # A folder that holds one of them is ours: a VL cache or a run
 NAS_MARKS = ("#", "@", "$")  # a NAS's own folders: #recycle, #snapshot, @eaDir, @Recycle, $RECYCLE.BIN
 NAS_FOLDERS = {"lost+found", "system volume information"}
 OTHERS = {"__pycache__", "wandb", "images"}

@@ -11,6 +11,8 @@ import torch
 from vla_lib.core.errors import UserError
 from vla_lib.core.settings import ROOT_VARIABLE
 from vla_lib.episodes import PreparedEpisode, load_used
+from vla_lib.episodes.hdf5 import CAMERAS
+from vla_lib.episodes.layouts import EXPECTED_VIEWS
 from vla_lib.episodes.survey import left_out
 from vla_lib.features.binding import model_words
 from vla_lib.features.cache import FeatureCache, cache_folder, episode_key
@@ -20,7 +22,7 @@ from vla_lib.features.reader import tick_steps
 from vla_lib.features.settings import CacheSettings
 from vla_lib.features.vlm import load_processor, open_checkpoint, resolve_layer
 
-STANDARD_VIEWS = ("View1_left", "View2_left", "View3_left", "View4_left", "View5", "camera1", "camera2", "camera3")
+STANDARD_VIEWS = (*EXPECTED_VIEWS, *CAMERAS)
 HEADER_BYTES = 4096  # of one episode's file, about
 SPARE_BYTES = 64 << 20  # left free beyond what the build writes
 

@@ -111,8 +111,7 @@ class Streams:
     def __init__(self, limits: SafetyLimits, capacity: int, views: tuple[str, ...] = ()):
         self.limits, self._views = limits, views
         self.sensor = SensorBuffer(capacity)
-        self.now = 0.0
-        """Now on the robot's clock, at the newest reading."""
+        self.now = 0.0  # Now on the robot's clock, at the newest reading
         self.sensor_age_s: float | None = None  # of the newest sample; None before the first
         self.clock_fault = self.sensor_fault = self.state_fault = ""
         self.picture_faults: dict[str, str] = {}  # by view

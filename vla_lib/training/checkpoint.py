@@ -75,8 +75,7 @@ class CheckpointWriter:
         self, run_dir: Path, settings: TrainingSettings, run: Content, data: Content, owner: Owner | None
     ) -> None:
         self._folder, self._settings, self._run, self._data = run_dir, settings, run, data
-        self._owner, self._main = owner, owner is not None
-        self._tried_at, self._tried_step = time.monotonic(), -1
+        self._owner, self._tried_at, self._tried_step = owner, time.monotonic(), -1
         for path in [path for pattern in LEFT_BEHIND for path in run_dir.glob(pattern)] if owner else []:
             path.unlink(missing_ok=True)
 
@@ -105,12 +104,12 @@ class CheckpointWriter:
             self._write(name, _policy_alone(state), must=True)
 
     def _write(self, name: str, content: Content, must: bool) -> None:
+        if self._owner is None:
+            return
+        self._owner.check()  # whoever was stopped for long may have lost the folder to another run
         path = self._folder / "checkpoints" / name
-        if self._owner is not None:
-            self._owner.check()  # whoever was stopped for long may have lost the folder to another run
         try:
-            if self._main:
-                save_checkpoint(path, self._run | content)
+            save_checkpoint(path, self._run | content)
         except OSError as error:
             said = f"{path} could not be written ({in_words(error)}); the one written before it is untouched"
             if must:
