@@ -30,7 +30,7 @@ class VisionTokens:
 
     pictures: list[EncodedPicture]
     ticks: list[list[int]]
-    xxh3: str  # of all tensors
+    xxh3: str | None = None  # of all tensors; None in files of earlier versions
 
 
 class VisionCache:
@@ -93,7 +93,7 @@ class VisionCache:
             if (found := self._read(episode)) is None:
                 remedy = "start the training again, which computes them"
                 raise UserError(f"The vision tokens of {episode.path} are missing or stale; {remedy}.")
-            if found.xxh3 != _digest(found.pictures):
+            if found.xxh3 not in (None, _digest(found.pictures)):
                 remedy = "remove it and start the training again with --resume, which computes it"
                 raise UserError(f"{self._file(episode)} is damaged: it is not what was written; {remedy}.")
             self._open[key] = found
@@ -124,7 +124,7 @@ class VisionCache:
             if (value["binding"], value["fingerprint"]) != (self.cache.binding["id"], episode.fingerprint):
                 return None
             pictures = [EncodedPicture(*picture) for picture in value["pictures"]]
-            return VisionTokens(pictures, value["ticks"], value["xxh3"])
+            return VisionTokens(pictures, value["ticks"], value.get("xxh3"))
         except DAMAGES:
             return None
 
