@@ -239,7 +239,7 @@ def batches(
 
 
 def training_statistics(samples: SampleSet) -> dict[str, Tensor]:
-    """Of the samples' episodes alone (pass the training split). Keys and shapes: Normaliser.load_statistics."""
+    """Mean and spread of these samples (pass the training split); keys and shapes: Normaliser.load_statistics."""
     action = samples._action[samples._row].double()  # (n, 7): the actions of valid steps
     state = samples._state[samples._row].double()
     action, state = held(action), held(state)
