@@ -33,7 +33,7 @@ class LiveVlm:
         self.vision = VisionCache(data.cache, self.extractor)
 
     def prepare(self, data: TrainingData, accelerator: Accelerator, log_every_s: float) -> None:
-        """Compute the vision tokens that are missing, each process its share. Raises UserError where they do not fit."""
+        """Compute missing vision tokens, each process its share. Raises UserError where the disk cannot take them."""
         todo = self.vision.missing([*data.train.episodes, *(data.val.episodes if data.val else ())])
         accelerator.wait_for_everyone()  # all have looked before anyone writes
         if todo:
