@@ -31,7 +31,8 @@ def work() -> None:
 def main(given: Settings) -> None:
     asked: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, _frame: asked.append(number))
-    multiprocessing.get_context("fork").Process(target=work, daemon=True).start()
+    worker = multiprocessing.get_context("fork").Process(target=work, daemon=True)
+    worker.start()
     checkpoint, first = given.run_dir / "checkpoints" / CHECKPOINT, os.environ["RANK"] == "0"
     step = read_step(checkpoint) if given.resume else 0
     print(f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} begins at step {step}", flush=True)
@@ -44,6 +45,7 @@ def main(given: Settings) -> None:
                 write_json(checkpoint, {"step": step})
     if first:
         write_json(checkpoint, {"step": step})
+    worker.kill()  # it has this process's handler of SIGTERM
 
 
 def read_step(checkpoint: Path) -> int:

@@ -62,6 +62,19 @@ def until(true: Callable[[], object], runs: Path) -> None:
         time.sleep(0.2)
 
 
+def reach_limit(job: str, runs: Path) -> None:
+    """Tell a job what Slurm tells it before its time limit, and let it begin again soon after it is requeued: Slurm
+    would wait for as long as a credential holds, where another second than that of the old one's end will do."""
+    subprocess.run(["scancel", "--signal=USR1", "--batch", job], check=True)
+    asked = time.monotonic()
+    while (
+        "PENDING" not in subprocess.run(["squeue", "-h", "-j", job, "-o", "%T"], capture_output=True, text=True).stdout
+    ):
+        assert time.monotonic() < asked + 300, "the job is not requeued"
+        time.sleep(0.2)
+    subprocess.run(["scontrol", "update", f"JobId={job}", "StartTime=now+3"], check=True)
+
+
 def ranks() -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter(["cmdline"]):
@@ -96,7 +109,7 @@ def test_a_training_over_two_nodes_outlives_its_time_limit_and_is_cancelled(
     assert f"{job} RUNNING" in said and f"{slurm.job_of(waiting)} CANCELLED" in said
     assert read_record(waiting)["state"] == "cancelled" and not (waiting / "run.log").exists()
 
-    subprocess.run(["scancel", "--signal=USR1", "--batch", job], check=True)  # as Slurm does before the limit
+    reach_limit(job, runs_folder)
     begun = lambda: re.findall(r"rank (\d) of 2 begins at step (\d+)", (run / "train.log").read_text())  # noqa: E731
     until(lambda: len(begun()) == 4, runs_folder)
     (stopped,) = re.findall(r"job stopped at step (\d+); saved", (run / "slurm.log").read_text())
@@ -122,7 +135,8 @@ def test_a_training_over_two_nodes_outlives_its_time_limit_and_is_cancelled(
 def test_a_sweep_is_an_array_of_workers_each_setting_done_once(
     on_cluster, write_notebook, runs_folder, tmp_path, monkeypatch
 ):
-    """Two workers at once; one is killed, one cancelled, one entry fails; the same command goes on. See sweep_stub."""
+    """Two workers at once. One reaches its time limit, is requeued and joins the other again; then one is killed, one
+    cancelled, one entry fails; the same command goes on. See sweep_stub."""
     monkeypatch.setattr(slurm, "PROGRAM", (sys.executable, sweep_stub.__file__, "vla"))
     path = write_notebook("n: int = 1\nnproc_per_node: int = 1")
     words = ["sweep", str(path), "--grid", sweep_stub.GRID]
@@ -133,15 +147,23 @@ def test_a_sweep_is_an_array_of_workers_each_setting_done_once(
     assert read_record(sweep)["state"] == "running"
     job = slurm.job_of(sweep)
     assert slurm.states([sweep]) == {sweep.name: f"{job} RUNNING 2"}
-    first, second = (json.loads(file.read_text())["pid"] for file in sweep.glob("workers/.*.owner"))
-    part = psutil.Process(second).environ()["SLURM_ARRAY_TASK_ID"]
+    pids = [json.loads(file.read_text())["pid"] for file in sweep.glob("workers/.*.owner")]
+    first, part = pids[0], f"{job}_{psutil.Process(pids[1]).environ()['SLURM_ARRAY_TASK_ID']}"
+
+    reach_limit(part, runs_folder)
+    until(lambda: len(sweep_stub.counted(tmp_path / "begun")) == 3, runs_folder)
+    assert slurm.states([sweep]) == {sweep.name: f"{job} RUNNING 2"} and read_record(sweep)["state"] == "running"
+    told = subprocess.run(["scontrol", "show", "job", job], capture_output=True, text=True, check=True).stdout
+    assert sorted(re.findall(r"Restarts=(\d)", told)) == ["0", "1"]
+    assert psutil.Process(first).is_running()
+
     os.kill(first, signal.SIGKILL)
     until(lambda: "FAILED" in slurm.states([sweep])[sweep.name], runs_folder)
-    subprocess.run(["scancel", f"{job}_{part}"], check=True)
+    subprocess.run(["scancel", part], check=True)
     until(lambda: read_record(sweep)["state"] == "cancelled", runs_folder)
     until(lambda: "RUNNING" not in slurm.states([sweep])[sweep.name], runs_folder)
     begun = [read_record(run)["state"] for run in runs_folder.glob("*-small")]
-    assert begun == ["cancelled"] * 2
+    assert begun == ["cancelled"] * 3
 
     (tmp_path / "go").touch()
     vla(*words)

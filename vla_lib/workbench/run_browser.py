@@ -17,7 +17,9 @@ from vla_lib.workbench.notebook import interactive
 from vla_lib.workbench.widgets import drawn
 
 ROWS = 30  # shown at a time; the filter finds the others
+LONGEST = 36  # letters of a cell; the rest is seen when it is pointed at
 TICKED = 4  # at first, where none are named
+WHOLE = {"min_width": "max-content"}  # the table scrolls, not each row
 Draw = Callable[[list[Path]], Figure | HTML]
 
 
@@ -45,7 +47,7 @@ class RunBrowser:
             ipywidgets.Button(description=text, layout={"width": "110px"})
             for text in ("Star", "Save", "Remove", "Yes, remove")
         )
-        self.message, self._head = Html(), Html()
+        self.message, self._head = Html(), Html(layout=WHOLE)
         self._rows, self._ticks = ipywidgets.VBox(), dict[str, ipywidgets.Checkbox]()
         self._ticked = [runs.find_run(name).name for name in compare] or list(self._shown().index[:TICKED])
         for control in (self.filter, self.sort, self.down):
@@ -83,8 +85,10 @@ class RunBrowser:
     def _fill(self) -> None:
         """Draw the table anew."""
         frame = self._shown()
-        columns = f"24em repeat({len(frame.columns) - 1},minmax(4em,1fr))"
-        grid = f"display:grid;grid-template-columns:{columns};font-size:11px"
+        longest = [max([0, *frame[name].head(ROWS).map(_text).map(len)]) for name in frame]
+        columns = [max(len(name), min(long, LONGEST)) for name, long in zip(frame, longest, strict=True)]
+        widths = " ".join(f"{0.6 * letters:.1f}em" for letters in columns)  # a letter in bold, on average
+        grid = f"display:grid;grid-template-columns:{widths};column-gap:1em;font-size:11px"
         self._head.value = _line(frame.columns, grid + ";font-weight:bold;margin-left:28px")
         self._ticks = {}
         lines = []
@@ -92,7 +96,7 @@ class RunBrowser:
             tick = ipywidgets.Checkbox(value=name in self._ticked, indent=False, layout={"width": "24px"})
             tick.observe(lambda change, name=name: self._tick(name, change["new"]), "value")
             self._ticks[name] = tick
-            lines.append(ipywidgets.HBox([tick, Html(_line(values, grid), layout={"width": "100%"})]))
+            lines.append(ipywidgets.HBox([tick, Html(_line(values, grid), layout=WHOLE)]))
         self._rows.children = lines
         more = (
             f"{ROWS} of {len(frame)} runs; the filter finds the others" if len(frame) > ROWS else f"{len(frame)} runs"
