@@ -301,6 +301,8 @@ def test_runs_are_compared_by_ticking_them(desk):
     table = desk.show("run-table")
     lines = table.locator("div[style*='grid-template-columns']")
     assert lines.count() == 3 and second.name in lines.nth(1).inner_text()  # a head, newest first
+    clipped = "all => all.filter(one => one.scrollWidth > one.clientWidth).map(one => one.textContent)"
+    assert lines.nth(0).locator("span").evaluate_all(clipped) == []
     before = curves.get_attribute("src")
     table.locator("input[type=checkbox]").nth(0).check()
     desk.until(lambda: curves.get_attribute("src") != before)

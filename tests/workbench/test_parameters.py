@@ -1,3 +1,4 @@
+import os
 from dataclasses import fields
 from types import SimpleNamespace
 
@@ -207,4 +208,6 @@ def test_a_stop_says_where_it_is_and_how_to_go_on(tmp_path):
     (job.run_dir / "checkpoints" / "a.pt").touch()
     said = job.stopped("stopped")
     assert said.startswith('stopped at step 260; saved; go on with resume_run = "20260101-000000-04_train_async"')
+    os.utime(job.run_dir / "checkpoints" / "a.pt", (0, 0))  # killed before it could save
+    assert job.stopped("stopped").startswith("stopped at step 260; its last checkpoint is older; go on with")
     assert JobCancelled(said)._render_traceback_() == [said]

@@ -78,7 +78,7 @@ def parameters(chosen: Sequence[Path]) -> pd.DataFrame:
     """The parameters in which the runs differ, a row each, a column a run."""
     known = {runs.label_of(path): read_record(path)["parameters"] for path in chosen}
     names = dict.fromkeys(name for one in known.values() for name in one)
-    rows = [{"parameter": name} | {label: _text(one.get(name)) for label, one in known.items()} for name in names]
+    rows = [{"parameter": name} | {label: _text(one.get(name, "")) for label, one in known.items()} for name in names]
     return pd.DataFrame([row for row in rows if len({*list(row.values())[1:]}) > 1], columns=["parameter", *known])
 
 

@@ -251,12 +251,15 @@ class Job:
     def stopped(self, how: str) -> str:
         """Where a stopped job is, and how to go on, in a sentence. `how`: the reason in its status, or more."""
         how = how.replace("stopped by SIGTERM", "stopped")
-        steps = [row["step"] for row in read_jsonl(self.run_dir / "metrics.jsonl") if "step" in row]
+        metrics = self.run_dir / "metrics.jsonl"
+        steps = [row["step"] for row in read_jsonl(metrics) if "step" in row]
         at = f" at step {max(steps)}" if steps else ""
-        if not any((self.run_dir / "checkpoints").glob("*.pt")):
+        checkpoints = [file.stat().st_mtime for file in (self.run_dir / "checkpoints").glob("*.pt")]
+        if not checkpoints:
             return f"{how}{at}; what it wrote is in {self.run_dir}. Run the notebook again to go on."
         ways = f'resume_run = "{self.run_dir.name}" in the parameters cell, or -p resume_run {self.run_dir.name}'
-        return f"{how}{at}; saved; go on with {ways}."
+        late = bool(steps) and max(checkpoints) < metrics.stat().st_mtime
+        return f"{how}{at}; {'its last checkpoint is older' if late else 'saved'}; go on with {ways}."
 
     def _conclude(self) -> dict[str, Any]:
         status = self.status

@@ -19,7 +19,7 @@ from vla_lib.workbench.widgets import drawn
 ROWS = 30  # shown at a time; the filter finds the others
 LONGEST = 36  # letters of a cell; the rest is seen when it is pointed at
 TICKED = 4  # at first, where none are named
-WHOLE = {"min_width": "max-content"}  # the table scrolls, not each row
+WHOLE = {"min_width": "max-content", "overflow": "visible"}  # the table scrolls, not each row
 Draw = Callable[[list[Path]], Figure | HTML]
 
 
@@ -48,7 +48,7 @@ class RunBrowser:
             for text in ("Star", "Save", "Remove", "Yes, remove")
         )
         self.message, self._head = Html(), Html(layout=WHOLE)
-        self._rows, self._ticks = ipywidgets.VBox(), dict[str, ipywidgets.Checkbox]()
+        self._rows, self._ticks = ipywidgets.VBox(layout=WHOLE), dict[str, ipywidgets.Checkbox]()
         self._ticked = [runs.find_run(name).name for name in compare] or list(self._shown().index[:TICKED])
         for control in (self.filter, self.sort, self.down):
             control.observe(lambda _change: self._fill(), "value")
@@ -86,17 +86,17 @@ class RunBrowser:
         """Draw the table anew."""
         frame = self._shown()
         longest = [max([0, *frame[name].head(ROWS).map(_text).map(len)]) for name in frame]
-        columns = [max(len(name), min(long, LONGEST)) for name, long in zip(frame, longest, strict=True)]
-        widths = " ".join(f"{0.6 * letters:.1f}em" for letters in columns)  # a letter in bold, on average
+        letters = zip(map(len, frame.columns), longest, strict=True)  # in bold, and not
+        widths = " ".join(f"{max(0.72 * head, 0.66 * min(long, LONGEST)):.1f}em" for head, long in letters)
         grid = f"display:grid;grid-template-columns:{widths};column-gap:1em;font-size:11px"
-        self._head.value = _line(frame.columns, grid + ";font-weight:bold;margin-left:28px")
+        self._head.value = _line(frame.columns, grid + ";font-weight:bold;margin-left:24px")
         self._ticks = {}
         lines = []
         for name, *values in frame.head(ROWS).itertuples():
             tick = ipywidgets.Checkbox(value=name in self._ticked, indent=False, layout={"width": "24px"})
             tick.observe(lambda change, name=name: self._tick(name, change["new"]), "value")
             self._ticks[name] = tick
-            lines.append(ipywidgets.HBox([tick, Html(_line(values, grid), layout=WHOLE)]))
+            lines.append(ipywidgets.HBox([tick, Html(_line(values, grid), layout=WHOLE)], layout=WHOLE))
         self._rows.children = lines
         more = (
             f"{ROWS} of {len(frame)} runs; the filter finds the others" if len(frame) > ROWS else f"{len(frame)} runs"
