@@ -89,7 +89,7 @@ class RunBrowser:
         letters = zip(map(len, frame.columns), longest, strict=True)  # in bold, and not
         widths = " ".join(f"{max(0.72 * head, 0.66 * min(long, LONGEST)):.1f}em" for head, long in letters)
         grid = f"display:grid;grid-template-columns:{widths};column-gap:1em;font-size:11px"
-        self._head.value = _line(frame.columns, grid + ";font-weight:bold;margin-left:24px")
+        self._head.value = _line(frame.columns, grid + ";font-weight:bold;margin-left:28px")
         self._ticks = {}
         lines = []
         for name, *values in frame.head(ROWS).itertuples():
