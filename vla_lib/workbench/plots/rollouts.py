@@ -90,9 +90,9 @@ def from_above(rows: Sequence[Rollout], axes: Panels = None) -> Figure:
         above.plot(*offset[-1], "o" if row["success"] else "x", ms=4, color=COLOURS[kind])
         side.plot(np.hypot(*offset.T), position[:, 2] - row["truth"]["membrane_z_mm"], **look)
     above.set(xlabel="x from target (mm)", ylabel="y from target (mm)", aspect="equal")
-    above.set_title(
-        f"{sum(bool(row['success']) for row in rows)} of {len(rows)} succeeded (the others dashed, ending in x)"
-    )
+    succeeded = sum(bool(row["success"]) for row in rows)
+    others = " (the others dashed, ending in x)" if succeeded < len(rows) else ""
+    above.set_title(f"{succeeded} of {len(rows)} succeeded{others}")
     side.set(xlabel="distance from target axis (mm)", ylabel="height over membrane (mm)")
     legend(side)
     return figure
