@@ -33,10 +33,12 @@ from vla_lib.workbench.widgets import drawn
 TOKEN = "benchmark"
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
 CELLS = ["from pathlib import Path\nfrom vla_lib.workbench.viewer import EpisodeBrowser", "EpisodeBrowser(Path({!r}))"]
+READY = """document.querySelector('.jp-Notebook .jp-Cell') &&
+  window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel?.status === 'idle'"""
 RUN = """async count => {
   const frame = () => new Promise(requestAnimationFrame), begun = performance.now();
   const done = window.jupyterapp.commands.execute('notebook:run-cell-and-select-next');
-  while (document.querySelectorAll('.vla-rows tbody tr').length < count) await frame();
+  while (document.querySelector('.vla-count')?.textContent !== `${count} of ${count} episodes`) await frame();
   await frame(); await frame();
   const took = performance.now() - begun;
   await done;
@@ -119,7 +121,7 @@ def lab_page(folder: Path, chromium: str, cells: list[str]) -> Iterator[Any]:
                 viewport={"width": 1300, "height": 1000}
             )
             page.goto(f"http://127.0.0.1:{port}/lab/tree/bench.ipynb?token={TOKEN}&reset")
-            page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status='idle']", timeout=120_000)
+            page.wait_for_function(READY, timeout=120_000)
             yield page
     finally:
         server.terminate()

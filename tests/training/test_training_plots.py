@@ -39,6 +39,13 @@ def test_plots_compose_and_leave_nothing_open():
     assert len(training.training_curves(ROWS).axes) == 4 and plt.get_fignums() == []
 
 
+def test_the_first_step_is_seen():
+    """As a dot: a line needs two."""
+    for count, dot in ((1, "."), (3, "")):
+        loss, _, rate, _ = training.training_curves(ROWS[:count]).axes
+        assert [panel.lines[0].get_marker() for panel in (loss, rate)] == [dot, dot]
+
+
 def test_korean_names_are_drawn_where_a_font_is_there(recwarn, tmp_path):
     if len(style._look()["font.family"]) == 1:
         pytest.skip("no Korean font is installed")

@@ -1,6 +1,7 @@
 """JupyterLab in Chromium: every notebook runs all its cells on a recording of seconds, its sliders redraw, Stop
 stops."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,9 +9,12 @@ from typing import Any
 import lab_book
 import nbformat
 import pytest
+import yaml
 from chromium import CHROMIUM
+from episode_page import EpisodePage
 from nbformat import v4
 
+from benchmarks.episode_browser import linked_root
 from benchmarks.fake_arm import FakeArm
 from benchmarks.robots import CAMERAS
 from benchmarks.runtime import untrained
@@ -18,9 +22,9 @@ from needle_rig.recorder import record
 from needle_rig.settings import RecordSettings
 from needle_rig.world import VIEWS
 from tests.robots import fake_rig
+from vla_lib import preprocess
 from vla_lib.core.files import read_json, read_jsonl
 from vla_lib.core.run_folder import PROJECT, RunFolder, read_record
-from vla_lib.episodes.marks import Marks
 from vla_lib.evaluation.preflight import PERSON
 from vla_lib.training.checkpoint import read_checkpoint
 from vla_lib.training.settings import AsyncSettings
@@ -94,7 +98,6 @@ def test_a_notebook_lives_in_jupyterlab(name, desk, root, rig):
     desk.whole_picture(f"jupyterlab-{name}")
     if name == NOTEBOOKS[0]:
         desk.picture("jupyterlab", 1330, "all-episodes")  # as the README shows it
-        look_and_decide(desk, root)
     for output in desk.outputs():
         data = output.get("data", {})
         if WIDGET not in data and not {"text/html", "image/png"} & set(data):
@@ -117,29 +120,171 @@ def test_a_notebook_lives_in_jupyterlab(name, desk, root, rig):
         desk.picture(f"slider-{name}-{cell}")
 
 
-def look_and_decide(desk, root: Path) -> None:
-    """Keys in the episodes' viewer: every step of a held key is drawn, a mark is in the file, the row follows."""
-    place = desk.show("episodes").locator(".vla-browser")
-    drawn = lambda: int(place.get_attribute("data-drawn") or 0)  # noqa: E731
-    desk.until(lambda: drawn() > 0)
-    place.focus()
-    clock = place.locator("output")
-    for _ in range(10):
-        before, count = clock.inner_text(), drawn()
-        place.press("ArrowRight")
-        desk.until(lambda before=before, count=count: drawn() > count and clock.inner_text() != before)
-    picture = place.locator(".vla-pictures img").first
-    assert picture.evaluate("async e => (await (await fetch(e.src)).blob()).type") == "image/jpeg"
-    key = place.locator("tr.vla-current").get_attribute("data-key")
-    place.press("x")
-    desk.until(lambda: Marks.load(root).of(key).exclude is True)
-    desk.until(lambda: place.locator("tr.vla-out").count() == 1)
-    place.press("x")
-    desk.until(lambda: not Marks.load(root).left_out(key))
-    place.press("n")
-    desk.until(lambda: place.locator("tr.vla-current").get_attribute("data-key") != key)
-    desk.until(lambda: read_record(max(desk.runs()))["parameters"]["episode"] not in ("", key))
-    desk.picture("viewer", 1330, "episodes")
+BROKEN = [f"A_broken/recv_all_20200101_00000{number}" for number in range(3)]
+RAW = "New_dataset/Silicone_block/recv_all_20250101_000000"  # not prepared
+STEP_S = 0.1
+
+
+@pytest.fixture(scope="module")
+def many(root, tmp_path_factory) -> Path:
+    """300 episodes, links of those of `root`, one of them not prepared; three broken ones sort first."""
+    folder = tmp_path_factory.mktemp("many") / "data"
+    preprocess.main(preprocess.Settings(root, workers=1, quiet=True))
+    linked_root(root, folder, 300)
+    for key in BROKEN:
+        (folder / key).mkdir(parents=True)
+        (folder / key / "robot_state.csv").write_text("")
+    preprocess.main(preprocess.Settings(folder, dataset_dirs=("A_broken",), workers=1, quiet=True))
+    for name in ("data.pkl", "sensor.npy"):
+        (folder / RAW / name).unlink()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def inspecting(desk, many):
+    """Notebook 01 run on them."""
+    desk.open(desk.copy("01_inspect_episodes", "triage", dataset_root=str(many)))
+    desk.run_all()
+    assert desk.errors() == []
+    return EpisodePage(desk)
+
+
+@pytest.fixture
+def triage(inspecting):
+    """Its table, unfiltered."""
+    inspecting.filter("")
+    return inspecting
+
+
+def test_verdicts_of_all_are_listed_filtered_and_sorted(triage):
+    """The broken ones too, which end nothing though they sort first."""
+    assert triage.count() == "303 of 303 episodes"
+    assert triage.rows.count() < 150  # those far down are made when they are scrolled to
+    first = triage.rows.first
+    assert first.get_attribute("data-key") == BROKEN[0] and "✗ rejected" in first.inner_text()
+    assert "holds no robot log" in first.inner_text() and triage.current() not in ("", *BROKEN)
+    triage.filter("rejected")
+    assert triage.keys() == BROKEN
+    triage.filter("New_dataset")
+    for key in (RAW, RAW[:-1] + "4"):
+        triage.desk.until(lambda key=key: triage.row(key).locator("svg").count() == 2)  # force and way
+        assert triage.row(key).locator("img").count() == 3
+    triage.desk.picture("triage-filtered", cell="all-episodes")
+    triage.filter("")
+    for way in (1, -1):
+        triage.place.locator("th.vla-seconds").click()
+        assert len(triage.keys()) == 303
+        seconds = [float(text or -1) for text in triage.place.locator("td.vla-seconds").all_inner_texts()]
+        assert len(seconds) == 303 and seconds == sorted(seconds, reverse=way < 0)
+    triage.place.locator("th.vla-episode").click()
+
+
+def test_the_next_one_comes_by_button_and_by_key(triage):
+    start = triage.current()
+    for forth, back in (("next ▶", "◀ previous"), ("n", "p")):
+        triage.act(forth)
+        following = triage.opened(start)
+        triage.act(back)
+        assert triage.opened(following) == start
+    for act in ("next rejected", "r"):
+        before = triage.current()
+        triage.act(act)
+        assert triage.opened(before) in BROKEN
+        triage.desk.until(lambda: "no robot log" in triage.said())
+        assert triage.place.locator(".vla-chart, .vla-pictures img").count() == 0  # never an old one under an error
+    triage.desk.picture("triage-rejected", cell="all-episodes")
+
+
+def test_a_decision_is_in_the_page_and_in_marks_yaml(triage, many):
+    key, row = triage.open_good(7), triage.place.locator("tr.vla-current")
+    said = lambda: yaml.safe_load((many / "marks.yaml").read_text()).get(key)  # noqa: E731
+    triage.act("x")
+    triage.desk.until(lambda: "excluded" in row.inner_text() and "vla-out" in (row.get_attribute("class") or ""))
+    assert said() == {"exclude": True}
+    triage.place.get_by_placeholder("note").fill("바늘이 휘었다 <b>")
+    triage.place.get_by_placeholder("note").press("Enter")
+    triage.place.locator("select").filter(has_text="no label").select_option("failure")
+    triage.desk.until(lambda: "failure, 바늘이 휘었다 <b>" in row.inner_text())
+    triage.act("include")
+    for key_pressed in ("Home", *["ArrowRight"] * 3):
+        triage.step(key_pressed)
+    triage.act("[")
+    triage.desk.until(lambda: "0.3 s to the end" in row.inner_text())
+    assert said() == {"exclude": False, "note": "바늘이 휘었다 <b>", "label": "failure", "start_s": 0.3}
+    triage.desk.picture("triage-marked", 1330, "all-episodes")
+    triage.filter("바늘이")
+    assert triage.count() == "1 of 303 episodes"
+    triage.filter("")
+    triage.act("p")
+    before = triage.opened(key)
+    triage.act("u")
+    assert triage.opened(before) != key  # the next one has a mark
+
+
+def test_one_cursor_goes_through_all_panels(triage):
+    """Hover, click, zoom and keys; a key that is held skips no state."""
+    triage.open_good(11)
+    chart = triage.place.locator(".vla-chart .u-over").nth(1)
+    chart.scroll_into_view_if_needed()
+    wide = chart.bounding_box()["width"]
+    place = lambda part: {"x": part * wide, "y": 40}  # noqa: E731
+    chart.hover(position=place(0.5))
+    assert re.search(r"\d s, sample \d+", triage.place.locator(".vla-chart .u-legend").nth(1).inner_text())
+    chart.click(position=place(0.75))
+    triage.desk.until(lambda: triage.time() > 3)
+    whole = triage.time() / 0.75
+    chart.drag_to(chart, source_position=place(0.2), target_position=place(0.4))
+    chart.click(position=place(0.5))
+    triage.desk.until(lambda: abs(triage.time() - 0.3 * whole) < 2 * STEP_S)
+    ages = triage.place.locator("figcaption").all_inner_texts()
+    assert len(ages) == 5 and all("ms old" in text for text in ages)
+    lines = triage.place.locator(".vla-now").evaluate_all("all => all.map(one => one.style.left)")
+    assert len(lines) >= 6 and len(set(lines)) == 1
+    triage.desk.picture("triage-zoomed", 1330, "all-episodes")
+    chart.dblclick(position=place(0.5))
+    chart.click(position=place(0.75))
+    triage.desk.until(lambda: abs(triage.time() - 0.75 * whole) < 2 * STEP_S)
+    triage.place.press("Home")
+    triage.desk.until(lambda: triage.time() == 0)
+    triage.place.locator("output").evaluate(
+        "clock => { window.seen = []; const note = () => window.seen.push(parseFloat(clock.textContent));"
+        " new MutationObserver(note).observe(clock, {childList: true}) }"
+    )
+    while len(seen := triage.desk.page.evaluate("window.seen")) < 8:
+        triage.desk.page.keyboard.down("ArrowRight")
+    triage.desk.page.keyboard.up("ArrowRight")
+    assert seen == pytest.approx([STEP_S * (1 + number) for number in range(len(seen))])
+    triage.act("Space")
+    triage.desk.until(lambda: triage.time() > seen[-1] + 1)
+    triage.act("Space")
+    assert "▶ play" in triage.place.inner_text()
+
+
+def test_two_episodes_stand_side_by_side(triage):
+    triage.open_good(0)
+    triage.act("compare")
+    triage.row(triage.good()[2]).click()
+    titles = triage.place.locator(".vla-title")
+    triage.desk.until(lambda: titles.count() == 2, 60)
+    assert len(set(titles.all_inner_texts())) == 2
+    ages = triage.place.locator("figcaption")
+    for way in ("aligned by contact", "aligned by time"):
+        triage.place.locator("select").filter(has_text="aligned").select_option(way)
+        triage.step("ArrowRight")
+        assert ages.count() == 10 and all("old" in text for text in ages.all_inner_texts())
+        triage.desk.picture(f"triage-{way.replace(' ', '-')}", 1330, "all-episodes")
+
+
+def test_what_was_picked_is_kept(triage):
+    """Over "Run All", in run.json."""
+    picked = triage.open_good(4)
+    record = lambda: read_record(max(triage.desk.runs()))["parameters"]["episode"]  # noqa: E731
+    triage.desk.until(lambda: record() == picked)
+    first = max(triage.desk.runs())
+    triage.desk.run_all()
+    again = EpisodePage(triage.desk)
+    assert triage.desk.errors() == [] and max(triage.desk.runs()) != first
+    assert again.current() == picked == record()
 
 
 def test_the_report_as_the_readme_shows_it(desk, root):

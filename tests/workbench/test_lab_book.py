@@ -1,5 +1,6 @@
 """The lab book's commands: runs shown, compared, removed and repeated, the machine looked at."""
 
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -41,6 +42,21 @@ def test_runs_are_listed_shown_and_compared(two_runs, capsys):
     assert "seed" not in differ.index
     with pytest.raises(UserError, match="2 runs match"):
         runs.find_run("2")
+
+
+def test_a_list_of_runs_fits_120_columns(capsys):
+    """However many parameters differ and however long they are: who, when and how it went is always said."""
+    for number in range(3):
+        given = {f"parameter_{k}": f"흰색_실리콘_{k}_{number}" for k in range(20)}
+        run = RunFolder.create("04_train_async", given)
+        write_json(run.path / "results.json", {"val_mae_mm": 0.1, "cache": "tiny-1"})
+        run.finish("done")
+    for words in (["runs"], ["runs", "ls", "04_train_async"]):
+        cli_exit(words)
+        lines = capsys.readouterr().out.splitlines()
+        wide = [len(line) + len(re.findall("[가-힣]", line)) for line in lines]  # such a letter takes two columns
+        assert len(lines) == 4 and max(wide) <= 120
+        assert run.path.name in lines[-1] and "done" in lines[-1]
 
 
 def test_a_run_is_removed_only_on_purpose(two_runs):

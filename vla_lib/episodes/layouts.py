@@ -8,7 +8,7 @@ import contextlib
 import os
 import re
 import zipfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -152,13 +152,15 @@ def place_of(path: Path, root: Path, table: DatasetTable) -> tuple[str, str]:
     Where none is known it is the first folder below the root. The task is what lies between dataset and episode.
     """
     inner = path.relative_to(root).parts[:-1] if root in path.parents else ()
+    for number, name in enumerate(inner):
+        if table.knows(name):
+            return name, "/".join(inner[number + 1 :])
     above = root.resolve().parts[-2:] if root in path.parents else path.resolve().parts[-3:-1]
-    folders = (*above, *inner)
-    for number in (*range(len(above), len(folders)), *reversed(range(len(above)))):
-        if table.knows(folders[number]):
-            return folders[number], "/".join(folders[number + 1 :])
+    for number, name in reversed(list(enumerate(above))):
+        if table.knows(name):
+            return name, "/".join((*above[number + 1 :], *inner))
     if not inner:  # the root is the dataset itself, or the episode
-        return folders[-1], ""
+        return above[-1], ""
     return inner[0], "/".join(inner[1:])
 
 
@@ -175,22 +177,23 @@ def examine(folder: Path, entries: Iterable[os.DirEntry[str]], root: Path, table
     copies = [path for path in sensors if (not logs or "robot" in path.name.lower()) and is_npz_log(path)]
     sensors = [path for path in sensors if path not in copies]
     logs = logs or copies[:1]
-    views = [view for view in views if _holds_pictures(view)]
+    filled = filter(_holds_pictures, views)  # one is looked into at a time: the first mostly tells the layout
+    first = next(filled, None)
     # a blank log was never written: an episode to record again, not to pass over
     blank = any(not path.stat().st_size for path in csvs)
-    if not (logs or blank or EPISODE_NAME.match(folder.name) or views or (sensors and csvs)):
+    if not (logs or blank or EPISODE_NAME.match(folder.name) or first or (sensors and csvs)):
         return None
     dataset, task = place_of(folder, root, table)
     return EpisodeFiles(
         path=folder,
         dataset=dataset,
         task=task,
-        layout=_layout(columns.get(logs[0]) if logs else None, bool(images), views, folder.name.lower()),
+        layout=_layout(columns.get(logs[0]) if logs else None, bool(images), first, filled, folder.name.lower()),
         robot_log=logs[0] if logs else None,
         other_logs=tuple(logs[1:]),
         sensor_files=tuple(sensors),
         unknown_logs=tuple(path for path in csvs if path not in columns),
-        pictures=bool(views or images),
+        pictures=bool(first or images),
         commands=tuple(folder / entry.name for entry in seen if COMMANDS.match(entry.name)),
     )
 
@@ -209,21 +212,27 @@ def _holds_pictures(view: Path) -> bool:
                 return True
             if is_folder(entry):
                 inner.append(entry.path)
-    return any(name.lower().endswith(PICTURE_SUFFIXES) for path in inner for name in os.listdir(path))
+    for path in inner:
+        with os.scandir(path) as entries:
+            if any(entry.name.lower().endswith(PICTURE_SUFFIXES) for entry in entries):
+                return True
+    return False
 
 
-def _layout(columns: RobotColumns | None, images: bool, views: list[Path], name: str) -> str:
+def _layout(columns: RobotColumns | None, images: bool, view: Path | None, more: Iterator[Path], name: str) -> str:
+    """By columns, the first `view` that holds pictures and `more` of them, and the folder's name."""
     if columns and columns.pose[0].lower().startswith("ee_"):
         return "F0"
-    if images or (columns and columns.force and not views):
+    if images or (columns and columns.force and view is None):
         return "F2"
-    for view in sorted(views):
+    while view is not None:
         with os.scandir(view) as entries:
             first = next(entries, None)
         if first and os.path.isdir(first.path):
             return "F1"
         if first and first.name.startswith(("ZED_", "OAK_")) and "CAM_A" not in first.name:
             return "F3"
+        view = next(more, None)
     by_name = {"data_collection": "F3", "async_inference": "F3", "episode": "F2"}
     found = next((layout for start, layout in by_name.items() if name.startswith(start)), None)
     return found or ("F0" if "captures" in name else "F1")

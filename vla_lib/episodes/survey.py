@@ -51,21 +51,8 @@ def survey(root: str | Path, dataset_dirs: Sequence[str | Path] = ()) -> Survey:
 
     Raises UserError where a folder does not exist or datasets.yaml cannot be understood.
     """
-    root = Path(root)
-    table = DatasetTable.load(root)
-    result = Survey()
-    found: dict[Path, EpisodeFiles] = {}
-    for top in map(Path, dataset_dirs or (root,)):
-        if not top.is_dir() and dataset_dirs and (root / top).is_dir():
-            top = root / top
-        if not top.is_dir():
-            raise UserError(f"There is no dataset folder {top}; give an existing folder.")
-        base = root if root in (top, *top.parents) else top.parent
-        for files in _below(top, base, table, (), result.remarks):
-            real = files.path.resolve()
-            if real not in found or found[real].path.absolute() != real:
-                found[real] = files
-    result.episodes = sorted(found.values(), key=lambda files: files.path.as_posix())
+    table, result = DatasetTable.load(root), Survey()
+    result.episodes = _all(Path(root), dataset_dirs, table, result.remarks)
     result.copies = _copies(result.episodes, table)
     kept = (files for files in result.episodes if files.path not in result.copies)
     result.unknown = table.unknown((files.dataset, files.task) for files in kept)
@@ -73,8 +60,25 @@ def survey(root: str | Path, dataset_dirs: Sequence[str | Path] = ()) -> Survey:
 
 
 def find_episodes(root: str | Path, dataset_dirs: Sequence[str | Path] = ()) -> list[EpisodeFiles]:
-    """All raw episodes of `survey`, sorted by path. Raises UserError as it does."""
-    return survey(root, dataset_dirs).episodes
+    """All raw episodes of `survey`, sorted by path, without comparing them. Raises UserError as it does."""
+    return _all(Path(root), dataset_dirs, DatasetTable.load(root), [])
+
+
+def _all(
+    root: Path, dataset_dirs: Sequence[str | Path], table: DatasetTable, remarks: list[tuple[Path, str]]
+) -> list[EpisodeFiles]:
+    found: dict[str, EpisodeFiles] = {}
+    for top in map(Path, dataset_dirs or (root,)):
+        if not top.is_dir() and dataset_dirs and (root / top).is_dir():
+            top = root / top
+        if not top.is_dir():
+            raise UserError(f"There is no dataset folder {top}; give an existing folder.")
+        base = root if root in (top, *top.parents) else top.parent
+        for files in _below(top, base, table, (), remarks):
+            real = os.path.realpath(files.path)
+            if real not in found or os.path.abspath(found[real].path) != real:
+                found[real] = files
+    return sorted(found.values(), key=lambda files: files.path.as_posix())
 
 
 def find_prepared(root: str | Path) -> list[Path]:

@@ -9,6 +9,7 @@ import os
 import signal
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from unicodedata import east_asian_width
 
 import pandas as pd
 from tyro.conf import FlagCreatePairsOff, Positional, arg
@@ -59,8 +60,10 @@ def _within(frame: pd.DataFrame, columns: int, keep: str) -> str:
     """The table as text, without what says least where it would be wider than a terminal's `columns`."""
     for name in ["", "git", "started", "data", "cache", *reversed(frame.columns)]:
         frame = frame.drop(columns=[name] if name in frame and name not in ("run", "state", "slurm", keep) else [])
-        text = frame.to_string(index=False, na_rep="")
-        if max(map(len, text.splitlines())) <= columns:
+        with pd.option_context("display.unicode.east_asian_width", True):
+            text = frame.to_string(index=False, na_rep="")
+        wide = [sum(1 + (east_asian_width(letter) in "WF") for letter in line) for line in text.splitlines()]
+        if max(wide) <= columns:
             break
     return text
 

@@ -110,7 +110,8 @@ def glance(files: EpisodeFiles) -> dict[str, Any]:
 def _of_prepared(files: EpisodeFiles) -> Glance:
     prepared = load_prepared(files.path)
     view = next((view for view in SHOWN_FIRST if view in prepared.views), [*prepared.views, ""][0])
-    steps, force = [0, len(prepared) - 1], np.zeros(0)
+    first = int(np.argmax(prepared.image_index[view] >= 0)) if view else 0
+    steps, force = [first, len(prepared) - 1], np.zeros(0)
     if prepared.has_sensor:
         force = prepared.sensor_force[np.maximum(prepared.sensor_index - 1, 0)]
         touched = contact_s(prepared.sensor_force, prepared.sensor_timestamp)
@@ -126,11 +127,12 @@ def _of_raw(files: EpisodeFiles) -> Glance:
         seen = read_pictures(files.path, Findings()) if files.path.is_dir() else {}
         names = next((one.paths for one in seen.values() if len(one)), [])
         return [files.path / name for name in names[:1] + names[1:][-1:]], np.zeros(0), np.zeros((0, 3))
-    sensor, at_s = episode.sensor, [episode.start_s, episode.end_s]
+    view = next((view for view in SHOWN_FIRST if view in episode.pictures), next(iter(episode.pictures), ""))
+    first_s = max([episode.start_s, *episode.pictures[view].t_s[:1]]) if view else episode.start_s
+    sensor, at_s = episode.sensor, [first_s, episode.end_s]
     force = np.zeros(0) if sensor is None else sensor.force
     touched = None if sensor is None else contact_s(force, sensor.t_s)
     at_s[1:1] = [] if touched is None else [touched]
-    view = next((view for view in SHOWN_FIRST if view in episode.pictures), next(iter(episode.pictures), ""))
     shown = [one for t_s in at_s for one in pictures_at(episode, t_s) if one.view == view]
     return [one.path for one in shown], force, episode.robot.pose[:, :3]
 

@@ -10,6 +10,8 @@ const VERDICT = {good: "✓", "usable with exclusions": "◐", rejected: "✗"};
 const KEYS = "← → one step, Shift: ten · Space play · Home End · n p episodes · r next rejected · u next unmarked · " +
   "x exclude · [ ] trim · c compare · drag zooms, Shift-drag pans, wheel zooms, double-click shows all";
 
+const ROW_PX = 36, MORE = 50;  // a row's height, as in the style sheet; how many are made beyond those in sight
+
 const COLUMNS = ["episode", "first, contact, last", "force", "way", "verdict", "marks", "seconds", "steps"];
 const BELOW = {episode: (row) => [row.dataset, row.task].filter(Boolean).join("/"), verdict: (row) => row.reasons};  // a second line
 
@@ -294,14 +296,27 @@ class Table {
     }
     const top = make("thead");
     top.append(head);
-    const body = make("tbody");
+    const rest = make("tbody");  // as high as the rows that are not made yet
     this.lines = new Map();
-    const shown = this.shown;
-    for (const row of shown) body.append(this.line(row));
-    table.append(top, body);
+    this.order = this.shown;
+    this.made = make("tbody");
+    this.rest = rest.appendChild(make("tr")).appendChild(make("td", "vla-rest"));
+    table.append(top, this.made, rest);
     this.body.replaceChildren(table);
-    this.count.textContent = `${shown.length} of ${this.rows.length} episodes`;
+    this.body.onscroll = () => this.more();
+    this.count.textContent = `${this.order.length} of ${this.rows.length} episodes`;
+    this.more();
     this.mark(this.current, this.other);
+  }
+
+  more(key) {  // make the rows in sight and some beyond, and those up to the one of `key`
+    const seen = (this.body.scrollTop + (this.body.clientHeight || 300)) / ROW_PX + MORE / 2;
+    const wanted = Math.max(seen, 1 + this.order.findIndex((row) => row.key === key));
+    if (this.lines.size >= Math.min(wanted, this.order.length)) return;
+    const lines = this.order.slice(this.lines.size, Math.ceil(wanted) + MORE).map((row) => this.line(row));
+    this.made.append(...lines);
+    this.rest.style.height = `${ROW_PX * (this.order.length - this.lines.size)}px`;
+    this.mark(this.current, this.other, false);
   }
 
   line(row) {
@@ -365,14 +380,15 @@ class Table {
     });
   }
 
-  mark(current, other) {
+  mark(current, other, scroll = true) {
     this.current = current; this.other = other;
+    if (scroll && !this.lines.has(current)) this.more(current);
     for (const [key, line] of this.lines) {
       line.classList.toggle("vla-current", key === current);
       line.classList.toggle("vla-other", key === other);
     }
     const line = this.lines.get(current), {scrollTop, clientHeight} = this.body;
-    if (line && (line.offsetTop < scrollTop + 30 || line.offsetTop + 40 > scrollTop + clientHeight))
+    if (scroll && line && (line.offsetTop < scrollTop + 30 || line.offsetTop + 40 > scrollTop + clientHeight))
       this.body.scrollTop = line.offsetTop - clientHeight / 2;
   }
 
@@ -493,7 +509,8 @@ class Browser {
     this.main.half = this.beside.half = this.two;
     one.show(data);
     if (this.two) { this.main.resize(); this.beside.resize(); }
-    if (!place) { this.slider.max = data.times.length - 1; this.tell(""); }
+    if (!place) this.slider.max = data.times.length - 1;
+    this.tell("");
     this.arrange(place ? undefined : data.times[Math.floor(data.times.length / 2)]);
     this.reflect();
   }

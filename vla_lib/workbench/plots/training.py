@@ -24,7 +24,8 @@ def training_curves(rows: Sequence[Row], axes: Panels = None) -> Figure:
     loss, held_out, rate, waiting = found
     _loss(loss, steps)
     _held_out(held_out, [row for row in rows if "val/action_loss" in row])
-    rate.plot([row["step"] for row in steps], [row["train/lr"] for row in steps], color=COLOURS["data"])
+    at, rates = ([row[name] for row in steps] for name in ("step", "train/lr"))
+    rate.plot(at, rates, color=COLOURS["data"], marker=_dot(len(at)))
     rate.set(ylabel="learning rate", title="learning rate")
     _waiting(waiting, steps)
     for panel in found:
@@ -40,14 +41,18 @@ def _loss(panel: Axes, steps: Sequence[Row]) -> None:
         return say(panel, "no step yet")
     name = next(name for name in LOSSES if name in steps[0])
     x, y = np.array([row["step"] for row in steps]), np.array([row[name] for row in steps])
-    first = "." if len(x) < 3 else ""  # a line of one point is not seen
-    panel.plot(x, y, color=COLOURS["policy"], alpha=0.25, lw=0.8, marker=first, label="each step")
+    panel.plot(x, y, color=COLOURS["policy"], alpha=0.25, lw=0.8, marker=_dot(len(x)), label="each step")
     panel.plot(x, smooth(y), color=COLOURS["policy"], lw=1.8, label="running mean")
     panel.set(yscale="log", title=f"training loss ({name})")
     panel.yaxis.set_minor_locator(ticker.LogLocator(subs=(2, 5)))
     panel.yaxis.set_major_formatter("{x:g}")
     panel.yaxis.set_minor_formatter("{x:g}")
     legend(panel)
+
+
+def _dot(count: int) -> str:
+    """The marker of a line: a point that stands alone is not seen without."""
+    return "." if count < 3 else ""
 
 
 def _held_out(panel: Axes, validations: Sequence[Row]) -> None:
