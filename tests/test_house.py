@@ -111,10 +111,10 @@ BOUNDS = {
     "features": (13, 2111),
     "policy": (8, 745),
     "training": (13, 2086),
-    "runtime": (9, 1387),
+    "runtime": (9, 1395),
     "robots": (12, 1500),
     "evaluation": (12, 2126),
-    "workbench": (42, 6710),
+    "workbench": (42, 6713),
 }
 
 

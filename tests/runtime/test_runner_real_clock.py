@@ -215,17 +215,23 @@ def test_a_stop_from_another_thread_is_the_last_word():
 
 
 def test_the_loop_goes_before_other_work_where_the_system_allows_it(monkeypatch):
-    """Asked of the kernel: within, this thread is of the real-time class, and what it starts is not."""
-    plain, first = "chrt -p", "SCHED_FIFO"
+    """Asked of the kernel: within, all threads of this process are of the real-time class, this one first."""
+    over = threading.Event()
+    other = threading.Thread(target=over.wait)
+    other.start()
 
-    def classes():
-        started = subprocess.run(["sh", "-c", "chrt -p $$"], capture_output=True, text=True).stdout
-        own = subprocess.run([*plain.split(), str(threading.get_native_id())], capture_output=True, text=True).stdout
-        return first in own, first in started
+    def priorities():
+        """Of this thread and of the other; 0 where it is of the usual class."""
+        told = [
+            subprocess.run(["chrt", "-p", str(one)], capture_output=True, text=True).stdout
+            for one in (threading.get_native_id(), other.native_id)
+        ]
+        return tuple(int(one.split()[-1]) if "SCHED_FIFO" in one else 0 for one in told)
 
     with real_time() as given:
-        assert classes() == (given, False)
-    assert classes() == (False, False)
+        assert priorities() == ((2, 1) if given else (0, 0))
+    assert priorities() == (0, 0)
+    over.set()
 
     def refuses(*_):
         raise PermissionError("Operation not permitted")

@@ -103,6 +103,8 @@ def test_a_report_is_one_offline_page_below_5_mb_whatever_the_cameras_saw(tmp_pa
     outputs = [
         v4.new_output("display_data", data={"image/png": data}) for data in (*(png(500, 800) for _ in range(12)), plot)
     ]
+    widget = {"text/plain": "<Browser at 0x7f>", "application/vnd.jupyter.widget-view+json": {"model_id": "1"}}
+    outputs.append(v4.new_output("display_data", data=widget))
     cells = [
         v4.new_code_cell("view", outputs=outputs, metadata={"tags": ["report"]}),
         v4.new_code_cell("more", outputs=[v4.new_output("stream", text="not shown")]),
@@ -117,6 +119,7 @@ def test_a_report_is_one_offline_page_below_5_mb_whatever_the_cameras_saw(tmp_pa
     )
     page = (tmp_path / "report.html").read_text()
     assert len(page.encode()) < 5e6 and plot in page and "not shown" not in page and "not run again: same" in page
+    assert "0x7f" not in page and "Run in JupyterLab" in page
     pictures = re.findall(r"<img [^>]*src='data:image/(png|jpeg);base64,([^']+)'", page)
     assert len(pictures) == 13
     for kind, data in pictures:

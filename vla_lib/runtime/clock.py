@@ -4,7 +4,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -99,17 +99,25 @@ class RealClock:
 
 @contextmanager
 def real_time() -> Iterator[bool]:
-    """The calling thread goes before every other work of the machine where the system allows that, which is said: to
-    root, and on Linux to whom /etc/security/limits.conf gives `rtprio`. Threads that it starts do not."""
+    """This process goes before every other work of the machine where the system allows that, which is said: to root,
+    and on Linux to whom /etc/security/limits.conf gives `rtprio`. All its threads, the calling one first: one of lesser
+    priority would be kept from running while it holds the interpreter, and the loop would wait for it."""
     try:
-        os.sched_setscheduler(0, os.SCHED_FIFO | os.SCHED_RESET_ON_FORK, os.sched_param(1))
+        _schedule(os.SCHED_FIFO, 1)
+        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(2))
     except (AttributeError, OSError):
         yield False
         return
     try:
         yield True
-    finally:  # only root may take the flag back
-        os.sched_setscheduler(0, os.SCHED_OTHER | os.SCHED_RESET_ON_FORK, os.sched_param(0))
+    finally:
+        _schedule(os.SCHED_OTHER, 0)
+
+
+def _schedule(policy: int, priority: int) -> None:
+    for thread in os.listdir("/proc/self/task"):
+        with suppress(ProcessLookupError):  # it has just ended
+            os.sched_setscheduler(int(thread), policy, os.sched_param(priority))
 
 
 class Watchdog:

@@ -38,6 +38,7 @@ pre { background: #f6f8fa; padding: .6rem; overflow-x: auto; font-size: 13px; }
 """
 LIMIT_BYTES = 5e6  # small enough for a mail
 PICTURE = re.compile(r"data:image/(?:png|jpeg);base64,([A-Za-z0-9+/=\n]+)")
+WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
 def export_html(notebook: Path, page: Path) -> None:
@@ -162,5 +163,7 @@ def _output(output: Any) -> Markup:
         return Markup("<p><img alt='figure' src='data:image/png;base64,{}'></p>").format(data["image/png"].strip())
     if "text/html" in data:
         return Markup(data["text/html"])
+    if WIDGET in data:
+        return Markup("<p class='meta'>Run in JupyterLab: what it showed is live there. `vla run` saves it here.</p>")
     text = output.get("text") or data.get("text/plain", "")
     return Markup("<pre>{}</pre>").format(text) if text.strip() else Markup("")
