@@ -87,7 +87,9 @@ def lateness_row(log: RunLog, used: dict[str, Any]) -> BenchRow:
         f"{row['stream']} {row['fault'] or row['refused']}" for row in used["streams"] if row["fault"] or row["refused"]
     )
     worst = int(log.column("lateness_ms").argmax())
-    before = "; ".join(f"{name} {getattr(log.ticks[worst - 1], name)}" for name in ("mode", "expert_ms", "vl_busy"))
+    before = "; ".join(
+        f"{name} {getattr(log.ticks[max(0, worst - 1)], name)}" for name in ("mode", "expert_ms", "vl_busy")
+    )
     note = (
         f"real-time priority {'given' if log.real_time else 'refused'}; {summary['ticks']} ticks to "
         f"{summary['ended']}: median {late['median']:.2f}, max {late['max']:.2f} ms (tick {worst}; before "

@@ -111,7 +111,7 @@ BOUNDS = {
     "features": (13, 2111),
     "policy": (8, 745),
     "training": (13, 2086),
-    "runtime": (9, 1395),
+    "runtime": (9, 1396),
     "robots": (12, 1500),
     "evaluation": (12, 2126),
     "workbench": (42, 6713),

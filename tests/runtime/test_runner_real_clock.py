@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import psutil
@@ -231,11 +232,16 @@ def test_the_loop_goes_before_other_work_where_the_system_allows_it(monkeypatch)
     with real_time() as given:
         assert priorities() == ((2, 1) if given else (0, 0))
     assert priorities() == (0, 0)
+    grant = os.sched_setscheduler
+
+    def up_to(most, thread, policy, asked):
+        if asked.sched_priority > most:
+            raise PermissionError("Operation not permitted")
+        grant(thread, policy, asked)
+
+    for most in (1, 0):  # who may have too little keeps nothing of it
+        monkeypatch.setattr(os, "sched_setscheduler", partial(up_to, most))
+        with real_time() as given:
+            assert not given
+        assert priorities() == (0, 0)
     over.set()
-
-    def refuses(*_):
-        raise PermissionError("Operation not permitted")
-
-    monkeypatch.setattr(os, "sched_setscheduler", refuses)
-    with real_time() as given:
-        assert not given

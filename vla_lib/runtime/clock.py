@@ -100,18 +100,19 @@ class RealClock:
 @contextmanager
 def real_time() -> Iterator[bool]:
     """This process goes before every other work of the machine where the system allows that, which is said: to root,
-    and on Linux to whom /etc/security/limits.conf gives `rtprio`. All its threads, the calling one first: one of lesser
-    priority would be kept from running while it holds the interpreter, and the loop would wait for it."""
+    and on Linux to whom /etc/security/limits.conf gives `rtprio 2`. All its threads, the calling one first: one of
+    lesser priority would be kept from running while it holds the interpreter, and the loop would wait for it."""
+    given = True
     try:
         _schedule(os.SCHED_FIFO, 1)
         os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(2))
     except (AttributeError, OSError):
-        yield False
-        return
+        given = False
     try:
-        yield True
+        yield given
     finally:
-        _schedule(os.SCHED_OTHER, 0)
+        with suppress(AttributeError, OSError):  # also where only some of them were given it
+            _schedule(os.SCHED_OTHER, 0)
 
 
 def _schedule(policy: int, priority: int) -> None:
