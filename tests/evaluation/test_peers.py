@@ -2,11 +2,13 @@
 
 import subprocess
 import sys
+from threading import Barrier
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 
-from benchmarks.peers import PeerExpert, once, table
+from benchmarks.peers import PeerExpert, linked, once, side_by_side, table
 
 FAKE = """
 import io, struct, sys
@@ -54,8 +56,27 @@ def test_what_is_done_is_not_done_again(tmp_path):
 
 def test_the_table_has_a_row_a_policy():
     closed = {"summary": {"successes": 3, "rollouts": 4, "interval_95": (0.3, 0.95), "punctured": 4}}
-    training = {"steps": 10, "batch": 8, "cpu_s": 5.0, "parameters": 2e6}
+    training = {"steps": 10, "batch": 8, "cpu_s": 5.0, "cache_cpu_s": 3.0, "parameters": 2e6}
     opened = {"translation_mae_mm": 0.2, "rotation_mae_deg": 0.1}
     one = {"training": training, "open_loop": opened, "closed_loop": closed, "loader": {"samples_per_s": 90.0}}
     row = table({"LeRobot ACT": one}).iloc[0].to_dict()
     assert row["success"] == "3 of 4" and row["CPU s a step"] == "0.500" and row["95 % interval"] == "30 to 95 %"
+    assert (row["CPU s"], row["CPU s of the cache"]) == ("5", "3")
+
+
+def test_a_root_without_its_cache(tmp_path):
+    (tmp_path / "data" / "White" / "episode").mkdir(parents=True)
+    (tmp_path / "data" / "White" / "episode" / "data.pkl").write_text("prepared")
+    (tmp_path / "data" / "cache").mkdir()
+    for _ in range(2):
+        root = linked(tmp_path / "data", tmp_path / "out" / "root")
+    assert [one.name for one in root.iterdir()] == ["White"]
+    assert (root / "White" / "episode" / "data.pkl").read_text() == "prepared"
+
+
+def test_two_at_once_keep_their_names_and_a_failure_is_no_result():
+    meet = Barrier(2, timeout=30)  # each waits for the other
+    found = side_by_side({name: lambda name=name: (meet.wait(), name.upper())[1] for name in ("act", "diffusion")})
+    assert found == {"act": "ACT", "diffusion": "DIFFUSION"}
+    with pytest.raises(ZeroDivisionError):
+        side_by_side({"good": lambda: 1, "bad": lambda: 1 / 0})
