@@ -389,6 +389,40 @@ def test_what_contradicts_the_states_is_refused(tmp_path):
     refused("convert", "actions", "delta", *right)
 
 
+def test_where_an_arm_that_follows_later_would_have_gone_is_no_step(tmp_path):
+    source = made(tmp_path / "theirs", 10.0, "pose")
+    table = source / "data/chunk-000/file-000.parquet"
+    frames = pd.read_parquet(table).reset_index(drop=True)
+    for _, part in frames.groupby("episode_index"):
+        wanted = list(part["action"])
+        frames.loc[part.index, "action"] = pd.Series([*wanted[2:], *wanted[-1:] * 2], part.index)
+    frames.to_parquet(table)
+    words = {"lengths": "m", "angles": "rad", "rotation": "rotvec"}
+    done = lerobot_import.bring_in(cli.ImportSettings(source, tmp_path / "root", "pose", **words))
+    assert "2 step(s) later" in done["residual"]
+    prepare_all(tmp_path / "root")
+    for number, episode in enumerate(by_start(tmp_path / "root").values()):
+        wanted = true_action(smooth_pose, np.arange(39) / 10 + number)
+        assert np.abs(episode.action[:, :6] - wanted).max() < 2e-3
+
+
+def test_units_in_which_states_and_actions_agree_are_checked_too(tmp_path):
+    source = made(tmp_path / "theirs", 10.0, "pose")
+    for wrong, match in (({"angles": "rad"}, "0.0.* mm at most in an episode; give --lengths m"), ({}, "--lengths m")):
+        with pytest.raises(UserError, match=match):
+            lerobot_import.bring_in(cli.ImportSettings(source, tmp_path / "root", "pose", rotation="rotvec", **wrong))
+    table = source / "data/chunk-000/file-000.parquet"
+    frames = pd.read_parquet(table)
+    for column in ("observation.state", "action"):  # now in mm and degrees
+        frames[column] = [one * np.array([*[1000] * 3, *[180 / np.pi] * 3, *one[6:] * 0]) for one in frames[column]]
+    frames.to_parquet(table)
+    for wrong, match in (({"angles": "rad"}, "--angles deg"), ({"lengths": "m"}, " m at most.*give --lengths mm")):
+        with pytest.raises(UserError, match=match):
+            lerobot_import.bring_in(cli.ImportSettings(source, tmp_path / "root", "pose", rotation="rotvec", **wrong))
+    assert not (tmp_path / "root").exists()
+    lerobot_import.bring_in(cli.ImportSettings(source, tmp_path / "root", "pose", rotation="rotvec"))
+
+
 def test_a_sensor_stream_outside_the_dataset_is_not_read(exported, tmp_path):
     shutil.copytree(exported, tmp_path / "theirs")
     file = tmp_path / "theirs" / "meta" / "episodes" / "chunk-000" / "file-000.parquet"

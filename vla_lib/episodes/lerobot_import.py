@@ -43,6 +43,7 @@ PLACE = re.compile(r"(^|[._])x(_m|_mm)?$")
 MOST_LAG = 3  # steps by which an arm may follow its command
 CONTRADICTS = 0.5  # part of the motion (RMS) that the actions leave unexplained; a guess, noise and lag stay below
 CLEARER = 0.02, 3.0  # from this part on, another meaning that fits so many times better is the right one (a guess)
+WAY = 1.0, 10_000.0  # the longest way of an episode in mm lies between; a guess
 CHECKED = 200  # episodes, evenly over all, whose actions are compared
 STILL = (0.02, 0.02)  # RMS motion a step in mm and degrees below which nothing can be compared
 UNKNOWN_START_S = 946_684_800.0  # 2000-01-01, where a dataset does not tell when it was recorded
@@ -271,6 +272,19 @@ def check_actions(source: LeRobotDataset, rows: Sequence[dict[str, Any]]) -> Res
     raise UserError(f"{text}; {remedy}.")
 
 
+def check_units(source: LeRobotDataset, rows: Sequence[dict[str, Any]]) -> None:
+    """Raises UserError where the states cannot be in the declared units: actions in the same ones would agree."""
+    written = replace(source.settings, lengths="mm", angles="deg", rotation="euler")  # nothing is converted
+    poses = [source.steps(row, written).pose for row in rows]
+    way = max(float(np.ptp(pose[:, :3], axis=0).max()) for pose in poses)
+    turned, lengths = max(float(np.abs(pose[:, 3:]).max()) for pose in poses), source.settings.lengths
+    if not WAY[0] <= way * (1000 if lengths == "m" else 1) <= WAY[1]:
+        said = f"The places change by {way:.3g} {lengths} at most in an episode"
+        raise UserError(f"{said}; give --lengths {'mm' if lengths == 'm' else 'm'}, or look at --pose-at.")
+    if source.settings.angles == "rad" and turned > 2 * np.pi + 0.01:
+        raise UserError(f"The angles go up to {turned:.3g}, too far for radians; give --angles deg.")
+
+
 # ---- the episodes
 
 
@@ -284,7 +298,9 @@ def bring_in(settings: ImportSettings) -> dict[str, Any]:
     rows = source.episodes
     if not rows:
         raise UserError(f"{source.path} holds no episode.")
-    found = check_actions(source, rows[:: ceil(len(rows) / CHECKED)])
+    few = rows[:: ceil(len(rows) / CHECKED)]
+    found = check_actions(source, few)
+    check_units(source, few)
     folder = settings.dataset_root / _slug(settings.from_lerobot.resolve().name)
     digest = hashlib.sha256((source.path / "meta" / "info.json").read_bytes() + repr(settings).encode()).hexdigest()
     known = folder / RECORD
@@ -301,13 +317,13 @@ def bring_in(settings: ImportSettings) -> dict[str, Any]:
                 task = _slug(str(row.get("vla/dataset") or instruction))[:60]
                 while table.setdefault(f"{folder.name}/{task}", entry := _entry(instruction, weight)) != entry:
                     task += "_"
-                _write_episode(source, row, folder / task)
+                _write_episode(source, row, folder / task, found.lag)
                 progress.update(row["length"])
         write_text(folder / TABLE_NAME, yaml.safe_dump(table, allow_unicode=True, sort_keys=False))
     left_out = [f"{name}: there is no number left for its view" for name in source.cameras if name not in source.views]
     width = source.features["action"]["shape"][0]
     if width > 6:
-        left_out.append(f"action numbers 7 to {width}: a needle has no gripper")
+        left_out.append(f"the last {width - 6} of an action's {width} numbers: a needle has no gripper")
     return {"folder": folder, "residual": str(found), "views": source.views, "left_out": left_out}
 
 
@@ -319,7 +335,7 @@ def _entry(instruction: str, weight: float) -> dict[str, Any]:
     return {"instruction": instruction, "weight": float(weight)}
 
 
-def _write_episode(source: LeRobotDataset, row: dict[str, Any], parent: Path) -> None:
+def _write_episode(source: LeRobotDataset, row: dict[str, Any], parent: Path, lag: int) -> None:
     """Write one raw episode under another name, then rename it: it is there whole or not at all."""
     start_s = row.get("vla/start_unix_s")
     if start_s is None:
@@ -331,7 +347,7 @@ def _write_episode(source: LeRobotDataset, row: dict[str, Any], parent: Path) ->
     partial = parent / f".{folder.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)  # of a run of ours that was killed
     make_folder(partial)
-    _write_robot(source, row, start_s, partial / f"robot_state_{stamp}.csv")
+    _write_robot(source, row, start_s, partial / f"robot_state_{stamp}.csv", lag)
     for camera, (number, side) in source.views.items():
         make_folder(partial / f"View{number}")
         for frame, picture in enumerate(source.pictures(row, camera)):
@@ -342,14 +358,14 @@ def _write_episode(source: LeRobotDataset, row: dict[str, Any], parent: Path) ->
     os.rename(partial, folder)
 
 
-def _write_robot(source: LeRobotDataset, row: dict[str, Any], start_s: float, path: Path) -> None:
+def _write_robot(source: LeRobotDataset, row: dict[str, Any], start_s: float, path: Path, lag: int) -> None:
     """Write the states, and where the last action leads, as a robot log; between them where they are too few."""
     chosen = source.settings
     steps = source.steps(row, chosen)
     t_s = np.arange(len(steps.pose) + 1) / source.fps
     pose, joints = steps.pose, steps.joints
-    if chosen.actions == "joints":
-        t_s = t_s[:-1]  # nobody knows where the last step leads the tool
+    if chosen.actions == "joints" or lag:
+        t_s = t_s[:-1]  # nobody knows where the tool is one step after the last
     else:
         pose = np.vstack([pose, steps.targets(chosen.actions, chosen.frame)[-1]])
         joints = np.vstack([joints, joints[-1]]) if joints is not None else None
