@@ -71,6 +71,12 @@ class Desk:
         self.until(lambda: self.page.evaluate(KERNEL) == "idle")
         self.page.evaluate("window.jupyterapp.commands.execute('notebook:run-all-cells'); 0")
 
+    def run_cell(self, cell: str) -> None:
+        """Run one cell alone."""
+        number = [found["id"] for found in self.cells()].index(cell)
+        self.page.evaluate(f"window.jupyterapp.shell.currentWidget.content.activeCellIndex = {number}; 0")
+        self.command("notebook:run-cell")
+
     def finished(self) -> bool:
         """Whether the kernel is idle with every cell run, or one failed."""
         cells = [cell for cell in self.cells() if cell["cell_type"] == "code"]

@@ -1,13 +1,18 @@
 """JupyterLab in Chromium: every notebook runs all its cells on a recording of seconds, its sliders redraw, Stop
 stops."""
 
+import os
 import re
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import lab_book
 import nbformat
+import psutil
 import pytest
 import yaml
 from chromium import CHROMIUM
@@ -22,7 +27,7 @@ from needle_rig.recorder import record
 from needle_rig.settings import RecordSettings
 from needle_rig.world import VIEWS
 from tests.robots import fake_rig
-from vla_lib import preprocess
+from vla_lib import build_vl_cache, preprocess, train_async
 from vla_lib.core.files import read_json, read_jsonl
 from vla_lib.core.run_folder import PROJECT, RunFolder, read_record
 from vla_lib.evaluation.preflight import PERSON
@@ -123,6 +128,7 @@ def test_a_notebook_lives_in_jupyterlab(name, desk, root, rig):
 BROKEN = [f"A_broken/recv_all_20200101_00000{number}" for number in range(3)]
 RAW = "New_dataset/Silicone_block/recv_all_20250101_000000"  # not prepared
 STEP_S = 0.1
+LITTLE = {"image_resize_height": 28, "image_resize_width": 28}
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +136,11 @@ def many(root, tmp_path_factory) -> Path:
     """300 episodes, links of those of `root`, one of them not prepared; three broken ones sort first."""
     folder = tmp_path_factory.mktemp("many") / "data"
     preprocess.main(preprocess.Settings(root, workers=1, quiet=True))
-    linked_root(root, folder, 300)
+    linked_root(root, folder, 8)
+    build_vl_cache.main(build_vl_cache.Settings(folder, vl_model="tiny", vl_pooling="grid:2x3", **LITTLE))
+    for dataset in {key.split("/")[0] for key in read_json(folder / "verdicts.json")}:
+        shutil.rmtree(folder / dataset)
+    linked_root(root, folder, 300)  # the rest are copies, which no training takes
     for key in BROKEN:
         (folder / key).mkdir(parents=True)
         (folder / key / "robot_state.csv").write_text("")
@@ -340,13 +350,6 @@ def step(found: Path) -> int:
     return max(row["step"] for row in read_jsonl(found / "metrics.jsonl") if "step" in row)
 
 
-def test_a_training_shows_its_progress_and_stop_stops_it(desk, root):
-    found, cell = start_training(desk, root, "training")
-    desk.picture("training")
-    stop(desk, cell, found, step(found))
-    desk.picture("training-stopped")
-
-
 def test_a_training_goes_on_without_its_browser_tab_and_is_shown_again(desk, root):
     """In the same notebook opened again, and from any other one."""
     found, cell = start_training(desk, root, "left")
@@ -461,3 +464,74 @@ def test_runs_are_compared_by_ticking_them(desk):
     desk.until(lambda: "the wide one" in table.inner_text())
     desk.until(lambda: runs.about(second)["label"] == "the wide one")
     desk.picture("compare-named", cell="run-table")
+
+
+def test_stop_interrupt_and_failure_are_sentences_and_one_run_goes_on(desk, many):
+    """A training on 300 episodes, stopped, resumed and interrupted, resumed and killed: one line in the lab book."""
+    before = set(desk.runs())
+    given = {"dataset_root": str(many), "max_steps": 1_000_000, "num_workers": 1} | LITTLE
+
+    def train(**more: Any) -> Any:
+        desk.open(desk.copy("04_train_async", "night", **FEW | given | more))
+        desk.start_all()
+        cell = desk.show("run-training")
+        desk.until(lambda: shows_curves(desk, cell))
+        return cell
+
+    def ended(state: str) -> str:
+        desk.until(desk.finished)
+        assert len(desk.runs()) == len(before) + 1 and len(desk.errors()) == 1
+        assert read_record(found)["state"] == state
+        shown = desk.show("run-training").inner_text()
+        assert "Traceback" not in shown
+        return shown
+
+    cell = train()
+    (found,) = set(desk.runs()) - before
+    desk.picture("training")
+    stop(desk, cell, found, step(found))
+    assert f'go on with resume_run = "{found.name}"' in ended("cancelled")
+    desk.run_cell("sampled-chunks")
+    desk.until(lambda: "This cell needs found, which a cell above makes" in desk.show("sampled-chunks").inner_text())
+    desk.picture("stopped-on-300", cell="run-training")
+
+    cell, at = train(resume_run=found.name), step(found)
+    desk.until(lambda: step(found) > at)
+    desk.command("notebook:interrupt-kernel")
+    assert "the cell was interrupted; the job stopped" in ended("cancelled")
+
+    cell, at = train(resume_run=found.name), step(found)
+    desk.until(lambda: step(found) > at)
+    rank = "vla_lib.train_async --dataset-root", str(found)
+    words = {one: " ".join(one.info["cmdline"] or ()) for one in psutil.process_iter(["cmdline", "create_time"])}
+    ranks = [one for one, said in words.items() if all(word in said for word in rank) and "torch.dist" not in said]
+    min(ranks, key=lambda one: one.info["create_time"]).kill()  # the others are its loaders
+    assert "failed: rank 0 was killed by SIGKILL" in ended("failed")
+    desk.picture("killed-on-300", cell="run-training")
+
+
+def test_a_checkpoint_that_was_picked_is_the_runs(desk, many):
+    """In notebooks 06 and 07: in run.json, kept over "Run All", run again by `vla rerun`."""
+    trained = desk.folder.parent / "runs" / "20260101-000000-picks"
+    common = {"max_steps": 2, "num_workers": 0, "val_fraction": 0.3, "batch_size": 8, "grad_accum_steps": 1}
+    train_async.main(train_async.Settings(many, run_dir=trained, **LITTLE, **common))
+    files = [trained / "checkpoints" / f"qwen_vla_async{name}.pt" for name in ("_best", "_final")]
+    again = None
+    for name in ("06_evaluate", "07_rehearse"):
+        given = {"checkpoint": str(files[0]), "closed_loop_seeds": 0, "max_time_s": 2.0}
+        desk.open(desk.copy(name, f"picks-{name}", dataset_root=str(many), **given))
+        for cell in ("parameters", "begin"):
+            desk.run_cell(cell)
+        listed = desk.show("begin").locator("select").first
+        listed.wait_for(timeout=60_000)
+        listed.select_option(next(one for one in listed.locator("option").all_inner_texts() if files[1].name in one))
+        picked = lambda: read_record(max(desk.runs()))["parameters"]["checkpoint"]  # noqa: E731
+        desk.until(lambda picked=picked: picked().endswith(f"={files[1]}"))
+        first = max(desk.runs())
+        desk.run_all()
+        assert desk.errors() == [] and max(desk.runs()) != first and picked().endswith(f"={files[1]}")
+        desk.picture(f"picked-{name}", cell="begin")
+        again = again or max(desk.runs())
+    environment = os.environ | {"VLA_RUNS": str(again.parent)}
+    subprocess.run([Path(sys.executable).with_name("vla"), "rerun", again.name], check=True, env=environment)
+    assert max(desk.runs()) != again and picked().endswith(f"={files[1]}")

@@ -37,7 +37,7 @@ class Progress:
         elapsed_s = max(self._last - self._start, 1e-9)
         rate = self.done / elapsed_s
         left = f"ETA {clock((self.total - self.done) / rate)}" if 0 < self.done < self.total else ""
-        counted = f"{self.label} {self.done:g}/{self.total:g} {self.unit}, {rate:.3g}/s"
+        counted = f"{self.label} {self.done:.10g}/{self.total:.10g} {self.unit}, {rate:.3g}/s"
         if self._show:
             print(f"{counted}, {left or f'took {clock(elapsed_s)}'}{note}", flush=True)
 

@@ -186,8 +186,8 @@ def _open_episodes(settings: TrainingSettings) -> dict[str, PreparedEpisode]:
 def _each_once(
     episodes: Mapping[str, PreparedEpisode], split: Split | None
 ) -> tuple[dict[str, PreparedEpisode], list[str]]:
-    """The episodes without copies of a recording, and a sentence for each copy. One that a checkpoint's split names
-    stays, for its run to go on as it was.
+    """The episodes without copies of a recording, and a sentence for each recording that has any. A copy that a
+    checkpoint's split names stays, for its run to go on as it was.
 
     Preprocessing leaves copies out; those that were prepared apart, or before they lay together, are met here."""
     named = {key for keys in split.values() for key in keys} if split else set()
@@ -196,13 +196,17 @@ def _each_once(
         return key not in named, not episodes[key].has_sensor, len(key), key
 
     kept: dict[str, str] = {}
-    once, notes = dict(episodes), []
+    once, copies = dict(episodes), defaultdict[str, list[str]](list)
     for key in sorted(episodes, key=rank):
         recording = episodes[key].metadata.get("recording")
         if recording is None or kept.setdefault(str(recording), key) == key or key in named:
             continue
-        notes.append(f"{key} is the same recording as {kept[str(recording)]}; only that one is used.")
+        copies[kept[str(recording)]].append(key)
         del once[key]
+    notes = []
+    for key, twins in copies.items():
+        more = f" and {len(twins) - 5} more" if len(twins) > 5 else ""
+        notes.append(f"Only {key} is used of one recording; its copies are left out: {', '.join(twins[:5])}{more}.")
     return once, notes
 
 

@@ -9,7 +9,7 @@ from IPython.display import display
 from vla_lib.core.files import read_jsonl
 from vla_lib.core.progress import read_line
 from vla_lib.workbench.busy_kernel import answering
-from vla_lib.workbench.jobs import Job
+from vla_lib.workbench.jobs import Job, explain
 from vla_lib.workbench.markup import Html, Markup
 from vla_lib.workbench.notebook import dataset_path, interactive, shown
 from vla_lib.workbench.plots.training import newest_figures, training_curves
@@ -84,7 +84,7 @@ class TrainingView:
         if counted is not None:
             self._bar.value = counted.done / max(counted.total, 1e-9)
             self._bar.layout.visibility = "visible"
-            self._counted.value = f"{counted.done:g} of {counted.total:g} {counted.unit}, {counted.left}"
+            self._counted.value = f"{counted.done:,.10g} of {counted.total:,.10g} {counted.unit}, {counted.left}"
 
     def draw(self) -> None:
         """Redraw the curves from metrics.jsonl."""
@@ -100,7 +100,10 @@ class TrainingView:
         self._stop.disabled = True
         status = self.job.status
         ended = status.get("reason") or ("done" if status.get("returncode") == 0 else "failed")
-        ended = self.job.stopped(ended) if ended.startswith("stopped") else ended
+        if ended.startswith("stopped"):
+            ended = self.job.stopped(ended)
+        elif ended == "failed" and "returncode" in status:
+            ended += f": {explain(self.job.log, status['returncode'], status['log_from']).splitlines()[0]}"
         self._state.value = BOLD.format("running on, no longer shown here" if self.job.running else ended)
 
     def _stop_clicked(self, _button: Any) -> None:

@@ -67,7 +67,7 @@ def _held_out(panel: Axes, validations: Sequence[Row]) -> None:
     for number, name in enumerate(BASELINES, 1):
         value = validations[-1][f"val/baseline_{name}_action_loss"]
         panel.axhline(value, color=COLOURS[name], lw=1.2, ls=nth(number).dash, label=name)
-    panel.set_ylim(0, None)
+    panel.set_ylim(0, 1.05 * panel.get_ylim()[1])  # room for the markers
     legend(panel, 5)
 
 
