@@ -110,11 +110,11 @@ BOUNDS = {
     "episodes": (29, 5864),
     "features": (13, 2111),
     "policy": (8, 745),
-    "training": (13, 2086),
+    "training": (13, 2090),
     "runtime": (9, 1396),
     "robots": (12, 1500),
     "evaluation": (12, 2126),
-    "workbench": (42, 6713),
+    "workbench": (42, 6715),
 }
 
 
