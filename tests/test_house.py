@@ -114,7 +114,7 @@ BOUNDS = {
     "runtime": (9, 1396),
     "robots": (12, 1500),
     "evaluation": (12, 2126),
-    "workbench": (42, 6715),
+    "workbench": (42, 6716),
 }
 
 
