@@ -153,10 +153,12 @@ def test_an_interrupted_export_goes_on_and_a_foreign_folder_is_left_alone(record
     with pytest.raises(UserError, match="Make room"):
         export(settings)
     assert not (tmp_path / "out" / "meta" / "info.json").exists()
+    killed = tmp_path / "out" / "videos" / "observation.images.View5" / "chunk-000" / ".file-002.mp4.0a1b2c.partial"
+    killed.write_bytes(b"half a video")  # kill -9 leaves it
     monkeypatch.setattr(lerobot_export, "write_shard", lambda shard: written.append(shard.number) or write(shard))
     done = export(settings)
     assert written == sorted(set(written)) and len(written) > 2  # nothing was written twice
-    assert not (tmp_path / "out" / ".shards").exists()
+    assert not (tmp_path / "out" / ".shards").exists() and not killed.exists()
     one, other = (episode_rows(folder) for folder in (tmp_path / "out", exported))
     assert done["frames"] == one["length"].sum() == other["length"].sum()
     assert json.loads((tmp_path / "out" / "meta" / "stats.json").read_text()).keys() >= {"action", "observation.state"}

@@ -96,6 +96,8 @@ def export(settings: ExportSettings) -> dict[str, Any]:
             if _known(out, fingerprint):
                 return counts | {"status": "unchanged"}
             write_json(out / ".shards" / "plan.json", {"fingerprint": fingerprint})
+            for left in out.rglob(".*.partial"):  # of an export that was killed
+                left.unlink()
             _write_shards(shards, settings.workers)
             record = {"fingerprint": fingerprint, "settings": settings.record(), "left_out": left_out}
             _write_meta(shards, record | {"sources": sources})
