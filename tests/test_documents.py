@@ -174,7 +174,8 @@ def run_in_process(words: list[str]) -> int | None:
 # ---- each command is understood, and the light ones run
 
 SMALL = "--picture-width 32 --picture-height 24 --idle-tail-s 0.2"
-SMALLER = {"--episodes-f1 30 --episodes-f2 10": f"--episodes-f1 1 --episodes-f2 0 {SMALL}"}
+ONE = f"--episodes-f1 1 --episodes-f2 0 {SMALL}"
+SMALLER = {"ROOT --episodes-f1 30 --episodes-f2 10": f"NEW {ONE}", "--varied": f"--varied --dataset-root NEW {ONE}"}
 SWEEP = {"grid": (), "search": (), "trials": 0, "seeds": 1}
 RUN_HERE = (
     "python -m needle_rig",
@@ -224,7 +225,7 @@ def test_a_light_command_runs(command, place, monkeypatch, tmp_path):
         run.finish("done")
         command = re.sub(rf"\b{name}\b(?!_)", run.path.name, command)
     for words, fewer in SMALLER.items():
-        command = command.replace(f"ROOT {words}", f"{tmp_path / 'new'} {fewer}")
+        command = command.replace(words, fewer.replace("NEW", str(tmp_path / "new")))
     assert run_in_process(shlex.split(command)) in (0, None)
 
 
