@@ -23,6 +23,7 @@ from vla_lib import cli
 from vla_lib.core.errors import UserError
 from vla_lib.episodes import DatasetTable, find_prepared, lerobot_export, lerobot_import, lerobot_shard, load_prepared
 from vla_lib.episodes.lerobot_export import ExportSettings, export
+from vla_lib.workbench.headless import run_notebook
 
 LEROBOT = os.environ.get("VLA_LEROBOT_PYTHON", "")
 needs_lerobot = pytest.mark.skipif(not LEROBOT, reason="VLA_LEROBOT_PYTHON names no Python with LeRobot")
@@ -191,6 +192,16 @@ def test_marks_decide_what_goes_out(recorded, tmp_path):
     done = export(ExportSettings(tmp_path / "root", tmp_path / "out", workers=1))
     assert not episode_rows(tmp_path / "out")["vla/episode"].str.contains("New_dataset3").any()
     assert any("blurred" in text for text in done["left_out"])
+
+
+def test_notebook_02_exports_too(tmp_path, monkeypatch):
+    Raw("F1", scenery=True).write(tmp_path / "root" / "White_silicone_white_circle")
+    monkeypatch.setenv("VLA_RUNS", str(tmp_path / "runs"))
+    given = {"dataset_root": str(tmp_path / "root"), "workers": 1, "lerobot_out": str(tmp_path / "out")}
+    done = run_notebook("02_detect_hz", given, log=False)
+    assert done.state == "done", done.error
+    frames = pd.read_parquet(tmp_path / "out" / "data" / "chunk-000" / "file-000.parquet")
+    assert np.array_equal(np.stack(frames["action"]), truth(tmp_path / "root")["action"])
 
 
 def test_a_damaged_sensor_is_not_exported(tmp_path):
