@@ -11,7 +11,8 @@ from PIL import Image
 from vla_lib.core.errors import UserError
 from vla_lib.core.files import write_json, write_text
 from vla_lib.core.run_folder import RunFolder
-from vla_lib.workbench import runs, up_to_date, widgets
+from vla_lib.workbench import picker as pickers
+from vla_lib.workbench import runs, up_to_date
 from vla_lib.workbench.pages import Section, write_report
 
 
@@ -73,13 +74,13 @@ def test_checkpoints_are_picked_by_parameters_or_by_clicks(monkeypatch, tmp_path
     assert len({runs.name_of(path) for path in newest}) == 6 and runs.name_of(newest[0]).startswith("async no VL ")
     elsewhere = tmp_path / "theirs.pt"
     elsewhere.touch()
-    picker = widgets.CheckpointPicker("", [f"seen={newest[3]}", str(elsewhere)])
+    picker = pickers.CheckpointPicker("", [f"seen={newest[3]}", str(elsewhere)])
     assert (
         picker.chosen == (f"{runs.name_of(newest[0])}={newest[0]}", f"seen={newest[3]}", f"theirs={elsewhere}")
         and picker.first == newest[0]
     )
-    monkeypatch.setattr(widgets, "interactive", lambda: True)
-    picker = widgets.CheckpointPicker(str(elsewhere), [])
+    monkeypatch.setattr(pickers, "interactive", lambda: True)
+    picker = pickers.CheckpointPicker(str(elsewhere), [])
     picker._first.value = next(value for _, value in picker._first.options if value[1] == newest[4])
     picker._others.value = [value for _, value in picker._others.options if value[1] in newest[:2]]
     assert picker.first == newest[4] and [text.split("=", 1)[1] for text in picker.chosen] == [
