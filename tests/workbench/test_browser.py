@@ -150,6 +150,13 @@ def many(root, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture
+def unmarked(many) -> Path:
+    """The same without the marks that other tests made."""
+    (many / "marks.yaml").unlink(missing_ok=True)
+    return many
+
+
 @pytest.fixture(scope="module")
 def inspecting(desk, many):
     """Notebook 01 run on them."""
@@ -466,10 +473,10 @@ def test_runs_are_compared_by_ticking_them(desk):
     desk.picture("compare-named", cell="run-table")
 
 
-def test_stop_interrupt_and_failure_are_sentences_and_one_run_goes_on(desk, many):
+def test_stop_interrupt_and_failure_are_sentences_and_one_run_goes_on(desk, unmarked):
     """A training on 300 episodes, stopped, resumed and interrupted, resumed and killed: one line in the lab book."""
     before = set(desk.runs())
-    given = {"dataset_root": str(many), "max_steps": 1_000_000, "num_workers": 1} | LITTLE
+    given = {"dataset_root": str(unmarked), "max_steps": 1_000_000, "num_workers": 1} | LITTLE
 
     def train(**more: Any) -> Any:
         desk.open(desk.copy("04_train_async", "night", **FEW | given | more))
@@ -510,16 +517,16 @@ def test_stop_interrupt_and_failure_are_sentences_and_one_run_goes_on(desk, many
     desk.picture("killed-on-300", cell="run-training")
 
 
-def test_a_checkpoint_that_was_picked_is_the_runs(desk, many):
+def test_a_checkpoint_that_was_picked_is_the_runs(desk, unmarked):
     """In notebooks 06 and 07: in run.json, kept over "Run All", run again by `vla rerun`."""
     trained = desk.folder.parent / "runs" / "20260101-000000-picks"
     common = {"max_steps": 2, "num_workers": 0, "val_fraction": 0.3, "batch_size": 8, "grad_accum_steps": 1}
-    train_async.main(train_async.Settings(many, run_dir=trained, **LITTLE, **common))
+    train_async.main(train_async.Settings(unmarked, run_dir=trained, **LITTLE, **common))
     files = [trained / "checkpoints" / f"qwen_vla_async{name}.pt" for name in ("_best", "_final")]
     again = None
     for name in ("06_evaluate", "07_rehearse"):
         given = {"checkpoint": str(files[0]), "closed_loop_seeds": 0, "max_time_s": 2.0}
-        desk.open(desk.copy(name, f"picks-{name}", dataset_root=str(many), **given))
+        desk.open(desk.copy(name, f"picks-{name}", dataset_root=str(unmarked), **given))
         for cell in ("parameters", "begin"):
             desk.run_cell(cell)
         listed = desk.show("begin").locator("select").first
