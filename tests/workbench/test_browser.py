@@ -531,7 +531,7 @@ def test_a_checkpoint_that_was_picked_is_the_runs(desk, unmarked):
             desk.run_cell(cell)
         listed = desk.show("begin").locator("select").first
         listed.wait_for(timeout=60_000)
-        listed.select_option(next(one for one in listed.locator("option").all_inner_texts() if files[1].name in one))
+        listed.select_option(next(one for one in listed.locator("option").all_inner_texts() if str(files[1]) in one))
         picked = lambda: read_record(max(desk.runs()))["parameters"]["checkpoint"]  # noqa: E731
         desk.until(lambda picked=picked: picked().endswith(f"={files[1]}"))
         first = max(desk.runs())
