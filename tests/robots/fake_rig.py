@@ -74,8 +74,12 @@ class CameraHost(Sender):
         self._socket.close()
 
 
+BATCH = 15  # samples that one datagram holds
+
+
 class SensorHost(Sender):
-    """Sends samples of the last 20 ms as a batch, or each bare; their clock is `clock_s` ahead of ours."""
+    """Sends the samples since the last time in batches, or each bare; their clock is `clock_s` ahead of ours. A sensor
+    samples also while this machine is too busy to send."""
 
     def __init__(self, port: int, bare: bool = False, clock_s: float = 0.0):
         self._port, self.bare, self.clock_s, self.freeze = port, bare, clock_s, False
@@ -85,15 +89,15 @@ class SensorHost(Sender):
         super().__init__(50, self._send_new)
 
     def _send_new(self) -> None:
-        times = np.arange(self._newest + 1 / 650, time.time(), 1 / 650)[-15:]
-        if not len(times):
-            return
-        self._newest = times[-1]
-        records = [self.record(t_s + self.clock_s, time.time() + self.clock_s) for t_s in times]
-        self.sent += len(records)
-        packed = records if self.bare else [struct.pack("<I", len(records)) + b"".join(records)]
-        for datagram in packed:
-            self.send(datagram)
+        times = np.arange(self._newest + 1 / 650, time.time(), 1 / 650)
+        for batch in (times[first : first + BATCH] for first in range(0, len(times), BATCH)):
+            self._newest = batch[-1]
+            records = [self.record(t_s + self.clock_s, time.time() + self.clock_s) for t_s in batch]
+            self.sent += len(records)
+            for datagram in records if self.bare else [struct.pack("<I", len(records)) + b"".join(records)]:
+                self.send(datagram)
+            if len(times) > BATCH:
+                time.sleep(0.001)  # the receiver's buffer holds few
 
     def record(self, sample_s: float, sent_s: float) -> bytes:
         aline = np.zeros(1025) if self.freeze else self._noise.normal(0, 1, 1025)

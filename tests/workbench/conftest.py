@@ -27,6 +27,14 @@ KERNEL = (
     " return session && session.kernel ? session.kernel.status : ''; })()"
 )
 NOTEBOOK = "window.jupyterapp.shell.currentWidget.content.model.toJSON()"
+CELLS = "[...window.jupyterapp.shell.currentWidget.content.model.cells]"
+CODE = f"{CELLS}.filter(cell => cell.type === 'code')"
+RAN = f"{CODE}.every(cell => cell.executionCount !== null)"
+ERRORS = (
+    f"{CODE}.flatMap(cell => Array.from({{length: cell.outputs.length}}, (_, number) => cell.outputs.get(number)))"
+    ".filter(output => output.type === 'error').map(output => output.toJSON())"
+    ".map(error => `${error.ename}: ${error.evalue}`)"
+)
 PANEL = "document.querySelector('.jp-MainAreaWidget:not(.lm-mod-hidden) .jp-WindowedPanel-outer')"
 SECONDS = 240  # for one notebook, on a machine that does other things too
 
@@ -73,19 +81,21 @@ class Desk:
 
     def run_cell(self, cell: str) -> None:
         """Run one cell alone."""
-        number = [found["id"] for found in self.cells()].index(cell)
+        number = self.ids().index(cell)
         self.page.evaluate(f"window.jupyterapp.shell.currentWidget.content.activeCellIndex = {number}; 0")
         self.command("notebook:run-cell")
 
     def finished(self) -> bool:
         """Whether the kernel is idle with every cell run, or one failed."""
-        cells = [cell for cell in self.cells() if cell["cell_type"] == "code"]
-        over = all(cell["execution_count"] is not None for cell in cells) or self.errors()
-        return bool(over) and self.page.evaluate(KERNEL) == "idle"
+        return bool(self.page.evaluate(RAN) or self.errors()) and self.page.evaluate(KERNEL) == "idle"
 
     def cells(self) -> list[dict[str, Any]]:
-        """The open notebook's cells."""
+        """The open notebook's cells, with all their pictures: nothing to ask for again and again."""
         return self.page.evaluate(NOTEBOOK)["cells"]
+
+    def ids(self) -> list[str]:
+        """The names of the open notebook's cells."""
+        return self.page.evaluate(f"{CELLS}.map(cell => cell.id)")
 
     def keep(self) -> None:
         """Put the executed notebook into its run folder, as a headless run has it."""
@@ -109,9 +119,7 @@ class Desk:
 
     def errors(self) -> list[str]:
         """What cells raised."""
-        return [
-            f"{output['ename']}: {output['evalue']}" for output in self.outputs() if output["output_type"] == "error"
-        ]
+        return self.page.evaluate(ERRORS)
 
     def command(self, name: str) -> None:
         """Call a command of JupyterLab's."""
@@ -132,7 +140,7 @@ class Desk:
 
     def show(self, cell: str) -> Any:
         """Scroll to a cell (JupyterLab draws only what is near) and return its place on the page."""
-        number = [found["id"] for found in self.cells()].index(cell)
+        number = self.ids().index(cell)
         content = "window.jupyterapp.shell.currentWidget.content"
         for _ in range(2):  # heights are known only once cells are drawn
             self.page.evaluate(f"{content}.scrollToItem({number}, 'start')")
@@ -153,9 +161,10 @@ class Desk:
     def whole_picture(self, name: str) -> None:
         """A screenshot of the whole notebook: heights are known only once cells are drawn."""
         self.page.set_viewport_size({"width": 1300, "height": 14_000})
-        self.show(self.cells()[0]["id"])
+        first, *others = self.ids()
+        self.show(first)
         count, bottoms = (
-            len(self.cells()),
+            1 + len(others),
             f"[...{PANEL}.querySelectorAll('.jp-Cell')].map(cell => cell.getBoundingClientRect().bottom)",
         )
         heights: list[float] = []
@@ -166,7 +175,7 @@ class Desk:
             return len(heights) > 3 and 0 < heights[-1] == heights[-3]
 
         self.until(settled, 30)
-        self.picture(name, min(int(heights[-1]) + 60, 14_000), self.cells()[0]["id"])
+        self.picture(name, min(int(heights[-1]) + 60, 14_000), first)
 
 
 @pytest.fixture(scope="module")

@@ -251,4 +251,4 @@ def rate_table(rates: Rates) -> pd.DataFrame:
     """One episode's streams in one table; gaps as their number and total length."""
     frame = pd.DataFrame([vars(row) for row in rates.values()])
     gaps = frame.pop("gaps")
-    return frame.assign(gaps=gaps.map(len), gap_s=gaps.map(lambda spans: float(sum(e - b for b, e in spans))))
+    return frame.round(4).assign(gaps=gaps.map(len), gap_s=gaps.map(lambda spans: float(sum(e - b for b, e in spans))))

@@ -24,7 +24,7 @@ def fit(frame: pd.DataFrame, precision: int = 3, height_px: int = 480) -> HTML:
         if value is None or (isinstance(value, float) and pd.isna(value)):
             value = ""
         elif isinstance(value, float):
-            value = f"{value:.0f}" if 10**precision <= abs(value) < 1e9 else f"{value:.{precision}g}"
+            value = f"{value:.0f}" if 10**precision <= abs(value) < 1e9 else f"{value + 0.0:.{precision}g}"  # no -0
         wrap = "white-space:nowrap" if tag == "td" else ""
         if column in WRAPPING_EM:
             wrap = f"min-width:{WRAPPING_EM[column]}em;white-space:normal;overflow-wrap:anywhere"
