@@ -43,10 +43,11 @@ NOTEBOOKS = sorted(path.stem for path in (PROJECT / "notebooks").glob("*.ipynb")
 FEW = {"batch_size": 8, "grad_accum_steps": 1, "max_steps": 4, "val_fraction": 0.3, "num_workers": 0, "ddim_steps": 2}
 SMALL = {"image_resize_height": 84, "image_resize_width": 140}  # what the VL model sees
 GIVEN = {
+    "02_detect_hz": {"workers": 1},
     "03_cache_vl_features": {"vl_pooling": "grid:2x3", **SMALL},
     "04_train_async": FEW | SMALL,
     "05_train_diffusion": FEW | SMALL,
-    "06_evaluate": {"closed_loop_seeds": 2, "masked": False, "max_time_s": 2.0, "films": 2},
+    "06_evaluate": {"closed_loop_seeds": 2, "masked": False, "max_time_s": 2.0, "films": 2, "workers": 1},
     "07_rehearse": {"max_time_s": 2.0},
 }
 LEAVES = ("05_train_diffusion", "08_deploy")  # nothing builds on them
@@ -73,15 +74,15 @@ def root(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def rig(tmp_path_factory) -> Iterator[Path]:
-    """The robot.yaml of a rig of loopback doubles that runs meanwhile."""
+@pytest.fixture
+def rig(tmp_path) -> Iterator[Path]:
+    """The robot.yaml of a rig of loopback doubles that runs meanwhile, which keeps a core busy."""
     with FakeArm((0, 0, 0, 0, 60, 0)) as arm:
         content = fake_rig.mapping(arm, cameras={view: {"source": "zmq"} for view in VIEWS})
         content["limits"] |= {"vl_age_s": 5, "hold_s": 2, "sensor_age_s": 1, "picture_age_s": 2}  # a busy machine
         cameras = fake_rig.CameraHost(content["zmq_port"], cameras=CAMERAS)
         with cameras, fake_rig.SensorHost(content["sensor"]["port"]):
-            yield fake_rig.write(tmp_path_factory.mktemp("rig") / "robot.yaml", content)
+            yield fake_rig.write(tmp_path / "robot.yaml", content)
 
 
 def run(desk, name: str, root: Path, **given: Any) -> None:
@@ -97,9 +98,9 @@ def run(desk, name: str, root: Path, **given: Any) -> None:
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
-def test_a_notebook_lives_in_jupyterlab(name, desk, root, rig):
+def test_a_notebook_lives_in_jupyterlab(name, desk, root, request):
     desk.ran.discard(name)
-    run(desk, name, root, **({"robot": str(rig)} if name == "08_deploy" else {}))
+    run(desk, name, root, **({"robot": str(request.getfixturevalue("rig"))} if name == "08_deploy" else {}))
     desk.whole_picture(f"jupyterlab-{name}")
     if name == NOTEBOOKS[0]:
         desk.picture("jupyterlab", 1330, "all-episodes")  # as the README shows it
@@ -529,7 +530,7 @@ def test_a_checkpoint_that_was_picked_is_the_runs(desk, unmarked):
     files = [trained / "checkpoints" / f"qwen_vla_async{name}.pt" for name in ("_best", "_final")]
     again = None
     for name in ("06_evaluate", "07_rehearse"):
-        given = {"checkpoint": str(files[0]), "closed_loop_seeds": 0, "max_time_s": 2.0}
+        given = {"checkpoint": str(files[0]), "closed_loop_seeds": 0, "max_time_s": 2.0, "workers": 1}
         desk.open(desk.copy(name, f"picks-{name}", dataset_root=str(unmarked), **given))
         for cell in ("parameters", "begin"):
             desk.run_cell(cell)
