@@ -44,8 +44,8 @@ class LookView:
         if interactive():
             self._picture = ipywidgets.Image(format="jpeg", layout={"max_width": "1100px"})
             self._table = Html(Markup(""))
-            self._box = ipywidgets.VBox([self._picture, self._table])
-            display(self._box)
+            self.box = ipywidgets.VBox([self._picture, self._table])
+            display(self.box)
 
     def show(self, observation: Observation, rows: list[dict[str, Any]]) -> None:
         """The newest of everything; drawn now and then."""
@@ -59,11 +59,6 @@ class LookView:
         rates = ", ".join(f"{row['stream']} {row['rate_hz']:g} Hz" for row in rows)
         print(f"{rates}; pose {observation.state[6:].round(2).tolist()}", flush=True)
 
-    def close(self) -> None:
-        """Make room for the last moment's figure."""
-        if interactive():
-            self._box.close()
-
 
 def look_at(session: Deployment) -> Figure:
     """The first stage: look for `look_s` seconds; the last moment as a figure. Raises UserError where a stream is
@@ -71,7 +66,8 @@ def look_at(session: Deployment) -> Figure:
     view = LookView()
     with answering(), LabRobot(session.robot) as robot:
         seen = look(robot, session.settings.look_s, view.show)
-    view.close()
+    if interactive():
+        view.box.close()  # the last moment's figure takes its place
     session.end("look", {"seen": seen})
     return rig(seen.newest)
 
