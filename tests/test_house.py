@@ -124,7 +124,7 @@ BOUNDS = {
     "runtime": (9, 1396),
     "robots": (12, 1500),
     "evaluation": (12, 2126),
-    "workbench": (43, 6722),
+    "workbench": (43, 6721),
 }
 
 

@@ -40,7 +40,6 @@ class LookView:
 
     def __init__(self) -> None:
         self._due_s = 0.0
-        self.stopped = False
         if interactive():
             self._picture = ipywidgets.Image(format="jpeg", layout={"max_width": "1100px"})
             self._table = Html(Markup(""))
