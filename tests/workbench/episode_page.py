@@ -52,9 +52,10 @@ class EpisodePage:
 
     def open_good(self, number: int) -> str:
         """Click an episode that opens; its key."""
-        key, before = self.good()[number], self.current()
+        key = self.good()[number]
         self.row(key).click()
-        return self.opened(before) if key != before else key
+        self.desk.until(lambda: self.current() == key and not self.said().startswith("opening"), 60)
+        return key
 
     def act(self, what: str) -> None:
         """Press the button of that name, or the key."""
