@@ -348,7 +348,7 @@ def test_the_contrast_of_scans_is_drawn_about_their_mean_and_in_training_only():
     """As if the scans themselves had it: between 0.5 and 1.5 times, the force untouched."""
     encoder, normaliser = SensorEncoder(make_config(scan_contrast=0.5)), Normaliser(make_config())
     sensor, present, seen = torch.rand(64, 13, 1026), torch.ones(64, dtype=torch.bool), []
-    encoder.conv1.register_forward_pre_hook(lambda module, given: seen.append(given[0].clone()))
+    encoder.conv1.register_forward_pre_hook(lambda module, given: seen.append(given[0].detach().clone()))
     for training, seed in ((False, 1), (True, 1), (True, 1), (True, 2)):
         torch.manual_seed(seed)
         encoder.train(training)(sensor, present, normaliser)
