@@ -35,8 +35,6 @@ class PolicySettings(Settings):
     # chance that a view is hidden from a training sample: against learning scenes by heart, and for a camera that fails
     view_dropout: Share = 0.0
     token_noise: Annotated[float, Ge(0)] = 0.0  # added to VL tokens in training, in their spreads; also against that
-    # in training the A-scans' contrast is drawn between 1 - this and 1 + this times what it is: for an OCT that fades
-    scan_contrast: Share = 0.0
 
 
 @settings

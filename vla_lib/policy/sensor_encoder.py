@@ -24,7 +24,6 @@ class SensorEncoder(nn.Module):
     def __init__(self, config: PolicyConfig) -> None:
         super().__init__()
         steps, width = config.sensor_window_size, config.width
-        self.contrast = config.scan_contrast
         frames = min(FRAMES, steps)
         filters = torch.zeros(frames, steps)
         for k, part in enumerate(torch.arange(steps).tensor_split(frames)):
@@ -50,10 +49,6 @@ class SensorEncoder(nn.Module):
         # mixing is linear, so it goes before the normalisation: S x 1025 numbers are touched once;
         # bmm and slicing afterwards, so that the window is not copied
         frames = torch.bmm(self.filters.expand(len(sensor), -1, -1), sensor)[..., 1:]  # (B, K, 1025)
-        if self.training and self.contrast:  # about the window's own mean; torch's own numbers, seeded in each step
-            mixed_mean = sensor[..., 1:].mean((1, 2))[:, None, None] * self.filters.sum(1)[:, None]  # (B, K, 1)
-            times = 1 + self.contrast * (2 * torch.rand(len(sensor), 1, 1, device=sensor.device) - 1)
-            frames = mixed_mean + times * (frames - mixed_mean)
         frames = (frames - self.filters.sum(1)[:, None] * mean[1:]) / std[1:]
         x = self.act(self.conv1(frames))  # (B, 32, 257)
         x = self.act(self.conv2(x))  # (B, 64, 129)

@@ -39,7 +39,7 @@ from vla_lib.training.settings import TrainingSettings, resume_conflicts
 FORMAT = "vla-policy-1"
 KEYS = ("front_door", "policy_config", "policy", "settings", "binding", "split", "step", "epoch", "metrics")
 # of a policy's config: what no weight depends on
-WEIGHTLESS = ("dropout", "view_dropout", "token_noise", "scan_contrast", "ddim_steps", "vl_ages_s")
+WEIGHTLESS = ("dropout", "view_dropout", "token_noise", "ddim_steps", "vl_ages_s")
 # of torch's zip writer, which says so of a disk that takes no more
 FULL = ("unexpected pos", "file write failed")
 # left by a writer that was killed
