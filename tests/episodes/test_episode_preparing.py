@@ -166,6 +166,21 @@ def test_a_lock_file_that_went_while_waiting_is_not_taken_for_the_lock(tmp_path)
     assert seen == [True]
 
 
+def test_a_lock_file_that_went_as_soon_as_it_was_opened_is_made_again(tmp_path, monkeypatch):
+    opened, really = [], os.open
+
+    def open_late(path, *how):
+        handle = really(path, *how)
+        if not opened:  # its holder is done in between
+            os.unlink(path)
+        opened.append(path)
+        return handle
+
+    monkeypatch.setattr(os, "open", open_late)
+    with file_lock(tmp_path / LOCK) as locked:
+        assert locked and (tmp_path / LOCK).exists() and len(opened) == 2
+
+
 def test_a_kill_in_the_middle_leaves_no_half_file(root):
     code = (
         "import sys, time\nfrom vla_lib import preprocess\n"

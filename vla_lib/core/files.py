@@ -63,12 +63,12 @@ def make_folder(path: Path) -> None:
         _share(path, path.parent.stat().st_mode & 0o777)
 
 
-def _share(path: Path, mode: int) -> None:
+def _share(path: Path | int, mode: int) -> None:
     """Add rights; a file system that has none, or a file of somebody else, keeps what it has."""
     with contextlib.suppress(PermissionError, NotImplementedError):
-        before = path.stat().st_mode & 0o777
+        before = os.stat(path).st_mode & 0o777
         if before | mode != before:
-            path.chmod(before | mode)
+            os.chmod(path, before | mode)
 
 
 @contextlib.contextmanager
@@ -87,7 +87,7 @@ def file_lock(path: Path) -> Iterator[bool]:
             handle = os.open(path, os.O_RDONLY)  # another user's: it can be locked for reading just as well
         locked = True
         try:
-            _share(path, 0o666)  # whoever comes next may be somebody else
+            _share(handle, 0o666)  # whoever comes next may be somebody else
             fcntl.flock(handle, fcntl.LOCK_EX)
         except OSError as error:
             if error.errno not in NO_LOCKS:
