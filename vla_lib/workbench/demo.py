@@ -34,7 +34,7 @@ SIZES = {
     "demo": Size(
         record={"episodes_f1": 226, "episodes_f2": 14, "idle_tail_s": 0.5},
         cache={},
-        train={"lr": 1e-3, "max_steps": 3500, **REGULARISED},
+        train={"lr": 1e-3, "max_steps": 2000, **REGULARISED},
         evaluate={"closed_loop_seeds": 50, "masked": False},
         free_bytes=22e9,
     ),
