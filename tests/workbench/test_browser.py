@@ -254,7 +254,6 @@ def test_one_cursor_goes_through_all_panels(triage):
     triage.desk.until(lambda: triage.time() > 3)
     whole = triage.time() / 0.75
     chart.drag_to(chart, source_position=place(0.2), target_position=place(0.4))
-
     chart.click(position=place(0.5))
     triage.desk.until(lambda: abs(triage.time() - 0.3 * whole) < 2 * STEP_S)
     ages = triage.place.locator("figcaption").all_inner_texts()
