@@ -142,7 +142,7 @@ def demo(size: Literal["demo", "small"] = "demo", vl_model: Model = "tiny", npro
     """Record a dataset on the simulated rig, then the whole flow on it.
 
     Args:
-        size: demo: 144 episodes, about 10 minutes; small: a few seconds-long episodes, as the tests use.
+        size: demo: 240 episodes, about 13 minutes on 2 cores; small: a few seconds-long ones, as the tests use.
     """
     from vla_lib.workbench import demo
 

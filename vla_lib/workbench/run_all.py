@@ -261,8 +261,7 @@ def summarise(flow: Flow) -> tuple[pd.DataFrame, list[str]]:
     rows = [(f"rate of {name}", f"{value:.1f} Hz") for name, value in prepared.get("rates_hz", {}).items()]
     notes = []
     if prepared:
-        count = f"{prepared['prepared']} of {prepared['episodes']}"
-        rows.append(("episodes prepared", f"{count}, {prepared['steps']} action steps"))
+        rows.append(("episodes prepared", "{prepared} of {episodes}, {steps} action steps".format(**prepared)))
     if cached:
         rows.append(("VL feature cache", f"{cached['ticks']} ticks, {cached['bytes'] / 1e6:.0f} MB"))
     for name, kind in ((ASYNC, "async"), (DIFFUSION, "diffusion")):
@@ -273,14 +272,15 @@ def summarise(flow: Flow) -> tuple[pd.DataFrame, list[str]]:
         errors = f"{found['translation_rmse_mm']:.3f} mm, {found['rotation_rmse_deg']:.3f} deg a step"
         rows.append((f"held-out RMS error, {name}", errors))
     if "beats" in evaluated:
-        lost_to = [name for name, won in evaluated["beats"].items() if not won]
-        verdict = f"does NOT beat {', '.join(lost_to)}" if lost_to else "beats the zero, mean and persistence baselines"
-        count = evaluated["held_out_episodes"]
-        where = f"On {count} held-out episode{'s' * (count != 1)}"
-        notes.append(f"{where} the policy {verdict} (RMS errors of translation and of rotation).")
+        held, errors, said = evaluated["held_out_episodes"], evaluated["metrics"], []
+        for key in ("translation_rmse_mm", "rotation_rmse_deg"):
+            lost_to = [name for name in evaluated["beats"] if errors["policy"][key] >= errors[name][key]]
+            verdict = f"does NOT beat {', '.join(lost_to)}" if lost_to else "beats all baselines"
+            said.append(f"{verdict} in {key.partition('_')[0]}")
+        notes.append(f"On {held} held-out episode{'s' * (held != 1)} the policy {' and '.join(said)} (RMS of a step).")
     if "successes" in evaluated:
-        low, high = (100 * value for value in evaluated["interval_95"])
-        share = f"{100 * evaluated['success_rate']:.0f} %, 95 % interval {low:.0f} to {high:.0f} %"
+        success, low, high = (100 * value for value in (evaluated["success_rate"], *evaluated["interval_95"]))
+        share = f"{success:.0f} %, 95 % interval {low:.0f} to {high:.0f} %"
         count = f"{evaluated['successes']} of {evaluated['rollouts']} unseen phantoms"
         rows.append(("closed-loop success", f"{count} ({share})"))
     rows.append(("time in all", clock(sum(step.seconds for step in flow.steps))))
@@ -291,5 +291,5 @@ def _printed(frame: pd.DataFrame) -> str:
     """A table whose text is left-aligned."""
     rows = [list(frame.columns), *frame.itertuples(index=False)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(f"{text:<{width}}" for text, width in zip(row, widths, strict=True)) for row in rows]
-    return "\n".join(line.rstrip() for line in lines)
+    cells = ((f"{text:<{width}}" for text, width in zip(row, widths, strict=True)) for row in rows)
+    return "\n".join("  ".join(row).rstrip() for row in cells)
