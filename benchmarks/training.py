@@ -5,6 +5,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ def rows(fast: bool = False, dataset_root: Path | None = None) -> list[BenchRow]
         raise UserError(f"{told}, and {root} is not there; run `make demo` first.")
     batches, steps, live = (40, 6, 2) if fast else (200, 30, 8)
     loaded = [row for head in ("regression", "diffusion") for row in loading(root, batches, head)]
-    return [*loaded, two_processes(root, steps), *live_vlm(root, live)]
+    return [*loaded, cold_windows(root, 5 * batches), two_processes(root, steps), *live_vlm(root, live)]
 
 
 def _prepared(root: Path, head: str = "regression") -> tuple[Any, Any]:
@@ -84,6 +85,35 @@ def loading(root: Path, batches: int, head: str, batch_size: int = 32) -> list[B
         BenchRow(f"{name} sample by sample", size / ours_s, size / each_s, "GB/s", ">= 1 GB/s", note),
         BenchRow(f"{name} what the step consumes", 1 / ours_s, 1 / step_s, "batches/s", ">= 5x", note),
     ]
+
+
+def cold_windows(root: Path, count: int) -> BenchRow:
+    """Windows a second of the sensor's files while the system holds nothing of them in memory: read alone, as samples
+    are, against copied out of the mapped files, round which the system reads ahead."""
+    from vla_lib.episodes import load_used
+
+    episodes = [episode for episode in load_used(root).values() if episode.sensor_full(65).any()]
+    draw = np.random.default_rng(0)
+    chosen = [episodes[number] for number in draw.integers(0, len(episodes), count)]
+    places = [(episode, int(draw.choice(np.flatnonzero(episode.sensor_full(65))))) for episode in chosen]
+
+    def mapped(episode: Any, step: int) -> None:
+        end = int(episode.sensor_index[step])
+        np.array(episode.sensor[end - 65 : end])
+
+    def rate(read: Callable[[Any, int], Any]) -> float:
+        for episode in episodes:
+            with open(episode.path / "sensor.npy", "rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        begin = time.perf_counter()
+        for episode, step in places:
+            read(episode, step)
+        return count / (time.perf_counter() - begin)
+
+    alone = rate(lambda episode, step: episode.sensor_window(step, 65))
+    ahead = [path.read_text().strip() for path in Path("/sys/block").glob("*/queue/read_ahead_kb")]
+    note = f"{len(episodes)} episodes; the disks read ahead {', '.join(sorted(set(ahead)))} kB"
+    return BenchRow("cold sensor windows, against mapped files", alone, rate(mapped), "windows/s", "", note)
 
 
 def two_processes(root: Path, steps: int) -> BenchRow:

@@ -120,7 +120,7 @@ BOUNDS = {
     "episodes": (29, 5866),
     "features": (13, 2111),
     "policy": (8, 745),
-    "training": (13, 2090),
+    "training": (13, 2088),
     "runtime": (9, 1396),
     "robots": (12, 1500),
     "evaluation": (12, 2126),

@@ -4,6 +4,7 @@ A thousand episodes open in about a second, and an untouched one costs a few kil
 """
 
 import errno
+import os
 import shlex
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -167,8 +168,7 @@ class PreparedEpisode:
         """Read sensor.npy whole and compare it with what was written. Raises UserError, naming it, where it differs.
 
         Where data.pkl has no checksum for it (earlier versions), its force must be data.pkl's, and its values numbers
-        (where the report says that the raw ones were) below `BEYOND`.
-        """
+        (where the report says that the raw ones were) below `BEYOND`."""
         if not self.has_sensor:
             return
         stream, path = self._stream(), self.path / self._sensor_path
@@ -194,14 +194,15 @@ class PreparedEpisode:
         return self._full[length]
 
     def sensor_window(self, step: int, length: int) -> np.ndarray | None:
-        """(length, 1026) float32: the samples that end at step `step`; None where the window is not full.
-
-        Raises nothing for an episode without a sensor: the answer is None.
-        """
+        """(length, 1026) float32: the samples that end at step `step`; None where the window is not full, and without a
+        sensor. They alone are read: round a mapped one the system reads ahead, by megabytes where it is told to. Raises
+        UserError as `sensor` does."""
         if not self.sensor_full(length)[step]:
             return None
-        end = int(self.sensor_index[step])
-        return np.asarray(self.sensor[end - length : end])
+        samples, path = self.sensor, self.path / self._sensor_path
+        with open(path, "rb", buffering=0) as file:
+            file.seek((int(self.sensor_index[step]) - length) * samples.strides[0] - samples.nbytes, os.SEEK_END)
+            return np.frombuffer(file.read(length * samples.strides[0]), np.float32).reshape(length, CHANNELS)
 
 
 def load_prepared(path: str | Path) -> PreparedEpisode:
@@ -214,8 +215,7 @@ def load_used(root: str | Path) -> dict[str, PreparedEpisode]:
     """Every prepared episode below `root` that the marks do not leave out, by its path below it.
 
     Raises UserError where there is none, where one cannot be trusted, or was prepared before its marks (trim, task)
-    were changed.
-    """
+    were changed."""
     marks, states = Marks.load(root), all_prepared(root)
     if not states:
         command = f"python -m vla_lib.preprocess --dataset-root {shlex.quote(str(root))}"

@@ -97,7 +97,6 @@ class SampleSet(torch.utils.data.Dataset[Batch | UserError]):
         self._goal = goal_of(self._state[torch.from_numpy(last[self.episode])])  # (n, 3)
         self._row, self._chunk, self._mask = (torch.from_numpy(table[keep]) for table in (row, chunk, mask))
         self._first = torch.from_numpy(self.step == 0)
-        self._sensor_end = np.concatenate([np.asarray(e.sensor_index, np.int64) for e in self.episodes])[keep]
         full = [e.sensor_full(self.window) if sensor_enabled else np.zeros(len(e), bool) for e in self.episodes]
         self.sensor_full = np.concatenate(full)[keep]
 
@@ -202,9 +201,8 @@ class SampleSet(torch.utils.data.Dataset[Batch | UserError]):
     def _windows(self, numbers: np.ndarray) -> Batch:
         full = self.sensor_full[numbers]
         out = np.zeros((len(numbers), self.window, SENSOR_CHANNELS), np.float32)
-        for b in np.flatnonzero(full):  # one copy of a contiguous block a window
-            stop = self._sensor_end[numbers[b]]
-            out[b] = self.episodes[self.episode[numbers[b]]].sensor[stop - self.window : stop]
+        for b in np.flatnonzero(full):  # one read of a contiguous block a window
+            out[b] = self.episodes[self.episode[numbers[b]]].sensor_window(self.step[numbers[b]], self.window)
         sensor, present = torch.from_numpy(out), torch.from_numpy(full)
         finite = torch.isfinite(sensor.sum(dim=(1, 2)))
         sensor[~finite] = 0.0
