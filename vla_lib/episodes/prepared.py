@@ -1,8 +1,8 @@
 """A prepared episode: `data.pkl` is checked at once, almost nothing is kept in memory, and arrays come when touched.
 
-A thousand episodes open in about a second, and an untouched one costs a few kilobytes.
-"""
+A thousand episodes open in about a second, and an untouched one costs a few kilobytes."""
 
+import contextlib
 import errno
 import os
 import shlex
@@ -199,10 +199,11 @@ class PreparedEpisode:
         UserError as `sensor` does."""
         if not self.sensor_full(length)[step]:
             return None
-        samples, path = self.sensor, self.path / self._sensor_path
-        with open(path, "rb", buffering=0) as file:
-            file.seek((int(self.sensor_index[step]) - length) * samples.strides[0] - samples.nbytes, os.SEEK_END)
+        samples, begin = self.sensor, int(self.sensor_index[step]) - length
+        with contextlib.suppress(OSError, ValueError), open(self.path / self._sensor_path, "rb", buffering=0) as file:
+            file.seek(begin * samples.strides[0] - samples.nbytes, os.SEEK_END)
             return np.frombuffer(file.read(length * samples.strides[0]), np.float32).reshape(length, CHANNELS)
+        return np.asarray(self.sensor[begin : begin + length])  # the same, or a sentence of what is wrong
 
 
 def load_prepared(path: str | Path) -> PreparedEpisode:
@@ -249,8 +250,7 @@ def recheck(prepared: PreparedEpisode, episode: Episode, count: int = 20, seed: 
     The other route shares no code with the preparation: scipy's Slerp over whole logs, and plain searches.
     Columns: step, seconds (since the start), position_mm and rotation_deg (largest difference of the action), picture
     and sensor (whether the indices agree for all views and for the stream), sample (whether the newest sensor sample is
-    the same, number by number), and the action of both routes (`stored`, `recomputed`, (6,) each).
-    """
+    the same, number by number), and the action of both routes (`stored`, `recomputed`, (6,) each)."""
     rows = pose_rows(episode.robot)
     t_s, pose = episode.robot.t_s[rows], episode.robot.pose[rows]
     slerp = Slerp(t_s, Rotation.from_euler("XYZ", pose[:, 3:], degrees=True))
