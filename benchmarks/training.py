@@ -25,7 +25,7 @@ def rows(fast: bool = False, dataset_root: Path | None = None) -> list[BenchRow]
         raise UserError(f"{told}, and {root} is not there; run `make demo` first.")
     batches, steps, live = (40, 6, 2) if fast else (200, 30, 8)
     loaded = [row for head in ("regression", "diffusion") for row in loading(root, batches, head)]
-    return [*loaded, cold_windows(root, 5 * batches), two_processes(root, steps), *live_vlm(root, live)]
+    return [*loaded, *cold_reads(root, 5 * batches), two_processes(root, steps), *live_vlm(root, live)]
 
 
 def _prepared(root: Path, head: str = "regression") -> tuple[Any, Any]:
@@ -87,33 +87,44 @@ def loading(root: Path, batches: int, head: str, batch_size: int = 32) -> list[B
     ]
 
 
-def cold_windows(root: Path, count: int) -> BenchRow:
-    """Windows a second of the sensor's files while the system holds nothing of them in memory: read alone, as samples
-    are, against copied out of the mapped files, round which the system reads ahead."""
+def cold_reads(root: Path, count: int) -> list[BenchRow]:
+    """Sensor windows and VL ticks a second while the system holds nothing of their files in memory: read alone, as
+    samples are, against copied out of the mapped files, round which the system reads ahead."""
     from vla_lib.episodes import load_used
+    from vla_lib.features.cache import FeatureCache
 
+    cache, draw = FeatureCache.open(root), np.random.default_rng(0)
     episodes = [episode for episode in load_used(root).values() if episode.sensor_full(65).any()]
-    draw = np.random.default_rng(0)
-    chosen = [episodes[number] for number in draw.integers(0, len(episodes), count)]
-    places = [(episode, int(draw.choice(np.flatnonzero(episode.sensor_full(65))))) for episode in chosen]
+    features = [cache.episode(episode) for episode in episodes]
+    numbers = draw.integers(0, len(episodes), count)
+    steps = [int(draw.choice(np.flatnonzero(episodes[n].sensor_full(65)))) for n in numbers]
+    ticks = [int(draw.integers(len(features[n].tick_step))) for n in numbers]
 
-    def mapped(episode: Any, step: int) -> None:
-        end = int(episode.sensor_index[step])
-        np.array(episode.sensor[end - 65 : end])
+    def mapped(number: int, step: int) -> None:
+        end = int(episodes[number].sensor_index[step])
+        np.array(episodes[number].sensor[end - 65 : end])
 
-    def rate(read: Callable[[Any, int], Any]) -> float:
-        for episode in episodes:
-            with open(episode.path / "sensor.npy", "rb") as file:
+    def rate(files: list[Path], read: Callable[[int, int], Any], rows: list[int]) -> float:
+        for path in files:
+            with open(path, "rb") as file:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         begin = time.perf_counter()
-        for episode, step in places:
-            read(episode, step)
+        for number, row in zip(numbers, rows, strict=True):
+            read(number, row)
         return count / (time.perf_counter() - begin)
 
-    alone = rate(lambda episode, step: episode.sensor_window(step, 65))
+    sensor, cached = [e.path / "sensor.npy" for e in episodes], [f.path for f in features]
+    windows = rate(sensor, lambda n, step: episodes[n].sensor_window(step, 65), steps), rate(sensor, mapped, steps)
+    tokens = (
+        rate(cached, lambda n, tick: features[n].tick(tick), ticks),
+        rate(cached, lambda n, tick: features[n].tokens[tick].clone(), ticks),
+    )
     ahead = [path.read_text().strip() for path in Path("/sys/block").glob("*/queue/read_ahead_kb")]
     note = f"{len(episodes)} episodes; the disks read ahead {', '.join(sorted(set(ahead)))} kB"
-    return BenchRow("cold sensor windows, against mapped files", alone, rate(mapped), "windows/s", "", note)
+    return [
+        BenchRow("cold sensor windows, against mapped files", *windows, "windows/s", "", note),
+        BenchRow("cold VL features, against mapped files", *tokens, "ticks/s", "", note),
+    ]
 
 
 def two_processes(root: Path, steps: int) -> BenchRow:

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -129,6 +130,17 @@ def test_trap_28_one_file_an_episode_opened_mapped(dataset):
         line for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith(str(files(dataset)[0]))
     ]
     assert len(mapped) == 1 and found.tokens.shape[0] == 13
+
+
+def test_a_tick_is_read_alone_from_the_file_that_was_opened(built):
+    found = FeatureCache.open(built).episode(load_prepared(find_prepared(built)[0]))
+    wanted = found.tokens.clone()
+    assert all(torch.equal(found.tick(row), wanted[row]) for row in range(len(wanted)))
+    object.__setattr__(found, "tokens", torch.zeros_like(wanted))  # so what comes now is not what is mapped
+    assert torch.equal(found.tick(2), wanted[2])
+    shutil.copy(found.path, found.path.with_suffix(".new"))
+    os.replace(found.path.with_suffix(".new"), found.path)  # built again meanwhile: what was opened stays
+    assert not found.tick(2).any()
 
 
 def test_cache_travels_to_worker_processes(built):

@@ -4,12 +4,17 @@ On disk: `<root>/cache/qwen_vl_features/<binding id>/binding.json` and one `<dat
 opened with `weights_only=True, mmap=True`, so that an epoch of random access costs the pages it touches and no more.
 """
 
+import contextlib
 import hashlib
+import os
 import pickle
 import shutil
+import struct
 import time
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +67,31 @@ class EpisodeFeatures:
     key: str
     header: Mapping[str, Any]
     path: Path | None = None  # None: computed, in memory
+
+    def tick(self, row: int) -> Tensor:
+        """(T, D): the tokens of one tick. They alone are read: round a mapped one the system reads ahead, by megabytes
+        where it is told to."""
+        size = self.tokens[row].nbytes
+        with contextlib.suppress(OSError, ValueError), open(self.path or "", "rb", buffering=0) as file:
+            begin, inode = self._place
+            if os.fstat(file.fileno()).st_ino == inode:  # another was not written in its place meanwhile
+                file.seek(begin + row * size)
+                if len(read := bytearray(file.read(size))) == size:
+                    return torch.frombuffer(read, dtype=self.tokens.dtype).view(self.tokens.shape[1:])
+        return self.tokens[row]
+
+    @cached_property
+    def _place(self) -> tuple[int, int]:
+        """Where in the file the tokens begin, and which file it is: torch.save writes a zip archive, the first tensor
+        uncompressed as `data/0`. Raises ValueError where what stands there is not what is mapped."""
+        first = self.tokens[:1].contiguous().view(torch.uint8).numpy().tobytes()
+        with open(self.path or "", "rb") as file, zipfile.ZipFile(file) as archive:
+            (record,) = (one for one in archive.infolist() if one.filename.endswith("/data/0"))
+            file.seek(record.header_offset + 26)
+            begin = file.seek(sum(struct.unpack("<HH", file.read(4))), os.SEEK_CUR)  # behind its name and its padding
+            if file.read(len(first)) != first:
+                raise ValueError(f"{self.path} has its tokens elsewhere")
+            return begin, os.fstat(file.fileno()).st_ino
 
     def check(self) -> None:
         """Read all and compare it with what was written. Raises UserError, naming the file, where it differs."""

@@ -186,7 +186,7 @@ class SampleSet(torch.utils.data.Dataset[Batch | UserError]):
             "previous_action": self._action[before].masked_fill(first[:, None], 0.0),
         }
         pairs = list(zip(self.episode[numbers].tolist(), self.tick[numbers].tolist(), strict=True))
-        batch["vl_tokens"] = torch.stack([self.features[e].tokens[t] for e, t in pairs])
+        batch["vl_tokens"] = torch.stack([self.features[e].tick(t) for e, t in pairs])
         batch["vl_mask"] = torch.stack([self.features[e].mask[t] for e, t in pairs])
         return batch | (self._windows(numbers) if self.sensor_enabled else {})
 
