@@ -7,6 +7,7 @@ import torch
 
 from vla_lib.core.errors import UserError
 from vla_lib.policy.config import HEADS, PolicyConfig
+from vla_lib.policy.goal import GoalReader
 from vla_lib.policy.policy import Policy
 from vla_lib.policy.trunk import Attention
 
@@ -301,7 +302,8 @@ def test_the_trunk_learns_from_true_goals_and_the_reader_from_tokens():
     assert torch.equal(given["goal"], batch["goal"])
     # the reader's own error is added to every step alike, its yaw's shortest way: 10 degrees from 179 to -171
     policy.goal_reader.read = torch.nn.Sequential(torch.nn.Linear(policy.goal_reader.read[0].in_features, 3))
-    torch.nn.init.zeros_(policy.goal_reader.read[0].weight)
+    for values in (policy.goal_reader.read[0].weight, *policy.goal_reader.straight.parameters()):
+        torch.nn.init.zeros_(values)
     exact, turned = torch.tensor([1.0 / 5, 2.0 / 5, 179.0 / 20]), torch.tensor([1.0 / 5, 2.0 / 5, -171.0 / 20])
     losses = []
     for answer in (exact, turned):
@@ -340,3 +342,48 @@ def test_token_noise_is_of_the_asked_spread_and_in_training_only(head):
     assert torch.equal(first, again) and not torch.equal(first, other)  # a run that is resumed draws the same
     assert 0.45 < float(noise.std()) < 0.55 and abs(float(noise.mean())) < 0.05
     assert torch.equal(clean, policy.eval().normaliser.tokens(batch["vl_tokens"]))
+
+
+def scenes(count: int, seed: int, needle: bool) -> tuple[torch.Tensor, ...]:
+    """Tokens, mask and state of two views of 4x6 cells, each moved by up to a cell, and the goal: a target
+    somewhere, in channel 0, and the needle's tip in channel 1 (not without `needle`), whose place the state tells."""
+    generator = torch.Generator().manual_seed(seed)
+    target, tip = 2 * torch.rand(2, count, 2, generator=generator) - 1
+    moved = torch.rand(count, 2, 2, generator=generator) - 0.5  # of each view
+    places = torch.cartesian_prod(torch.linspace(-1, 1, 4), torch.linspace(-1, 1, 6))
+    tokens = 0.01 * torch.randn(count, 49, 4, generator=generator)
+    for channel, thing in enumerate((target, tip) if needle else (target,)):
+        away = places - (thing[:, None] + moved)[:, :, None]  # (n, views, cells, 2)
+        tokens[:, :48, channel] += torch.exp(-away.square().sum(-1) / 0.2).flatten(1)
+    state = torch.zeros(count, 12)
+    state[:, 6:8] = tip
+    return tokens, torch.ones(count, 49, dtype=torch.bool), state, target
+
+
+def test_a_camera_that_was_moved_is_seen_by_the_tip():
+    """Each scene's cameras stand elsewhere: only the needle, whose place is known, can tell where the target is."""
+    row, col = (tuple(v) for v in zip(*[(k // 6, k % 6) for k in range(24)], strict=True))
+    views = {"token_view": (0,) * 24 + (1,) * 24 + (-1,), "token_row": (*row, *row, -1), "token_col": (*col, *col, -1)}
+    missed = {}
+    for needle in (True, False):
+        torch.manual_seed(0)
+        reader = GoalReader(make_config(**views, token_dim=4))
+        optimiser = torch.optim.Adam(reader.parameters(), 1e-2)
+        for step in range(250):
+            *seen, target = scenes(32, step, needle)
+            goal, off = reader(*seen)
+            loss = (goal[:, :2] - target).abs().mean() + 0.1 * off.abs().mean()
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+        *seen, target = scenes(500, 10_000, needle)
+        with torch.no_grad():
+            missed[needle] = float((reader(*seen)[0][:, :2] - target).norm(dim=1).median())
+    assert missed[True] < 0.6 * missed[False], missed
+
+
+def test_a_view_that_is_not_seen_says_nothing_of_the_tip():
+    policy, observation = make_policy(), observe()
+    observation["vl_mask"][:, 6:12] = False
+    _, off = policy.normalised_goal(observation)
+    assert off.shape == (3, 2, 3) and off[:, 0].abs().min() > 0 and not off[:, 1].any()

@@ -1,7 +1,8 @@
 """The goal: where an episode ends, x, y (mm) and yaw (deg) in the base frame. Known of every recorded step by
 hindsight, read off the VL tokens on the robot.
 
-    GoalReader   VL tokens (B, T, D) and the state at their pictures (B, 12) -> normalised goal (B, 3)
+    GoalReader   VL tokens (B, T, D) and the state at their pictures (B, 12) -> normalised goal (B, 3); by the way how
+                 far off each view shows the tip (B, V, 3)
     GoalToken    goal (B, 3) minus the present state (B, 12) -> one token of the trunk (B, 1, W)
 
 Nothing else of the VL tokens reaches the trunk. So the trunk learns what to do about a goal from true goals, the
@@ -18,12 +19,15 @@ from vla_lib.policy.normaliser import Normaliser
 
 GOAL_OF_STATE = (6, 7, 11)  # columns of a state: x, y (mm), and its third Euler angle, the yaw (deg)
 GOAL_DIM = len(GOAL_OF_STATE)
+TIP_OF_STATE = slice(6, 9)  # x, y, z (mm)
+TIP_DIM = 3
 KEYPOINTS = 32  # patterns whose place is read in each view
 PATTERN_WIDTH = 32  # channels of what patterns are made of
 RANK = 1  # numbers that are kept of each token for the reading by position: few, or scenes are learnt by heart
 # How much x, y and yaw count in the reader's loss. In spreads a yaw is read ten times worse than a place, and its error
 # would be what is learnt by heart: with 1 in place of 0.1 the place of 176 unseen scenes erred by 1.43 mm, not 1.09.
 LOSS_WEIGHT = (1.0, 1.0, 0.1)
+TIP_WEIGHT = 0.1  # how much the places of the tip count beside the goal
 FINE = 20.0  # parts of a goal's spread: differences from here on are told by their logarithm
 
 
@@ -45,7 +49,10 @@ class GoalReader(nn.Module):
     - Keypoints (spatial soft-argmax, Levine et al. 2016): where in each view a pattern is seen, the same patterns in
       all views. A place is a few numbers, so it is learnt from few scenes.
     - By position: weights of its own for each token, for whatever else is seen there.
-    Unseen tokens count as the still scene (zeros)."""
+    Unseen tokens count as the still scene (zeros).
+
+    The needle's tip is seen too, and the robot knows where it is. So each view tells by its keypoints where the tip
+    seems to be, and how far that is off, as where the camera was moved, is read beside them."""
 
     view_index: Tensor  # (T,) 0 for a text token, else 1 + the view's number
     places: Tensor  # (cells, 2) row and column of a view's tokens, within +-1
@@ -64,25 +71,34 @@ class GoalReader(nn.Module):
         # a bias would move no keypoint, so Adam would walk it by the noise of its gradient
         self.heat = nn.Conv2d(PATTERN_WIDTH, KEYPOINTS, 3, padding=1, bias=False)
         self.by_position = nn.Linear(config.token_dim, RANK, bias=False)
+        self.tip = nn.Conv1d(3 * views * KEYPOINTS, TIP_DIM * views, 1, groups=views)  # of each view by its own
+        seen = (3 * KEYPOINTS + TIP_DIM) * views + STATE_DIM
         self.read = nn.Sequential(
-            nn.Linear(3 * views * KEYPOINTS + config.tokens * RANK + STATE_DIM, width),
+            nn.Linear(seen + config.tokens * RANK, width),
             nn.GELU(),
             nn.Linear(width, width),
             nn.GELU(),
             nn.Linear(width, GOAL_DIM),
         )
+        self.straight = nn.Linear(seen, GOAL_DIM)
 
-    def forward(self, tokens: Tensor, mask: Tensor, state: Tensor) -> Tensor:
-        """Normalised tokens (B, T, D), mask (B, T) bool, normalised state (B, 12) -> (B, 3)."""
+    def forward(self, tokens: Tensor, mask: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """Normalised tokens (B, T, D), mask (B, T) bool, normalised state (B, 12) -> goal (B, 3), and how far off each
+        view shows the tip (B, V, 3) in spreads; zeros where it is not seen."""
         tokens = tokens.masked_fill(~mask[..., None], 0.0)
+        shown = mask[:, self.view_index > 0].unflatten(1, (-1, len(self.places))).any(-1)  # (B, V)
         views = tokens[:, self.view_index > 0].unflatten(1, (-1, len(self.places)))  # (B, V, cells, D)
         patterns = nn.functional.gelu(self.reduce(views)).flatten(0, 1)  # (B * V, cells, C)
         heat = self.heat(patterns.transpose(1, 2).unflatten(2, self.grid)).flatten(2).float()  # (B * V, K, cells)
         where = heat.softmax(-1)
         height = (where * heat).sum(-1, keepdim=True) - heat.mean(-1, keepdim=True)
         keypoints = torch.cat([2 * (where @ self.places), height / 4], -1)  # (B * V, K, 3)
-        by_position = self.by_position(tokens).flatten(1)
-        return self.read(torch.cat([keypoints.reshape(len(tokens), -1), by_position, state], -1)).float()
+        keypoints = keypoints.reshape(len(tokens), -1)
+        tip = self.tip(keypoints[..., None]).unflatten(1, (-1, TIP_DIM))[..., 0]  # (B, V, 3)
+        off = (tip - state[:, None, TIP_OF_STATE]) * shown[..., None]
+        seen = torch.cat([keypoints, off.flatten(1), state], -1)
+        goal = self.read(torch.cat([seen, self.by_position(tokens).flatten(1)], -1)) + self.straight(seen)
+        return goal.float(), off.float()
 
 
 class GoalToken(nn.Module):

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from vla_lib.core.errors import UserError
 from vla_lib.policy.config import STATE_DIM, PolicyConfig
-from vla_lib.policy.goal import LOSS_WEIGHT, GoalReader, GoalToken, goal_difference
+from vla_lib.policy.goal import LOSS_WEIGHT, TIP_WEIGHT, GoalReader, GoalToken, goal_difference
 from vla_lib.policy.heads import ABSOLUTE_FROM, DiffusionHead, Draws, RegressionHead
 from vla_lib.policy.normaliser import Normaliser
 from vla_lib.policy.sensor_encoder import SensorEncoder
@@ -49,8 +49,9 @@ class Policy(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.head = RegressionHead(config) if config.head == "regression" else DiffusionHead(config)
 
-    def normalised_goal(self, observation: dict[str, Tensor]) -> Tensor:
-        """Where the episode will end by the VL tokens, (B, 3) in spreads. Raises UserError as `context`."""
+    def normalised_goal(self, observation: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Where the episode will end by the VL tokens, (B, 3) in spreads, and how far off each view shows the tip
+        (B, V, 3). Raises UserError as `context`."""
         assert self.goal_reader is not None
         tokens, state = self.normaliser.tokens(observation["vl_tokens"]), self.normaliser.state(observation["vl_state"])
         if self.training and self.config.token_noise:  # torch's own numbers, as for dropout: seeded in each step
@@ -63,7 +64,7 @@ class Policy(nn.Module):
         if self.goal_reader is None:
             return None
         self._check(observation)
-        return self.normaliser.raw_goal(self.normalised_goal(observation))
+        return self.normaliser.raw_goal(self.normalised_goal(observation)[0])
 
     def context(self, observation: dict[str, Tensor], goal: Tensor | None) -> list[Tensor]:
         """What does not depend on the actions: for each block the keys and values that action queries look at.
@@ -110,10 +111,10 @@ class Policy(nn.Module):
         loss = (error.float() * varies).sum(-1) / varies.sum().clamp_min(1.0)
         if self.goal_reader is None:
             return loss
-        off = goal_difference(self.normaliser.raw_goal(self.normalised_goal(batch)), batch["goal"])
-        off = off / self.normaliser.goal_std  # (B, 3)
-        missed = F.smooth_l1_loss(off, torch.zeros_like(off), reduction="none", beta=ABSOLUTE_FROM)
-        return loss + (missed * off.new_tensor(LOSS_WEIGHT)).mean(-1)[:, None]
+        goal, tip_off = self.normalised_goal(batch)
+        off = goal_difference(self.normaliser.raw_goal(goal), batch["goal"]) / self.normaliser.goal_std  # (B, 3)
+        missed = (_huber(off) * off.new_tensor(LOSS_WEIGHT)).mean(-1) + TIP_WEIGHT * _huber(tip_off).mean((-2, -1))
+        return loss + missed[:, None]
 
     def draw(self, count: int, generator: torch.Generator) -> Draws:
         """The random numbers of `count` samples for one training forward, on the CPU: the head's, and with view dropout
@@ -167,3 +168,7 @@ class Policy(nn.Module):
     def parameter_count(self) -> int:
         """Number of trained parameters."""
         return sum(p.numel() for p in self.parameters())
+
+
+def _huber(off: Tensor) -> Tensor:
+    return F.smooth_l1_loss(off, torch.zeros_like(off), reduction="none", beta=ABSOLUTE_FROM)

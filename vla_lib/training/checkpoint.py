@@ -169,7 +169,8 @@ def load_weights(policy: torch.nn.Module, state: Mapping[str, Any], where: str) 
         policy.load_state_dict(state, strict=True)
     except RuntimeError as error:
         odd = " ".join(str(error).split())[:400]
-        raise UserError(f"The weights in {where} do not fit its policy: {odd}. Take another one of its run.") from error
+        remedy = "Take another one of its run; where an earlier version of the workbench trained it, train anew"
+        raise UserError(f"The weights in {where} do not fit its policy: {odd}. {remedy}.") from error
 
 
 # ---- comparing
