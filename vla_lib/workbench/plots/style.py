@@ -131,12 +131,11 @@ def nth(number: int) -> Look:
 
 
 def wrapped(title: str, inches: float) -> str:
-    """A figure's title in lines that fit its width: 12 letters an inch, and a Korean one counts twice."""
-
-    def most(line: str) -> int:
-        return int(12 * inches * len(line) / sum(1 + (east_asian_width(letter) in "WF") for letter in line))
-
-    return "\n".join(textwrap.fill(line, most(line)) for line in title.splitlines() if line)
+    """A figure's title in lines that fit its width: 11 letters an inch, and a Korean one counts twice."""
+    second = "\u2060"  # behind each wide letter, while lines are counted
+    counted = "".join(letter + second * (east_asian_width(letter) in "WF") for letter in title)
+    lines = [textwrap.fill(line, int(11 * inches)) for line in counted.splitlines() if line]
+    return "\n".join(lines).replace(second, "")
 
 
 def legend(panel: Axes, columns: int = 4) -> None:
