@@ -71,8 +71,8 @@ class EpisodeFeatures:
     def tick(self, row: int) -> Tensor:
         """(T, D): the tokens of one tick. They alone are read: round a mapped one the system reads ahead, by megabytes
         where it is told to."""
-        size = self.tokens[row].nbytes
-        with contextlib.suppress(OSError, ValueError), open(self.path or "", "rb", buffering=0) as file:
+        size, absent = self.tokens[row].nbytes, (OSError, ValueError, zipfile.BadZipFile)
+        with contextlib.suppress(*absent), open(self.path or "", "rb", buffering=0) as file:
             begin, inode = self._place
             if os.fstat(file.fileno()).st_ino == inode:  # another was not written in its place meanwhile
                 file.seek(begin + row * size)
