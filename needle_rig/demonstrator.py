@@ -131,7 +131,7 @@ class Pushes:
             seconds, lateral_mm, up_mm, turn_deg = 0.4, rng.uniform(2.0, 6.0), rng.uniform(-1.0, 2.0), 6.0
         elif resting and self._behind:
             self._behind = False
-            seconds, lateral_mm, up_mm, turn_deg = 0.4, 0.1, rng.choice([-1, 1]) * rng.uniform(0.25, 0.55), 1.0
+            seconds, lateral_mm, up_mm, turn_deg = 0.4, 0.1, rng.choice([-1.2, 0.8]) * rng.uniform(0.25, 1.0), 1.0
         else:
             return
         angle = rng.uniform(0, 2 * np.pi)
