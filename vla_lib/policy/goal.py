@@ -44,8 +44,8 @@ def goal_difference(goal: Tensor, other: Tensor) -> Tensor:
 
 class GoalReader(nn.Module):
     """Keypoints (spatial soft-argmax, Levine et al. 2016): where in each view a pattern is seen, the same patterns in
-    all views. A place is a few numbers, so it is learnt from few scenes. Beside them the state at the time of the tokens
-    (a hand's camera moves with it). Unseen tokens count as the still scene (zeros).
+    all views. A place is a few numbers, so it is learnt from few scenes. The state at the time of the tokens is read
+    beside them (a hand's camera moves with it). Unseen tokens count as the still scene (zeros).
 
     The needle's tip is seen too, and the robot knows where it is. So each view tells by its keypoints where the tip
     seems to be, and how far that is off, as where the camera was moved, is read beside them."""
