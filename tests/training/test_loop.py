@@ -102,7 +102,7 @@ def test_diffusion_writes_everything_and_its_policy_loads(diffusion_settings, tm
 
 
 @pytest.mark.parametrize(
-    ("kind", "steps", "lr", "batch_size"), [("async", 120, 3e-3, 16), ("diffusion", 350, 6e-3, 32)]
+    ("kind", "steps", "lr", "batch_size"), [("async", 120, 3e-3, 16), ("diffusion", 420, 6e-3, 32)]
 )
 def test_overfits_one_episode(kind, steps, lr, batch_size, single, async_settings, diffusion_settings, tmp_path):
     """Under 2 % of the mean-baseline's error on one episode."""
