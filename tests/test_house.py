@@ -119,7 +119,7 @@ BOUNDS = {
     "core": (11, 1155),
     "episodes": (29, 5866),
     "features": (13, 2141),
-    "policy": (8, 752),
+    "policy": (8, 746),
     "training": (13, 2089),
     "runtime": (9, 1396),
     "robots": (12, 1500),
