@@ -34,7 +34,7 @@ BATCH = {  # what SampleSet.batch gives: unit, meaning
     "previous_action": ("mm, deg", "the motion before, for the persistence baseline alone"),
 }
 BLOCKS = {  # of a Policy
-    "goal_reader": "VL tokens to a goal: keypoints, where they show the tip, numbers of each token, the state then",
+    "goal_reader": "VL tokens to a goal: keypoints, where they show the tip, the state at the pictures",
     "goal_token": "the way to the goal from the present state as a token",
     "state_in": "robot state as a token",
     "sensor_encoder": "sensor window as a few tokens",
