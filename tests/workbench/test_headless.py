@@ -225,12 +225,14 @@ def test_a_killed_rank_is_named_before_the_errors_of_those_that_miss_it(tmp_path
         "torch/distributed/elastic\n  rank      : 7 (local_rank: 7)\n  exitcode  : -11 (pid: 1)\n"
         "  error_file: <N/A>\n  traceback : Signal 11 (SIGSEGV) received by PID 1\n"
     )
+    os.mkfifo(tmp_path / "connection")
     script = tmp_path / "worker.py"
     script.write_text(
         "from torch.distributed.elastic.multiprocessing.errors import record\n"
-        "import os, signal, time\n@record\ndef main():\n"
+        "import os, signal\n@record\ndef main():\n"
+        f"    peer = open({str(tmp_path / 'connection')!r}, 'w' if os.environ['RANK'] == '1' else 'r')\n"
         "    print('step 1', flush=True)\n    if os.environ['RANK'] == '1': os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    raise RuntimeError('connection closed by peer')\nmain()"
+        "    peer.read()  # ends when rank 1 is dead\n    raise RuntimeError('connection closed by peer')\nmain()"
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
     with pytest.raises(JobFailed) as failure:
