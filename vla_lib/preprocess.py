@@ -35,10 +35,9 @@ from vla_lib.episodes.clocks import (
     sessions,
 )
 from vla_lib.episodes.data_pkl import drop_prepared, known_content
-from vla_lib.episodes.datasets import DatasetTable
+from vla_lib.episodes.datasets import DatasetTable, Marks
 from vla_lib.episodes.episode import Episode
 from vla_lib.episodes.findings import GOOD, NOT_JUDGED, REJECTED, keep_verdicts
-from vla_lib.episodes.marks import Marks
 from vla_lib.episodes.motion import evidence
 from vla_lib.episodes.pictures import list_pictures
 from vla_lib.episodes.prepare import EpisodeJob, Report, prepare_episode

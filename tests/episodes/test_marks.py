@@ -13,7 +13,7 @@ from raw_episodes import Raw
 from vla_lib import preprocess
 from vla_lib.core.errors import UserError
 from vla_lib.episodes import find_episodes, find_prepared, load_prepared, load_used
-from vla_lib.episodes.marks import Marks
+from vla_lib.episodes.datasets import Marks
 from vla_lib.episodes.survey import left_out
 from vla_lib.preprocess import Settings
 from vla_lib.workbench.runs import data_state
@@ -173,6 +173,6 @@ def test_a_read_only_root_is_one_sentence_and_no_verdict_on_the_recordings(root,
     with pytest.raises(UserError, match=r"cannot be written .Read-only file system.; give --output-root"):
         judged(root)
     assert not (root / "verdicts.json").exists()
-    monkeypatch.setattr("vla_lib.episodes.marks.file_lock", refuse)
+    monkeypatch.setattr("vla_lib.episodes.datasets.file_lock", refuse)
     with pytest.raises(UserError, match=r"marks.yaml cannot be written .*Read-only.* Give a root that you may write"):
         Marks.load(root).write(A, exclude=True)

@@ -10,7 +10,7 @@ from needle_rig.recorder import record
 from needle_rig.settings import RecordSettings
 from vla_lib import preprocess
 from vla_lib.core.errors import UserError
-from vla_lib.episodes.marks import Marks
+from vla_lib.episodes.datasets import Marks
 from vla_lib.workbench import viewer, widgets
 from vla_lib.workbench.viewer import EpisodeBrowser
 

@@ -1,7 +1,7 @@
 """Raw recordings, opened, measured, judged and prepared. Imports no torch.
 
 find_episodes(root) -> EpisodeFiles     Episode.open(files)       measure(episode), judge(episode, steps)
-load_used(root) -> {key: PreparedEpisode}: what `vla_lib.preprocess` made, but what `marks` leave out
+load_used(root) -> {key: PreparedEpisode}: what `vla_lib.preprocess` made, but what the marks leave out
 
 Room for what comes: a new layout begins in `layouts` (its names; `survey` finds it) and `episode` (which reader opens
 it); evidence for a clock goes into `clocks`; a check of plausibility into `quality.judge`.

@@ -141,27 +141,8 @@ def h5_files(file: Path, root: Path, table: DatasetTable) -> EpisodeFiles:
     folder = file.with_suffix("")
     if folder.is_dir() and any(name.lower().endswith((".csv", ".npz")) for name in os.listdir(folder)):
         folder = folder.with_name(f"{folder.name}_h5")
-    dataset, task = place_of(folder, root, table)
+    dataset, task = table.place_of(folder, root)
     return EpisodeFiles(folder, dataset, task, "F4", file, (), (), pictures=True)
-
-
-def place_of(path: Path, root: Path, table: DatasetTable) -> tuple[str, str]:
-    """(dataset, task) of an episode at `path` below `root`.
-
-    The dataset is the outermost folder that the table knows: below the root, else the root, else the folder around it.
-    Where none is known it is the first folder below the root. The task is what lies between dataset and episode.
-    """
-    inner = path.relative_to(root).parts[:-1] if root in path.parents else ()
-    for number, name in enumerate(inner):
-        if table.knows(name):
-            return name, "/".join(inner[number + 1 :])
-    above = root.resolve().parts[-2:] if root in path.parents else path.resolve().parts[-3:-1]
-    for number, name in reversed(list(enumerate(above))):
-        if table.knows(name):
-            return name, "/".join((*above[number + 1 :], *inner))
-    if not inner:  # the root is the dataset itself, or the episode
-        return above[-1], ""
-    return inner[0], "/".join(inner[1:])
 
 
 def examine(folder: Path, entries: Iterable[os.DirEntry[str]], root: Path, table: DatasetTable) -> EpisodeFiles | None:
@@ -183,7 +164,7 @@ def examine(folder: Path, entries: Iterable[os.DirEntry[str]], root: Path, table
     blank = any(not path.stat().st_size for path in csvs)
     if not (logs or blank or EPISODE_NAME.match(folder.name) or first or (sensors and csvs)):
         return None
-    dataset, task = place_of(folder, root, table)
+    dataset, task = table.place_of(folder, root)
     return EpisodeFiles(
         path=folder,
         dataset=dataset,

@@ -31,9 +31,9 @@ from vla_lib.core.errors import UserError, needing_room
 from vla_lib.core.files import atomic_path, file_lock, make_folder, read_json, write_json, write_text
 from vla_lib.core.progress import Progress
 from vla_lib.core.settings import Settings, settings
+from vla_lib.episodes.datasets import Marks
 from vla_lib.episodes.lerobot_shard import CODECS, FILES_A_CHUNK, INDEX_COLUMNS, Part, Shard, feature, write_shard
 from vla_lib.episodes.lerobot_stats import Stats, combine
-from vla_lib.episodes.marks import Marks
 from vla_lib.episodes.prepared import PreparedEpisode, load_used
 from vla_lib.episodes.survey import all_prepared
 

@@ -27,11 +27,11 @@ from vla_lib.episodes.data_pkl import (
     known_content,
     write_pickle,
 )
+from vla_lib.episodes.datasets import MARKS_NAME, Mark
 from vla_lib.episodes.episode import Episode
 from vla_lib.episodes.findings import FATAL, NO_NUMBERS, NOTE, REJECTED, Finding, Findings
 from vla_lib.episodes.hdf5 import write_pictures
 from vla_lib.episodes.layouts import CHANNELS, EpisodeFiles
-from vla_lib.episodes.marks import MARKS_NAME, Mark
 from vla_lib.episodes.pictures import Listing, link_pictures, list_pictures
 from vla_lib.episodes.quality import Rates, judge, measure, summary_row
 from vla_lib.episodes.sensor_file import NpzFile, SensorFile

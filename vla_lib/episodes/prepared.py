@@ -18,10 +18,10 @@ from vla_lib.core.errors import UserError
 from vla_lib.core.files import file_checksum
 from vla_lib.episodes.clocks import Clocks
 from vla_lib.episodes.data_pkl import DATA_NAME, read_checked
+from vla_lib.episodes.datasets import MARKS_NAME, Mark, Marks
 from vla_lib.episodes.episode import Episode
 from vla_lib.episodes.findings import NO_NUMBERS
 from vla_lib.episodes.layouts import CHANNELS
-from vla_lib.episodes.marks import MARKS_NAME, Mark, Marks
 from vla_lib.episodes.steps import pose_rows, window_full
 from vla_lib.episodes.survey import all_prepared
 from vla_lib.episodes.timeline import Span

@@ -14,7 +14,7 @@ import numpy as np
 from vla_lib.core.errors import UserError
 from vla_lib.core.settings import ROOT_VARIABLE
 from vla_lib.episodes.data_pkl import DATA_NAME
-from vla_lib.episodes.datasets import DatasetTable
+from vla_lib.episodes.datasets import DatasetTable, Marks
 from vla_lib.episodes.hdf5 import is_episode
 from vla_lib.episodes.layouts import (
     EPISODE_NAME,
@@ -26,7 +26,6 @@ from vla_lib.episodes.layouts import (
     h5_files,
     is_folder,
 )
-from vla_lib.episodes.marks import Marks
 
 MAX_DEPTH = 8  # levels searched below a root: collecting folder / dataset / task / episode, and room for more
 CACHE_FOLDERS = ("qwen_vl_features", "run.json")  # A folder that holds one of them is ours: a VL cache or a run

@@ -16,7 +16,7 @@ import torch
 from vla_lib.core.errors import UserError
 from vla_lib.core.progress import Progress
 from vla_lib.episodes import PreparedEpisode, load_prepared
-from vla_lib.episodes.marks import Marks
+from vla_lib.episodes.datasets import Marks
 from vla_lib.evaluation.metrics import DIMENSIONS, UNITS, Metrics, baseline_chunks, open_loop_metrics
 from vla_lib.features.cache import FeatureCache
 from vla_lib.features.extractor import FeatureExtractor

@@ -11,9 +11,9 @@ from PIL import Image
 
 from vla_lib.core.errors import UserError, in_words
 from vla_lib.episodes import Episode, EpisodeFiles, load_prepared
+from vla_lib.episodes.datasets import Marks
 from vla_lib.episodes.episode import pictures_at
 from vla_lib.episodes.findings import Findings, read_verdicts
-from vla_lib.episodes.marks import Marks
 from vla_lib.episodes.pictures import read_pictures
 from vla_lib.episodes.prepared import known_clocks
 

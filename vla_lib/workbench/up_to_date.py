@@ -12,7 +12,7 @@ from typing import Any
 
 from vla_lib.core.errors import UserError
 from vla_lib.core.run_folder import read_record, read_results
-from vla_lib.episodes.marks import Marks
+from vla_lib.episodes.datasets import Marks
 from vla_lib.episodes.prepare import PreprocessSettings
 from vla_lib.features.settings import CacheSettings
 from vla_lib.workbench import runs

@@ -21,8 +21,8 @@ from PIL import Image
 
 from vla_lib.core.errors import UserError, in_words
 from vla_lib.episodes import Episode, build_steps, find_episodes
+from vla_lib.episodes.datasets import Mark, Marks
 from vla_lib.episodes.episode import pictures_at, sensor_image
-from vla_lib.episodes.marks import Mark, Marks
 from vla_lib.episodes.prepared import known_clocks
 from vla_lib.workbench.markup import Markup, page
 from vla_lib.workbench.notebook import interactive, pick
