@@ -32,16 +32,13 @@ from vla_lib.core.files import atomic_path, file_lock, make_folder, read_json, w
 from vla_lib.core.progress import Progress
 from vla_lib.core.settings import Settings, settings
 from vla_lib.episodes.datasets import Marks
-from vla_lib.episodes.lerobot_shard import CODECS, FILES_A_CHUNK, INDEX_COLUMNS, Part, Shard, feature, write_shard
-from vla_lib.episodes.lerobot_stats import Stats, combine
+from vla_lib.episodes.lerobot_shard import CODECS, FILES_A_CHUNK, Part, Shard, features, total_stats, write_shard
 from vla_lib.episodes.prepared import PreparedEpisode, load_used
 from vla_lib.episodes.survey import all_prepared
 
 VERSION = "v3.0"
 SHARD_FRAMES = 1000  # frames of a data file and its videos: what an interruption costs at most
 EXPORT_RECORD = "meta/vla_export.json"
-STATE_NAMES = [*(f"joint_{n}_deg" for n in range(1, 7)), "x_mm", "y_mm", "z_mm", "a_deg", "b_deg", "r_deg"]
-ACTION_NAMES = ["dx_mm", "dy_mm", "dz_mm", "rotvec_x_deg", "rotvec_y_deg", "rotvec_z_deg", "gripper"]
 CARD = """Each frame is one step of the action grid: the state at its time, and the motion from it to the next step.
 
 - `observation.state` (12): joints (deg), pose of the tip (mm; intrinsic XYZ Euler angles, deg).
@@ -237,22 +234,10 @@ def _write_shards(shards: Sequence[Shard], workers: int) -> None:
 def _write_meta(shards: Sequence[Shard], record: dict[str, Any]) -> None:
     """Write `meta/` from the shards' records, the card, and `meta/info.json` last; then the records go."""
     meta, first = shards[0].out / "meta", shards[0]
-    each: dict[str, list[Stats]] = {}
-    with contextlib.ExitStack() as stack:
-        path = stack.enter_context(atomic_path(meta / "episodes" / "chunk-000" / "file-000.parquet"))
-        writer = None
-        for shard in shards:
-            rows = read_json(shard.record)
-            table = pa.Table.from_pylist(rows)
-            if writer is None:
-                writer = stack.enter_context(pq.ParquetWriter(path, table.schema))
-            writer.write_table(table)
-            for name in {key.split("/")[1] for key in rows[0] if key.startswith("stats/")}:
-                keys = [key for key in rows[0] if key.startswith(f"stats/{name}/")]
-                each.setdefault(name, []).append(
-                    combine({key.split("/")[2]: np.array(row[key]) for key in keys} for row in rows)
-                )
-    write_json(meta / "stats.json", {name: combine(stats) for name, stats in each.items()})
+    rows = [row for shard in shards for row in read_json(shard.record)]
+    with atomic_path(meta / "episodes" / "chunk-000" / "file-000.parquet") as path:
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    write_json(meta / "stats.json", total_stats(rows))
     parts = [part for shard in shards for part in shard.parts]
     tasks = list(dict.fromkeys(part.task for part in parts))
     with atomic_path(meta / "tasks.parquet") as path:
@@ -270,32 +255,12 @@ def _write_meta(shards: Sequence[Shard], record: dict[str, Any]) -> None:
         "splits": {"train": f"0:{len(parts)}"},
         "data_path": "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet",
         "video_path": "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4",
-        "features": _features(first),
+        "features": features(first),
     }
     write_json(meta.parent / EXPORT_RECORD, record)
     write_text(meta.parent / "README.md", _card(info, record, first.window))
     write_json(meta / "info.json", info)
     shutil.rmtree(first.record.parent)
-
-
-def _features(shard: Shard) -> dict[str, dict[str, Any]]:
-    def column(dtype: str, width: int = 1, names: list[str] | None = None) -> dict[str, Any]:
-        return {"dtype": dtype, "shape": [width], "names": names}
-
-    found = {"observation.state": column("float32", 12, STATE_NAMES), "action": column("float32", 7, ACTION_NAMES)}
-    if shard.window:
-        found["observation.force"] = column("float32", shard.window)
-        found |= {"force_valid": column("bool"), "sensor_index": column("int64")}
-    for view, (width, height) in shard.sizes.items():
-        video: dict[str, Any] = {"height": height, "width": width, "codec": shard.codec, "pix_fmt": "yuv420p"}
-        video |= {"is_depth_map": False, "fps": shard.fps, "channels": 3}
-        found[feature(view)] = {
-            "dtype": "video",
-            "shape": [height, width, 3],
-            "names": ["height", "width", "channels"],
-            "info": {f"video.{name}": value for name, value in video.items()} | {"has_audio": False},
-        }
-    return found | {"timestamp": column("float32")} | {name: column("int64") for name in INDEX_COLUMNS}
 
 
 def _card(info: dict[str, Any], record: dict[str, Any], window: int) -> str:

@@ -1,14 +1,19 @@
-"""One shard of a LeRobot dataset: its data file, its videos, and the sensor streams of its episodes.
+"""One shard of a LeRobot dataset: its data file, its videos, the sensor streams of its episodes, and their statistics.
 
 A shard's files are written whole or not at all, its record (the rows of LeRobot's table of episodes) last.
+
+Statistics are min, max, mean, std, count, and five quantiles, as LeRobot 0.4.4 defines them
+(`lerobot/datasets/compute_stats.py`): quantiles of an episode come from a histogram of 5,000 bins, those of all
+episodes are the means of the episodes' own, weighted by their counts. Sums are made in float64, so that a small motion
+far from zero keeps its spread.
 """
 
-import contextlib
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +26,19 @@ from PIL import Image
 
 from vla_lib.core.errors import UserError
 from vla_lib.core.files import atomic_path, write_json
-from vla_lib.episodes.lerobot_stats import Stats, VideoStats, table_stats
 from vla_lib.episodes.prepared import PreparedEpisode, load_prepared
 
 FILES_A_CHUNK = 1000
 CODECS = {"h264": ("libx264", 20), "av1": ("libsvtav1", 30)}  # encoder, quality (CRF) where none is given
 INDEX_COLUMNS = ("frame_index", "episode_index", "index", "task_index")
+STATE_NAMES = [*(f"joint_{n}_deg" for n in range(1, 7)), "x_mm", "y_mm", "z_mm", "a_deg", "b_deg", "r_deg"]
+ACTION_NAMES = ["dx_mm", "dy_mm", "dz_mm", "rotvec_x_deg", "rotvec_y_deg", "rotvec_z_deg", "gripper"]
+QUANTILES = {"q01": 0.01, "q10": 0.10, "q50": 0.50, "q90": 0.90, "q99": 0.99}
+BINS = 5000
+EDGE = 1e-10
+LEVELS = np.arange(256.0)
+
+Stats = dict[str, np.ndarray]  # name of the statistic -> (width,), of a video (3, 1, 1); `count`: (1,)
 
 
 @dataclass(frozen=True)
@@ -95,19 +107,40 @@ def feature(view: str) -> str:
     return f"observation.images.{view}"
 
 
+def features(shard: Shard) -> dict[str, dict[str, Any]]:
+    """What `meta/info.json` says of each column of the data file, and of each video."""
+
+    def column(dtype: str, width: int = 1, names: list[str] | None = None) -> dict[str, Any]:
+        return {"dtype": dtype, "shape": [width], "names": names}
+
+    found = {"observation.state": column("float32", 12, STATE_NAMES), "action": column("float32", 7, ACTION_NAMES)}
+    if shard.window:
+        found["observation.force"] = column("float32", shard.window)
+        found |= {"force_valid": column("bool"), "sensor_index": column("int64")}
+    for view, (width, height) in shard.sizes.items():
+        video: dict[str, Any] = {"height": height, "width": width, "codec": shard.codec, "pix_fmt": "yuv420p"}
+        video |= {"is_depth_map": False, "fps": shard.fps, "channels": 3}
+        found[feature(view)] = {
+            "dtype": "video",
+            "shape": [height, width, 3],
+            "names": ["height", "width", "channels"],
+            "info": {f"video.{name}": value for name, value in video.items()} | {"has_audio": False},
+        }
+    return found | {"timestamp": column("float32")} | {name: column("int64") for name in INDEX_COLUMNS}
+
+
 def _row(shard: Shard, part: Part) -> dict[str, Any]:
     """What LeRobot's table of episodes says of a part, and what ours adds to it (`vla/...`)."""
     episode, place = _episode(part.folder), divmod(shard.number, FILES_A_CHUNK)
+    file = {"chunk_index": place[0], "file_index": place[1]}
     before = part.first - shard.parts[0].first  # frames of the video before it
+    span = {"from_timestamp": before / shard.fps, "to_timestamp": (before + len(part)) / shard.fps}
     row: dict[str, Any] = {"episode_index": part.number, "tasks": [part.task], "length": len(part)}
     row |= {"dataset_from_index": part.first, "dataset_to_index": part.first + len(part)}
-    row |= {"data/chunk_index": place[0], "data/file_index": place[1]}
+    row |= {f"data/{name}": value for name, value in file.items()}
     row |= {"meta/episodes/chunk_index": 0, "meta/episodes/file_index": 0}
     for view in shard.sizes:
-        name = f"videos/{feature(view)}"
-        row |= {f"{name}/chunk_index": place[0], f"{name}/file_index": place[1]}
-        row[f"{name}/from_timestamp"] = before / shard.fps
-        row[f"{name}/to_timestamp"] = (before + len(part)) / shard.fps
+        row |= {f"videos/{feature(view)}/{name}": value for name, value in (file | span).items()}
     ours: dict[str, Any] = {
         "dataset": episode.dataset,
         "task": episode.task,
@@ -139,18 +172,15 @@ def _columns(shard: Shard, part: Part) -> dict[str, np.ndarray]:
 
 def _write_data(shard: Shard) -> list[dict[str, Stats]]:
     """Write the data file, a row group a part; the statistics of each part's columns."""
-    found = []
-    with contextlib.ExitStack() as stack:
-        path = stack.enter_context(atomic_path(shard.out / shard.path("data", "parquet")))
-        writer = None
-        for part in shard.parts:
-            columns = _columns(shard, part)
-            table = pa.table({name: _arrow(values) for name, values in columns.items()})
-            if writer is None:
-                writer = stack.enter_context(pq.ParquetWriter(path, table.schema))
+    parts = [_columns(shard, part) for part in shard.parts]
+    tables = [pa.table({name: _arrow(values) for name, values in columns.items()}) for columns in parts]
+    with (
+        atomic_path(shard.out / shard.path("data", "parquet")) as path,
+        pq.ParquetWriter(path, tables[0].schema) as writer,
+    ):
+        for table in tables:
             writer.write_table(table)
-            found.append({name: table_stats(values) for name, values in columns.items()})
-    return found
+    return [{name: table_stats(values) for name, values in columns.items()} for columns in parts]
 
 
 def _arrow(values: np.ndarray) -> pa.Array:
@@ -174,17 +204,18 @@ def _write_video(shard: Shard, view: str, size: tuple[int, int]) -> list[Stats]:
         stream.codec_context.thread_count = 1  # the shards run side by side
         stream.codec_context.time_base = Fraction(1, shard.fps)
         for part in shard.parts:
-            video = VideoStats(len(part))
+            wanted, levels = sampled(len(part)), np.zeros((3, 256))
             for step in range(part.begin, part.end):
                 pixels = _pixels(_episode(part.folder).picture_path(view, step), size)
-                video.add(step - part.begin, pixels)
+                if step - part.begin in wanted:
+                    levels += level_counts(pixels)
                 frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
                 frame.pts, frame.time_base = number, Fraction(1, shard.fps)
                 if step == part.begin:
                     frame.pict_type = PictureType.I
                 container.mux(stream.encode(frame))
                 number += 1
-            found.append(video.stats())
+            found.append(video_stats(levels, len(wanted)))
         container.mux(stream.encode())
     return found
 
@@ -208,3 +239,70 @@ def _copy_sensor(episode: PreparedEpisode, folder: Path) -> None:
             shutil.copyfile(episode.path / "sensor.npy", partial)
         with atomic_path(folder / "timestamp.npy") as partial, open(partial, "wb") as file:
             np.save(file, episode.sensor_timestamp)
+
+
+# ---- statistics
+
+
+def table_stats(values: np.ndarray) -> Stats:
+    """The statistics of one episode's column (n,) or (n, width)."""
+    columns = np.asarray(values, float).reshape(len(values), -1)
+    each = [_weighted(column, np.ones(len(column))) for column in columns.T]
+    found = {name: np.array([one[name] for one in each]) for name in each[0]}
+    if len(values) < 2:  # no histogram of one value
+        found |= {name: found["mean"].copy() for name in QUANTILES}
+    return found | {"count": np.array([len(values)])}
+
+
+def sampled(frames: int) -> set[int]:
+    """The frames of an episode's video that its statistics are made of, as LeRobot chooses them."""
+    count = max(min(frames, 100), min(int(frames**0.75), 10_000))
+    return set(np.round(np.linspace(0, frames - 1, count)).astype(int).tolist())
+
+
+def level_counts(pixels: np.ndarray) -> np.ndarray:
+    """(3, 256): how often each level of each colour stands in a frame (height, width, 3) uint8; large ones thinned."""
+    every = max(max(pixels.shape[:2]) // 150, 1)
+    few = pixels[::every, ::every]
+    return np.stack([np.bincount(few[..., colour].reshape(-1), minlength=256) for colour in range(3)])
+
+
+def video_stats(counts: np.ndarray, frames: int) -> Stats:
+    """The statistics of an episode's video, levels scaled to 0..1, from the `level_counts` of so many frames."""
+    each = [_weighted(LEVELS[levels > 0], levels[levels > 0]) for levels in counts]
+    found = {name: np.array([one[name] for one in each]).reshape(3, 1, 1) / 255 for name in each[0]}
+    return found | {"count": np.array([frames])}
+
+
+def _weighted(values: np.ndarray, weights: np.ndarray) -> dict[str, float]:
+    total = weights.sum()
+    mean = float((values * weights).sum() / total)
+    std = float(np.sqrt((np.square(values - mean) * weights).sum() / total))
+    least, most = float(values.min()), float(values.max())
+    edges = np.linspace(least - EDGE, most + EDGE, BINS + 1)
+    reached = np.cumsum(np.histogram(values, edges, weights=weights)[0])
+    found = {"min": least, "max": most, "mean": mean, "std": std}
+    for name, part in QUANTILES.items():
+        place = int(np.searchsorted(reached, part * total))
+        before = reached[place - 1] if place else 0.0
+        within = (part * total - before) / (reached[place] - before) if place else 0.0
+        found[name] = float(edges[place] + within * (edges[place + 1] - edges[place]))
+    return found
+
+
+def total_stats(rows: Sequence[dict[str, Any]]) -> dict[str, Stats]:
+    """Column -> the statistics of all episodes' frames, from those in the episodes' rows (at least one)."""
+    each: dict[str, Stats] = {}  # of each statistic (episodes, ...)
+    for key in (key for key in rows[0] if key.startswith("stats/")):
+        _, name, statistic = key.split("/")
+        each.setdefault(name, {})[statistic] = np.array([row[key] for row in rows])
+    return {name: _combined(stats) for name, stats in each.items()}
+
+
+def _combined(each: Stats) -> Stats:
+    counts = each["count"][:, 0]
+    mean = partial(np.average, axis=0, weights=counts)
+    middle = mean(each["mean"])
+    spread = mean(np.square(each["std"]) + np.square(each["mean"] - middle))
+    found = {"min": each["min"].min(axis=0), "max": each["max"].max(axis=0), "count": counts.sum(keepdims=True)}
+    return found | {"mean": middle, "std": np.sqrt(spread)} | {name: mean(each[name]) for name in QUANTILES}
