@@ -3,16 +3,21 @@
 A robot log is a CSV of any layout, or the .npz file that is left of one. The columns decide, not the file's name (see
 `layouts`): a clock, six pose columns, and six joints where present.
 
+Rows and units that cannot be true are told by limits and usual speeds. The Meca500 reaches 330 mm from its base, moves
+its tip by at most 1000 mm/s and its joints by at most 500 deg/s (its data sheet). One glitched row in twenty episodes
+raises the spread of all actions eightfold, so such rows must go before actions are made of them.
+
 `inference_results_*.json` of a rollout lists predictions, each with `timestamp` (UNIX seconds of the recorder) and
 `actions`: the chunk of which the first action was sent. Units and frame are the policy's own and are not recorded: a
 stream to look at, on which nothing is trained.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -21,13 +26,22 @@ from vla_lib.core.errors import UserError
 from vla_lib.episodes.csv_table import Table, read_table
 from vla_lib.episodes.findings import Findings
 from vla_lib.episodes.layouts import columns_of, robot_columns
-from vla_lib.episodes.plausibility import plausible
+from vla_lib.episodes.poses import rotation_angle_deg, wrap_deg
 from vla_lib.episodes.sensor_file import NpzFile
 from vla_lib.episodes.timeline import Cleaned, Span, clean_times, in_seconds
 
 ACTION_KEYS = ("actions", "action")
 POLICY = "policy"
 MOST_BYTES = 200_000_000  # an hour at 10 Hz has 20 MB
+FASTEST = (1000.0, 500.0)  # of the tip (mm/s); of a joint or the tool's turn (deg/s)
+LEAST = 100.0  # slower steps (mm/s, deg/s) are never called impossible, however slow the rest of the episode is
+TIMES_USUAL = 20.0  # so many times the episode's own usual speed is a jump
+GLITCH_S = 0.5  # a jump that comes back within this is a glitch: its rows go; one that stays splits the log
+FAR_MM = 1200.0  # from the base: three times the reach with a tool, since a base frame may be moved
+FROZEN_S = 0.1  # rows that stand still so long and then leap were frozen while the arm moved on
+LEAP = (5.0, 0.1)  # a leap: so many times the usual change between rows, and at least so many mm or degrees
+METRES = (0.03, 1.0)  # an arm whose tip never leaves this shell about its base is logged in metres
+RADIANS = (3.2, 6.4)  # the tool's angles; the joints (the sixth turns more than once)
 
 
 @dataclass
@@ -98,13 +112,11 @@ def read_robot_log(path: Path, findings: Findings, table: Table | None = None) -
     if not columns.joints:
         findings.note("robot", "the log has no joint columns; the joints of the state are zeros")
         body = np.hstack([body, np.zeros((len(body), 6))])
-    motion = plausible(cells[clock].to_numpy(), body[:, :6], body[:, 6:])
-    for text in motion.notes:
-        findings.note("robot", text)
-    for text in motion.excluded:
-        findings.exclude("robot", text)
+    judged = Findings()
+    motion = plausible(cells[clock].to_numpy(), body[:, :6], body[:, 6:], judged)
+    findings.extend(judged)
     if motion.keep.sum() < 2:
-        raise UserError(f"{path}: no two rows can be true ({'; '.join(motion.excluded)}).")
+        raise UserError(f"{path}: no two rows can be true ({'; '.join(judged.reasons)}).")
     cells = cells[motion.keep]
     t_s = cells[clock].to_numpy()
     receive = next((name for name in columns.clock if name.lower() == "recv_timestamp" and name != clock), None)
@@ -139,6 +151,110 @@ def _npz_table(path: Path) -> Table:
 def _is_clock(stamps: np.ndarray) -> bool:
     good = stamps[np.isfinite(stamps)]
     return len(good) >= 1 and float(np.median(good)) > 1e8 and (len(good) < 3 or float(np.ptp(good)) > 0)
+
+
+# ---- motion that no arm can make
+
+
+class Plausible(NamedTuple):
+    """What can be true of a log's motion."""
+
+    pose: np.ndarray  # (T, 6) mm, deg
+    joints: np.ndarray  # (T, 6) deg
+    keep: np.ndarray  # (T,) bool: rows that can be true
+    spans: list[Span]  # across which the arm's motion is not known (s): no step may lie across them
+
+
+def plausible(t_s: np.ndarray, pose: np.ndarray, joints: np.ndarray, findings: Findings) -> Plausible:
+    """Judge all rows; what goes or is converted is said. t_s (T,) strictly rising; pose (T, 6); joints (T, 6), zeros
+    where none are logged."""
+
+    def leave_out(bad: np.ndarray, why: str) -> None:
+        if bad.any():
+            first_s = t_s[bad.argmax()] - t_s[0]
+            findings.exclude("robot", f"{bad.sum()} rows (first at {first_s:.2f} s) {why}; they are left out")
+
+    answered = np.any(pose[:, :3] != 0, axis=1)
+    pose, joints = _in_mm_and_degrees(pose, joints, answered, partial(findings.note, "robot"))
+    far = answered & (np.linalg.norm(pose[:, :3], axis=1) > FAR_MM)
+    keep = answered & ~far
+    leave_out(~answered, "hold a position of zeros: the controller had not answered")
+    leave_out(far, "are out of reach")
+    rows = np.flatnonzero(keep)
+    parts = np.split(rows, np.flatnonzero(_jumps(t_s[rows], pose[rows], joints[rows])) + 1)
+    longest = max(len(part) for part in parts)
+    for part in parts:
+        if len(part) and t_s[part[-1]] - t_s[part[0]] <= GLITCH_S and longest > 2 * len(part):
+            keep[part] = False
+    leave_out(answered & ~far & ~keep, "jump away, faster than the arm moves")
+    rows = np.flatnonzero(keep)
+    spans = _unknown_spans(t_s[rows], pose[rows], joints[rows])
+    if spans:
+        most_s, first_s = max(end - begin for begin, end in spans), spans[0][0] - t_s[0]
+        leaps = f"leaps {len(spans)} time(s), after up to {most_s:.2f} s without change (first at {first_s:.2f} s)"
+        findings.exclude("robot", f"the pose {leaps}: the log stood still while the arm moved, or was cut")
+    return Plausible(pose, joints, keep, spans)
+
+
+def _in_mm_and_degrees(
+    pose: np.ndarray, joints: np.ndarray, rows: np.ndarray, note: Callable[[str], None]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Pose and joints with metres and radians converted where that is certain, each said in a `note`."""
+    if not rows.any():
+        return pose, joints
+    pose, joints = pose.copy(), joints.copy()
+    from_base = np.linalg.norm(pose[rows, :3], axis=1)
+    if METRES[0] < from_base.min() and np.abs(pose[rows, :3]).max() < METRES[1]:
+        note("positions are in metres (in mm the tip would be inside the arm's base) and are read as such")
+        pose[:, :3] *= 1000.0
+    turn, swing = float(np.abs(pose[rows, 3:]).max()), float(np.abs(joints[rows]).max())
+    if turn <= RADIANS[0] and 0 < swing <= RADIANS[1]:
+        # in degrees all joints would rest at zero, and there the arm's beta is 90
+        note("joints and angles are in radians (as degrees they contradict each other) and are read as such")
+        pose[:, 3:], joints = np.degrees(pose[:, 3:]), np.degrees(joints)
+    elif 0 < turn <= RADIANS[0] or 0 < swing <= RADIANS[1]:
+        which = "angles of the tool" if 0 < turn <= RADIANS[0] else "joints"
+        note(f"all {which} are small; they are read as degrees (a guess): convert them if they are radians")
+    return pose, joints
+
+
+def _changes(pose: np.ndarray, joints: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What changes from row to row, (T - 1,) each: mm of the tip, degrees of the tool, largest degrees of a joint."""
+    swing = np.abs(wrap_deg(np.diff(joints, axis=0))).max(axis=1)
+    return np.linalg.norm(np.diff(pose[:, :3], axis=0), axis=1), rotation_angle_deg(pose[:-1], pose[1:]), swing
+
+
+def _jumps(t_s: np.ndarray, pose: np.ndarray, joints: np.ndarray) -> np.ndarray:
+    """(T - 1,) bool: steps between neighbouring rows that are faster than can be."""
+    fast = np.zeros(max(len(t_s) - 1, 0), bool)
+    if len(t_s) < 3:
+        return fast
+    took = np.maximum(np.diff(t_s), float(np.median(np.diff(t_s))))  # a stamp's jitter is no speed
+    for change, most in zip(_changes(pose, joints), (*FASTEST, FASTEST[1]), strict=True):
+        speed = change / took
+        usual = float(np.percentile(speed[speed > 0], 90)) if (speed > 0).any() else 0.0
+        fast |= speed > min(max(TIMES_USUAL * usual, LEAST), most)
+    return fast
+
+
+def _unknown_spans(t_s: np.ndarray, pose: np.ndarray, joints: np.ndarray) -> list[Span]:
+    """Spans (s) that end in a jump, or in a leap out of rows that stood still; each begins where they stood still."""
+    if len(t_s) < 3:
+        return []
+    changes = _changes(pose, joints)
+    moves = np.flatnonzero(np.any([change > 0 for change in changes], axis=0))  # row k + 1 differs from row k
+    begins = np.concatenate([[0], moves[:-1] + 1])  # first row of the run of equal rows that ends at row k
+    stood = t_s[moves] - t_s[begins]
+    leaps = np.zeros(len(moves), bool)
+    for change in changes:
+        usual = float(np.percentile(change[moves], 90)) if len(moves) else 0.0
+        leaps |= change[moves] > max(LEAP[0] * usual, LEAP[1])
+    leaps &= stood >= max(FROZEN_S, 4 * float(np.median(stood)) if len(moves) else 0.0)
+    leaps |= _jumps(t_s, pose, joints)[moves]
+    return [(float(t_s[begin]), float(t_s[move + 1])) for begin, move in zip(begins[leaps], moves[leaps], strict=True)]
+
+
+# ---- what a policy ordered
 
 
 @dataclass(frozen=True)
