@@ -16,8 +16,7 @@ from vla_lib.episodes.findings import Findings
 from vla_lib.episodes.hdf5 import CAMERAS, picture_file, read_h5
 from vla_lib.episodes.layouts import EXPECTED_VIEWS, EpisodeFiles, describe_log, read_layout
 from vla_lib.episodes.motion_cues import frozen_spans
-from vla_lib.episodes.picture_content import sound_pictures
-from vla_lib.episodes.pictures import Listing, Pictures, read_pictures
+from vla_lib.episodes.pictures import Listing, Pictures, read_pictures, sound_pictures
 from vla_lib.episodes.robot_log import Commands, RobotLog, read_commands, read_robot_log
 from vla_lib.episodes.sensor_log import SensorLog, read_sensor_log
 from vla_lib.episodes.timeline import clean_times, newest_at_or_before
