@@ -12,6 +12,7 @@ import errno
 import itertools
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
@@ -22,18 +23,7 @@ from vla_lib.core import frontdoor, pool
 from vla_lib.core.errors import UserError
 from vla_lib.core.files import write_json
 from vla_lib.core.progress import Progress
-from vla_lib.episodes.clocks import (
-    CONFIRMED,
-    FOUND,
-    GIVEN,
-    HALF_FRAME_S,
-    SMALLEST_S,
-    UNKNOWN,
-    Clocks,
-    Evidence,
-    session_clocks,
-    sessions,
-)
+from vla_lib.episodes.clocks import CONFIRMED, FOUND, GIVEN, UNKNOWN, Clocks, Evidence, session_clocks, sessions
 from vla_lib.episodes.data_pkl import drop_prepared, known_content
 from vla_lib.episodes.datasets import DatasetTable, Marks
 from vla_lib.episodes.episode import Episode
@@ -200,30 +190,22 @@ def _each(
 
 def with_clocks(jobs: Sequence[EpisodeJob]) -> list[EpisodeJob]:
     """The jobs with the clocks that the evidence of their sessions gives; without evidence, times stand as recorded."""
-    known = [job for job in jobs if job.evidence is not None]
-    starts_s = [job.evidence.start_s for job in known if job.evidence is not None]
+    known = [(job, job.evidence) for job in jobs if job.evidence is not None]
     clocks: dict[str, Clocks] = {}
-    h5 = [job.files.layout == "F4" for job in known]  # a recorder of its own, whose times are rebuilt
-    kinds = [f"{job.files.dataset}{' (F4)' * one}" for job, one in zip(known, h5, strict=True)]
-    for numbers in sessions(kinds, starts_s):
-        members = [known[number] for number in numbers]
-        told = [job.evidence for job in members if job.evidence is not None]
-        given_ms, smallest_s = (
-            members[0].settings.sensor_clock_offset_ms,
-            HALF_FRAME_S if h5[numbers[0]] else SMALLEST_S,
-        )
-        pooled = session_clocks(kinds[numbers[0]], told, given_ms, smallest_s)
-        clocks |= {job.key: one for job, one in zip(members, pooled, strict=True)}
+    # F4 has a recorder of its own, whose times are rebuilt
+    kinds = [f"{job.files.dataset}{' (F4)' * (job.files.layout == 'F4')}" for job, _ in known]
+    for numbers in sessions(kinds, [told.start_s for _, told in known]):
+        members, kind = [known[number] for number in numbers], kinds[numbers[0]]
+        given_ms = members[0][0].settings.sensor_clock_offset_ms
+        pooled = session_clocks(kind, [told for _, told in members], given_ms, members[0][0].files.layout == "F4")
+        clocks |= {job.key: one for (job, _), one in zip(members, pooled, strict=True)}
     return [replace(job, clocks=clocks.get(job.key, job.clocks)) for job in jobs]
 
 
 def clock_rows(reports: Sequence[Report]) -> list[dict[str, Any]]:
     """One row a session, stream and offset: what was taken off, what motion says (ms), how, for how many episodes."""
-    rows: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for row in (row for report in reports for row in report.clocks):
-        known = rows.setdefault(tuple(row.values()), row | {"episodes": 0})
-        known["episodes"] += 1
-    return list(rows.values())
+    counts = Counter(tuple(row.items()) for report in reports for row in report.clocks)
+    return [dict(row) | {"episodes": count} for row, count in counts.items()]
 
 
 def ask_job(job: EpisodeJob) -> EpisodeJob:

@@ -105,9 +105,10 @@ def sessions(datasets: Sequence[str], starts_s: Sequence[float]) -> list[list[in
 
 
 def session_clocks(
-    dataset: str, evidence: Sequence[Evidence], given_ms: float | None = None, smallest_s: float = SMALLEST_S
+    dataset: str, evidence: Sequence[Evidence], given_ms: float | None = None, rebuilt: bool = False
 ) -> list[Clocks]:
-    """The clocks of each episode of one session. Offsets below `smallest_s` are left alone."""
+    """The clocks of each episode of one session. `rebuilt`: its times are."""
+    smallest_s = HALF_FRAME_S if rebuilt else SMALLEST_S
     name = f"{dataset} {datetime.fromtimestamp(min(one.start_s for one in evidence), UTC):%Y-%m-%d %H:%M}"
     sensor = _pooled([one.sensor for one in evidence], smallest_s)
     if given_ms is not None:
