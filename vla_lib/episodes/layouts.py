@@ -184,20 +184,16 @@ def is_folder(entry: os.DirEntry[str]) -> bool:
     return entry.is_dir(follow_symlinks=False) or (entry.is_symlink() and os.path.isdir(entry.path))
 
 
-def _holds_pictures(view: Path) -> bool:
+def _holds_pictures(view: str | Path, deeper: bool = True) -> bool:
     """Whether a view's folder, or one right below it (left, right), holds pictures."""
+    inner = []
     with os.scandir(view) as entries:
-        inner = []
         for entry in entries:
             if entry.name.lower().endswith(PICTURE_SUFFIXES):
                 return True
-            if is_folder(entry):
+            if deeper and is_folder(entry):
                 inner.append(entry.path)
-    for path in inner:
-        with os.scandir(path) as entries:
-            if any(entry.name.lower().endswith(PICTURE_SUFFIXES) for entry in entries):
-                return True
-    return False
+    return any(_holds_pictures(path, deeper=False) for path in inner)
 
 
 def _layout(columns: RobotColumns | None, images: bool, view: Path | None, more: Iterator[Path], name: str) -> str:

@@ -27,7 +27,7 @@ CLOCK_OFF_S = 0.02
 STAGGER_S = 0.5  # streams of one recording may begin this far apart without any clock being wrong
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class StreamRate:
     """What was measured of one stream; nan where there was nothing to measure."""
 
@@ -35,17 +35,17 @@ class StreamRate:
     count: int  # usable entries (rows, samples, pictures)
     hz: float  # 1 / median interval
     mean_hz: float  # entries over the whole span, gaps included
-    distinct_hz: float
+    distinct_hz: float = NAN
     """Changes of the content a second while it changes (robot: refreshes of the controller); nan where not measured."""
     jitter_p50_ms: float  # median of |interval - median interval|
     jitter_p99_ms: float
     jitter_max_ms: float
     gaps: tuple[Span, ...]
     repeats: int  # entries that repeat the time of the one before
-    backward_steps: int
+    backward_steps: int = 0
     start_s: float  # first entry, seconds after the first robot row
     end_s: float  # last entry, seconds after the last robot row (positive: goes on after the motion)
-    clock_offset_s: float  # taken off this stream's times
+    clock_offset_s: float = 0.0  # taken off this stream's times
     clock: str  # how its times relate to the robot's
 
 
@@ -66,15 +66,7 @@ def measure(episode: Episode, gaps: Mapping[str, list[Span]] | None = None) -> R
     gaps = stream_gaps(episode) if gaps is None else gaps
     robot, sensor = episode.robot, episode.sensor
 
-    def row(
-        stream: str,
-        t_s: np.ndarray,
-        repeats: int,
-        clock: str,
-        backward: int = 0,
-        distinct: float = NAN,
-        offset: float = 0.0,
-    ) -> StreamRate:
+    def row(stream: str, t_s: np.ndarray, repeats: int, clock: str, **more: Any) -> StreamRate:
         steps = np.diff(t_s)
         steps = steps[steps > 0]
         usual = float(np.median(steps)) if len(steps) else NAN
@@ -84,31 +76,29 @@ def measure(episode: Episode, gaps: Mapping[str, list[Span]] | None = None) -> R
             count=len(t_s),
             hz=1.0 / usual,
             mean_hz=float((len(t_s) - 1) / (t_s[-1] - t_s[0])) if len(steps) else NAN,
-            distinct_hz=distinct,
             jitter_p50_ms=float(np.median(away_ms)),
             jitter_p99_ms=float(np.percentile(away_ms, 99)),
             jitter_max_ms=float(away_ms.max()),
             gaps=tuple((float(b), float(e)) for b, e in gaps.get(stream, [])),
             repeats=repeats,
-            backward_steps=backward,
             start_s=float(t_s[0] - episode.start_s),
             end_s=float(t_s[-1] - episode.end_s),
-            clock_offset_s=offset,
             clock=clock,
+            **more,
         )
 
-    clean = robot.cleaned
-    reference = f"reference ({robot.clock})"
-    rows = [row("robot", robot.t_s, clean.repeats, reference, clean.backward_steps, distinct_hz(robot))]
+    clean, clock = robot.cleaned, f"reference ({robot.clock})"
+    told = {"backward_steps": clean.backward_steps, "distinct_hz": distinct_hz(robot)}
+    rows = [row("robot", robot.t_s, clean.repeats, clock, **told)]
     if sensor is not None:
-        clean = sensor.cleaned
-        clock = episode.clocks.sensor.how
+        clean, clock = sensor.cleaned, episode.clocks.sensor.how
         clock += "; sample times are rebuilt from window times" if sensor.reconstructed else ""
-        offset_s = sensor.clock_offset_s
-        rows.append(row("sensor", sensor.t_s, clean.repeats, clock, clean.backward_steps, offset=offset_s))
+        told = {"backward_steps": clean.backward_steps, "clock_offset_s": sensor.clock_offset_s}
+        rows.append(row("sensor", sensor.t_s, clean.repeats, clock, **told))
+    cameras = episode.clocks.cameras
     for view, pictures in episode.pictures.items():
-        cameras, repeats = episode.clocks.cameras, int((np.diff(pictures.t_s) == 0).sum())
-        rows.append(row(view, pictures.t_s, repeats, cameras.how, offset=cameras.offset_s))
+        repeats = int((np.diff(pictures.t_s) == 0).sum())
+        rows.append(row(view, pictures.t_s, repeats, cameras.how, clock_offset_s=cameras.offset_s))
     if episode.commands is not None:
         rows.append(row(POLICY, episode.commands.t_s, 0, "the recorder's"))
     return {row.stream: row for row in rows}
@@ -213,9 +203,9 @@ def summary_row(
     key: str, layout: str, findings: Findings, rates: Rates | None, steps: Steps | None, duration_s: float = NAN
 ) -> dict[str, Any]:
     """One row of the table of all episodes (plain values)."""
-    robot = rates["robot"] if rates else None
-    sensor = rates.get("sensor") if rates else None
-    views = [row for row in rates.values() if row.stream not in ("robot", "sensor", POLICY)] if rates else []
+    rates = rates or {}
+    robot, sensor = rates.get("robot"), rates.get("sensor")
+    views = [row for stream, row in rates.items() if stream not in ("robot", "sensor", POLICY)]
     cameras = [row.hz for row in views]
     return {
         "episode": key,
@@ -242,8 +232,7 @@ def verdict_table(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
     frame = pd.DataFrame([dict(row) for row in rows])
     if frame.empty:
         return frame
-    order = {NOT_JUDGED: 0, REJECTED: 0, USABLE: 1, GOOD: 2}
-    rank = frame["verdict"].map(order)
+    rank = frame["verdict"].map({NOT_JUDGED: 0, REJECTED: 0, USABLE: 1, GOOD: 2})
     return frame.assign(rank=rank).sort_values(["rank", "episode"], ignore_index=True).drop(columns="rank")
 
 
