@@ -7,27 +7,16 @@ Room for what comes: a new layout begins in `layouts` (its names; `survey` finds
 it); evidence for a clock goes into `clocks`; a check of plausibility into `quality.judge`.
 """
 
-from vla_lib.episodes.datasets import DatasetTable
-from vla_lib.episodes.episode import Episode
-from vla_lib.episodes.layouts import EpisodeFiles
-from vla_lib.episodes.prepare import PreprocessSettings
-from vla_lib.episodes.prepared import PreparedEpisode, load_prepared, load_used, recheck
-from vla_lib.episodes.quality import judge, measure
-from vla_lib.episodes.steps import build_steps
-from vla_lib.episodes.survey import find_episodes, find_prepared
-
-__all__ = [
-    "DatasetTable",
-    "Episode",
-    "EpisodeFiles",
-    "PreparedEpisode",
-    "PreprocessSettings",
-    "build_steps",
-    "find_episodes",
-    "find_prepared",
-    "judge",
-    "load_prepared",
-    "load_used",
-    "measure",
-    "recheck",
-]
+from vla_lib.episodes.datasets import DatasetTable as DatasetTable
+from vla_lib.episodes.episode import Episode as Episode
+from vla_lib.episodes.layouts import EpisodeFiles as EpisodeFiles
+from vla_lib.episodes.prepare import PreprocessSettings as PreprocessSettings
+from vla_lib.episodes.prepared import PreparedEpisode as PreparedEpisode
+from vla_lib.episodes.prepared import load_prepared as load_prepared
+from vla_lib.episodes.prepared import load_used as load_used
+from vla_lib.episodes.prepared import recheck as recheck
+from vla_lib.episodes.quality import judge as judge
+from vla_lib.episodes.quality import measure as measure
+from vla_lib.episodes.steps import build_steps as build_steps
+from vla_lib.episodes.survey import find_episodes as find_episodes
+from vla_lib.episodes.survey import find_prepared as find_prepared
