@@ -282,9 +282,7 @@ def _write(job: EpisodeJob, episode: Episode, fingerprint: str, before: dict[str
             study = _Study(job, episode, "written")
         if len(episode.findings) > known:  # the bytes showed something that the times did not
             study.judge()
-    content = _content(study, fingerprint, force)
-    if content["sensor_data"] is not None:
-        content["sensor_data"]["checksum"] = checksum
+    content = _content(study, fingerprint, force, checksum)
     check_content(content, out / DATA_NAME)
     if episode.layout == "F4" and episode.files.robot_log is not None:
         names = [name for one in episode.pictures.values() for name in one.paths]
@@ -334,7 +332,7 @@ def _write_sensor(path: Path, sensor: SensorLog, findings: Findings) -> np.ndarr
     return force
 
 
-def _content(study: _Study, fingerprint: str, force: np.ndarray | None) -> dict[str, Any]:
+def _content(study: _Study, fingerprint: str, force: np.ndarray | None, checksum: str | None) -> dict[str, Any]:
     job, episode, steps, rates, report = study.job, study.episode, study.steps, study.rates, study.report
     sensor, pictures = episode.sensor, episode.pictures
     metadata = {
@@ -374,10 +372,10 @@ def _content(study: _Study, fingerprint: str, force: np.ndarray | None) -> dict[
         "num_full_windows": report.summary["full_windows"],
         "sensor_signature": job.sensor_signature(),
     }
-    sensor_data = None
+    sensor_data: dict[str, Any] | None = None
     if sensor is not None:
-        index = sensor_index(sensor.t_s, steps.t_s)
-        sensor_data = {"force": force, "timestamp": sensor.t_s, "index": index, "array": SENSOR_NAME}
+        sensor_data = {"force": force, "timestamp": sensor.t_s, "index": sensor_index(sensor.t_s, steps.t_s)}
+        sensor_data |= {"array": SENSOR_NAME, "checksum": checksum}
     return {
         "metadata": metadata,  # first: also a file that is cut off shows whose it is
         "action": steps.action,
