@@ -153,13 +153,12 @@ class LeRobotDataset:
         state, action = (np.array(table[name].to_pylist(), float) for name in ("observation.state", "action"))
         if not (np.isfinite(state).all() and np.isfinite(action).all()):
             raise UserError(f"Episode {row['episode_index']} of {self.path} holds values that are no numbers.")
-        joints = state[:, self.joints_at :][:, :6] if self.joints_at is not None else None
-        if joints is not None and chosen.angles == "rad":
-            joints = np.degrees(joints)
+        degrees = np.degrees if chosen.angles == "rad" else np.asarray
+        joints = degrees(state[:, self.joints_at :][:, :6]) if self.joints_at is not None else None
         assert self.pose_at is not None
         pose = _pose(state[:, self.pose_at : self.pose_at + 6], chosen)
         if chosen.actions == "joints":
-            action = np.degrees(action) if chosen.angles == "rad" else action
+            action = degrees(action)
         else:
             action = _pose(action[:, :6], replace(chosen, rotation="euler") if chosen.actions == "delta" else chosen)
         return Steps(pose, joints, action)
@@ -313,9 +312,10 @@ def bring_in(settings: ImportSettings) -> dict[str, Any]:
         write_json(known, told | {"views": {name: f"View{number}" for name, (number, _) in source.views.items()}})
         with Progress(sum(row["length"] for row in rows), "importing", "frames") as progress:
             for row in rows:
-                instruction, weight = (row["tasks"] or [DEFAULT["instruction"]])[0], row.get("vla/weight") or 1.0
+                instruction = (row["tasks"] or [DEFAULT["instruction"]])[0]
+                entry = {"instruction": instruction, "weight": float(row.get("vla/weight") or 1.0)}
                 task = _slug(str(row.get("vla/dataset") or instruction))[:60]
-                while table.setdefault(f"{folder.name}/{task}", entry := _entry(instruction, weight)) != entry:
+                while table.setdefault(f"{folder.name}/{task}", entry) != entry:
                     task += "_"
                 _write_episode(source, row, folder / task, found.lag)
                 progress.update(row["length"])
@@ -329,10 +329,6 @@ def bring_in(settings: ImportSettings) -> dict[str, Any]:
 
 def _slug(text: str) -> str:
     return re.sub(r"\W+", "_", text, flags=re.ASCII).strip("_") or "dataset"
-
-
-def _entry(instruction: str, weight: float) -> dict[str, Any]:
-    return {"instruction": instruction, "weight": float(weight)}
 
 
 def _write_episode(source: LeRobotDataset, row: dict[str, Any], parent: Path, lag: int) -> None:
