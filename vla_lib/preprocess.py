@@ -158,15 +158,13 @@ def run_jobs(jobs: Sequence[EpisodeJob], workers: int = 0, show: bool = True) ->
     workers = min(workers or len(os.sched_getaffinity(0)), len(jobs))
     asked: dict[str, EpisodeJob] = {}
     reports: dict[str, Report] = {}
-    first = slurm.share(len(jobs))  # machines of one Slurm job begin apart, and skip what is done
-    for job, found in _each(ask_job, [*jobs[first:], *jobs[:first]], workers, "comparing clocks", show):
+    for job, found in _each(ask_job, jobs, workers, "comparing clocks", show):
         asked[job.key] = job if isinstance(found, BaseException) else found
         if isinstance(found, MACHINE):
             reports[job.key] = job.failed(INTERRUPTED, str(found), NOT_JUDGED)
     order, jobs = jobs, with_clocks([asked[job.key] for job in jobs if job.key not in reports])
     label = "inspecting" if jobs and jobs[0].settings.report_only else "preparing"
-    first = slurm.share(len(jobs))
-    for job, result in _each(run_job, [*jobs[first:], *jobs[:first]], workers, label, show):
+    for job, result in _each(run_job, jobs, workers, label, show):
         if isinstance(result, UserError):
             raise result
         if isinstance(result, MACHINE):
@@ -178,6 +176,8 @@ def run_jobs(jobs: Sequence[EpisodeJob], workers: int = 0, show: bool = True) ->
 def _each(
     work: Callable[[EpisodeJob], Any], jobs: Sequence[EpisodeJob], workers: int, label: str, show: bool
 ) -> Generator[tuple[EpisodeJob, Any], None, None]:
+    first = slurm.share(len(jobs))  # machines of one Slurm job begin apart, and skip what is done
+    jobs = [*jobs[first:], *jobs[:first]]
     results: Generator[tuple[EpisodeJob, Any], None, None] = ((job, work(job)) for job in jobs)
     if workers > 1:
         results = pool.run_jobs(work, jobs, workers)
