@@ -82,7 +82,8 @@ def read_table(path: Path, wanted: Wanted) -> Table:
     raw = path.read_bytes()
     dialect = sniff(raw[:HEAD_BYTES], wanted)
     if dialect is None:
-        raise UserError(f"{path} does not begin with the column names of a robot log.")
+        needed = "a clock and six pose columns are needed"
+        raise UserError(f"{path} has no robot columns ({needed}); it cannot be used as a robot log.")
     twice = sorted({name for name in dialect.names if name and dialect.names.count(name) > 1})
     if twice:
         why = f"column {twice[0]} stands twice; which of them holds the values is not known"

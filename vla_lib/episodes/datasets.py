@@ -211,8 +211,7 @@ class Marks:
         if mark.exclude:
             return f"excluded in {MARKS_NAME}" + (f" ({mark.note})" if mark.note else "")
         dataset, task = place or self.table.place_of(self.root / key, self.root)
-        none = self.table.weight(dataset, mark.task or task) == 0
-        return f"weight 0 in {TABLE_NAME}" if none else ""
+        return "" if self.table.weight(dataset, mark.task or task) else f"weight 0 in {TABLE_NAME}"
 
     def write(self, key: str, **changes: Any) -> "Marks":
         """Change the line of one episode or folder (None: take that value away); returns the marks as they are then.

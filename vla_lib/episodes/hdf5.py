@@ -80,12 +80,8 @@ class H5Samples:
     def rows(self, wanted: np.ndarray) -> np.ndarray:
         """(M, 1026) float32: the samples with the given numbers."""
         places, back = np.unique(wanted, return_inverse=True)  # h5py wants rising numbers
-        runs = np.split(places, np.flatnonzero(np.diff(places) != 1) + 1)
         with opened(self.path) as file:
-            if 8 * len(runs) > len(places):
-                return _samples(file, places)[back]
-            # whole runs are read far faster than row by row
-            return np.concatenate([_samples(file, slice(run[0], run[-1] + 1)) for run in runs])[back]
+            return _samples(file, places)[back]
 
 
 def _samples(file: Any, which: Any) -> np.ndarray:

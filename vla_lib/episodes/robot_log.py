@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -25,7 +25,7 @@ import pandas as pd
 from vla_lib.core.errors import UserError
 from vla_lib.episodes.csv_table import Table, read_table
 from vla_lib.episodes.findings import Findings
-from vla_lib.episodes.layouts import columns_of, robot_columns
+from vla_lib.episodes.layouts import columns_of
 from vla_lib.episodes.poses import rotation_angle_deg, wrap_deg
 from vla_lib.episodes.sensor_file import NpzFile
 from vla_lib.episodes.timeline import Cleaned, Span, clean_times, in_seconds
@@ -48,7 +48,6 @@ RADIANS = (3.2, 6.4)  # the tool's angles; the joints (the sixth turns more than
 class RobotLog:
     """All usable rows of one robot log; times strictly increase."""
 
-    path: Path
     t_s: np.ndarray  # (T,) float64, UNIX seconds of the robot host: when the row was published
     pose: np.ndarray  # (T, 6) float64: x y z in mm, alpha beta gamma in degrees (intrinsic XYZ)
     joints: np.ndarray  # (T, 6) float64 degrees; zeros where the log has no joints
@@ -73,17 +72,14 @@ def read_robot_log(path: Path, findings: Findings, table: Table | None = None) -
 
     Raises UserError where the file holds no robot columns, no row or no usable row.
     """
-    if table is None and path.suffix.lower() == ".npz":
-        table = _npz_table(path)
-    columns = robot_columns(path) if table is None else columns_of([str(name) for name in table.frame])
-    if columns is None:
-        needed = "a clock and six pose columns are needed"
-        raise UserError(f"{path} has no robot columns ({needed}); it cannot be used as a robot log.")
+    if table is None:
+        table = _npz_table(path) if path.suffix.lower() == ".npz" else read_table(path, columns_of)
+    columns = columns_of([str(name) for name in table.frame])
+    assert columns is not None  # of every such table
     if columns.quaternion:
         named = f"its orientation is a quaternion (columns {', '.join(columns.quaternion)})"
         remedy = "write the Mecademic Euler angles pose_a, pose_b, pose_r (degrees, intrinsic XYZ) in their place"
         raise UserError(f"{path}: {named}, whose order and frame are not known; {remedy}.")
-    table = table or read_table(path, columns_of)
     for text in table.notes:
         findings.note("robot", text)
     cells = table.frame
@@ -113,23 +109,22 @@ def read_robot_log(path: Path, findings: Findings, table: Table | None = None) -
         findings.note("robot", "the log has no joint columns; the joints of the state are zeros")
         body = np.hstack([body, np.zeros((len(body), 6))])
     judged = Findings()
-    motion = plausible(cells[clock].to_numpy(), body[:, :6], body[:, 6:], judged)
+    pose, joints, keep, unknown = plausible(cells[clock].to_numpy(), body[:, :6], body[:, 6:], judged)
     findings.extend(judged)
-    if motion.keep.sum() < 2:
+    if keep.sum() < 2:
         raise UserError(f"{path}: no two rows can be true ({'; '.join(judged.reasons)}).")
-    cells = cells[motion.keep]
+    cells = cells[keep]
     t_s = cells[clock].to_numpy()
     receive = next((name for name in columns.clock if name.lower() == "recv_timestamp" and name != clock), None)
     lag_s = float((cells[receive] - t_s).median()) if receive else float("nan")
     return RobotLog(
-        path=path,
         t_s=t_s,
-        pose=motion.pose[motion.keep],
-        joints=motion.joints[motion.keep],
+        pose=pose[keep],
+        joints=joints[keep],
         clock=clock,
         clock_lag_s=None if np.isnan(lag_s) else lag_s,
         cleaned=cleaned,
-        unknown=motion.spans,
+        unknown=unknown,
     )
 
 
@@ -156,18 +151,14 @@ def _is_clock(stamps: np.ndarray) -> bool:
 # ---- motion that no arm can make
 
 
-class Plausible(NamedTuple):
-    """What can be true of a log's motion."""
+def plausible(
+    t_s: np.ndarray, pose: np.ndarray, joints: np.ndarray, findings: Findings
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[Span]]:
+    """Judge all rows; what goes or is converted is said. t_s (T,) strictly rising; joints: zeros where none are logged.
 
-    pose: np.ndarray  # (T, 6) mm, deg
-    joints: np.ndarray  # (T, 6) deg
-    keep: np.ndarray  # (T,) bool: rows that can be true
-    spans: list[Span]  # across which the arm's motion is not known (s): no step may lie across them
-
-
-def plausible(t_s: np.ndarray, pose: np.ndarray, joints: np.ndarray, findings: Findings) -> Plausible:
-    """Judge all rows; what goes or is converted is said. t_s (T,) strictly rising; pose (T, 6); joints (T, 6), zeros
-    where none are logged."""
+    Returns pose (T, 6) in mm and degrees, joints (T, 6) in degrees, which rows can be true (T,) bool, and the spans (s)
+    across which the arm's motion is not known: no step may lie across them.
+    """
 
     def leave_out(bad: np.ndarray, why: str) -> None:
         if bad.any():
@@ -193,7 +184,7 @@ def plausible(t_s: np.ndarray, pose: np.ndarray, joints: np.ndarray, findings: F
         most_s, first_s = max(end - begin for begin, end in spans), spans[0][0] - t_s[0]
         leaps = f"leaps {len(spans)} time(s), after up to {most_s:.2f} s without change (first at {first_s:.2f} s)"
         findings.exclude("robot", f"the pose {leaps}: the log stood still while the arm moved, or was cut")
-    return Plausible(pose, joints, keep, spans)
+    return pose, joints, keep, spans
 
 
 def _in_mm_and_degrees(

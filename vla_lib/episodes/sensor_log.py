@@ -159,8 +159,7 @@ def _once(files: Sequence[SensorFile], findings: Findings) -> list[SensorFile]:
     """
     kept: list[SensorFile] = []
     for file in sorted(files, key=lambda file: (file.window > 0, -len(file.stamps_s))):
-        others = (other for other in kept if _shared_part(file, other) > SAME_PART)
-        other = next(others, None)
+        other = next((other for other in kept if _shared_part(file, other) > SAME_PART), None)
         if other is None:
             kept.append(file)
         elif _same_samples(file, other):
