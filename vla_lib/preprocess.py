@@ -54,7 +54,7 @@ def main(settings: Settings) -> dict[str, Any]:
     """
     found = survey(settings.root, settings.dataset_dirs)
     every, copies = make_jobs(settings, found), make_jobs(settings, found, copies=True)
-    jobs, excluded = used(every), [job for job in every if job.left_out]
+    jobs, excluded = [job for job in every if not job.left_out], [job for job in every if job.left_out]
     for job in () if settings.report_only else copies:
         drop_prepared(job.out)  # from before the copy was there: it must not be trained on beside the original
     reports = run_jobs(jobs, settings.workers)
@@ -95,8 +95,8 @@ def main(settings: Settings) -> dict[str, Any]:
 
 
 def make_jobs(settings: Settings, found: Survey | None = None, copies: bool = False) -> list[EpisodeJob]:
-    """One job a recording, also those that the marks leave out (see `used`); `copies`: for those that are there twice
-    instead. `found`: the survey, where made already.
+    """One job a recording, also those that the marks leave out; `copies`: for those that are there twice instead.
+    `found`: the survey, where made already.
 
     Raises UserError where a folder is missing or holds no episode.
     """
@@ -120,11 +120,6 @@ def make_jobs(settings: Settings, found: Survey | None = None, copies: bool = Fa
         seen = "".join(f"; {path} {why}" for path, why in found.remarks[:5])
         raise UserError(f"No episode was found below {places}: {meant}{seen}.")
     return jobs
-
-
-def used(jobs: Sequence[EpisodeJob]) -> list[EpisodeJob]:
-    """The jobs that no mark leaves out."""
-    return [job for job in jobs if not job.left_out]
 
 
 def _shown(path: Path, root: Path) -> str:

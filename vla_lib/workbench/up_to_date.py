@@ -108,7 +108,7 @@ def _prepared(values: Values) -> Check:
     from vla_lib import preprocess
     from vla_lib.episodes import load_prepared
 
-    jobs = preprocess.used(preprocess.make_jobs(PreprocessSettings.of(values)))
+    jobs = [job for job in preprocess.make_jobs(PreprocessSettings.of(values)) if not job.left_out]
     now = preprocess.raw_state(jobs)
 
     def current(job: Any) -> bool:
