@@ -28,8 +28,6 @@ DATA_NAME = "data.pkl"
 SENSOR_NAME = "sensor.npy"
 SCHEMA = 1
 PROTOCOL = 4  # protocol 4 needs only numpy's `_reconstruct`, `ndarray` and `dtype` to come back
-KEYS = {"action", "timestamp", "valid", "state", "image", "image_timestamp", "image_index"}
-KEYS |= {"sensor_data", "instruction", "metadata"}
 _ADMITTED = {
     "numpy.ndarray",
     "numpy.dtype",
@@ -197,8 +195,6 @@ def _index(value: Any, steps: int, least: int, most: int, name: str) -> None:
 
 
 def _check(content: dict[str, Any]) -> None:
-    missing = KEYS - set(content)
-    _require(not missing, f"the keys {', '.join(sorted(missing))} are missing")
     metadata = content["metadata"]
     _require(isinstance(metadata, dict), "metadata is no dict")
     version = metadata["schema_version"]
