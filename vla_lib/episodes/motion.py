@@ -6,17 +6,17 @@ time says so by its uncertainty. The sign of the tool's axis differs between rig
 counts. All times in seconds.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from scipy.ndimage import gaussian_filter1d
-from scipy.spatial.transform import Rotation
 
 from vla_lib.episodes.clocks import Estimate, Evidence
 from vla_lib.episodes.episode import Episode
 from vla_lib.episodes.layouts import EXPECTED_VIEWS
 from vla_lib.episodes.motion_cues import GROUP_S, layer_speed, picture_change
+from vla_lib.episodes.poses import rotation
 from vla_lib.episodes.steps import pose_rows
 
 HAND_EYE_VIEW = EXPECTED_VIEWS[-1]
@@ -97,27 +97,17 @@ def camera_match(episode: Episode) -> MotionMatch | None:
     """
     rows = pose_rows(episode.robot)
     t_s, points = episode.robot.t_s[rows], _tool_points(episode.robot.pose[rows])
-    around_s = _around(episode.cameras_start_s)
-    views: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    around_s, taken_off_s = _around(episode.cameras_start_s), episode.clocks.cameras.offset_s
+    lags_s = around_s + taken_off_s + np.arange(-SEARCH_S, SEARCH_S + PICTURE_STEP_S / 2, PICTURE_STEP_S)
+    found, curves = [], {}
     # the right camera sees what the left one sees; all that the hand-eye one sees moves
     left = sorted(view for view in episode.pictures if not view.endswith("_right"))
     for view in sorted(left, key=lambda view: view != HAND_EYE_VIEW)[:MOST_VIEWS]:
         pictures = episode.pictures[view]
         first = int(np.searchsorted(pictures.t_s, episode.start_s + around_s - SEARCH_S))
         part = slice(first, first + MOST_PICTURES)
-        if len(pictures.paths[part]) > 20:
-            paths = [episode.path / path for path in pictures.paths[part]]
-            views[view] = pictures.t_s[part] + episode.clocks.cameras.offset_s, picture_change(paths)
-    return _match_pictures(t_s, points, views, around_s + episode.clocks.cameras.offset_s)
-
-
-def _match_pictures(
-    t_s: np.ndarray, points: np.ndarray, views: Mapping[str, tuple[np.ndarray, np.ndarray]], around_s: float
-) -> MotionMatch | None:
-    """As `camera_match`, of points (T, D) mm at t_s (T,); views: name -> picture times (n,), their change (n - 1,)."""
-    lags_s = around_s + np.arange(-SEARCH_S, SEARCH_S + PICTURE_STEP_S / 2, PICTURE_STEP_S)
-    found, curves = [], {}
-    for view, (picture_s, change) in views.items():
+        picture_s = pictures.t_s[part] + taken_off_s  # (n,)
+        change = picture_change([episode.path / path for path in pictures.paths[part]])  # (n - 1,)
         seen = np.isfinite(change)
         if seen.sum() < 20 or np.ptp(change[seen]) == 0:
             continue
@@ -129,10 +119,8 @@ def _match_pictures(
             good = seen & (at_s[:-1] >= t_s[0]) & (at_s[1:] <= t_s[-1])
             place = np.stack([np.interp(at_s, t_s, column) for column in points.T], axis=1)
             moved = np.linalg.norm(np.diff(place, axis=0), axis=1) / np.maximum(np.diff(picture_s), 1e-3)
-            columns = np.stack(
-                [np.ones(len(root)), np.sqrt(moved), root, moved, root**2, np.sqrt(moved) * root], axis=1
-            )
-            sums[:, number] = good[:, None] * columns
+            columns = np.ones(len(root)), np.sqrt(moved), root, moved, root**2, np.sqrt(moved) * root
+            sums[:, number] = good[:, None] * np.stack(columns, axis=1)
         edges = np.linspace(0, len(root), PICTURE_PARTS + 1).astype(int)
         found.append(np.stack([sums[a:b].sum(axis=0) for a, b in zip(edges[:-1], edges[1:], strict=True)]))
         curves[f"{view} (root of grey level)"] = (picture_s[1:], root)
@@ -145,7 +133,7 @@ def _match_pictures(
 def tip_speed(t_s: np.ndarray, pose: np.ndarray, at_s: np.ndarray) -> np.ndarray:
     """Speed of the tip along the tool's z axis (mm/s) at evenly spaced times, smoothed as `layer_speed` is."""
     place = np.stack([np.interp(at_s, t_s, pose[:, k]) for k in range(3)], axis=1)
-    tool = Rotation.from_euler("XYZ", pose[:, 3:], degrees=True).as_matrix()[:, :, 2]
+    tool = rotation(pose[:, 3:]).as_matrix()[:, :, 2]
     tool = np.stack([np.interp(at_s, t_s, tool[:, k]) for k in range(3)], axis=1)
     speed = (np.gradient(place, STEP_S, axis=0) * tool).sum(axis=1)
     box = np.ones(int(round(GROUP_S / STEP_S)))
@@ -155,7 +143,7 @@ def tip_speed(t_s: np.ndarray, pose: np.ndarray, at_s: np.ndarray) -> np.ndarray
 
 def _tool_points(pose: np.ndarray) -> np.ndarray:
     """(T, 9) mm: the tip and points of the tool 100 mm behind and 30 mm beside it: what a camera sees of a turn."""
-    axes = Rotation.from_euler("XYZ", pose[:, 3:], degrees=True).as_matrix()
+    axes = rotation(pose[:, 3:]).as_matrix()
     return np.concatenate([pose[:, :3], pose[:, :3] - 100 * axes[:, :, 2], pose[:, :3] + 30 * axes[:, :, 0]], axis=1)
 
 
