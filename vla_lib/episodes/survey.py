@@ -33,6 +33,9 @@ NAS_MARKS = ("#", "@", "$")  # a NAS's own folders: #recycle, #snapshot, @eaDir,
 NAS_FOLDERS = {"lost+found", "system volume information"}
 OTHERS = {"__pycache__", "wandb", "images"}
 
+Remark = tuple[Path, str]  # what else was looked at, and why it is no episode
+Above = tuple[tuple[int, int], ...]  # device and inode of each folder above
+
 
 @dataclass
 class Survey:
@@ -41,7 +44,7 @@ class Survey:
     episodes: list[EpisodeFiles] = field(default_factory=list)  # sorted by path, copies included
     copies: dict[Path, Path] = field(default_factory=dict)
     """Folder of an episode whose recording is there twice -> folder of the one that is kept."""
-    remarks: list[tuple[Path, str]] = field(default_factory=list)  # what else was looked at: path, why it is no episode
+    remarks: list[Remark] = field(default_factory=list)
     unknown: list[str] = field(default_factory=list)  # sentences about datasets that no table names
 
 
@@ -64,7 +67,7 @@ def find_episodes(root: str | Path, dataset_dirs: Sequence[str | Path] = ()) -> 
 
 
 def _all(
-    root: Path, dataset_dirs: Sequence[str | Path], table: DatasetTable, remarks: list[tuple[Path, str]]
+    root: Path, dataset_dirs: Sequence[str | Path], table: DatasetTable, remarks: list[Remark]
 ) -> list[EpisodeFiles]:
     found: dict[str, EpisodeFiles] = {}
     for top in map(Path, dataset_dirs or (root,)):
@@ -111,7 +114,7 @@ def left_out(root: str | Path) -> str:
     return f"{reasons.total()} of {len(states)} prepared episodes: {words}" if words else ""
 
 
-def _prepared_below(folder: Path, above: tuple[tuple[int, int], ...]) -> list[Path]:
+def _prepared_below(folder: Path, above: Above) -> list[Path]:
     entries, above = _look(folder, above)
     inner = []
     for entry in entries:
@@ -141,9 +144,7 @@ def file_id(path: Path) -> str:
     return digest.hexdigest()[:32]
 
 
-def _look(
-    folder: Path, above: tuple[tuple[int, int], ...]
-) -> tuple[list[os.DirEntry[str]], tuple[tuple[int, int], ...]]:
+def _look(folder: Path, above: Above) -> tuple[list[os.DirEntry[str]], Above]:
     """The sorted entries of a folder, and the folders above and at it; no entries where a link leads in a circle."""
     status = folder.stat()
     here = (status.st_dev, status.st_ino)
@@ -162,9 +163,7 @@ def _passed_over(entry: os.DirEntry[str]) -> str:
     return " " if ours or any(os.path.exists(os.path.join(entry.path, mark)) for mark in CACHE_FOLDERS) else ""
 
 
-def _below(
-    folder: Path, base: Path, table: DatasetTable, above: tuple[tuple[int, int], ...], remarks: list[tuple[Path, str]]
-) -> list[EpisodeFiles]:
+def _below(folder: Path, base: Path, table: DatasetTable, above: Above, remarks: list[Remark]) -> list[EpisodeFiles]:
     try:
         entries, above = _look(folder, above)
         prepared = any(entry.name == DATA_NAME for entry in entries)
@@ -203,7 +202,7 @@ def _below(
 
 
 def _h5_episodes(
-    folder: Path, entries: Iterable[os.DirEntry[str]], base: Path, table: DatasetTable, remarks: list[tuple[Path, str]]
+    folder: Path, entries: Iterable[os.DirEntry[str]], base: Path, table: DatasetTable, remarks: list[Remark]
 ) -> list[EpisodeFiles]:
     found = []
     for entry in entries:
