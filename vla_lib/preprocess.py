@@ -259,10 +259,8 @@ def _print(reports: Sequence[Report], results: dict[str, Any]) -> None:
     for line in (*results["unknown_datasets"], *results["notes"]):
         print(line)
     rows = verdict_table(report.summary for report in reports).to_dict("records")  # worst first
-    words = [
-        f"{row['verdict']:<24} {row['episode']}  {row['valid']}/{row['steps']} steps  {row['reasons']}" for row in rows
-    ]
-    print(*_some(words), sep="\n")
+    line = "{verdict:<24} {episode}  {valid}/{steps} steps  {reasons}"
+    print(*_some([line.format(**row) for row in rows]), sep="\n")
     print(*_clock_lines(results["clocks"]), sep="\n")
     counts = f"{results['written']} written, {results['unchanged']} unchanged, {results['rejected']} rejected"
     counts += f", {results['excluded']} more excluded by marks" if results["excluded"] else ""

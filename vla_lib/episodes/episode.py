@@ -85,8 +85,7 @@ class Episode:
         if files.layout != "F0" and not files.sensor_files:
             findings.exclude("sensor", "there is no sensor file", left_out=True)
         if full_picture_check is not None:
-            frozen = frozen_spans(files.path, robot, sensor, pictures, findings)
-            robot.unknown = sorted([*robot.unknown, *frozen])
+            robot.unknown = sorted([*robot.unknown, *frozen_spans(files.path, robot, sensor, pictures, findings)])
         commands = read_commands(files.commands, robot.clock_lag_s or 0.0, findings)
         return cls(files, robot, sensor, pictures, clocks, findings, commands)
 

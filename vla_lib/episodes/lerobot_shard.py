@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -174,10 +174,8 @@ def _write_data(shard: Shard) -> list[dict[str, Stats]]:
     """Write the data file, a row group a part; the statistics of each part's columns."""
     parts = [_columns(shard, part) for part in shard.parts]
     tables = [pa.table({name: _arrow(values) for name, values in columns.items()}) for columns in parts]
-    with (
-        atomic_path(shard.out / shard.path("data", "parquet")) as path,
-        pq.ParquetWriter(path, tables[0].schema) as writer,
-    ):
+    path = shard.out / shard.path("data", "parquet")
+    with atomic_path(path) as partial, pq.ParquetWriter(partial, tables[0].schema) as writer:
         for table in tables:
             writer.write_table(table)
     return [{name: table_stats(values) for name, values in columns.items()} for columns in parts]
@@ -301,7 +299,10 @@ def total_stats(rows: Sequence[dict[str, Any]]) -> dict[str, Stats]:
 
 def _combined(each: Stats) -> Stats:
     counts = each["count"][:, 0]
-    mean = partial(np.average, axis=0, weights=counts)
+
+    def mean(values: np.ndarray) -> np.ndarray:
+        return np.asarray(np.average(values, axis=0, weights=counts))
+
     middle = mean(each["mean"])
     spread = mean(np.square(each["std"]) + np.square(each["mean"] - middle))
     found = {"min": each["min"].min(axis=0), "max": each["max"].max(axis=0), "count": counts.sum(keepdims=True)}

@@ -303,10 +303,8 @@ def _frozen(episode: Path, pictures: Pictures, sound: np.ndarray, robot: RobotLo
     frozen = np.zeros(len(pictures), bool)
     numbers = np.flatnonzero(sound)
     same_size = np.diff(pictures.sizes[numbers]) == 0
-    repeats = np.array(
-        [same and _same_bytes(episode, pictures, *numbers[k : k + 2]) for k, same in enumerate(same_size)]
-    )
-    for run in np.split(numbers, np.flatnonzero(~repeats.astype(bool)) + 1):
+    repeats = [same and _same_bytes(episode, pictures, *numbers[k : k + 2]) for k, same in enumerate(same_size)]
+    for run in np.split(numbers, np.flatnonzero(~np.array(repeats, bool)) + 1):
         if len(run) > 1 and pictures.t_s[run[-1]] - pictures.t_s[run[0]] >= FROZEN_S:
             pose, turned = interpolate(robot.t_s, robot.pose, pictures.t_s[run])
             moved = np.linalg.norm(pose[:, :3] - pose[0, :3], axis=1).max()

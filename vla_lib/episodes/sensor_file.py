@@ -122,8 +122,7 @@ class NpzFile:
             _read_header(packed)
             for start in range(0, member.shape[0], rows):
                 count = min(rows, member.shape[0] - start)
-                values = np.frombuffer(packed.read(count * row_bytes), member.dtype)
-                yield values.reshape(count, *member.shape[1:])
+                yield np.frombuffer(packed.read(count * row_bytes), member.dtype).reshape(count, *member.shape[1:])
 
 
 def _read_header(stream: Any) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
