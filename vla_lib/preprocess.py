@@ -260,7 +260,7 @@ def _print(reports: Sequence[Report], results: dict[str, Any]) -> None:
         print(line)
     rows = verdict_table(report.summary for report in reports).to_dict("records")  # worst first
     line = "{verdict:<24} {episode}  {valid}/{steps} steps  {reasons}"
-    print(*_some([line.format(**row) for row in rows]), sep="\n")
+    print(*_some([line.format_map(row) for row in rows]), sep="\n")
     print(*_clock_lines(results["clocks"]), sep="\n")
     counts = f"{results['written']} written, {results['unchanged']} unchanged, {results['rejected']} rejected"
     counts += f", {results['excluded']} more excluded by marks" if results["excluded"] else ""
