@@ -12,11 +12,10 @@ from fake_rig import CameraHost, SensorHost, free_port
 
 from vla_lib.core.errors import UserError
 from vla_lib.robots.cameras import OpenCvCamera, decode, open_cameras, zmq_name
-from vla_lib.robots.clocks import HostClock
 from vla_lib.robots.sensor import SensorStream
 from vla_lib.robots.settings import CameraSettings
 from vla_lib.robots.state_stream import StateStream
-from vla_lib.robots.tap import Frame, Samples, Tap
+from vla_lib.robots.streams import Frame, HostClock, Samples, Tap
 
 RED_LEFT = np.zeros((48, 64, 3), np.uint8)
 RED_LEFT[:, :32, 0], RED_LEFT[:, 32:, 2] = 220, 220

@@ -7,7 +7,6 @@ BGR, are turned. A picture's time is that right after its grab, on this host's c
 import contextlib
 import io
 import json
-import threading
 import time
 from collections.abc import Iterable, Mapping
 from datetime import timedelta
@@ -16,45 +15,23 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vla_lib.core.errors import UserError, in_words
+from vla_lib.core.errors import UserError
 from vla_lib.episodes.layouts import SERIALS
-from vla_lib.robots.clocks import Meter
 from vla_lib.robots.settings import CameraSettings
-from vla_lib.robots.tap import Frame, Tap
-
-RETRY_S = 1.0
+from vla_lib.robots.streams import Frame, Stream, Tap, needed
 
 
-class Source:
-    """Base of the sources: `_run` in a thread until `close`. Packages and devices are asked for before, in `_open`."""
+class Source(Stream):
+    """Base of the sources, which keep the newest picture of each view. Packages and devices are asked for at once."""
 
     def __init__(self, views: Iterable[str], tap: Tap):
-        self.meters = {view: Meter(view) for view in views}
+        super().__init__(views, tap)
         self._newest: dict[str, tuple[np.ndarray, float]] = {}
-        self._tap, self._lock = tap, threading.Lock()
-        self._running = True
-        self._thread = threading.Thread(target=self._guarded, name="-".join(self.meters), daemon=True)
 
     def newest(self) -> dict[str, tuple[np.ndarray, float]]:
         """View -> ((H, W, 3) uint8 RGB, time on this host's clock) of each view that has a picture."""
         with self._lock:
             return dict(self._newest)
-
-    def close(self) -> None:
-        """End the thread."""
-        self._running = False
-        if self._thread.ident:
-            self._thread.join(timeout=2.0)
-
-    def _guarded(self) -> None:
-        try:
-            self._run()
-        except Exception as error:  # a camera that fails is a stale view, with its reason in the table
-            for meter in self.meters.values():
-                meter.failure = in_words(error)
-
-    def _run(self) -> None:
-        raise NotImplementedError
 
     def _keep(self, view: str, rgb: np.ndarray, t_s: float) -> None:
         with self._lock:
@@ -82,11 +59,11 @@ class ZmqCameras(Source):
                 f"The cameras' port {port} cannot be bound ({error}); end the program that holds it, or correct "
                 "zmq_port."
             ) from None
-        self._poll = zmq.NOBLOCK
+        self._poll, self._release = zmq.NOBLOCK, self._socket.close
         self._thread.start()
 
     def _run(self) -> None:
-        while self._running:
+        while self._open:
             newest: dict[str, tuple[bytes, float]] = {}
             with contextlib.suppress(self._again):
                 self._understand(self._socket.recv_multipart(), newest)
@@ -97,21 +74,20 @@ class ZmqCameras(Source):
                     self._keep(view, decode(jpeg), t_s)
                 except (OSError, ValueError, SyntaxError):
                     self.meters[view].refused["broken pictures"] += 1
-        self._socket.close()
 
     def _understand(self, frames: list[bytes], newest: dict[str, tuple[bytes, float]]) -> None:
-        received_s, first = time.time(), next(iter(self.meters.values()))
+        received_s = time.time()
         try:
             header, jpeg = frames
             told = json.loads(header)
             name, stamp = str(told["camera"]).lower(), float(told["timestamp"])
         except (ValueError, KeyError, TypeError):
-            first.refused["messages of another form"] += 1
+            self.meter.refused["messages of another form"] += 1
             return
         view = self._cameras.get(name)
         if view is None:
             if not name.endswith("_right"):  # the right pictures of older hosts are no view of a policy
-                first.refused[f"pictures of {name[:40]}"] += 1
+                self.meter.refused[f"pictures of {name[:40]}"] += 1
             return
         meter = self.meters[view]
         if told.get("size", len(jpeg)) != len(jpeg):
@@ -134,7 +110,7 @@ class OpenCvCamera(Source):
         self._capture = self._cv2.VideoCapture(device)
         if not self._capture.isOpened():
             raise UserError(f"The camera of {view}, {settings.name}, cannot be opened; correct cameras.{view}.name.")
-        self._file_hz = 0.0
+        self._release, self._file_hz = self._capture.release, 0.0
         if isinstance(device, str) and not device.startswith("/dev/"):
             self._file_hz = self._capture.get(self._cv2.CAP_PROP_FPS) or settings.hz
         else:
@@ -145,8 +121,8 @@ class OpenCvCamera(Source):
         self._thread.start()
 
     def _run(self) -> None:
-        due_s, meter = time.monotonic(), self.meters[self.view]
-        while self._running:
+        due_s, meter = time.monotonic(), self.meter
+        while self._open:
             had, bgr = self._capture.read()
             t_s = time.time()
             if not had:
@@ -159,7 +135,6 @@ class OpenCvCamera(Source):
             due_s += 1 / (self._file_hz or self.settings.hz)
             if self._file_hz:  # a camera keeps its own rate
                 time.sleep(max(0.0, due_s - time.monotonic()))
-        self._capture.release()
 
 
 class DepthAiCamera(Source):
@@ -177,12 +152,13 @@ class DepthAiCamera(Source):
             output = camera.requestOutput(size, type=dai.ImgFrame.Type.BGR888p, fps=settings.hz)
             self._queue = output.createOutputQueue(maxSize=1, blocking=False)
             self._pipeline.start()
+            self._release = self._pipeline.stop
         except RuntimeError as error:
             raise UserError(f"The DepthAI camera of {view} cannot be opened ({error}); see cameras.{view}.") from None
         self._thread.start()
 
     def _run(self) -> None:
-        while self._running and self._pipeline.isRunning():
+        while self._open and self._pipeline.isRunning():
             frame = self._queue.tryGet()
             if frame is None:
                 time.sleep(0.002)
@@ -190,10 +166,9 @@ class DepthAiCamera(Source):
             received_s, waited = time.time(), self._dai.Clock.now() - frame.getTimestamp()
             t_s = received_s - max(waited, timedelta(0)).total_seconds()
             rgb = np.ascontiguousarray(frame.getCvFrame()[..., ::-1])
-            self.meters[self.view].took(received_s, t_s)
+            self.meter.took(received_s, t_s)
             self._keep(self.view, rgb, t_s)
             self._tap.give(Frame(self.view, t_s, None, rgb))
-        self._pipeline.stop()
 
 
 def open_cameras(cameras: Mapping[str, CameraSettings], zmq_port: int, tap: Tap) -> list[Source]:
@@ -225,13 +200,3 @@ def decode(jpeg: bytes) -> np.ndarray:
     """(H, W, 3) uint8 RGB. Raises OSError, ValueError or SyntaxError where it is no whole picture."""
     with Image.open(io.BytesIO(jpeg)) as picture:
         return np.array(picture.convert("RGB"))
-
-
-def needed(module: str, package: str) -> Any:
-    """The module. Raises UserError with the remedy where its package is not installed."""
-    import importlib
-
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        raise UserError(f"{package} is not installed; a robot needs it: pip install --editable '.[robot]'.") from None

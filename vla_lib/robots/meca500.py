@@ -13,11 +13,9 @@ from typing import Any
 import numpy as np
 
 from vla_lib.core.errors import UserError, in_words
-from vla_lib.robots.cameras import needed
-from vla_lib.robots.clocks import Meter
 from vla_lib.robots.kinematics import Reach
 from vla_lib.robots.settings import ArmSettings
-from vla_lib.robots.tap import Row, Tap
+from vla_lib.robots.streams import Meter, Row, Tap, needed
 
 MONITORING_S = 0.005  # the controller's default is 16.7 ms
 FOLLOW_S = 0.008  # how often the client's copy is read: rows come at about 100 Hz

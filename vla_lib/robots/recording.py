@@ -33,7 +33,7 @@ from vla_lib.core.files import append_jsonl, atomic_path, make_folder, read_json
 from vla_lib.episodes.datasets import TABLE_NAME, DatasetTable
 from vla_lib.episodes.layouts import SERIALS
 from vla_lib.robots.lab_robot import LabRobot
-from vla_lib.robots.tap import Frame, Row, Samples
+from vla_lib.robots.streams import Frame, Row, Samples
 from vla_lib.runtime.robot_io import Observation
 from vla_lib.runtime.run_log import RunLog, Tick
 

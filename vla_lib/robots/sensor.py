@@ -6,14 +6,12 @@ record, or `<I` n and n of them. One that is neither is counted by its length, n
 
 import contextlib
 import socket
-import threading
 import time
 
 import numpy as np
 
 from vla_lib.core.errors import UserError
-from vla_lib.robots.clocks import Meter
-from vla_lib.robots.tap import Samples, Tap
+from vla_lib.robots.streams import Samples, Stream, Tap
 
 RECORD = np.dtype([("sample_s", "<f8"), ("sent_s", "<f8"), ("sample", "<f4", 1026)])
 KEPT = 1400  # samples at most that wait to be read: two seconds
@@ -28,12 +26,11 @@ def parse(datagram: bytes) -> np.ndarray | None:
     return np.frombuffer(datagram, RECORD, offset=4) if count and len(datagram) == 4 + size * count else None
 
 
-class SensorStream:
+class SensorStream(Stream):
     """Receives in a thread; `take` hands over what came since the last call."""
 
     def __init__(self, host: str, port: int, tap: Tap):
-        self.meter = Meter("sensor")
-        self._tap, self._lock = tap, threading.Lock()
+        super().__init__(["sensor"], tap)
         self._waiting: list[tuple[np.ndarray, np.ndarray]] = []
         self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 22)
@@ -47,8 +44,7 @@ class SensorStream:
                 "sensor.port."
             ) from None
         self.port: int = self._socket.getsockname()[1]
-        self._open = True
-        self._thread = threading.Thread(target=self._receive, name="sensor", daemon=True)
+        self._release = self._socket.close
         self._thread.start()
 
     def take(self) -> tuple[np.ndarray, np.ndarray]:
@@ -60,23 +56,10 @@ class SensorStream:
         samples, times = (np.concatenate(part)[-KEPT:] for part in zip(*waiting, strict=True))
         return samples, times
 
-    def close(self) -> None:
-        """End the thread."""
-        self._open = False
-        self._thread.join(timeout=1.0)
-        self._socket.close()
-
-    def _receive(self) -> None:
+    def _run(self) -> None:
         while self._open:
             with contextlib.suppress(TimeoutError):
-                try:
-                    datagram = self._socket.recv(1 << 16)
-                except TimeoutError:
-                    raise
-                except OSError as error:
-                    self.meter.failure = str(error)
-                    return
-                self._understand(datagram, time.time())
+                self._understand(self._socket.recv(1 << 16), time.time())
 
     def _understand(self, datagram: bytes, received_s: float) -> None:
         records = parse(datagram)

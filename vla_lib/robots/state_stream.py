@@ -6,26 +6,22 @@ Topic `episode_end`: the other host has ended an episode.
 
 import contextlib
 import struct
-import threading
 import time
 
 import numpy as np
 
-from vla_lib.core.errors import UserError, in_words
-from vla_lib.robots.cameras import needed
-from vla_lib.robots.clocks import Meter
-from vla_lib.robots.tap import Row, Tap
+from vla_lib.core.errors import UserError
+from vla_lib.robots.streams import Row, Stream, Tap, needed
 
 STATE = struct.Struct("<ddf12f")
 
 
-class StateStream:
+class StateStream(Stream):
     """Receives in a thread; `newest` gives the state (12,) and its time on this host's clock, None before the first."""
 
     def __init__(self, address: str, tap: Tap):
-        self.meter = Meter("robot state")
+        super().__init__(["robot state"], tap)
         self.episodes_ended = 0
-        self._tap = tap
         self._newest: tuple[np.ndarray, float] | None = None
         zmq = needed("zmq", "pyzmq")
         self._again = zmq.Again
@@ -34,8 +30,7 @@ class StateStream:
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.subscribe(b"")
         self._socket.connect(address if "://" in address else f"tcp://{address}")
-        self._open = True
-        self._thread = threading.Thread(target=self._receive, name="robot state", daemon=True)
+        self._release = self._socket.close
         self._thread.start()
 
     def newest(self) -> tuple[np.ndarray, float] | None:
@@ -56,22 +51,10 @@ class StateStream:
     def stop(self) -> None:
         """Nothing: what was never driven needs no stop."""
 
-    def close(self) -> None:
-        """End the thread."""
-        self._open = False
-        self._thread.join(timeout=1.0)
-
-    def _receive(self) -> None:
+    def _run(self) -> None:
         while self._open:
             with contextlib.suppress(self._again):
-                try:
-                    self._understand(self._socket.recv_multipart(), time.time())
-                except self._again:
-                    raise
-                except Exception as error:
-                    self.meter.failure = in_words(error)
-                    break
-        self._socket.close()
+                self._understand(self._socket.recv_multipart(), time.time())
 
     def _understand(self, frames: list[bytes], received_s: float) -> None:
         if frames[0] == b"episode_end":

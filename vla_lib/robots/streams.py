@@ -1,15 +1,20 @@
-"""Clocks of other hosts while messages arrive, and what is told of a stream: rate, age, offset, what was refused.
+"""Streams of the rig's hosts: their clocks, what is told of each, a thread that receives, what a recorder is given.
 
 Offset of a sender = least (received - sent), that is its clock's offset plus the least transport, kept over some
 seconds. A stamp moved by it never lies after its arrival; one from a clock that jumps ahead does, and is left there.
 """
 
+import importlib
+import threading
 import time
 from collections import Counter, deque
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
+
+from vla_lib.core.errors import UserError, in_words
 
 T = TypeVar("T", float, np.ndarray)
 
@@ -97,3 +102,91 @@ class Meter:
             "refused": ", ".join(f"{count} {what}" for what, count in self.refused.items()),
             "fault": self.failure or (f"{self.clock.jumps} stamped ahead" if self.clock.jumps else ""),
         }
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One picture of a view: JPEG as the camera's host made it, or (H, W, 3) RGB that is still to be packed."""
+
+    view: str
+    t_s: float  # this host's clock
+    jpeg: bytes | None
+    rgb: np.ndarray | None
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Samples of the sensor: times (n,) on this host's clock, send times (n,) on the sensor's, values (n, 1026)."""
+
+    t_s: np.ndarray
+    sent_s: np.ndarray
+    samples: np.ndarray
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of the robot's log: received and origin on this host's clock, sent as stamped; (6,) deg, (6,) mm, deg."""
+
+    received_s: float
+    origin_s: float
+    sent_s: float
+    joints: np.ndarray
+    pose: np.ndarray
+
+
+class Tap:
+    """Where streams give their items; nothing happens with them until somebody `listen`s."""
+
+    def __init__(self) -> None:
+        self._listener: Callable[[Frame | Samples | Row], None] | None = None
+
+    def listen(self, listener: Callable[[Frame | Samples | Row], None] | None) -> None:
+        """From now on items go to `listener`, which must be quick; None: to nobody."""
+        self._listener = listener
+
+    def give(self, item: Frame | Samples | Row) -> None:
+        """Hand over an item."""
+        if listener := self._listener:
+            listener(item)
+
+
+class Stream:
+    """Base of what receives in a thread of its own, until `close`: `_run`, and at its end `_release`.
+
+    `meters`: of each stream in it, by name; an error that ends the thread is their failure.
+    """
+
+    _release: Callable[[], Any]
+
+    def __init__(self, names: Iterable[str], tap: Tap):
+        self.meters = {name: Meter(name) for name in names}
+        self.meter = next(iter(self.meters.values()))
+        self._tap, self._lock, self._open = tap, threading.Lock(), True
+        self._thread = threading.Thread(target=self._guarded, name="-".join(self.meters), daemon=True)
+
+    def close(self) -> None:
+        """End the thread."""
+        self._open = False
+        if self._thread.ident:
+            self._thread.join(timeout=2.0)
+
+    def _guarded(self) -> None:
+        try:
+            try:
+                self._run()
+            finally:
+                self._release()
+        except Exception as error:  # a camera that fails is a stale view, with its reason in the table
+            for meter in self.meters.values():
+                meter.failure = in_words(error)
+
+    def _run(self) -> None:
+        raise NotImplementedError
+
+
+def needed(module: str, package: str) -> Any:
+    """The module. Raises UserError with the remedy where its package is not installed."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise UserError(f"{package} is not installed; a robot needs it: pip install --editable '.[robot]'.") from None
