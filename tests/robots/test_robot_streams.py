@@ -11,10 +11,10 @@ import zmq
 from fake_rig import CameraHost, SensorHost, free_port
 
 from vla_lib.core.errors import UserError
+from vla_lib.robots.arm import StateStream
 from vla_lib.robots.cameras import OpenCvCamera, decode, open_cameras, zmq_name
 from vla_lib.robots.sensor import SensorStream
 from vla_lib.robots.settings import CameraSettings
-from vla_lib.robots.state_stream import StateStream
 from vla_lib.robots.streams import Frame, HostClock, Samples, Tap
 
 RED_LEFT = np.zeros((48, 64, 3), np.uint8)

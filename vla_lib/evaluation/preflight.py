@@ -21,8 +21,8 @@ from vla_lib.episodes.poses import rotation_angle_deg
 from vla_lib.episodes.prepared import PreparedEpisode, load_used
 from vla_lib.evaluation.judged import read_judged
 from vla_lib.evaluation.rehearsal import Pilot
+from vla_lib.robots.arm import Meca500
 from vla_lib.robots.lab_robot import LabRobot
-from vla_lib.robots.meca500 import Meca500
 from vla_lib.runtime import safety
 from vla_lib.runtime.robot_io import Observation
 from vla_lib.runtime.run_log import RunLog

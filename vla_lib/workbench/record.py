@@ -9,10 +9,10 @@ from typing import Any
 import pandas as pd
 
 from vla_lib.core.errors import UserError
+from vla_lib.robots.arm import StateStream
 from vla_lib.robots.lab_robot import LabRobot
 from vla_lib.robots.recording import Recording, enter, judge
 from vla_lib.robots.settings import RobotSettings
-from vla_lib.robots.state_stream import StateStream
 from vla_lib.workbench.notebook import shown
 
 TOLD_EVERY_S = 2.0

@@ -1,10 +1,12 @@
-"""The Meca500 through mecademicpy 3: its state by its own stamps, motions of one period, one stop.
+"""The arm: a Meca500 through mecademicpy 3 (its state by its own stamps, motions of one period, one stop), or its state
+from the host that owns it.
 
 Connecting moves nothing, and neither activates nor homes: a person does that on the arm's web page, and sets there what
 the controller is to guard (torque limits, work zone). `begin` opens a run, `stop` ends it.
 """
 
 import contextlib
+import struct
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +17,7 @@ import numpy as np
 from vla_lib.core.errors import UserError, in_words
 from vla_lib.robots.kinematics import Reach
 from vla_lib.robots.settings import ArmSettings
-from vla_lib.robots.streams import Meter, Row, Tap, needed
+from vla_lib.robots.streams import Meter, Row, Stream, Tap, needed
 
 MONITORING_S = 0.005  # the controller's default is 16.7 ms
 FOLLOW_S = 0.008  # how often the client's copy is read: rows come at about 100 Hz
@@ -30,6 +32,7 @@ READ_BACK = (
     ("work zone limits (mm)", "GetWorkZoneLimits"),
     ("tool sphere (mm)", "GetToolSphere"),
 )
+STATE = struct.Struct("<ddf12f")
 
 
 class RobotFault(RuntimeError):
@@ -119,7 +122,6 @@ class Meca500:
         try:
             asked.result(STOP_S + 0.1)
         except Exception as error:
-            self._driving = False
             raise RobotFault(f"the arm did not confirm the stop ({in_words(error)})") from None
         if was_driving and self.watches and self._refresh.acquire(timeout=0.05):
             self.robot.ConnectionWatchdog(0)
@@ -197,3 +199,61 @@ class Meca500:
         self._tap.give(Row(received_s, stamp_s, sent_s, values[:6], values[6:]))
 
     _sent_s = -1.0
+
+
+class StateStream(Stream):
+    """The state where another host owns the arm: its ZMQ PUB stream. It can be watched and recorded, not driven.
+
+    Topic `robot_state`, then `<ddf12f`, 68 bytes: origin time, send time, force (always 0), joints (deg), pose (mm,
+    deg). Topic `episode_end`: the other host has ended an episode.
+    """
+
+    def __init__(self, address: str, tap: Tap):
+        super().__init__(["robot state"], tap)
+        self.episodes_ended = 0
+        self._newest: tuple[np.ndarray, float] | None = None
+        zmq = needed("zmq", "pyzmq")
+        self._again = zmq.Again
+        self._socket = zmq.Context.instance().socket(zmq.SUB)
+        self._socket.setsockopt(zmq.RCVTIMEO, 200)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.subscribe(b"")
+        self._socket.connect(address if "://" in address else f"tcp://{address}")
+        self._release = self._socket.close
+        self._thread.start()
+
+    def newest(self) -> tuple[np.ndarray, float] | None:
+        """The newest state (12,) and its time on this host's clock; None before the first."""
+        return self._newest
+
+    def begin(self, period_s: float) -> None:
+        """Raises UserError: this arm is another host's."""
+        raise UserError("Another host owns this arm (arm.source: state stream): it can be watched, not driven.")
+
+    def send_action(self, action: np.ndarray) -> None:
+        """As `begin`."""
+        self.begin(0.0)
+
+    def check(self) -> None:
+        """Nothing: only its age tells whether the arm's host lives."""
+
+    def stop(self) -> None:
+        """Nothing: what was never driven needs no stop."""
+
+    def _run(self) -> None:
+        while self._open:
+            with contextlib.suppress(self._again):
+                self._understand(self._socket.recv_multipart(), time.time())
+
+    def _understand(self, frames: list[bytes], received_s: float) -> None:
+        if frames[0] == b"episode_end":
+            self.episodes_ended += 1
+        elif len(frames) != 2 or frames[0] != b"robot_state" or len(frames[1]) != STATE.size:
+            self.meter.refused["messages of another form"] += 1
+        else:
+            origin, sent, _force, *state = STATE.unpack(frames[1])
+            self.meter.clock.arrived(received_s, sent)
+            values, origin_s = np.array(state), self.meter.clock.local(origin)
+            self._newest = values, origin_s
+            self.meter.took(received_s, origin_s)
+            self._tap.give(Row(received_s, origin_s, sent, values[:6], values[6:]))
