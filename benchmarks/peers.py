@@ -36,8 +36,7 @@ from vla_lib.core.files import read_json, write_json
 from vla_lib.core.settings import Settings, settings
 from vla_lib.episodes.lerobot_export import ExportSettings, export
 from vla_lib.evaluation.closed_loop import ClosedLoop, closed_loop, unseen_seeds
-from vla_lib.evaluation.metrics import open_loop_metrics
-from vla_lib.evaluation.open_loop import evaluate_open_loop
+from vla_lib.evaluation.open_loop import evaluate_open_loop, open_loop_metrics
 from vla_lib.evaluation.rollout import rig_of, rig_settings, run_on_rig
 from vla_lib.evaluation.settings import RolloutSettings
 from vla_lib.evaluation.sim_robot import make_rig, prepare_gl, sim_limits

@@ -16,7 +16,7 @@ from vla_lib.core.pool import WorkerDied
 from vla_lib.evaluation import closed_loop as closed
 from vla_lib.evaluation import rollout as rollouts
 from vla_lib.evaluation.closed_loop import closed_loop_table, failure_table, pair_table
-from vla_lib.evaluation.metrics import open_loop_metrics
+from vla_lib.evaluation.open_loop import open_loop_metrics
 from vla_lib.evaluation.rollout import Moment, run_on_rig
 from vla_lib.evaluation.settings import RolloutSettings
 from vla_lib.evaluation.sim_robot import SimRobot, sim_limits

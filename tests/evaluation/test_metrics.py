@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vla_lib.evaluation.metrics import baseline_chunks, open_loop_metrics
+from vla_lib.evaluation.open_loop import baseline_chunks, open_loop_metrics
 
 
 def chunks(seed: int = 0, samples: int = 40) -> tuple[np.ndarray, np.ndarray]:

@@ -18,9 +18,8 @@ from vla_lib.core.errors import UserError
 from vla_lib.core.files import read_json, read_jsonl
 from vla_lib.episodes.survey import survey
 from vla_lib.evaluation import deployment, preflight
-from vla_lib.evaluation.closed_loop import ClosedLoop
+from vla_lib.evaluation.closed_loop import ClosedLoop, judged_file, write_judged
 from vla_lib.evaluation.deployment import PERSON, Deployment, DeploySettings
-from vla_lib.evaluation.judged import judged_file, write_judged
 from vla_lib.evaluation.preflight import histogram, look, rig_checks
 from vla_lib.evaluation.rehearsal import Hooks, Pilot, make_extractor
 from vla_lib.evaluation.rollout import Moment, expert_of

@@ -5,14 +5,16 @@ found = closed_loop({"async": RolloutSettings(checkpoint), "async, no VL": Rollo
 unseen_seeds(100))
     found["async"].summary()
 
-Rollouts run in fresh processes: no GL context and no thread of the caller is shared with them.
+Rollouts run in fresh processes: no GL context and no thread of the caller is shared with them. How a checkpoint was
+judged is kept beside it (`NAME.judged.json`): deployment takes execution, chunk steps, denoising steps and the greatest
+age of VL features from there, unless a person says otherwise.
 """
 
 import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +24,19 @@ import torch
 from scipy.stats import binomtest
 
 from vla_lib.core.errors import UserError
-from vla_lib.core.files import read_json
+from vla_lib.core.files import file_checksum, read_json, write_json
 from vla_lib.core.pool import WorkerDied, run_jobs
 from vla_lib.core.progress import Progress
-from vla_lib.evaluation.rollout import rollout
-from vla_lib.evaluation.settings import RolloutSettings
+from vla_lib.evaluation.rollout import rig_limits, rollout
+from vla_lib.evaluation.settings import ClosedLoopSettings, RolloutSettings
 from vla_lib.evaluation.sim_robot import LATERAL_TOLERANCE_MM, MANIFEST, check_drawing, prepare_gl
+from vla_lib.policy.config import PolicyConfig
 from vla_lib.runtime.run_log import distribution
+from vla_lib.training.checkpoint import read_checkpoint
 
 FIRST_SEED = 7_000_000  # reported seeds begin here; recordings draw theirs from 62 bits
 TUNING_SEED = 8_000_000  # for choosing between variants, so that the reported ones stay unseen
+FIGURES = ("rollouts", "successes", "success_rate", "interval_95")
 
 
 @dataclass(frozen=True)
@@ -192,22 +197,18 @@ def closed_loop_table(found: Mapping[str, ClosedLoop]) -> pd.DataFrame:
 def failure_table(loop: ClosedLoop) -> pd.DataFrame:
     """Failures of one variant that are alike, the most frequent first: reason, side of the target on which the needle
     ended (base frame), how many; medians of lateral and depth error (mm) and of the peak force (mN); the seeds."""
-    alike: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for row in loop.rollouts:
-        if not row["success"]:
-            alike.setdefault((row["reason"], _side(row)), []).append(row)
-    return pd.DataFrame(
-        {
-            "reason": reason,
-            "side": side,
-            "rollouts": len(rows),
-            "lateral (mm)": float(np.median([row["lateral_mm"] for row in rows])),
-            "depth error (mm)": float(np.median([row["depth_error_mm"] for row in rows])),
-            "force (mN)": float(np.median([row["peak_force_mN"] for row in rows])),
-            "seeds": ", ".join(str(row["seed"]) for row in rows),
-        }
-        for (reason, side), rows in sorted(alike.items(), key=lambda entry: -len(entry[1]))
+    failed = [row | {"seed": str(row["seed"]), "side": _side(row)} for row in loop.rollouts if not row["success"]]
+    medians = {"lateral (mm)": "lateral_mm", "depth error (mm)": "depth_error_mm", "force (mN)": "peak_force_mN"}
+    table = (
+        pd.DataFrame(failed, columns=["reason", "side", "seed", *medians.values()])
+        .groupby(["reason", "side"], sort=False)
+        .agg(
+            rollouts=("seed", "size"),
+            **{title: (name, "median") for title, name in medians.items()},
+            seeds=("seed", ", ".join),
+        )
     )
+    return table.sort_values("rollouts", ascending=False, kind="stable").reset_index()
 
 
 def _side(row: Mapping[str, Any]) -> str:
@@ -274,3 +275,30 @@ def _begin() -> None:
 
 def _rollout(job: tuple[RolloutSettings, int, int]) -> dict[str, Any]:
     return rollout(*job)
+
+
+# ---------------------------------------------------------------- the judgement beside a checkpoint
+
+
+def judged_file(checkpoint: Path) -> Path:
+    """Where a checkpoint's judgement lies."""
+    return checkpoint.with_suffix(".judged.json")
+
+
+def write_judged(checkpoint: Path, loop: ClosedLoop, vlm_latency_ms: float) -> None:
+    """Keep the settings, limits and figures of its closed loop; `vlm_latency_ms`: the delay that it ran with."""
+    settings: RolloutSettings = loop.settings
+    config = PolicyConfig.from_dict(read_checkpoint(checkpoint)["policy_config"])
+    record: dict[str, Any] = {one.name: getattr(settings, one.name) for one in fields(ClosedLoopSettings)}
+    limits = rig_limits(config, vlm_latency_ms, settings.vlm_jitter_ms)
+    record |= {"vlm_latency_ms": vlm_latency_ms, "limits": vars(limits)}
+    record |= {name: value for name, value in loop.summary().items() if name in FIGURES}
+    write_json(judged_file(checkpoint), record | {"checkpoint_checksum": file_checksum(checkpoint)})
+
+
+def read_judged(checkpoint: Path) -> dict[str, Any]:
+    """The judgement of this very file; empty where there is none, or it is another file's. Raises UserError where it
+    cannot be read."""
+    path = judged_file(checkpoint)
+    record: dict[str, Any] = read_json(path) if path.is_file() else {}
+    return record if record.get("checkpoint_checksum") == file_checksum(checkpoint) else {}

@@ -18,7 +18,7 @@ from annotated_types import Gt
 from vla_lib.core.errors import UserError
 from vla_lib.core.run_folder import runs_root
 from vla_lib.core.settings import Settings, settings
-from vla_lib.evaluation.judged import read_judged
+from vla_lib.evaluation.closed_loop import read_judged
 from vla_lib.evaluation.preflight import PERSON, Check, Seen, as_record, dry_checks, look, rig_checks
 from vla_lib.evaluation.rehearsal import Hooks, LoopProcess, Pilot
 from vla_lib.evaluation.settings import RolloutSettings

@@ -15,11 +15,12 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from scipy.spatial.transform import Rotation
 
 from vla_lib.core.errors import UserError
-from vla_lib.episodes.poses import rotation_angle_deg
+from vla_lib.episodes.poses import pose_to_matrix
 from vla_lib.episodes.prepared import PreparedEpisode, load_used
-from vla_lib.evaluation.judged import read_judged
+from vla_lib.evaluation.closed_loop import read_judged
 from vla_lib.evaluation.rehearsal import Pilot
 from vla_lib.robots.arm import Meca500
 from vla_lib.robots.lab_robot import LabRobot
@@ -246,9 +247,9 @@ def _arm(robot: LabRobot, seen: Seen) -> list[Check]:
         words = "the firmware does not tell" if holds is None else f"controller {holds}"
         checks.append(Check(f"{name} as in robot.yaml", same, f"{words}; robot.yaml {list(told)}"))
     tip = arm.reach.tip(state[:6])
-    off_mm = float(np.linalg.norm(tip[:3, 3] - state[6:9]))
-    angles = np.concatenate([np.zeros(3), _euler(tip[:3, :3])])
-    off_deg = float(rotation_angle_deg(angles, np.concatenate([np.zeros(3), state[9:]])))
+    told = pose_to_matrix(state[6:])
+    off_mm = float(np.linalg.norm(tip[:3, 3] - told[:3, 3]))
+    off_deg = float(np.degrees(Rotation.from_matrix(tip[:3, :3].T @ told[:3, :3]).magnitude()))
     words = f"{off_mm:.2f} mm and {off_deg:.2f} deg apart"
     checks.append(Check("pose is the joints' own, mm and degrees", off_mm <= SAME_MM and off_deg <= SAME_DEG, words))
     near = min(arm.reach.distances(state[:6]).items(), key=lambda one: one[1])
@@ -260,14 +261,6 @@ def _arm(robot: LabRobot, seen: Seen) -> list[Check]:
     words = "; ".join(f"{name}: {value}" for name, value in facts.items())
     checks.append(Check("controller's limits read back", True if known else None, words))
     return checks
-
-
-def _euler(turn: np.ndarray) -> np.ndarray:
-    from scipy.spatial.transform import Rotation
-
-    from vla_lib.episodes.poses import euler_deg
-
-    return np.asarray(euler_deg(Rotation.from_matrix(turn))[0])
 
 
 def _place(seen: Seen, limits: SafetyLimits) -> list[Check]:

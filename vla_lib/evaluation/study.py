@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from vla_lib.evaluation.closed_loop import (
+    FIGURES,
     FIRST_SEED,
     TUNING_SEED,
     ClosedLoop,
@@ -25,8 +26,8 @@ from vla_lib.evaluation.closed_loop import (
     over_trainings,
     recipe_of,
     unseen_seeds,
+    write_judged,
 )
-from vla_lib.evaluation.judged import write_judged
 from vla_lib.evaluation.open_loop import OpenLoop, evaluate_open_loop, inputs_of
 from vla_lib.evaluation.rollout import dataset_of, rig_settings
 from vla_lib.evaluation.settings import ClosedLoopSettings, EvaluateSettings, RolloutSettings
@@ -63,8 +64,7 @@ class Study:
         record = {"name": self.first, **each.pop(self.first), "compared_with": each}
         if self.closed_loop:
             main = self.closed_loop[self.first]
-            plain = ("rollouts", "successes", "success_rate", "interval_95")
-            record |= {name: figure for name, figure in main.summary().items() if name in plain}
+            record |= {name: figure for name, figure in main.summary().items() if name in FIGURES}
             record["closed_loop"] = {name: found.results() for name, found in self.closed_loop.items()}
             record["recipes"] = over_trainings(self.closed_loop)
             record["pairs"] = {

@@ -6,8 +6,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from vla_lib.evaluation.metrics import DIMENSIONS, UNITS
-from vla_lib.evaluation.open_loop import OpenLoop
+from vla_lib.evaluation.open_loop import DIMENSIONS, UNITS, OpenLoop
 from vla_lib.workbench.plots.style import COLOURS, Panels, diagonal, legend, nth, panels, plot
 
 Metrics = Mapping[str, Mapping[str, Any]]
