@@ -3,6 +3,7 @@
 import dataclasses
 import pickle
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -22,7 +23,7 @@ from vla_lib.policy.normaliser import Normaliser
 from vla_lib.training import reporting
 from vla_lib.training.data import prepare_data, split_episodes
 from vla_lib.training.samples import SampleSet, batches, training_statistics
-from vla_lib.training.schedule import EpochPlan, draw_epoch
+from vla_lib.training.schedule import Schedule, draw_epoch, plan
 from vla_lib.training.settings import AsyncSettings
 from vla_lib.workbench import training_preflight
 
@@ -69,9 +70,7 @@ def test_weight_three_is_drawn_three_times_as_often(mixed, world):
     names = np.array([data.train.episodes[e].dataset for e in data.train.episode])
     table = {row["dataset"]: row["share"] for row in data.weights_table()}
     for rank in range(world):  # in each for itself
-        drawn = np.concatenate(
-            [m.indices[m.counts > 0] for step in EpochPlan(draws, 4, 2, rank, world).steps() for m in step]
-        )
+        drawn = np.concatenate([m.indices[m.counts > 0] for step in plan(draws, 4, 2, rank, world) for m in step])
         assert len(drawn) == 60_000 / world
         count = np.bincount(drawn, minlength=len(data.train))
         rate = {name: count[names == name].mean() for name in np.unique(names)}
@@ -107,7 +106,7 @@ def test_a_task_has_a_weight_of_its_own(tmp_path):
 
 def test_trap_12_ranks_draw_different_samples():
     draws = draw_epoch(np.ones(10_000), 4_000, seed=0, epoch=0)
-    own = [np.concatenate([m.indices for s in EpochPlan(draws, 4, 2, r, 4).steps() for m in s]) for r in range(4)]
+    own = [np.concatenate([m.indices for s in plan(draws, 4, 2, r, 4) for m in s]) for r in range(4)]
     for a in range(4):
         for b in range(a):
             assert np.mean(own[a] == own[b]) < 0.01
@@ -118,9 +117,9 @@ def test_trap_12_ranks_draw_different_samples():
 def test_trap_23_every_draw_is_used_once_in_order_by_any_number_of_ranks(count, batch, accum, world, data):
     draws = np.arange(count)
     position = data.draw(st.integers(0, count))
-    plans = [list(EpochPlan(draws, batch, accum, r, world, position).steps()) for r in range(world)]
-    assert len({tuple(len(step) for step in plan) for plan in plans}) == 1  # all ranks run as many forward passes
-    assert all(len(m.indices) == batch for plan in plans for step in plan for m in step)
+    plans = [plan(draws[position:], batch, accum, r, world) for r in range(world)]
+    assert len({tuple(len(step) for step in steps) for steps in plans}) == 1  # all ranks run as many forward passes
+    assert all(len(m.indices) == batch for steps in plans for step in steps for m in step)
     used = [
         i
         for steps in zip(*plans, strict=True)
@@ -130,15 +129,16 @@ def test_trap_23_every_draw_is_used_once_in_order_by_any_number_of_ranks(count, 
         if c
     ]
     assert used == list(range(position, count))
-    assert len(plans[0]) == len(EpochPlan(draws, batch, accum, 0, world, position))
+    schedule = Schedule(AsyncSettings(batch_size=batch, grad_accum_steps=accum, epochs=1), np.ones(count), 0, world)
+    assert len(plans[0]) == schedule.steps_left(SimpleNamespace(step=0, epoch=0, position=position))
     shared = [i for step in plans[0] for m in step for i in m.shared]
     assert shared == used
 
 
 def test_two_ranks_of_a_batch_see_what_one_rank_of_twice_the_batch_sees():
     draws = np.arange(37)
-    one = [np.concatenate([m.indices[m.counts > 0] for m in s]) for s in EpochPlan(draws, 6, 2).steps()]
-    halves = [list(EpochPlan(draws, 3, 2, r, 2).steps()) for r in range(2)]
+    one = [np.concatenate([m.indices[m.counts > 0] for m in s]) for s in plan(draws, 6, 2)]
+    halves = [plan(draws, 3, 2, r, 2) for r in range(2)]
     for k, whole in enumerate(one):
         parts = np.concatenate([m.indices[m.counts > 0] for half in halves for m in half[k]])
         assert sorted(parts) == sorted(whole)

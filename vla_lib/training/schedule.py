@@ -8,7 +8,6 @@ optimiser step; the last step of an epoch takes what is left (missing places are
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,34 +42,18 @@ class MicroBatch:
     size: int  # world * batch_size
 
 
-@dataclass(frozen=True)
-class EpochPlan:
-    """The optimiser steps of one epoch from `position` (draws already used) on, as one process sees them."""
+def plan(draws: np.ndarray, batch_size: int, accum: int, rank: int = 0, world: int = 1) -> list[list[MicroBatch]]:
+    """The micro-batches of each optimiser step over `draws`, as one process of `world` sees them."""
+    size, offset = batch_size * world, rank * batch_size
+    own = slice(offset, offset + batch_size)
 
-    draws: np.ndarray
-    batch_size: int
-    accum: int
-    rank: int = 0
-    world: int = 1
-    position: int = 0
-
-    def __len__(self) -> int:
-        """Number of optimiser steps left."""
-        return -(-(len(self.draws) - self.position) // (self.batch_size * self.accum * self.world))
-
-    def steps(self) -> Iterator[list[MicroBatch]]:
-        """The micro-batches of each optimiser step."""
-        size = self.batch_size * self.world
-        for start in range(self.position, len(self.draws), size * self.accum):
-            step = self.draws[start : start + size * self.accum]
-            yield [self._micro(step[k : k + size], size) for k in range(0, len(step), size)]
-
-    def _micro(self, shared: np.ndarray, size: int) -> MicroBatch:
+    def micro(shared: np.ndarray) -> MicroBatch:
         full = np.concatenate([shared, np.repeat(shared[-1:], size - len(shared))])
-        offset = self.rank * self.batch_size
-        own = slice(offset, offset + self.batch_size)
         counts = (np.arange(size) < len(shared)).astype(np.float32)
         return MicroBatch(full[own], counts[own], shared, offset, size)
+
+    steps = [draws[start : start + size * accum] for start in range(0, len(draws), size * accum)]
+    return [[micro(step[k : k + size]) for k in range(0, len(step), size)] for step in steps]
 
 
 @dataclass(frozen=True)
@@ -82,24 +65,21 @@ class Schedule:
     rank: int = 0
     world: int = 1
 
-    def plan(self, epoch: int, position: int) -> EpochPlan:
-        """What is left of an epoch."""
-        s = self.settings
-        draws = draw_epoch(self.weights, len(self.weights), s.seed, epoch)
-        return EpochPlan(draws, s.batch_size, s.grad_accum_steps, self.rank, self.world, position)
-
     def steps(self, state: TrainState) -> list[list[MicroBatch]]:
         """The optimiser steps to the end of the state's epoch, or of the run."""
-        steps = list(self.plan(state.epoch, state.position).steps())
-        return steps[: max(0, self.settings.max_steps - state.step)] if self.settings.max_steps else steps
+        s = self.settings
+        left = draw_epoch(self.weights, len(self.weights), s.seed, state.epoch)[state.position :]
+        steps = plan(left, s.batch_size, s.grad_accum_steps, self.rank, self.world)
+        return steps[: max(0, s.max_steps - state.step)] if s.max_steps else steps
 
     def steps_left(self, state: TrainState) -> int:
         """Optimiser steps to the end of the run, taken by as many processes as there are now."""
         s = self.settings
         if s.max_steps:
             return max(0, s.max_steps - state.step)
-        whole = max(0, s.epochs - state.epoch - 1) * len(self.plan(0, 0))
-        return whole + (len(self.plan(state.epoch, state.position)) if state.epoch < s.epochs else 0)
+        draws, size = len(self.weights), s.batch_size * s.grad_accum_steps * self.world
+        whole = max(0, s.epochs - state.epoch - 1) * math.ceil(draws / size)
+        return whole + (math.ceil((draws - state.position) / size) if state.epoch < s.epochs else 0)
 
     def finished(self, state: TrainState) -> bool:
         """Whether all steps are done, and the last one is validated."""
