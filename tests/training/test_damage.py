@@ -13,13 +13,14 @@ from synthetic import write_dataset
 
 from vla_lib.core.errors import UserError
 from vla_lib.core.files import file_checksum
+from vla_lib.core.loader import load
 from vla_lib.core.run_folder import read_record
 from vla_lib.episodes import find_prepared, load_prepared
 from vla_lib.episodes.data_pkl import read_pickle, write_pickle
 from vla_lib.episodes.findings import NO_NUMBERS
 from vla_lib.features.cache import FeatureCache
 from vla_lib.train_async import main as train_async
-from vla_lib.training.samples import SampleSet, batches
+from vla_lib.training.samples import SampleSet
 from vla_lib.training.settings import AsyncSettings
 
 
@@ -37,7 +38,7 @@ def root(tmp_path):
 def learn(root, workers=0):
     episodes = [load_prepared(folder) for folder in find_prepared(root)]
     samples = SampleSet(episodes, FeatureCache.open(root), sensor_window_size=13, vlm_reuse_count=1)
-    return list(batches(samples, [np.arange(len(samples))], workers, False))
+    return list(load(samples, workers, sampler=[np.arange(len(samples))]))
 
 
 def alter_pickle(root, act, keep=True):

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from synthetic import write_dataset
 
 from vla_lib.core.errors import UserError
+from vla_lib.core.loader import load
 from vla_lib.episodes import find_prepared, load_prepared
 from vla_lib.episodes.data_pkl import DATA_NAME, read_checked, write_pickle
 from vla_lib.episodes.findings import NO_NUMBERS
@@ -22,7 +23,7 @@ from vla_lib.policy.config import PolicyConfig
 from vla_lib.policy.normaliser import Normaliser
 from vla_lib.training import reporting
 from vla_lib.training.data import prepare_data, split_episodes
-from vla_lib.training.samples import SampleSet, batches, training_statistics
+from vla_lib.training.samples import SampleSet, training_statistics
 from vla_lib.training.schedule import Schedule, draw_epoch, plan
 from vla_lib.training.settings import AsyncSettings
 from vla_lib.workbench import training_preflight
@@ -385,7 +386,7 @@ def test_loader_processes_read_what_is_read_here_and_end_with_the_epoch(mixed):
     samples = sample_set(mixed)
     requests = [np.array([k, k + 5]) for k in range(6)]
     before = psutil.Process().children()
-    loader = batches(samples, requests, 2, False)
+    loader = load(samples, 2, sampler=requests)
     assert len(psutil.Process().children()) == len(before) + 2
     for numbers, batch in zip(requests, loader, strict=True):
         here = samples.batch(numbers)

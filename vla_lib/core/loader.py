@@ -37,12 +37,13 @@ LOST = ("DataLoader worker (pid", "Too many open files", "Pin memory thread", "a
 def load(
     dataset: Any, workers: int, pin_memory: bool = False, stop: Callable[[], Any] = lambda: False, **options: Any
 ) -> Iterator[Any]:
-    """The items of `dataset` in order, read by `workers` processes (0: by this one), which end with the last item.
+    """The items of `dataset` in order, read by `workers` processes (0: by this one; never more than there are items),
+    which end with the last item.
 
     options: of torch's DataLoader. An item that is a UserError is raised. Raises UserError where a worker or an item
     is lost, and KeyboardInterrupt where `stop` is true and no item has come for a while.
     """
-    before = multiprocessing.active_children()
+    before, workers = multiprocessing.active_children(), min(workers, len(options.get("sampler", dataset)))
     options |= {"batch_size": None, "num_workers": workers, "pin_memory": pin_memory, "worker_init_fn": _begin}
     with _telling_losses(), _stops_blocked():
         items = iter(DataLoader(dataset, timeout=POLL_S if workers else 0, persistent_workers=False, **options))

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,14 @@ from torch.distributed import HashStore, Store, TCPStore  # type: ignore[attr-de
 
 from vla_lib.core.errors import UserError, needing_room
 from vla_lib.core.files import append_jsonl, write_json
+from vla_lib.core.loader import load
 from vla_lib.core.progress import Progress
 from vla_lib.core.run_folder import write_results
 from vla_lib.episodes import load_prepared
 from vla_lib.features.cache import FeatureCache, cache_folder, read_binding
 from vla_lib.features.extractor import FeatureExtractor
 from vla_lib.features.preflight import PlannedEpisode, Preflight, device_of, plan, share_out
-from vla_lib.features.reader import backing_off, plan_batches, read_ahead, tick_steps
+from vla_lib.features.reader import backing_off, plan_batches, read_batch, tick_steps
 from vla_lib.features.settings import CacheSettings
 
 STALE_PARTIAL_S = 600.0
@@ -118,7 +120,8 @@ def build_share(
             for number, episode in enumerate(episodes)
             for plan in plan_batches(number, episode, steps[number], binding["views"], batch_size)
         ]
-        ahead = read_ahead(plans, extractor.recipe, root, statistics.workers, extractor.device.type == "cuda")
+        read = partial(read_batch, recipe=extractor.recipe, root=root)
+        ahead = load(plans, statistics.workers, extractor.device.type == "cuda", collate_fn=read)
         for number, batches in groupby(ahead, key=lambda batch: batch.plan.episode):
             episode = episodes[number]
             parts, findings = [], set[str]()

@@ -1,8 +1,7 @@
 """Ticks of episodes planned in batches, and their pictures read by worker processes ahead of the model."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Concatenate, NamedTuple, ParamSpec, TypeVar
 
@@ -10,7 +9,6 @@ import torch
 from torch import Tensor
 
 from vla_lib.core.errors import UserError
-from vla_lib.core.loader import load
 from vla_lib.episodes import PreparedEpisode
 from vla_lib.features.form import PixelRecipe
 
@@ -89,13 +87,6 @@ def read_batch(plan: BatchPlan, recipe: PixelRecipe, root: Path) -> Batch:
             shapes.append(picture.shape)
     ticks = [tuple(places[number] for number in tick) for tick in plan.ticks]
     return Batch(plan, torch.cat(pixels), shapes, ticks, findings, time.perf_counter() - start)
-
-
-def read_ahead(plans: Sequence[BatchPlan], recipe: PixelRecipe, root: Path, workers: int, pin: bool) -> Iterator[Batch]:
-    """The batches in order; `workers` processes (0: none) keep two batches each ready."""
-    workers = min(workers, len(plans))
-    collate = partial(read_batch, recipe=recipe, root=root)
-    return load(plans, workers, pin, collate_fn=collate, prefetch_factor=2 if workers else None)
 
 
 def backing_off(function: Callable[Concatenate[int, P], R], batch_size: int) -> Callable[P, R]:

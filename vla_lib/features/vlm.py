@@ -197,14 +197,9 @@ def add_adapter(vlm: Vlm, rank: int, alpha: int) -> dict[str, nn.Parameter]:
     return weights
 
 
-def adapter_record(weights: Mapping[str, torch.Tensor], rank: int, alpha: int) -> dict[str, Any]:
-    """What a checkpoint holds of an adapter."""
-    return {"rank": rank, "alpha": alpha, "weights": {name: weight.detach() for name, weight in weights.items()}}
-
-
 @torch.no_grad()
 def fill_adapter(weights: Mapping[str, nn.Parameter], record: Mapping[str, Any]) -> None:
-    """Copy the weights of a record into those of a model. Raises UserError where names or shapes do not fit."""
+    """Copy the weights of a checkpoint's record into a model's. Raises UserError where names or shapes do not fit."""
     given = record["weights"]
     odd = sorted(given.keys() ^ weights.keys()) or [n for n in weights if given[n].shape != weights[n].shape]
     if odd:

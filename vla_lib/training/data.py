@@ -125,8 +125,9 @@ def prepare_data(settings: TrainingSettings, split: Split | None = None) -> Trai
     made for another picture size or reuse count, where the sensor is asked for but no episode has one, and where a
     stage-1 checkpoint does not fit."""
     root = settings.dataset_root
-    episodes = _open_episodes(settings)
-    episodes, notes = _each_once(episodes, split)
+    if not root.is_dir():
+        raise UserError(f"--dataset-root {root} is not a folder; give the folder that the datasets lie in.")
+    episodes, notes = _each_once(load_used(root), split)
     try:
         cache = FeatureCache.open(root, settings.cache_id or None)
     except UserError as error:
@@ -174,13 +175,6 @@ def prepare_data(settings: TrainingSettings, split: Split | None = None) -> Trai
         where = f"--stage1-checkpoint {settings.stage1_checkpoint}"
         check_stage1(start, data.binding, data.policy_config(settings), where)
     return data
-
-
-def _open_episodes(settings: TrainingSettings) -> dict[str, PreparedEpisode]:
-    root = settings.dataset_root
-    if not root.is_dir():
-        raise UserError(f"--dataset-root {root} is not a folder; give the folder that the datasets lie in.")
-    return load_used(root)
 
 
 def _each_once(

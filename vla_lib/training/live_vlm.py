@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from vla_lib.core.progress import Progress
 from vla_lib.features.extractor import EncodedPicture, FeatureExtractor
 from vla_lib.features.vision_cache import VisionCache
-from vla_lib.features.vlm import adapter_record, add_adapter, fill_adapter
+from vla_lib.features.vlm import add_adapter, fill_adapter
 from vla_lib.policy.policy import Policy
 from vla_lib.training.data import TrainingData
 from vla_lib.training.samples import Batch, SampleSet
@@ -63,8 +63,8 @@ class LiveVlm:
 
     def record(self, values: Sequence[Tensor] | None = None) -> dict[str, Any]:
         """What a checkpoint holds; `values` in the place of the weights where given (their average)."""
-        weights = self.weights if values is None else dict(zip(self.weights, values, strict=True))
-        return adapter_record(weights, self.rank, self.alpha)
+        given = zip(self.weights, self.weights.values() if values is None else values, strict=True)
+        return {"rank": self.rank, "alpha": self.alpha, "weights": {name: weight.detach() for name, weight in given}}
 
     def load(self, record: Mapping[str, Any]) -> None:
         """Take the weights of a checkpoint. Raises UserError where they do not fit."""

@@ -18,6 +18,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 
 from vla_lib.core.errors import UserError, needing_room
+from vla_lib.core.loader import load
 from vla_lib.core.owner import owned
 from vla_lib.core.progress import Progress
 from vla_lib.core.run_folder import new_folder, write_results
@@ -35,7 +36,7 @@ from vla_lib.training.data import TrainingData, prepare_data
 from vla_lib.training.live_vlm import LivePolicy, LiveSamples, LiveVlm
 from vla_lib.training.metrics import MetricsLog, truncate
 from vla_lib.training.process import StopRequest, open_accelerator
-from vla_lib.training.samples import batches, training_statistics
+from vla_lib.training.samples import training_statistics
 from vla_lib.training.schedule import Schedule, step_seed
 from vla_lib.training.settings import TrainingSettings
 from vla_lib.training.state import Tally, TrainState
@@ -121,7 +122,7 @@ def train(settings: TrainingSettings) -> dict[str, Any]:
                 requests = [micro.indices for micros in steps for micro in micros]
                 data.train.draw_delays(settings.seed, state.epoch)
                 pin = device.type == "cuda"
-                loader = batches(data.train, requests, settings.num_workers, pin, lambda: stop.asked)
+                loader = load(data.train, settings.num_workers, pin, lambda: stop.asked, sampler=requests)
                 began = time.monotonic()
                 for micros in steps:
                     lr = schedule.learning_rate(state)

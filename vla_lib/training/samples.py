@@ -11,15 +11,13 @@ N steps of all episodes, n samples, B in a batch, H actions in a chunk, S sensor
 width D."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from vla_lib.core.errors import UserError
-from vla_lib.core.loader import load
 from vla_lib.episodes import PreparedEpisode
 from vla_lib.features.cache import EpisodeFeatures, FeatureCache
 from vla_lib.features.vision_cache import ComputedFeatures
@@ -222,18 +220,6 @@ def _ticks(episode: PreparedEpisode, features: EpisodeFeatures, reuse: int) -> n
             f"--vlm-reuse-count {reuse}."
         )
     return rows
-
-
-def batches(
-    samples: SampleSet,
-    requests: list[np.ndarray],
-    num_workers: int,
-    pin_memory: bool,
-    stop: Callable[[], Any] = lambda: False,
-) -> Iterator[Batch]:
-    """The batches of the sample numbers in `requests` (each a whole micro-batch), in order; loader processes end with
-    the epoch. Raises as `core.loader.load` does."""
-    return load(samples, min(num_workers, len(requests)), pin_memory, stop, sampler=requests)
 
 
 def training_statistics(samples: SampleSet) -> dict[str, Tensor]:
