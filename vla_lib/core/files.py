@@ -41,8 +41,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
 
 def checksum(parts: Iterable[Any]) -> str:
-    """XXH3 over bytes or contiguous buffers, as 16 hex digits: some 30 GB/s, where SHA-256 makes half of one. It tells
-    damage, not malice."""
+    """XXH3 of bytes or contiguous buffers, as 16 hex digits: 60 times as fast as SHA-256; tells damage, not malice."""
     digest = xxhash.xxh3_64()
     for part in parts:
         digest.update(part)

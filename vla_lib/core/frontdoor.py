@@ -14,11 +14,8 @@ EXIT_BAD_INPUT = 2
 
 
 def parse(settings_class: type[S], argv: Sequence[str] | None = None) -> S:
-    """Settings from command-line flags (dashes and underscores are the same). Exits 2 on an unknown flag or a wrong
-    type.
-
-    Raises UserError where the settings' own validation refuses them.
-    """
+    """Settings from flags (dashes and underscores are the same). Exits 2 on an unknown flag or a wrong type; raises
+    UserError where the settings' own validation refuses them."""
     import tyro
 
     return tyro.cli(settings_class, args=argv, use_underscores=False, description=settings_class.__doc__)

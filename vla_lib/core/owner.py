@@ -129,8 +129,7 @@ class Owner:
             return False
 
     def _remove_dead(self) -> None:
-        """Remove the note of an owner that is dead. One at a time looks and removes, so that no living one's note goes
-        when several find a dead one."""
+        """Remove a dead owner's note; one at a time, so that no living one's goes where several find a dead one."""
         busy = self.file.with_name(f"{self.file.name}.partial")
         try:
             busy.touch(exist_ok=False)
@@ -170,8 +169,7 @@ class Owner:
 
 @contextlib.contextmanager
 def owned(folder: Path | None, role: str = STAGE) -> Iterator[Owner | None]:
-    """Inside, this process owns `folder` (None: there is none to own). Raises as `Owner.take` does; a folder made for
-    nothing is removed again."""
+    """Inside, this process owns `folder` (None: none to own); one made for nothing goes again. Raises as `take`."""
     if folder is None:
         yield None
         return

@@ -1,5 +1,4 @@
-"""A run's folder `runs/<UTC time>-<name>/`: its record run.json, whose state is always true, and its results.json. Both
-are written here only.
+"""A run's folder `runs/<UTC time>-<name>/`: run.json, whose state is always true, and results.json; written here only.
 
 run.json holds state (running, done, failed, cancelled, lost, pruned), parameters, git, versions, times, the owner's
 process and the error. It is written atomically at every change. A record that says `running` while its process is gone
@@ -169,8 +168,7 @@ def close_as_pruned(path: Path, why: str) -> None:
 
 
 def read_results(path: Path) -> dict[str, Any]:
-    """The results.json of the run folder `path`, empty where it has none yet. Raises UserError where it is no JSON
-    object."""
+    """The results.json of the run folder `path`, empty where it has none. UserError where it is no JSON object."""
     file = Path(path) / "results.json"
     found = read_json(file) if file.exists() else {}
     if not isinstance(found, dict):

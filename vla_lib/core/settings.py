@@ -53,8 +53,7 @@ class Settings:
 
     @classmethod
     def of(cls, parameters: Mapping[str, Any], **more: Any) -> Self:
-        """Settings from a notebook's parameters and `more`; parameters that are the notebook's own (`nproc_per_node`)
-        are left out.
+        """Settings from a notebook's parameters and `more`; those that are the notebook's own are left out.
 
         A notebook writes a path that is not given as "", and means a relative one from the project's folder, wherever
         it runs. `auto` stands for the setting's default.

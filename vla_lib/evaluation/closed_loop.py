@@ -1,5 +1,4 @@
-"""Closed loop: variants of checkpoints on the same unseen phantoms; success counts with intervals, errors, forces,
-times, reasons of failure.
+"""Closed loop: variants of checkpoints on the same unseen phantoms; successes with intervals, errors, forces, reasons.
 
 found = closed_loop({"async": RolloutSettings(checkpoint), "async, no VL": RolloutSettings(checkpoint, without="vl")},
 unseen_seeds(100))
@@ -41,8 +40,7 @@ FIGURES = ("rollouts", "successes", "success_rate", "interval_95")
 
 @dataclass(frozen=True)
 class ClosedLoop:
-    """The rollouts of one variant, in the order of their seeds; each is a record of `evaluation.rollout.judged` with
-    its `path`.
+    """The rollouts of one variant by their seeds; each is a record of `evaluation.rollout.judged` with its `path`.
 
     `lost_seeds`: seeds that are left out because a process died on them, with this variant or another one.
     """
@@ -83,8 +81,7 @@ class ClosedLoop:
 def closed_loop(
     variants: Mapping[str, RolloutSettings], seeds: Sequence[int], workers: int = 0, frames: int = 0, show: bool = True
 ) -> dict[str, ClosedLoop]:
-    """Try every variant on every seed, in `workers` processes (0: one a CPU core). Results do not depend on their
-    number.
+    """Try every variant on every seed, in `workers` processes (0: one a CPU core), whose number changes no result.
 
     `frames`: as many moments of each rollout, to be looked at (see `rollout`); the same settings and seed give the same
     rollout again. Variants of equal settings share their rollouts. A seed on which a process dies is left out of every
@@ -140,11 +137,7 @@ def unseen_seeds(count: int, dataset_roots: Sequence[Path] = (), first: int = FI
 
 
 def compare(one: ClosedLoop, other: ClosedLoop) -> dict[str, Any]:
-    """Two variants on the same seeds: how many both, only one, only the other and neither managed; exact two-sided sign
-    test.
-
-    Raises UserError where the seeds differ.
-    """
+    """`sign_test` of two variants on the same seeds. Raises UserError where the seeds differ."""
     if [row["seed"] for row in one.rollouts] != [row["seed"] for row in other.rollouts]:
         raise UserError("Only runs on the same seeds can be compared; evaluate both on the same ones.")
     both = zip(one.rollouts, other.rollouts, strict=True)
@@ -152,8 +145,7 @@ def compare(one: ClosedLoop, other: ClosedLoop) -> dict[str, Any]:
 
 
 def sign_test(wins: Sequence[tuple[bool, bool]]) -> dict[str, Any]:
-    """Of (one, other) on the same phantoms: how many both, only one, only the other and neither managed; exact
-    two-sided sign test."""
+    """(one, other) on the same phantoms: how many both, one, the other, neither managed; exact two-sided sign test."""
     pairs = Counter(wins)
     counts = {
         "both": pairs[True, True],
@@ -228,8 +220,7 @@ def pair_table(found: Mapping[str, ClosedLoop]) -> pd.DataFrame:
 
 
 def recipe_of(name: str) -> str:
-    """What several trainings of one recipe are called together: `async` of `async@1`, `async@2`, ...; also in the name
-    of a variant."""
+    """What trainings of one recipe are called: `async` of `async@1`, `async@2`, ...; also in a variant's name."""
     return re.sub(r"@\d+", "", name)
 
 
@@ -297,8 +288,7 @@ def write_judged(checkpoint: Path, loop: ClosedLoop, vlm_latency_ms: float) -> N
 
 
 def read_judged(checkpoint: Path) -> dict[str, Any]:
-    """The judgement of this very file; empty where there is none, or it is another file's. Raises UserError where it
-    cannot be read."""
+    """The judgement of this very file; empty where there is none, or another file's. UserError where unreadable."""
     path = judged_file(checkpoint)
     record: dict[str, Any] = read_json(path) if path.is_file() else {}
     return record if record.get("checkpoint_checksum") == file_checksum(checkpoint) else {}

@@ -68,8 +68,7 @@ class OpenLoop:
         return {str(name): self.metrics(self.phase == name) for name in np.unique(self.phase)}
 
     def results(self) -> dict[str, Any]:
-        """What results.json records: plain figures first, then all metrics of all methods, whole, by dataset and by
-        phase."""
+        """What results.json records: plain figures, then all metrics of all methods, whole, by dataset and by phase."""
         metrics = self.metrics()
         plain = ("samples", "translation_mae_mm", "rotation_mae_deg", "translation_rmse_mm", "rotation_rmse_deg")
         keys = sorted({str(key) for key in self.episode})
@@ -176,8 +175,7 @@ def inputs_of(config: PolicyConfig) -> dict[str, Input]:
 
 
 def sample_set(episodes: Sequence[PreparedEpisode], dataset_root: Path, info: Mapping[str, Any]) -> SampleSet:
-    """The samples of `episodes` as the checkpoint with this `info` was trained on them (same cache, window, reuse,
-    latency).
+    """The samples of `episodes` as the checkpoint with this `info` was trained on: same cache, window, reuse, latency.
 
     Stage 2 changed the VLM, so no cache holds its features: they are computed here.
     """

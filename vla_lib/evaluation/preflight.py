@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from PIL import Image
 from scipy.spatial.transform import Rotation
 
@@ -59,8 +60,7 @@ class Check:
 
 @dataclass
 class Seen:
-    """What was seen while nothing moved: the newest observation, forces (n,) mN, some A-scans (n, 1025), streams' rows
-    over time."""
+    """What was seen at rest: newest observation, forces (n,) mN, some A-scans (n, 1025), streams' rows over time."""
 
     newest: Observation
     force_mN: np.ndarray
@@ -324,23 +324,16 @@ def _scans(names: Sequence[str], live: np.ndarray, known: np.ndarray) -> list[Ch
 
 
 def _clocks(seen: Seen) -> list[Check]:
-    names = list(seen.last())
-    offsets = {
-        name: [r["clock_offset_ms"] for rows in seen.streams for r in rows if r["stream"] == name] for name in names
-    }
-    known = {name: [one for one in values if one is not None] for name, values in offsets.items()}
-    half = {name: values[len(values) // 2 :] for name, values in known.items() if values}
-    drifts = {name: float(np.ptp(values)) for name, values in half.items()}
-    faults = [
-        f"{name}: {row['fault'] or row['refused']}"
-        for name, row in seen.last().items()
-        if row["fault"] or row["refused"]
-    ]
-    told = ", ".join(f"{name} {half[name][-1]:g} ms (+-{drift:.1f})" for name, drift in drifts.items())
+    rows = pd.DataFrame([row for rows in seen.streams for row in rows])
+    told, drifts = [], [0.0]
+    for name, offsets in rows.dropna(subset=["clock_offset_ms"]).groupby("stream", sort=False)["clock_offset_ms"]:
+        drifts.append(float(np.ptp(offsets[len(offsets) // 2 :])))
+        told.append(f"{name} {offsets.iloc[-1]:g} ms (+-{drifts[-1]:.1f})")
+    troubles = {name: row["fault"] or row["refused"] for name, row in seen.last().items()}
+    faults = [f"{name}: {words}" for name, words in troubles.items() if words]
+    still = max(drifts) <= DRIFT_MS
     return [
-        Check(
-            "clocks stand still against ours", max(drifts.values(), default=0.0) <= DRIFT_MS, told or "no host but this"
-        ),
+        Check("clocks stand still against ours", still, ", ".join(told) or "no host but this"),
         Check("every message understood", not faults, "; ".join(faults) or "no stream refused anything"),
     ]
 

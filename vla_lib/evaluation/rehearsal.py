@@ -47,8 +47,7 @@ PICTURES_EVERY = 3  # ticks: five views at every one would keep the watcher's pi
 
 
 class Pilot(contextlib.AbstractContextManager["Pilot"]):
-    """A checkpoint that can drive robots in real time: the policy here, its VLM in a process of its own. Injected
-    latencies are left out.
+    """A checkpoint that drives robots in real time, its VLM in a process of its own; injected latencies are left out.
 
     Raises UserError where the checkpoint or its VLM is missing. Leaving the `with` block ends the VLM's process.
     """
@@ -66,8 +65,7 @@ class Pilot(contextlib.AbstractContextManager["Pilot"]):
         self._vlm.close()
 
     def warm_up(self, observation: Observation, times: int = 3) -> None:
-        """Run VLM and policy a few times on one observation: first calls allocate, compile and load, and would be late.
-        Nothing moves."""
+        """Run VLM and policy on one observation: first calls allocate, compile and load. Nothing moves."""
         for _ in range(times):
             tokens, mask = self._vlm.compute(observation.pictures, observation.instruction)
             window = np.zeros((self.expert.sensor_window, 1026), np.float32) if self.expert.sensor_window else None

@@ -109,8 +109,7 @@ def rig_limits(config: PolicyConfig, vlm_ms: float, jitter_ms: float) -> SafetyL
 
 
 def trained_ages_s(config: Mapping[str, Any], trained: Mapping[str, Any]) -> tuple[float, float]:
-    """(youngest, oldest) age of the VL features in training, in whole periods as the runner counts them, of a
-    checkpoint's `policy_config` and `settings`."""
+    """(youngest, oldest) age (s, whole periods) of VL features in training, by a checkpoint's config and settings."""
     youngest_s, oldest_s = config.get("vl_ages_s", (0.0, 0.0))
     if not oldest_s:  # not in every checkpoint: then by its delay and its rate
         hz = float(config["action_hz"])

@@ -97,8 +97,7 @@ class EvaluateSettings(ClosedLoopSettings):
             )
 
     def named(self) -> dict[str, Path]:
-        """Name -> file of each checkpoint; a file without a name is called by its own. UserError where two have the
-        same name."""
+        """Name -> file of each checkpoint; one without a name has its file's. UserError where two are called alike."""
         named: dict[str, Path] = {}
         for text in self.checkpoints:
             name, equals, path = text.partition("=")

@@ -55,8 +55,7 @@ class Study:
         return next(iter(self.checkpoints))
 
     def results(self) -> dict[str, Any]:
-        """What results.json records: the first checkpoint's figures; the others below `compared_with`, every variant
-        below `closed_loop`."""
+        """What results.json records: the first one's figures; others below `compared_with`, variants `closed_loop`."""
         each = {
             name: {"checkpoint": str(self.checkpoints[name])} | found.results()
             for name, found in self.open_loop.items()

@@ -69,8 +69,7 @@ class EpisodeFeatures:
     path: Path | None = None  # None: computed, in memory
 
     def tick(self, row: int) -> Tensor:
-        """(T, D): the tokens of one tick. They alone are read: round a mapped one the system reads ahead, by megabytes
-        where it is told to."""
+        """(T, D): the tokens of one tick. They alone are read: round a mapped one the system reads megabytes ahead."""
         size, absent = self.tokens[row].nbytes, (OSError, ValueError, zipfile.BadZipFile)
         with contextlib.suppress(*absent), open(self.path or "", "rb", buffering=0) as file:
             begin, inode = self._place
@@ -275,8 +274,7 @@ def verify(root: str | Path, binding_id: str) -> dict[str, Any]:
 
 
 def remove(root: str | Path, binding_id: str) -> int:
-    """Delete one binding and return the bytes freed. Raises UserError for a folder that is not ours or holds foreign
-    files."""
+    """Delete one binding; returns the bytes freed. Raises UserError where it is not ours or holds foreign files."""
     folder = cache_folder(root) / binding_id
     if folder.parent != cache_folder(root) or not (folder / "binding.json").is_file():
         raise UserError(f'There is no cache "{binding_id}" under {cache_folder(root)}; `vla cache ls` lists them.')

@@ -139,8 +139,7 @@ class FeatureForm:
         )
 
     def template(self, views: Sequence[str]) -> str:
-        """The text for `views`, with `{instruction}` and one image token a view in it. Raises UserError where the
-        checkpoint's chat template loses one of them."""
+        """Text for `views` with `{instruction}` and an image token a view. UserError where the template loses any."""
         content: list[dict[str, str]] = []
         for view in views:
             content += [{"type": "text", "text": f"{view}: "}, {"type": "image"}, {"type": "text", "text": "\n"}]

@@ -25,8 +25,7 @@ TICKS = 8  # in one pass of the language model
 
 @dataclass(frozen=True)
 class VisionTokens:
-    """The encoded pictures of one episode, mapped; ticks: number of the picture of each view at each tick of the VL
-    cache, -1 for none."""
+    """An episode's encoded pictures, mapped; ticks: of each of the VL cache, each view's picture's number or -1."""
 
     pictures: list[EncodedPicture]
     ticks: list[list[int]]
@@ -86,8 +85,7 @@ class VisionCache:
             done(len(pictures))
 
     def episode(self, episode: PreparedEpisode) -> VisionTokens:
-        """Vision tokens of an episode, read whole when first asked for. Raises UserError, naming the file, where there
-        are none or they are damaged."""
+        """An episode's tokens, read whole when first asked for. UserError, naming the file, where absent or damaged."""
         key = str(episode.path)
         if key not in self._open:
             if (found := self._read(episode)) is None:

@@ -149,8 +149,7 @@ class SampleSet(torch.utils.data.Dataset[Batch | UserError]):
         return len(self.step)
 
     def __getitem__(self, indices: np.ndarray) -> Batch | UserError:
-        """What a DataLoader asks for: one request is one whole batch. An error crosses processes as a value: raised,
-        its sentence would come buried in a traceback."""
+        """One whole batch. An error crosses processes as a value: raised, it would be buried in a traceback."""
         try:
             return self.batch(indices)
         except UserError as error:
