@@ -24,6 +24,11 @@ ROOT_VARIABLE = "VLA_DATASET_ROOT"
 C = TypeVar("C")
 
 
+def flag(name: str) -> str:
+    """How a setting is written on the command line."""
+    return f"--{name.replace('_', '-')}"
+
+
 @dataclass_transform(frozen_default=True, kw_only_default=False)
 def settings(cls: type[C]) -> type[C]:
     """Make a class of annotated fields a frozen dataclass whose values (types, ranges) are checked when it is made."""
@@ -35,6 +40,8 @@ def settings(cls: type[C]) -> type[C]:
 class Settings:
     """Base of all settings. A value that is refused raises UserError, one sentence that names the flag."""
 
+    written: ClassVar[Callable[[str], str]] = staticmethod(flag)
+    """How a setting is written where it is given: here, on the command line."""
     unnamed: ClassVar[str] = ""
     """Names of settings that notebooks leave at their defaults; every other one stands in the parameters cell."""
 
@@ -45,11 +52,6 @@ class Settings:
             return make(values)
         except ValidationError as error:
             raise UserError("; ".join(_sentence(one, cls.written) for one in error.errors()) + ".") from None
-
-    @classmethod
-    def written(cls, name: str) -> str:
-        """How a setting is written where it is given: here, on the command line."""
-        return flag(name)
 
     @classmethod
     def of(cls, parameters: Mapping[str, Any], **more: Any) -> Self:
@@ -73,11 +75,6 @@ class Settings:
 def named_root() -> Path | None:
     """The dataset root for commands that are given none, from the environment; None where it names none."""
     return Path(found).expanduser() if (found := os.environ.get(ROOT_VARIABLE)) else None
-
-
-def flag(name: str) -> str:
-    """How a setting is written on the command line."""
-    return f"--{name.replace('_', '-')}"
 
 
 def _sentence(error: Any, written: Callable[[str], str]) -> str:

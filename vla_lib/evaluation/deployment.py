@@ -27,7 +27,6 @@ from vla_lib.robots.recording import Recording, enter
 from vla_lib.robots.settings import RobotSettings
 from vla_lib.runtime import safety
 from vla_lib.runtime.robot_io import DryRunIO
-from vla_lib.runtime.run_log import RunLog
 from vla_lib.runtime.runner import Runner
 from vla_lib.runtime.safety import SafetyLimits
 
@@ -142,7 +141,7 @@ class Deployment:
 
 def run_stage(hooks: Hooks, given: DeploySettings, stage: Stage, preflight: dict[str, Any]) -> dict[str, Any]:
     """A stage in the process of its control loop: `log`; of the preflight `checks`, of others `folder`."""
-    settings = RobotSettings.load(given.robot)
+    settings, dry = RobotSettings.load(given.robot), stage == "dry run"
     limits = given.limits(settings, stage)
     with LabRobot(settings) as robot, Pilot(given.rollout()) as pilot:
         seen = look(robot, given.look_s if stage == "preflight" else 0.5)
@@ -154,8 +153,25 @@ def run_stage(hooks: Hooks, given: DeploySettings, stage: Stage, preflight: dict
         dataset = given.dataset if stage == "task" else f"{given.dataset}_{stage.replace(' ', '_')}"
         about = {"kind": stage, "operator": given.operator, "checkpoint": given.checkpoint, "preflight": preflight}
         about |= {"limits": vars(limits), "execution": given.rollout().record(), "instruction": settings.instruction}
+        max_s = {"dry run": given.dry_s, "first motion": given.first_motion_s}.get(stage, given.max_time_s)
+
+        def watch(tick: Any, observation: Any) -> None:
+            recording.watch(tick, observation)
+            hooks.watch(tick, observation)
+
+        def started(runner: Runner) -> None:
+            hooks.started(runner)
+            if not dry:
+                robot.begin(pilot.settings.period_s)
+
         with Recording(given.root / dataset, robot, about) as recording:
-            log = _drive(hooks, given, stage, robot, pilot, limits, recording)
+            try:
+                held = hooks.held if given.hold_to_run and not dry else None
+                log = pilot.run(DryRunIO(robot) if dry else robot, limits, max_s, watch, started, held=held)
+            finally:
+                if not dry:
+                    with contextlib.suppress(Exception):  # it has been stopped already, by the runner
+                        robot.stop("end")
             lost = ""
             try:
                 recording.close(log)
@@ -163,33 +179,3 @@ def run_stage(hooks: Hooks, given: DeploySettings, stage: Stage, preflight: dict
                 lost = str(error)
     row = enter(given.root, given.dataset, settings.instruction) if stage == "task" else ""
     return {"log": log, "folder": recording.folder, "notes": [note for note in (lost, row) if note]}
-
-
-def _drive(
-    hooks: Hooks,
-    given: DeploySettings,
-    stage: Stage,
-    robot: LabRobot,
-    pilot: Pilot,
-    limits: SafetyLimits,
-    recording: Recording,
-) -> RunLog:
-    max_s = {"dry run": given.dry_s, "first motion": given.first_motion_s}.get(stage, given.max_time_s)
-
-    def watch(tick: Any, observation: Any) -> None:
-        recording.watch(tick, observation)
-        hooks.watch(tick, observation)
-
-    held = hooks.held if given.hold_to_run and stage != "dry run" else None
-    if stage == "dry run":
-        return pilot.run(DryRunIO(robot), limits, max_s, watch, hooks.started, held=held)
-
-    def started(runner: Runner) -> None:
-        hooks.started(runner)
-        robot.begin(pilot.settings.period_s)
-
-    try:
-        return pilot.run(robot, limits, max_s, watch, started, held=held)
-    finally:
-        with contextlib.suppress(Exception):  # it has been stopped already, by the runner
-            robot.stop("end")

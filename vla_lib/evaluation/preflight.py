@@ -247,9 +247,9 @@ def _arm(robot: LabRobot, seen: Seen) -> list[Check]:
         words = "the firmware does not tell" if holds is None else f"controller {holds}"
         checks.append(Check(f"{name} as in robot.yaml", same, f"{words}; robot.yaml {list(told)}"))
     tip = arm.reach.tip(state[:6])
-    told = pose_to_matrix(state[6:])
-    off_mm = float(np.linalg.norm(tip[:3, 3] - told[:3, 3]))
-    off_deg = float(np.degrees(Rotation.from_matrix(tip[:3, :3].T @ told[:3, :3]).magnitude()))
+    pose = pose_to_matrix(state[6:])
+    off_mm = float(np.linalg.norm(tip[:3, 3] - pose[:3, 3]))
+    off_deg = float(np.degrees(Rotation.from_matrix(tip[:3, :3].T @ pose[:3, :3]).magnitude()))
     words = f"{off_mm:.2f} mm and {off_deg:.2f} deg apart"
     checks.append(Check("pose is the joints' own, mm and degrees", off_mm <= SAME_MM and off_deg <= SAME_DEG, words))
     near = min(arm.reach.distances(state[:6]).items(), key=lambda one: one[1])
