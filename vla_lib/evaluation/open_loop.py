@@ -26,7 +26,7 @@ from vla_lib.features.vision_cache import ComputedFeatures
 from vla_lib.policy.config import PolicyConfig
 from vla_lib.runtime.expert import Input, hidden
 from vla_lib.training.checkpoint import load_policy
-from vla_lib.training.samples import SampleSet
+from vla_lib.training.samples import PAIRING, SampleSet
 from vla_lib.training.validation import BASELINES
 
 DIMENSIONS = ("dx", "dy", "dz", "rx", "ry", "rz", "gripper")
@@ -186,10 +186,8 @@ def sample_set(episodes: Sequence[PreparedEpisode], dataset_root: Path, info: Ma
     else:
         extractor = FeatureExtractor.from_binding(binding, adapter=info["adapter"])
         features = ComputedFeatures(extractor, binding["tick_stride"])
-    names = ("horizon", "sensor_enabled", "sensor_window_size", "vlm_reuse_count", "vlm_latency_ms")
-    latest = info["settings"].get("vlm_latency_max_ms", 0.0)  # checkpoints of earlier versions have one delay
-    given = {name: info["settings"][name] for name in names}
-    return SampleSet(episodes, features, vlm_latency_max_ms=latest, **given)
+    trained = {"vlm_latency_max_ms": 0.0} | info["settings"]  # checkpoints of earlier versions have one delay
+    return SampleSet(episodes, features, **{name: trained[name] for name in PAIRING})
 
 
 def phases(episode: PreparedEpisode) -> np.ndarray:

@@ -66,7 +66,9 @@ class Recording(contextlib.AbstractContextManager["Recording"]):
             self._log.write((",".join(COLUMNS) + "\n").encode())
             self._raw = self._files.enter_context(raw.open("ab", buffering=0))
         fcntl.flock(self._raw, fcntl.LOCK_EX)  # ours while we live
-        code = "import sys; from vla_lib.robots.recording import wait_and_finish as f; f(sys.argv[1])"
+        # it waits until this process closes its stdin, by its end at the latest
+        code = "import pathlib, sys; from vla_lib.robots.recording import finish; "
+        code += "sys.stdin.read(); finish(pathlib.Path(sys.argv[1]))"
         self._closer = subprocess.Popen(
             [sys.executable, "-c", code, str(self.folder)], stdin=subprocess.PIPE, start_new_session=True
         )
@@ -162,12 +164,6 @@ def _new_folder(dataset: Path) -> Path:
 
 
 # ---------------------------------------------------------------- the end of an episode
-
-
-def wait_and_finish(folder: str) -> None:
-    """The closer's work: wait until the recording process closes our stdin, by its end at the latest, then finish."""
-    sys.stdin.read()
-    finish(Path(folder))
 
 
 def finish(folder: Path) -> bool:

@@ -19,7 +19,7 @@ from vla_lib.episodes import DatasetTable, PreparedEpisode, load_used
 from vla_lib.features.cache import FeatureCache
 from vla_lib.policy.config import PolicyConfig
 from vla_lib.training.checkpoint import check_stage1, read_stage1
-from vla_lib.training.samples import SampleSet
+from vla_lib.training.samples import PAIRING, SampleSet
 from vla_lib.training.settings import TrainingSettings
 
 Split = dict[str, list[str]]
@@ -149,16 +149,8 @@ def prepare_data(settings: TrainingSettings, split: Split | None = None) -> Trai
         _check_sensor_rates([episodes[key] for key in keys if episodes[key].has_sensor], settings.sensor_window_size)
 
     def samples(side: str) -> SampleSet:
-        return SampleSet(
-            [episodes[key] for key in split[side]],
-            cache,
-            horizon=settings.horizon,
-            sensor_enabled=settings.sensor_enabled,
-            sensor_window_size=settings.sensor_window_size,
-            vlm_reuse_count=settings.vlm_reuse_count,
-            vlm_latency_ms=settings.vlm_latency_ms,
-            vlm_latency_max_ms=settings.vlm_latency_max_ms,
-        )
+        given = {name: getattr(settings, name) for name in PAIRING}
+        return SampleSet([episodes[key] for key in split[side]], cache, **given)
 
     try:
         train, val = samples("train"), samples("val") if split["val"] else None

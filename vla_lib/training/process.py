@@ -5,7 +5,7 @@ import signal
 from collections.abc import Iterator
 from datetime import timedelta
 from types import FrameType
-from typing import Any
+from typing import Self
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
@@ -49,30 +49,26 @@ def open_accelerator(settings: TrainingSettings) -> Iterator[Accelerator]:
             accelerator.end_training()
 
 
-class StopRequest:
+class StopRequest(contextlib.ExitStack):
     """SIGTERM and SIGINT set `asked`; the loop looks at it once a step. Handlers are put back at the end.
 
     `agreed` is who asked, once all processes know of it: they stop after the same step.
     """
 
     def __init__(self) -> None:
+        super().__init__()
         self.asked: str | None = None
         self.agreed = ""
-        self._before: dict[int, Any] = {}
 
     def agree(self) -> None:
         """At least one process was asked."""
         self.agreed = self.asked or "another process's signal"
 
-    def __enter__(self) -> "StopRequest":
+    def __enter__(self) -> Self:
         for number in STOPS:
             with contextlib.suppress(ValueError):  # not the main thread: whoever started this one stops it otherwise
-                self._before[number] = signal.signal(number, self._ask)
+                self.callback(signal.signal, number, signal.signal(number, self._ask))
         return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
 
     def _ask(self, number: int, _: FrameType | None) -> None:
         self.asked = signal.Signals(number).name

@@ -34,6 +34,10 @@ SENSOR_ROWS = 2_000  # rows read per episode: neighbours at 650 Hz are nearly th
 TICKS = 4_000  # VL ticks read in all
 
 
+# Settings of a run that decide what its samples are.
+PAIRING = ("horizon", "sensor_enabled", "sensor_window_size", "vlm_reuse_count", "vlm_latency_ms", "vlm_latency_max_ms")
+
+
 class SampleSet(torch.utils.data.Dataset[Batch | UserError]):
     """All samples of `episodes`, with features from `cache`.
 
