@@ -13,9 +13,8 @@ from fake_rig import CameraHost, SensorHost, free_port
 from vla_lib.core.errors import UserError
 from vla_lib.robots.arm import StateStream
 from vla_lib.robots.cameras import OpenCvCamera, decode, open_cameras, zmq_name
-from vla_lib.robots.sensor import SensorStream
 from vla_lib.robots.settings import CameraSettings
-from vla_lib.robots.streams import Frame, HostClock, Samples, Tap
+from vla_lib.robots.streams import Frame, HostClock, Samples, SensorStream, Tap
 
 RED_LEFT = np.zeros((48, 64, 3), np.uint8)
 RED_LEFT[:, :32, 0], RED_LEFT[:, 32:, 2] = 220, 220

@@ -9,9 +9,8 @@ import numpy as np
 from vla_lib.core.errors import UserError
 from vla_lib.robots.arm import Meca500, StateStream
 from vla_lib.robots.cameras import open_cameras
-from vla_lib.robots.sensor import SensorStream
 from vla_lib.robots.settings import RobotSettings
-from vla_lib.robots.streams import Meter, Tap
+from vla_lib.robots.streams import Meter, SensorStream, Tap
 from vla_lib.runtime.robot_io import Observation
 
 
