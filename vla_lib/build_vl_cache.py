@@ -7,8 +7,6 @@ from vla_lib.core import frontdoor
 from vla_lib.core.owner import owned
 from vla_lib.features.settings import CacheSettings as Settings
 
-__all__ = ["Settings", "main"]
-
 
 def main(settings: Settings) -> dict[str, Any]:
     """Build or finish the cache; returns counts, seconds by stage, findings and the binding's id."""

@@ -216,12 +216,7 @@ def stale_reason(header: Mapping[str, Any], episode: PreparedEpisode) -> str:
 def digest(name: str, *tensors: Tensor) -> str:
     """XXH3 or SHA-256 over the tensors' bytes."""
     parts = [tensor.contiguous().view(torch.uint8).numpy().data for tensor in tensors]
-    if name == "xxh3":
-        return checksum(parts)
-    sha256 = hashlib.sha256()
-    for part in parts:
-        sha256.update(part)
-    return sha256.hexdigest()
+    return checksum(parts) if name == "xxh3" else hashlib.sha256(b"".join(parts)).hexdigest()
 
 
 # -------------------------------------------------------------------- housekeeping (`vla cache ls|verify|rm`)
