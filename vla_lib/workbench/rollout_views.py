@@ -58,18 +58,18 @@ def verdict(row: Mapping[str, Any]) -> str:
     return f"seed {row['seed']}: {'success' if row['success'] else row['reason']}"
 
 
-def paths_slider(loop: ClosedLoop, most: int = 6) -> HTML:
-    """Single rollouts in space and time, failures first."""
-    rows = failures_first(loop, most)
+def paths_slider(loop: ClosedLoop) -> HTML:
+    """Six rollouts in space and time, failures first."""
+    rows = failures_first(loop, 6)
     return offline_slider((plots.rollout(row, verdict(row)) for row in rows), [verdict(row) for row in rows])
 
 
-def with_frames(loop: ClosedLoop | None, count: int, workers: int, frames: int = 8) -> list[dict[str, Any]]:
-    """`count` rollouts, failures first, run again with `frames` moments each: the same seeds give the same rollouts."""
+def with_frames(loop: ClosedLoop | None, count: int, workers: int) -> list[dict[str, Any]]:
+    """`count` rollouts, failures first, run again with eight moments each: the same seeds give the same rollouts."""
     seeds = [row["seed"] for row in failures_first(loop, count)] if loop else []
     if loop is None or not seeds:
         return []
-    return closed_loop({"again": loop.settings}, seeds, workers, frames)["again"].rollouts
+    return closed_loop({"again": loop.settings}, seeds, workers, frames=8)["again"].rollouts
 
 
 def frames_slider(rows: Sequence[Mapping[str, Any]]) -> HTML:
@@ -259,12 +259,12 @@ def in_words(seen: Moment) -> str:
     return f"{tick.t_s:5.1f} s  {tick.mode}{why}; {age}{force}; tick {tick.lateness_ms:.1f} ms late"
 
 
-def moments_slider(moments: Sequence[Moment], count: int = 4, force_mN: float = FORCE_MN) -> HTML:
-    """The static twin of the live view: `count` instants, evenly over the run, the last included."""
+def moments_slider(moments: Sequence[Moment]) -> HTML:
+    """The static twin of the live view: four instants, evenly over the run, the last included."""
     if not moments:
         return sentence("There was no tick: the rehearsal ended before its first one.")
-    ends = [int(k) for k in np.unique(np.linspace(1, len(moments), count + 1).round())[1:]]
-    figures = (moment(moments[:k], force_mN) for k in ends)
+    ends = [int(k) for k in np.unique(np.linspace(1, len(moments), 5).round())[1:]]
+    figures = (moment(moments[:k], FORCE_MN) for k in ends)
     return offline_slider(figures, [f"{moments[k - 1].tick.t_s:.1f} s" for k in ends])
 
 

@@ -16,15 +16,15 @@ VERDICT += ["robot_hz", "pose_hz", "sensor_hz", "camera_hz", "reasons"]
 RATES = {"robot_hz": "rows Hz", "pose_hz": "poses Hz", "sensor_hz": "sensor Hz", "camera_hz": "camera Hz"}
 
 
-def fit(frame: pd.DataFrame, precision: int = 3, height_px: int = 480) -> HTML:
-    """A table of at most `height_px` on screen (it scrolls; printed it is whole). The columns of WRAPPING_EM wrap."""
+def fit(frame: pd.DataFrame) -> HTML:
+    """A table of at most 480 pixels on screen (it scrolls; printed it is whole). The columns of WRAPPING_EM wrap."""
 
     def cell(column: str, value: Any, tag: str = "td") -> Markup:
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if value is None or (isinstance(value, float) and pd.isna(value)):
             value = ""
         elif isinstance(value, float):
-            value = f"{value:.0f}" if 10**precision <= abs(value) < 1e9 else f"{value + 0.0:.{precision}g}"  # no -0
+            value = f"{value:.0f}" if 1000 <= abs(value) < 1e9 else f"{value + 0.0:.3g}"  # no -0
         wrap = "white-space:nowrap" if tag == "td" else ""
         if column in WRAPPING_EM:
             wrap = f"min-width:{WRAPPING_EM[column]}em;white-space:normal;overflow-wrap:anywhere"
@@ -35,11 +35,11 @@ def fit(frame: pd.DataFrame, precision: int = 3, height_px: int = 480) -> HTML:
     rows = [map(cell, frame.columns, row) for row in frame.itertuples(index=False)]
     body = joined(Markup("<tr>{}</tr>").format(joined(row)) for row in rows)
     table = Markup(
-        "<style>{}</style><div class='fit-table' style='max-height:{}px;overflow:auto'>"
+        "<style>{}</style><div class='fit-table' style='max-height:480px;overflow:auto'>"
         "<table style='border-collapse:collapse;font-size:11px;margin:0'><thead><tr>{}</tr></thead>"
         "<tbody>{}</tbody></table></div>"
     )
-    return page(table.format(Markup(STYLE), height_px, heads, body))
+    return page(table.format(Markup(STYLE), heads, body))
 
 
 def sentence(text: str) -> HTML:

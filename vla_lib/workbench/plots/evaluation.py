@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from vla_lib.evaluation.open_loop import DIMENSIONS, UNITS, OpenLoop
 from vla_lib.workbench.plots.style import COLOURS, Panels, diagonal, legend, nth, panels, plot
 
+EVERY = 8  # steps between two chunks over the path
 Metrics = Mapping[str, Mapping[str, Any]]
 """Name of the policy, a masked one or a baseline -> `open_loop_metrics`."""
 
@@ -66,9 +67,7 @@ def predicted_against_true(found: OpenLoop, axes: Panels = None) -> Figure:
 
 
 @plot
-def chunks_over_path(
-    found: OpenLoop, episode: str, every: int = 8, samples: np.ndarray | None = None, axes: Panels = None
-) -> Figure:
+def chunks_over_path(found: OpenLoop, episode: str, samples: np.ndarray | None = None, axes: Panels = None) -> Figure:
     """The recorded motion of a held-out episode (mm from its start), and predicted chunks from where they begin.
 
     samples: (S, N, H, 7) other chunks of the episode's N samples, as a diffusion policy draws them from other noise.
@@ -85,9 +84,9 @@ def chunks_over_path(
     for k, panel in enumerate(lines):
         panel.plot(path_mm[:, k], color=COLOURS["recorded"], lw=1.4, label="recorded")
         # (S, N', 1 + H) -> (1 + H, S * N'): a line is a column
-        chunks = np.cumsum(np.pad(drawn[:, ::every, :, k], ((0, 0), (0, 0), (1, 0))), axis=2)
-        values = (path_mm[step[::every], k][:, None] + chunks).reshape(-1, chunks.shape[2]).T
-        at = np.tile(step[::every], len(drawn)) + np.arange(chunks.shape[2])[:, None]
+        chunks = np.cumsum(np.pad(drawn[:, ::EVERY, :, k], ((0, 0), (0, 0), (1, 0))), axis=2)
+        values = (path_mm[step[::EVERY], k][:, None] + chunks).reshape(-1, chunks.shape[2]).T
+        at = np.tile(step[::EVERY], len(drawn)) + np.arange(chunks.shape[2])[:, None]
         made = panel.plot(at, values, color=COLOURS["policy"], lw=1.3 if samples is None else 0.8)
         made[0].set_label(label)
         panel.set_ylabel(f"{'xyz'[k]} (mm)")

@@ -13,7 +13,7 @@ from vla_lib.episodes.clocks import ClockOffset
 from vla_lib.episodes.episode import Episode
 from vla_lib.episodes.findings import GOOD, REJECTED, USABLE
 from vla_lib.episodes.motion import MotionMatch, camera_match, sensor_match
-from vla_lib.episodes.quality import STAGGER_S, Rates, distinct_hz, measure
+from vla_lib.episodes.quality import STAGGER_S, distinct_hz, measure
 from vla_lib.workbench.plots.style import COLOURS, PALE, Panels, diagonal, legend, nth, panels, plot, say
 
 RATES = {"robot_hz": "robot rows", "pose_hz": "distinct poses", "sensor_hz": "sensor", "camera_hz": "cameras"}
@@ -46,9 +46,9 @@ def intervals(episode: Episode, axes: Panels = None) -> Figure:
 
 
 @plot
-def timeline(episode: Episode, rates: Rates | None = None, axes: Panels = None) -> Figure:
+def timeline(episode: Episode, axes: Panels = None) -> Figure:
     """When each stream runs, against the robot's motion (grey), with its gaps in red."""
-    streams = list((rates or measure(episode)).values())
+    streams = list(measure(episode).values())
     figure, (panel,) = panels(axes, (10, 0.36 * len(streams) + 1.4))
     panel.axvspan(0, episode.duration_s, color=PALE, lw=0, zorder=0)
     last = max(episode.duration_s, *(row.end_s + episode.duration_s for row in streams))

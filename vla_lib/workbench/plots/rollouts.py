@@ -99,9 +99,9 @@ def from_above(rows: Sequence[Rollout], axes: Panels = None) -> Figure:
 
 
 @plot
-def sensor(samples: np.ndarray, t_s: np.ndarray, most: int = 1500, axes: Panels = None) -> Figure:
+def sensor(samples: np.ndarray, t_s: np.ndarray, axes: Panels = None) -> Figure:
     """Sensor samples (n, 1026), force first, over time (n,) s: A-scans as an image, force (mN) below."""
-    keep = np.linspace(0, len(t_s) - 1, min(most, len(t_s))).astype(int)
+    keep = np.linspace(0, len(t_s) - 1, min(1500, len(t_s))).astype(int)
     figure, (scans, force) = panels(axes, (9, 5), (2, 1), sharex=True, height_ratios=(3, 1))
     image = a_scans(scans, samples[keep], t_s[keep])
     figure.colorbar(image, ax=[scans, force], label="intensity (counts)")
