@@ -26,7 +26,7 @@ from vla_lib import preprocess
 from vla_lib.core.files import write_json
 from vla_lib.episodes import Episode, find_episodes, load_prepared
 from vla_lib.episodes.findings import VERDICTS_NAME, read_verdicts
-from vla_lib.workbench import lab
+from vla_lib.workbench.commands import lab_command, lab_environment
 from vla_lib.workbench.viewer import payload
 from vla_lib.workbench.widgets import drawn
 
@@ -106,10 +106,10 @@ def lab_page(folder: Path, chromium: str, cells: list[str]) -> Iterator[Any]:
         port = probe.getsockname()[1]
     own = {f"JUPYTER_{kind}_DIR": str(folder / kind.lower()) for kind in ("CONFIG", "RUNTIME", "DATA")}
     own |= {"JUPYTERLAB_WORKSPACES_DIR": str(folder / "workspaces"), "PYTHONPATH": os.getcwd()}
-    words = [*lab.command(folder / "lab", port, browser=False), f"--IdentityProvider.token={TOKEN}"]
+    words = [*lab_command(folder / "lab", port, browser=False), f"--IdentityProvider.token={TOKEN}"]
     with open(folder / "lab.log", "w") as log:
         words.append("--expose-app-in-browser")
-        server = subprocess.Popen(words, env={**lab.environment(), **own}, stdout=log, stderr=log)
+        server = subprocess.Popen(words, env={**lab_environment(), **own}, stdout=log, stderr=log)
     try:
         while True:
             with contextlib.suppress(OSError):

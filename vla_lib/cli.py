@@ -18,7 +18,7 @@ from vla_lib.core.frontdoor import EXIT_BAD_INPUT
 from vla_lib.core.run_folder import PROJECT, runs_root
 from vla_lib.episodes.lerobot_export import ExportSettings
 from vla_lib.episodes.lerobot_import import ImportSettings
-from vla_lib.workbench import commands, slurm, submissions
+from vla_lib.workbench import commands, slurm
 from vla_lib.workbench.parameters import describe, notebook_path
 
 EXIT_CANCELLED = 130
@@ -53,10 +53,10 @@ def run(
         run_dir: this run folder instead of a new one below runs/.
         resume: go on with the run that --run-dir holds, a training from its checkpoint.
     """
-    if batch.submits:
-        return submissions.submit_run(batch, notebook, once(parameters), run_dir)
     from vla_lib.workbench import headless
 
+    if batch.submits:
+        return headless.submit(batch, notebook, once(parameters), run_dir)
     return headless.run_and_print(notebook, once(parameters), text=True, run_dir=run_dir, resume=resume)
 
 
@@ -89,7 +89,7 @@ def sweep(
     how = {"objective": objective, "maximize": maximize, "prune": prune}
     plan = sweeps.plan_sweep(notebook, grid, once(parameters), search, trials, seeds, **how)
     if batch.submits:
-        return submissions.submit_queue(batch, plan, parallel)
+        return worker.submit(batch, plan, parallel)
     return worker.run(plan, parallel, gpus_per_run)
 
 
@@ -104,7 +104,7 @@ def night(
 
     plan = sweeps.Plan("night", sweeps.read_list(jobs))
     if batch.submits:
-        return submissions.submit_queue(batch, plan, parallel)
+        return worker.submit(batch, plan, parallel)
     return worker.run(plan, parallel, gpus_per_run)
 
 
@@ -134,7 +134,7 @@ def run_all(
     plan.check_data()
     plan.check()
     if batch.submits:
-        return submissions.submit_flow(batch, "run-all", str(plan.root))
+        return flow.submit(batch, "run-all", str(plan.root))
     return flow.run("run-all", f"VLA workbench: {plan.root.name}", plan)
 
 
@@ -201,18 +201,6 @@ def doctor() -> int:
     return doctor.run()
 
 
-def lab(port: int = 8888, no_browser: FlagCreatePairsOff[bool] = False) -> int:
-    """Open JupyterLab on the notebooks.
-
-    Args:
-        no_browser: do not open a browser (a remote machine).
-    """
-    from vla_lib.workbench import lab
-
-    command = lab.command(PROJECT / "notebooks", port, not no_browser)
-    os.execve(command[0], command, lab.environment())
-
-
 COMMANDS: tuple[Callable[..., int], ...] = (
     run,
     sweep,
@@ -225,7 +213,7 @@ COMMANDS: tuple[Callable[..., int], ...] = (
     demo,
     export,
     import_,
-    lab,
+    commands.lab,
 )
 ACTIONS: tuple[Callable[..., int], ...] = (commands.ls, commands.show, commands.stop, commands.rm)
 

@@ -16,7 +16,7 @@ from chromium import CHROMIUM, FLAGS
 
 from vla_lib.core.files import write_json
 from vla_lib.core.run_folder import PROJECT
-from vla_lib.workbench import lab as jupyterlab
+from vla_lib.workbench.commands import lab_command, lab_environment
 from vla_lib.workbench.parameters import read_parameters
 
 TOKEN = "a-token-of-the-test"
@@ -195,8 +195,8 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Desk]:
     own |= {"VLA_RUNS": str(home / "runs"), "WANDB_MODE": "disabled"}
     words = [f"--IdentityProvider.token={TOKEN}", "--expose-app-in-browser"]
     with open(home / "lab.log", "w") as log:
-        command = jupyterlab.command(folder, port, browser=False) + words
-        server = subprocess.Popen(command, env={**jupyterlab.environment(), **own}, stdout=log, stderr=log)
+        command = lab_command(folder, port, browser=False) + words
+        server = subprocess.Popen(command, env={**lab_environment(), **own}, stdout=log, stderr=log)
     try:
         while True:
             try:

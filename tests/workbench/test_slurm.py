@@ -20,7 +20,7 @@ from vla_lib import cli
 from vla_lib.core.errors import UserError
 from vla_lib.core.files import read_jsonl, write_json
 from vla_lib.core.run_folder import PROJECT, RunFolder, read_record
-from vla_lib.workbench import run_all, slurm, submissions
+from vla_lib.workbench import run_all, slurm
 
 TRAINING = """
 from tests.workbench import rank_stub
@@ -191,7 +191,7 @@ def test_a_submitted_flow_is_taken_up_in_its_folder_with_the_step_that_was_stopp
     monkeypatch.setattr(slurm, "_slurm", lambda *words, given="": scripts.append(given) or "12\n")
     words = ("run-all", "--dataset-root", "D")
     batch = slurm.Batch(slurm=True, nodes=2, gpus=4, time="8:00:00", partition="long", words=words)
-    assert submissions.submit_flow(batch, "run-all", "D") == 0
+    assert run_all.submit(batch, "run-all", "D") == 0
     lines = scripts[0].splitlines()
     asked = ["nodes=2", "gres=gpu:4", "cpus-per-task=8", "time=8:00:00", "partition=long", "signal=B:USR1@120"]
     assert "\nexport SRUN_CPUS_PER_TASK=8 " in scripts[0]

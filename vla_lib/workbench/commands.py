@@ -1,5 +1,5 @@
-"""`vla runs ls|show|stop|rm`, `vla rerun` and `vla cache`: functions whose arguments are the command's words (see
-`vla_lib.cli`).
+"""`vla runs ls|show|stop|rm`, `vla rerun`, `vla cache` and `vla lab`: functions whose arguments are the command's words
+(see `vla_lib.cli`).
 
 Each prints and returns the exit status. Raises UserError for a name that is not there, and for what would lose
 something by mistake.
@@ -7,6 +7,8 @@ something by mistake.
 
 import os
 import signal
+import socket
+import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from unicodedata import east_asian_width
@@ -210,3 +212,33 @@ def cache_table(rows: list[dict[str, Any]]) -> pd.DataFrame:
         }
         for row in rows
     )
+
+
+def lab(port: int = 8888, no_browser: FlagCreatePairsOff[bool] = False) -> int:
+    """Open JupyterLab on the notebooks.
+
+    Args:
+        no_browser: do not open a browser (a remote machine).
+    """
+    command = lab_command(PROJECT / "notebooks", port, not no_browser)
+    os.execve(command[0], command, lab_environment())
+
+
+def lab_command(folder: Path, port: int, browser: bool = True) -> list[str]:
+    """The command line of JupyterLab on `folder`. Raises UserError where the port is taken."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            raise UserError(f"Port {port} is in use; give another one: make lab ARGS='--port {port + 1}'.") from None
+    words = [sys.executable, "-m", "jupyterlab", str(folder), f"--port={port}", "--ServerApp.port_retries=0"]
+    words += [] if browser else ["--no-browser"]
+    return words + (["--allow-root"] if os.geteuid() == 0 else [])
+
+
+def lab_environment() -> dict[str, str]:
+    """This process's environment with our defaults of JupyterLab, so that saved notebooks keep their widgets
+    (`labconfig/default_setting_overrides.json`); what a person has set counts more."""
+    paths = [str(Path(__file__).parent), os.environ.get("JUPYTER_CONFIG_PATH", "")]
+    return {**os.environ, "JUPYTER_CONFIG_PATH": os.pathsep.join(filter(None, paths))}

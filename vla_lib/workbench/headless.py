@@ -27,6 +27,7 @@ from papermill.exceptions import PapermillExecutionError
 
 from vla_lib.core.errors import UserError, in_words
 from vla_lib.core.run_folder import RunFolder
+from vla_lib.workbench import slurm
 from vla_lib.workbench.jobs import JobFailed
 from vla_lib.workbench.notebook import RUN_DIR_VARIABLE, resumed, shown
 from vla_lib.workbench.pages import export_html
@@ -175,6 +176,20 @@ def run_and_print(name: str | Path, given: dict[str, Any], **how: Any) -> int:
         print(f"error: {result.error}", file=sys.stderr)
     print(result.summary)
     return result.exit_status
+
+
+def submit(batch: slurm.Batch, notebook: str, given: dict[str, str], run_dir: Path | None) -> int:
+    """`vla run` on a cluster; torchrun gets one process a GPU unless it is told otherwise."""
+    path = notebook_path(notebook)
+    values = resolve(path, given, text=True)
+    if batch.gpus and "nproc_per_node" in values and "nproc_per_node" not in given:
+        given = given | {"nproc_per_node": str(batch.gpus)}
+        values = resolve(path, given, text=True)
+    noted = {"notebook": str(path), "given": sorted(given), "data": data_state(values)}
+    record = RunFolder.create(path.stem, values, path=run_dir, **noted)
+    words = [word for name, value in given.items() for word in ("-p", name, value)]
+    words = ["run", str(path), *words, "--run-dir", str(record.path), "--resume"]
+    return slurm.submit(batch, path.stem, record, words)
 
 
 @contextmanager

@@ -254,6 +254,12 @@ def run(name: str, title: str, plan: FlowPlan, before: Callable[[], Any] | None 
     return exit_status
 
 
+def submit(batch: slurm.Batch, name: str, root: str) -> int:
+    """`vla run-all` on a cluster; what is up to date when it is requeued is skipped."""
+    record = RunFolder.create(name, {"dataset_root": root})
+    return slurm.submit(batch, name, record, batch.words)
+
+
 def summarise(flow: Flow) -> tuple[pd.DataFrame, list[str]]:
     """The closing table (what, value) and the lines below it, from the steps' results files."""
     results = {step.name: read_results(step.run) for step in flow.steps if step.run is not None}

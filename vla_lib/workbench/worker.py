@@ -15,6 +15,7 @@ from vla_lib.core.errors import UserError
 from vla_lib.core.files import read_jsonl, write_text
 from vla_lib.core.progress import clock
 from vla_lib.core.run_folder import close_as_pruned, read_record, runs_root, write_results
+from vla_lib.workbench import slurm
 from vla_lib.workbench.devices import Gpus, Share, thread_variables
 from vla_lib.workbench.jobs import GRACE_S, Job, JobCancelled, JobFailed
 from vla_lib.workbench.notebook import shown
@@ -56,6 +57,21 @@ def run(plan: Plan, parallel: int = 0, gpus_per_run: int = 0) -> int:
         exit_status = conclude(queue, stopped)
         queue.worker.release()
     return exit_status
+
+
+def submit(batch: slurm.Batch, plan: Plan, parallel: int) -> int:
+    """`vla sweep` or `vla night` on a cluster: an array of `parallel` workers of one study, a run at a time each."""
+    plan.check()
+    queue = Queue.open(plan)
+    queue.worker.release()
+    waits = queue.record is not None and slurm.holds(queue.path, "")
+    if queue.record is None or waits:
+        if queue.record:
+            queue.record.finish("submitted")
+        state = "waits in Slurm's queue" if waits else "is running"
+        raise UserError(f"The same {plan.kind} {state} already, {queue.path}; stop it first, or wait for it.")
+    words = [*batch.words, "--parallel", "1"]
+    return slurm.submit(batch, plan.kind, queue.record, words, array=max(1, parallel))
 
 
 def conclude(queue: Queue, stopped: bool) -> int:
