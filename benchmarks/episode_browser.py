@@ -27,8 +27,8 @@ from vla_lib.core.files import write_json
 from vla_lib.episodes import Episode, find_episodes, load_prepared
 from vla_lib.episodes.findings import VERDICTS_NAME, read_verdicts
 from vla_lib.workbench.commands import lab_command, lab_environment
+from vla_lib.workbench.plots.style import drawn
 from vla_lib.workbench.viewer import payload
-from vla_lib.workbench.widgets import drawn
 
 TOKEN = "benchmark"
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]

@@ -18,7 +18,7 @@ from nbformat import v4
 from vla_lib.core.files import append_jsonl, write_json
 from vla_lib.core.run_folder import RunFolder, read_record, runs_root
 from vla_lib.runtime.run_log import Tick
-from vla_lib.workbench import comparison, live, pages, rollout_views, run_browser, runs, tables, widgets
+from vla_lib.workbench import comparison, live, pages, rollout_views, run_browser, runs, tables
 from vla_lib.workbench.jobs import Job
 from vla_lib.workbench.pages import Section, export_html, static_outputs, write_report
 from vla_lib.workbench.viewer import EpisodeBrowser
@@ -50,7 +50,7 @@ def episode_views(folder: Path, name: str) -> list[str]:
     browser = EpisodeBrowser(folder / "data")
     figure = Figure((1, 1))
     figure.suptitle(name)
-    return [browser.page(1).data, widgets.offline_slider([figure, figure], [name, f"{name}2"]).data]
+    return [browser.page(1).data, rollout_views.offline_slider([figure, figure], [name, f"{name}2"]).data]
 
 
 def job_views(folder: Path, name: str) -> list[str]:
@@ -181,7 +181,7 @@ def test_html_is_made_of_text_in_one_place_only():
         ("pages.py", "STYLE"),
         ("tables.py", "STYLE"),
         ("run_browser.py", "made.data"),
-        ("widgets.py", "image"),
+        ("rollout_views.py", "image"),
         ("viewer.py", "style("),
         ("viewer.py", "told"),
         ("viewer.py", "code"),

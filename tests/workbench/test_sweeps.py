@@ -17,7 +17,7 @@ from benchmarks import workbench as benchmarks
 from vla_lib.core.errors import UserError
 from vla_lib.core.files import append_jsonl, read_json
 from vla_lib.core.run_folder import RunFolder, read_record, write_results
-from vla_lib.workbench import commands, devices, sweeps, worker
+from vla_lib.workbench import commands, jobs, sweeps, worker
 from vla_lib.workbench.jobs import Job
 from vla_lib.workbench.parameters import resolve
 from vla_lib.workbench.queue import Claim, Queue
@@ -344,13 +344,13 @@ def test_a_bad_search_is_refused(asked, said):
 
 @pytest.fixture
 def four_gpus(tmp_path, monkeypatch):
-    monkeypatch.setattr(devices, "LOCKS", tmp_path)
+    monkeypatch.setattr(worker, "LOCKS", tmp_path)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
 
 
 def test_no_gpu_is_given_to_two_runs(four_gpus, tmp_path, monkeypatch):
     """Also where the worker that took it is gone and its run still ends: the run's supervisor holds it."""
-    gpus = devices.Gpus.find(per_run=2)
+    gpus = worker.Gpus.find(per_run=2)
     first, second = gpus.take(), gpus.take()
     assert {*first.names, *second.names} == {"0", "1", "2", "3"} and gpus.take() is None
     assert first.variables == {"CUDA_VISIBLE_DEVICES": "0,1"}
@@ -358,14 +358,14 @@ def test_no_gpu_is_given_to_two_runs(four_gpus, tmp_path, monkeypatch):
     job.held = first.handles
     job.start()
     first.release()
-    assert devices.Gpus.find(per_run=1).take() is None
+    assert worker.Gpus.find(per_run=1).take() is None
     job.stop()
     job._process.wait()
     assert gpus.take().names == ("0", "1")
     with pytest.raises(UserError, match="wants 5 GPUs, but there are 4"):
-        devices.Gpus.find(per_run=5)
+        worker.Gpus.find(per_run=5)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert devices.Gpus.find(per_run=5).take().variables == {}
+    assert worker.Gpus.find(per_run=5).take().variables == {}
 
 
 def test_runs_at_once_have_gpus_of_their_own_and_a_share_of_the_cores(
@@ -373,7 +373,7 @@ def test_runs_at_once_have_gpus_of_their_own_and_a_share_of_the_cores(
 ):
     """Two workers' worth of runs, two GPUs each: what each saw is what it was given, and none was shared."""
     path = write_notebook("n: int = 1\nnproc_per_node: int = 2")
-    monkeypatch.setattr(devices.os, "sched_getaffinity", lambda _: range(16))
+    monkeypatch.setattr(jobs.os, "sched_getaffinity", lambda _: range(16))
     for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY"):
         monkeypatch.delenv(name, raising=False)
     code = """

@@ -11,7 +11,7 @@ from needle_rig.settings import RecordSettings
 from vla_lib import preprocess
 from vla_lib.core.errors import UserError
 from vla_lib.episodes.datasets import Marks
-from vla_lib.workbench import viewer, widgets
+from vla_lib.workbench import tables, viewer
 from vla_lib.workbench.viewer import EpisodeBrowser
 
 BROKEN = "A_first/recv_all_20200101_000000"
@@ -108,9 +108,9 @@ def test_no_episode_fits_is_told_with_what_there_is(root):
 
 def test_where_every_episode_is_rejected_that_is_told():
     reports = [{"verdict": "rejected", "summary": {"valid": 0}}, {"verdict": "good", "summary": {"valid": 9}}]
-    assert widgets.best_report(reports) is reports[1]
+    assert tables.best_report(reports) is reports[1]
     with pytest.raises(UserError, match="Every episode is rejected"):
-        widgets.best_report(reports[:1])
+        tables.best_report(reports[:1])
 
 
 def test_the_script_is_one_module_that_anywidget_takes():

@@ -23,13 +23,12 @@ from vla_lib.robots.lab_robot import LabRobot
 from vla_lib.robots.recording import judge
 from vla_lib.runtime.robot_io import Observation
 from vla_lib.workbench import tables
-from vla_lib.workbench.busy_kernel import answering
 from vla_lib.workbench.markup import Html, Markup
-from vla_lib.workbench.notebook import interactive, shown
+from vla_lib.workbench.notebook import answering, interactive, shown
 from vla_lib.workbench.plots.rehearsal import rig
+from vla_lib.workbench.plots.style import drawn
 from vla_lib.workbench.record import ask_outcome, stream_table
 from vla_lib.workbench.rollout_views import follow, outcome
-from vla_lib.workbench.widgets import drawn
 
 REDRAW_S = 1.0
 MARKS = {True: "passed", False: "FAILED", None: "look"}

@@ -29,7 +29,6 @@ from vla_lib.core.files import read_json, read_jsonl
 from vla_lib.core.owner import Owner, living, owner_file
 from vla_lib.core.settings import Settings
 from vla_lib.workbench import slurm
-from vla_lib.workbench.devices import thread_variables
 
 GRACE_S = 20.0  # longer than a checkpoint takes
 LOG_TAIL_LINES = 15
@@ -65,6 +64,22 @@ def flags(settings: Settings) -> list[str]:
         else:
             words += [f"--{flag}", *map(str, value if isinstance(value, tuple) else [value])]
     return words
+
+
+def cores() -> int:
+    """The cores that this process may use: of its affinity, and of its Slurm job."""
+    allowed = len(os.sched_getaffinity(0))
+    return min(allowed, int(os.environ.get("SLURM_CPUS_ON_NODE") or allowed))
+
+
+def thread_variables(processes: int) -> dict[str, str]:
+    """OMP_NUM_THREADS for each of so many processes at once, and threads that sleep while they wait.
+
+    Threads that spin at a barrier, OpenMP's default, collapse beside other work: docs/FIGURES.md has the figures.
+    What the user has set stays.
+    """
+    chosen = {"OMP_NUM_THREADS": str(max(1, cores() // processes)), "OMP_WAIT_POLICY": "PASSIVE"}
+    return {name: os.environ.get(name, value) for name, value in chosen.items()}
 
 
 class _Status(BaseModel, strict=True):
@@ -123,7 +138,7 @@ class Job:
         """`torchrun --nproc_per_node=N -m MODULE FLAGS --run-dir RUN_DIR`, on a free port of this machine, and on all
         machines of a Slurm job; `resume`: with --resume.
 
-        Ranks on the CPU share its cores (see `devices.thread_variables`).
+        Ranks on the CPU share its cores (see `thread_variables`).
         """
         if nproc_per_node < 1:
             raise UserError(f"nproc_per_node is {nproc_per_node}; give 1 or more processes.")

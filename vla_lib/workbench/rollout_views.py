@@ -4,13 +4,16 @@ A rehearsal is a rollout in real time, in a process of its own: a live view with
 """
 
 import asyncio
+import base64
 import threading
 import time
-from collections.abc import Mapping, Sequence
+import uuid
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import anywidget
 import ipywidgets
 import numpy as np
 import pandas as pd
@@ -25,14 +28,13 @@ from vla_lib.evaluation.settings import RolloutSettings
 from vla_lib.evaluation.sim_robot import sim_limits
 from vla_lib.runtime.safety import SafetyLimits
 from vla_lib.training.checkpoint import read_checkpoint
-from vla_lib.workbench.busy_kernel import answering
 from vla_lib.workbench.jobs import JobCancelled
-from vla_lib.workbench.markup import Html, Markup
-from vla_lib.workbench.notebook import interactive, shown
+from vla_lib.workbench.markup import Html, Markup, joined, page
+from vla_lib.workbench.notebook import answering, interactive, shown
 from vla_lib.workbench.plots import rollouts as plots
 from vla_lib.workbench.plots.rehearsal import moment
+from vla_lib.workbench.plots.style import drawn
 from vla_lib.workbench.tables import sentence
-from vla_lib.workbench.widgets import HoldKey, drawn, offline_slider
 
 Followed = tuple[dict[str, Any], list[Moment]]
 ROBOTS = ("simulated rig", "dry run")
@@ -41,6 +43,25 @@ REDRAW_S = (
     0.7  # at the least; drawing takes a fifth of the time at most: the cores are the control loop's and the VLM's
 )
 LINE_EVERY_S = 2.0
+
+
+def offline_slider(figures: Iterable[Figure], labels: Sequence[str]) -> HTML:
+    """A range input over pictures of the figures: it works in a saved page without a kernel and without the network."""
+    identifier = f"s{uuid.uuid4().hex[:8]}"
+    images = []
+    for number, (label, figure) in enumerate(zip(labels, figures, strict=True)):
+        data = base64.b64encode(drawn(figure, "jpeg")).decode()
+        image = "<img class='{}' alt='{}' style='max-width:100%;display:{}' src='data:image/jpeg;base64,{}'>"
+        images.append(Markup(image).format(identifier, label, "none" if number else "block", data))
+    script = Markup(
+        "document.querySelectorAll('.{0}').forEach((e,n)=>e.style.display=n==this.value?'block':'none');"
+        "document.getElementById('{0}').textContent=document.querySelectorAll('.{0}')[this.value].alt"
+    )
+    control = Markup(
+        "<input type='range' min='0' max='{}' value='0' style='width:60%' aria-label='instant' oninput=\"{}\"> "
+        "<span id='{}'>{}</span>"
+    ).format(len(labels) - 1, script.format(identifier), identifier, labels[0])
+    return page(Markup("<div>{}{}</div>").format(control, joined(images)))
 
 
 def failures_first(loop: ClosedLoop, most: int) -> list[dict[str, Any]]:
@@ -179,6 +200,16 @@ async def follow(process: LoopProcess, key: bool = False, force_mN: float = FORC
         process.close()
         view.close(moments)
     return record, moments
+
+
+class HoldKey(anywidget.AnyWidget):
+    """A field that calls `held` ten times a second while a person holds its space bar, or a button of a gamepad."""
+
+    _esm = Path(__file__).parent / "browser" / "hold.js"
+
+    def __init__(self, held: Callable[[], None]):
+        super().__init__()
+        self.on_msg(lambda _widget, _said, _buffers: held())
 
 
 class PlainView:

@@ -14,7 +14,7 @@ from vla_lib.core.run_folder import runs_root
 from vla_lib.workbench import comparison, runs, tables
 from vla_lib.workbench.markup import Html, Markup, joined
 from vla_lib.workbench.notebook import interactive
-from vla_lib.workbench.widgets import drawn
+from vla_lib.workbench.plots.style import drawn
 
 ROWS = 30  # shown at a time; the filter finds the others
 LONGEST = 36  # letters of a cell; the rest is seen when it is pointed at

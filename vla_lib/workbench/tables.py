@@ -6,6 +6,7 @@ from typing import Any
 import pandas as pd
 from IPython.display import HTML
 
+from vla_lib.core.errors import UserError
 from vla_lib.episodes.quality import verdict_table
 from vla_lib.workbench.markup import Markup, joined, page
 
@@ -56,3 +57,13 @@ def verdicts(summaries: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
 def frame(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
     """Rows of a preflight table as a frame, underscores read as spaces."""
     return pd.DataFrame(list(rows)).rename(columns=lambda name: str(name).replace("_", " "))
+
+
+def best_report(reports: Iterable[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """The report of the episode with the most valid steps. Raises UserError where every one is rejected."""
+    kept = [report for report in reports if report["verdict"] != "rejected"]
+    if not kept:
+        raise UserError(
+            "Every episode is rejected, so there is nothing to show; the table of verdicts gives the reasons."
+        )
+    return max(kept, key=lambda report: report["summary"]["valid"])

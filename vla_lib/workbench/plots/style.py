@@ -12,6 +12,7 @@ figure of its own. Figures are made without pyplot: nothing keeps them, so nothi
 """
 
 import functools
+import io
 import textwrap
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, ParamSpec, TypeAlias
@@ -170,3 +171,10 @@ def picture(panel: Axes, pixels: Any, missing: str = "") -> None:
 def say(panel: Axes, text: str) -> None:
     """A sentence in the middle of a panel that has nothing to show."""
     panel.text(0.5, 0.5, text, ha="center", va="center", transform=panel.transAxes)
+
+
+def drawn(figure: Figure, kind: str = "png") -> bytes:
+    """The figure as a picture file: `png`, or `jpeg` where several stand in one page (a third of the bytes)."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=kind, pil_kwargs={"quality": 85} if kind == "jpeg" else None)
+    return buffer.getvalue()
