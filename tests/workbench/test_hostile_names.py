@@ -18,7 +18,7 @@ from nbformat import v4
 from vla_lib.core.files import append_jsonl, write_json
 from vla_lib.core.run_folder import RunFolder, read_record, runs_root
 from vla_lib.runtime.run_log import Tick
-from vla_lib.workbench import comparison, live, pages, rollout_views, run_browser, runs, tables
+from vla_lib.workbench import comparison, live, pages, rollout_views, runs, tables
 from vla_lib.workbench.jobs import Job
 from vla_lib.workbench.pages import Section, export_html, static_outputs, write_report
 from vla_lib.workbench.viewer import EpisodeBrowser
@@ -112,7 +112,7 @@ def run_views(folder: Path, name: str) -> list[str]:
     run.finish("done")
     runs.annotate(run.path, label=name, note=name)
     other = RunFolder.create("04_train_async", {}, path=run.path.with_name(f"{run.path.name}-other"))
-    browser = run_browser.RunBrowser(words=folder.name, compare=[str(run.path)])
+    browser = comparison.RunBrowser(words=folder.name, compare=[str(run.path)])
     shown = [browser._head.value, *(row.children[1].value for row in browser._rows.children[-1:])]
     both = comparison.parameters([run.path, other.path])
     return [*shown, *(tables.fit(one).data for one in (both, comparison.overview(), runs.diff(run.path, other.path)))]
@@ -180,7 +180,7 @@ def test_html_is_made_of_text_in_one_place_only():
         ("pages.py", 'data["text/html"]'),
         ("pages.py", "STYLE"),
         ("tables.py", "STYLE"),
-        ("run_browser.py", "made.data"),
+        ("comparison.py", "made.data"),
         ("rollout_views.py", "image"),
         ("viewer.py", "style("),
         ("viewer.py", "told"),
