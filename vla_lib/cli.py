@@ -18,7 +18,7 @@ from vla_lib.core.frontdoor import EXIT_BAD_INPUT
 from vla_lib.core.run_folder import PROJECT, runs_root
 from vla_lib.episodes.lerobot_export import ExportSettings
 from vla_lib.episodes.lerobot_import import ImportSettings
-from vla_lib.workbench import commands, slurm
+from vla_lib.workbench import commands, doctor, slurm
 from vla_lib.workbench.parameters import describe, notebook_path
 
 EXIT_CANCELLED = 130
@@ -194,20 +194,13 @@ def record(
     return 0
 
 
-def doctor() -> int:
-    """Look at the machine, and say what to do."""
-    from vla_lib.workbench import doctor
-
-    return doctor.run()
-
-
 COMMANDS: tuple[Callable[..., int], ...] = (
     run,
     sweep,
     night,
     commands.rerun,
     record,
-    doctor,
+    doctor.doctor,
     commands.cache,
     run_all,
     demo,
@@ -238,7 +231,7 @@ def parse(words: Sequence[str]) -> "functools.partial[int]":
 
 def main(words: list[str] | None = None) -> None:
     """Parse the command line and run one command. Exit status: 0 done, 1 failed, 2 bad input, 130 cancelled."""
-    signal.signal(signal.SIGTERM, _cancelled)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     if os.environ.get("VLA_RUNS"):  # kernels and jobs, which work in other folders, mean the same one
         os.environ["VLA_RUNS"] = str(runs_root())
     try:
@@ -281,10 +274,6 @@ def _later(command: Callable[..., int]) -> Callable[..., Any]:
 def _model(name: str) -> str:
     folder = Path(name or "-").expanduser()
     return str(folder.resolve()) if folder.is_dir() else name  # notebooks run in a folder of their own
-
-
-def _cancelled(_number: int, _frame: object) -> None:
-    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

@@ -152,7 +152,7 @@ def test_the_doctor_names_what_is_missing_and_what_to_do(monkeypatch, capsys):
     monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
     monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setitem(doctor.LOOKS, "EGL", lambda: ("ok", ""))
-    assert doctor.run() == 1
+    assert doctor.doctor() == 1
     said = capsys.readouterr().out
     assert "fail JupyterLab" in said and "apt-get install chromium" in said
     assert "WANDB_MODE is offline: runs are logged offline" in said and "wandb login" in said
