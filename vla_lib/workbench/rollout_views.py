@@ -36,12 +36,12 @@ from vla_lib.workbench.plots.rehearsal import moment
 from vla_lib.workbench.plots.style import drawn
 from vla_lib.workbench.tables import sentence
 
+Rollout = Mapping[str, Any]
 Followed = tuple[dict[str, Any], list[Moment]]
 ROBOTS = ("simulated rig", "dry run")
 FORCE_MN = sim_limits()["force_mN"]  # the limit at which the runner draws the needle back
-REDRAW_S = (
-    0.7  # at the least; drawing takes a fifth of the time at most: the cores are the control loop's and the VLM's
-)
+# at the least; drawing takes a fifth of the time at most: the cores are the control loop's and the VLM's
+REDRAW_S = 0.7
 LINE_EVERY_S = 2.0
 
 
@@ -74,15 +74,20 @@ def failures_first(loop: ClosedLoop, most: int) -> list[dict[str, Any]]:
     return [row for *_, row in sorted(ranked, key=lambda entry: entry[:3])[:most]]
 
 
-def verdict(row: Mapping[str, Any]) -> str:
+def verdict(row: Rollout) -> str:
     """Seed and what came of it."""
     return f"seed {row['seed']}: {'success' if row['success'] else row['reason']}"
 
 
+def _slider(rows: Sequence[Rollout], draw: Callable[[Rollout], Figure]) -> HTML:
+    if not rows:
+        return sentence("There is no rollout to show frame by frame.")
+    return offline_slider(map(draw, rows), [verdict(row) for row in rows])
+
+
 def paths_slider(loop: ClosedLoop) -> HTML:
     """Six rollouts in space and time, failures first."""
-    rows = failures_first(loop, 6)
-    return offline_slider((plots.rollout(row, verdict(row)) for row in rows), [verdict(row) for row in rows])
+    return _slider(failures_first(loop, 6), lambda row: plots.rollout(row, verdict(row)))
 
 
 def with_frames(loop: ClosedLoop | None, count: int, workers: int) -> list[dict[str, Any]]:
@@ -93,22 +98,20 @@ def with_frames(loop: ClosedLoop | None, count: int, workers: int) -> list[dict[
     return closed_loop({"again": loop.settings}, seeds, workers, frames=8)["again"].rollouts
 
 
-def frames_slider(rows: Sequence[Mapping[str, Any]]) -> HTML:
+def frames_slider(rows: Sequence[Rollout]) -> HTML:
     """Rollouts frame by frame: two views, A-scan, force and action."""
-    if not rows:
-        return sentence("There is no rollout to show frame by frame.")
-    views = list(rows[0]["frames"][0].pictures)
-    views = [view for view in ("View1_left", "View5") if view in views] or views[:2]
-    strips = (plots.frame_strip(row, views, verdict(row)) for row in rows)
-    return offline_slider(strips, [verdict(row) for row in rows])
+
+    def strip(row: Rollout) -> Figure:
+        views = list(row["frames"][0].pictures)
+        views = [view for view in ("View1_left", "View5") if view in views] or views[:2]
+        return plots.frame_strip(row, views, verdict(row))
+
+    return _slider(rows, strip)
 
 
-def sensor_slider(rows: Sequence[Mapping[str, Any]]) -> HTML:
+def sensor_slider(rows: Sequence[Rollout]) -> HTML:
     """A-scans and force of rollouts over time."""
-    if not rows:
-        return sentence("There is no rollout to show frame by frame.")
-    figures = (plots.sensor(row["sensor"], row["sensor_t_s"]) for row in rows)
-    return offline_slider(figures, [verdict(row) for row in rows])
+    return _slider(rows, lambda row: plots.sensor(row["sensor"], row["sensor_t_s"]))
 
 
 class PairView:
@@ -153,13 +156,14 @@ def prepare(
     if robot not in ROBOTS:
         raise UserError(f"There is no robot {robot!r}; choose {' or '.join(ROBOTS)}.")
     settings = replace(rig_settings(checkpoint, dataset_root, judge=False), **how)
-    limits = SafetyLimits(**sim_limits())
+    limits, content = SafetyLimits(**sim_limits()), read_checkpoint(checkpoint)
+    youngest, oldest = trained_ages_s(content["policy_config"], content["settings"])
     rows = {
         "checkpoint": shown(checkpoint),
         "robot": robot,
         "pictures": f"{settings.picture_width}x{settings.picture_height} at {settings.camera_hz:g} Hz",
         "execution": settings.execution,
-        "age of VL features in training": _trained_ages(checkpoint),
+        "age of VL features in training": f"{1000 * youngest:.0f} to {1000 * oldest:.0f} ms",
         "speed": f"{limits.speed_mm_s:g} mm/s, {limits.turn_deg_s:g} deg/s",
         "workspace x, y, z": ", ".join(f"{low:g} to {high:g} mm" for low, high in limits.workspace_mm),
         "force": f"{limits.force_mN:g} mN, then a retreat of {limits.retreat_mm:g} mm",
@@ -168,12 +172,6 @@ def prepare(
         "hold before a stop": f"{limits.hold_s:g} s",
     }
     return settings, pd.DataFrame(rows.items(), columns=["what", "value"])
-
-
-def _trained_ages(checkpoint: Path) -> str:
-    content = read_checkpoint(checkpoint)
-    youngest, oldest = trained_ages_s(content["policy_config"], content["settings"])
-    return f"{1000 * youngest:.0f} to {1000 * oldest:.0f} ms"
 
 
 async def follow(process: LoopProcess, key: bool = False, force_mN: float = FORCE_MN) -> Followed:
@@ -237,10 +235,8 @@ class RehearsalView:
 
     def __init__(self, process: LoopProcess, key: bool = False, force_mN: float = FORCE_MN):
         self.process, self.force_mN = process, force_mN
-        self._due_s, self._drawing = (
-            0.0,
-            threading.Lock(),
-        )  # one at a time: a figure's look is matplotlib's global state
+        self._due_s = 0.0
+        self._drawing = threading.Lock()  # one at a time: a figure's look is matplotlib's global state
         self._stop = ipywidgets.Button(
             description="Stop", icon="stop", button_style="danger", tooltip="stop the robot now"
         )
@@ -308,9 +304,7 @@ def outcome(record: Mapping[str, Any]) -> pd.DataFrame:
     for name in ("lateness_ms", "expert_ms", "vlm_ms", "vl_age_s"):
         if found := runner[name]:
             what, unit = name.rsplit("_", 1)
-            rows[f"{what} median / p99 / max ({unit})"] = " / ".join(
-                f"{found[k]:.3g}" for k in ("median", "p99", "max")
-            )
+            rows[f"{what} median / p99 / max ({unit})"] = "{median:.3g} / {p99:.3g} / {max:.3g}".format(**found)
     for name in ("modes", "limited", "reasons"):
         rows[name] = ", ".join(f"{key} {count}" for key, count in runner[name].items()) or "none"
     return pd.DataFrame([(name.replace("_", " "), value) for name, value in rows.items()], columns=["what", "value"])
