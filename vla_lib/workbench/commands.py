@@ -189,7 +189,18 @@ def cache(
         return 0
     rows = cache.list_bindings(root, runs_root())
     if action == "ls":
-        print(cache_table(rows).to_string(index=False) if rows else f"no cache below {root}")
+        table = pd.DataFrame(
+            {
+                **{name: row.get(name, "") for name in ("id", "model", "layer", "pooling")},
+                "MB": round(row["bytes"] / 1e6, 1),
+                "age (h)": round(row["age_s"] / 3600, 1),
+                "covered": f"{row['covered']} of {row['episodes']}" if "covered" in row else "",
+                "used by": ", ".join(row.get("used_by", [])),
+                "problem": row["problem"],
+            }
+            for row in rows
+        )
+        print(table.to_string(index=False) if rows else f"no cache below {root}")
         return 0
     found = {name: cache.verify(root, name) for name in ([binding] if binding else [row["id"] for row in rows])}
     for name, one in found.items():
@@ -197,21 +208,6 @@ def cache(
         for sentence in one["bad"]:
             print(f"  {sentence}")
     return int(any(one["bad"] for one in found.values()))
-
-
-def cache_table(rows: list[dict[str, Any]]) -> pd.DataFrame:
-    """One row a binding, in the words that a person reads."""
-    return pd.DataFrame(
-        {
-            **{name: row.get(name, "") for name in ("id", "model", "layer", "pooling")},
-            "MB": round(row["bytes"] / 1e6, 1),
-            "age (h)": round(row["age_s"] / 3600, 1),
-            "covered": f"{row['covered']} of {row['episodes']}" if "covered" in row else "",
-            "used by": ", ".join(row.get("used_by", [])),
-            "problem": row["problem"],
-        }
-        for row in rows
-    )
 
 
 def lab(port: int = 8888, no_browser: FlagCreatePairsOff[bool] = False) -> int:

@@ -115,7 +115,12 @@ def run_notebook(
     noted = {"notebook": str(path), "given": sorted(given), "data": data_state(values), **noted}
     if again := resumed(path.stem, values):
         run_dir, resume, values = again, True, values | {"resume_run": ""}
-    run = _open_run(path.stem, values, run_dir, resume, noted)
+    if resume and run_dir is None:
+        raise UserError("--resume needs --run-dir, the folder of the run to go on with.")
+    if resume and run_dir is not None and (run_dir / "run.json").exists():
+        run = RunFolder.resume(run_dir.expanduser().absolute(), values)
+    else:
+        run = RunFolder.create(path.stem, values, path=run_dir, **noted)
     handed = {parameter: values[parameter] for parameter in given}
     if again or (resume and "resume_run" in values and any((run.path / "checkpoints").glob("*.pt"))):
         handed["resume_run"] = str(run.path)
@@ -157,16 +162,6 @@ def run_notebook(
             result = RunResult(run.path, state, error, bad_input, cell)
             _write_page(executed, result.page)
     return result
-
-
-def _open_run(
-    name: str, values: dict[str, Any], run_dir: Path | None, resume: bool, noted: dict[str, Any]
-) -> RunFolder:
-    if resume and run_dir is None:
-        raise UserError("--resume needs --run-dir, the folder of the run to go on with.")
-    if resume and run_dir is not None and (run_dir / "run.json").exists():
-        return RunFolder.resume(run_dir.expanduser().absolute(), values)
-    return RunFolder.create(name, values, path=run_dir, **noted)
 
 
 def run_and_print(name: str | Path, given: dict[str, Any], **how: Any) -> int:

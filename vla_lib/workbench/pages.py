@@ -38,7 +38,6 @@ pre { background: #f6f8fa; padding: .6rem; overflow-x: auto; font-size: 13px; }
 """
 LIMIT_BYTES = 5e6  # small enough for a mail
 PICTURE = re.compile(r"data:image/(?:png|jpeg);base64,([A-Za-z0-9+/=\n]+)")
-WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
 def export_html(notebook: Path, page: Path) -> None:

@@ -166,7 +166,8 @@ class Queue:
                 with contextlib.suppress(UpdateFinishedTrialError, ValueError):
                     self.study.tell(trial.number, state=TrialState.FAIL)
         latest = newest(self.study)
-        drawn = {trial.user_attrs["setting"]: trial.params for trial in latest.values() if self._whole(trial)}
+        whole = [trial for trial in latest.values() if set(self.plan.searched) <= trial.params.keys()]
+        drawn = {trial.user_attrs["setting"]: trial.params for trial in whole if self.plan.searched}
         begun = {trial.user_attrs["setting"] for trial in latest.values()}
         for entry in self.plan.entries:
             found, run = latest.get(entry.name), None
@@ -183,9 +184,6 @@ class Queue:
             known = drawn.get(entry.setting) or (found.params if found else {})
             attributes = {"entry": entry.name, "setting": entry.setting, **({"run": run} if run else {})}
             self.study.enqueue_trial({**known, **axes}, user_attrs=attributes)
-
-    def _whole(self, trial: FrozenTrial) -> bool:
-        return bool(self.plan.searched) and set(self.plan.searched) <= trial.params.keys()
 
     def _gone(self, trial: FrozenTrial) -> bool:
         """Whether nobody works on a claimed trial any more; a run whose worker was killed may still save a checkpoint.

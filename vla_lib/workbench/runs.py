@@ -134,12 +134,16 @@ def diff(first: Path, second: Path) -> pd.DataFrame:
 
 def removable(names: Iterable[str]) -> tuple[list[Path], float]:
     """The run folders of those names, and their size in MB. Raises UserError where one must stay: a running one, one
-    that the parameters of another run name, and a folder that was there before its run."""
+    that the parameters of another run name, one that was there before its run or lies elsewhere, and a link."""
     paths = list(dict.fromkeys(find_run(name) for name in names))
     others = [read_record(path) for path in find_runs() if path not in paths]
     for path in paths:
-        _refuse_foreign(path)
-        if (record := read_record(path))["state"] == UNREADABLE:
+        if path.is_symlink() or path.resolve().parent != runs_root().resolve():
+            raise UserError(f"{path} is no run folder in {runs_root()}; only those are removed here, and no links.")
+        record = read_record(path)
+        if not record.get("made", re.match(r"\d{8}-\d{6}", path.name)):  # records of old do not say it
+            raise UserError(f"{path} was there before its run, with other files in it; remove what you want by hand.")
+        if record["state"] == UNREADABLE:
             raise UserError(record["error"])
         if record["state"] == "running" or living(owner_file(path)):
             raise UserError(f"{path.name} is running; stop it first.")
@@ -147,14 +151,6 @@ def removable(names: Iterable[str]) -> tuple[list[Path], float]:
             which = f"{len(users)} other runs (one begun {users[0]})"
             raise UserError(f"{path.name} is named by the parameters of {which}; remove those first.")
     return paths, sum(file.lstat().st_size for path in paths for file in path.rglob("*")) / 1e6
-
-
-def _refuse_foreign(path: Path) -> None:
-    """Raises UserError where `path` is not a folder right below the runs root that a run made for itself."""
-    if path.is_symlink() or path.resolve().parent != runs_root().resolve():
-        raise UserError(f"{path} is no run folder in {runs_root()}; only those are removed here, and no links.")
-    if not read_record(path).get("made", re.match(r"\d{8}-\d{6}", path.name)):  # records of old do not say it
-        raise UserError(f"{path} was there before its run, with other files in it; remove what you want by hand.")
 
 
 def remove(names: Iterable[str]) -> str:

@@ -52,9 +52,8 @@ def table(name: str, settings: TrainingSettings, data: TrainingData, nproc_per_n
     steps = settings.max_steps or math.ceil(len(data.train) / per_step) * settings.epochs
     samples = steps * per_step
     policy, binding = Policy(data.policy_config(settings)), data.binding
-    lora = (
-        f" and LoRA of rank {settings.lora_rank} in {binding['layer']} layers of the VLM" if settings.live_vlm else ""
-    )
+    layers = f" and LoRA of rank {settings.lora_rank} in {binding['layer']} layers of the VLM"
+    lora = layers if settings.live_vlm else ""
     rows = {
         "training samples": f"{len(data.train):,} of {len(data.split['train'])} episodes",
         "held out": f"{len(data.val or []):,} of {len(data.split['val'])} episodes",
@@ -84,8 +83,6 @@ def batch_table(data: TrainingData, size: int) -> pd.DataFrame:
 
 def model_table(settings: TrainingSettings, data: TrainingData) -> pd.DataFrame:
     """One row for each block of the policy: parameters, their share, and what the block is for; then their sum."""
-    from vla_lib.policy.policy import Policy
-
     policy = Policy(data.policy_config(settings))
     counts: Counter[str] = Counter()
     for name, parameter in policy.named_parameters():

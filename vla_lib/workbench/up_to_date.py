@@ -4,6 +4,7 @@ Looks at files only: the lab book's records, `data.pkl`, the cache's files, chec
 rerun` says what changed there.
 """
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -86,14 +87,6 @@ def _finished(notebook: str, values: Values) -> list[Path]:
     return found
 
 
-def _results(run: Path) -> Values:
-    """Results of a run; empty where its file is damaged."""
-    try:
-        return read_results(run)
-    except UserError:
-        return {}
-
-
 def _inspected(values: Values) -> Check:
     from vla_lib.episodes import find_episodes
 
@@ -132,8 +125,12 @@ def _cached(notebook: str, values: Values) -> Found:
     facts = {"binding_id": name}
     if todo:
         return Found(False, f"{todo} of {count} episodes are missing or stale in cache {name}", facts=facts)
-    made = [run for run in _finished(notebook, values) if _results(run).get("binding_id") == name]
-    return Found(True, f"cache {name} covers all {count} episodes as they are", made[0] if made else None, facts)
+    why = f"cache {name} covers all {count} episodes as they are"
+    for run in _finished(notebook, values):
+        with contextlib.suppress(UserError):  # a damaged file of that run
+            if read_results(run).get("binding_id") == name:
+                return Found(True, why, run, facts)
+    return Found(True, why, facts=facts)
 
 
 def _trained(values: Values) -> Check:

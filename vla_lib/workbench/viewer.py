@@ -8,7 +8,7 @@ import base64
 import io
 import json
 from collections import Counter
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -132,22 +132,15 @@ def _mmode(episode: Episode) -> dict[str, Any] | None:
     grey = np.clip((np.nan_to_num(image.values[::2], nan=low) - low) / span * 255, 0, 255).astype(np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(grey).save(buffer, "PNG")
+    colours = mpl.colormaps["magma"](np.arange(256), bytes=True)[:, :3].tolist()
+    picture = base64.b64encode(buffer.getvalue()).decode()
     assert episode.sensor is not None
     t_s = image.t_s - episode.start_s
     return {
-        "png": _url(buffer.getvalue(), "image/png"), "t": np.round(t_s, 4).tolist(), "rows": len(grey),
+        "png": f"data:image/png;base64,{picture}", "t": np.round(t_s, 4).tolist(), "rows": len(grey),
         "bins": len(image.values), "low": low, "high": low + span, "every_s": float(np.median(np.diff(t_s))),
-        "sample": np.searchsorted(episode.sensor.t_s, image.t_s).tolist(), "colours": _magma(),
+        "sample": np.searchsorted(episode.sensor.t_s, image.t_s).tolist(), "colours": colours,
     }  # fmt: skip
-
-
-@cache
-def _magma() -> list[list[int]]:
-    return (mpl.colormaps["magma"](np.arange(256), bytes=True)[:, :3]).tolist()
-
-
-def _url(data: bytes, kind: str) -> str:
-    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
 
 def _saved_pictures(episode: Episode, instants: int) -> dict[str, dict[int, str]]:
@@ -244,9 +237,8 @@ class EpisodeBrowser(anywidget.AnyWidget):
         """Change an episode's line in marks.yaml, and show it. Raises UserError where that cannot be written."""
         marks = Marks.load(self.root).write(key, **changes)
         row = next(row for row in self.rows if row["key"] == key)
-        row |= marked(
-            marks, key, self._by_key[key]
-        )  # in place: a page that is opened later has it, this one is sent the row alone
+        # in place: a page that is opened later has it, this one is sent the row alone
+        row |= marked(marks, key, self._by_key[key])
         self.send({"row": row})
         if key == self.key and 0 in self._opened:
             self.send({"trimmed": trimmed(marks.of(key), self._opened[0].duration_s) or [[0, 0]]})

@@ -268,7 +268,10 @@ class Worker:
             self._jobs.discard(job)
         if watch.pruned:
             close_as_pruned(claim.run, watch.pruned)
-        state, cause = _ended(claim.run, job.log)
+        state, cause = "lost", f"it never began, see {job.log}"
+        if (claim.run / "run.json").exists():
+            record = read_record(claim.run)
+            state, cause = record["state"], (record.get("error") or "").partition("\n")[0]
         state = self.queue.tell(claim, state, cause)
         cause = f"\n  {cause}" if cause else ""
         print(f"{_now()} {state} after {clock(time.monotonic() - start)}: {name}{cause}", flush=True)
@@ -301,14 +304,6 @@ class _Validations:
                 self.pruned = f"pruned at step {row['step']}: {self.key} {row[self.key]:.4g} is poorer than the others'"
         self._rows = len(rows)
         return bool(self.pruned)
-
-
-def _ended(run: Path, log: Path) -> tuple[str, str]:
-    """The state in which a run has ended, and the cause in one line."""
-    if not (run / "run.json").exists():
-        return "lost", f"it never began, see {log}"
-    record = read_record(run)
-    return record["state"], (record.get("error") or "").partition("\n")[0]
 
 
 def _now() -> str:
