@@ -5,6 +5,7 @@ seconds since the first robot row.
 """
 
 import base64
+import contextlib
 import io
 import json
 from collections import Counter
@@ -222,13 +223,10 @@ class EpisodeBrowser(anywidget.AnyWidget):
         told, buffers = [], []
         for place, view, number in wanted:
             data, kind = b"", ""
-            episode = self._opened.get(place)
-            try:
-                assert episode is not None
+            with contextlib.suppress(OSError, UserError, KeyError, IndexError):
+                episode = self._opened[place]
                 path = episode.picture(episode.pictures[view].paths[number])
                 data, kind = path.read_bytes(), KINDS.get(path.suffix.lower(), "image/jpeg")
-            except (OSError, UserError, AssertionError, KeyError, IndexError):
-                kind = ""
             told.append([place, view, number, kind])
             buffers.append(data)
         self.send({"pictures": told}, buffers)

@@ -23,9 +23,9 @@ def error_by_step(metrics: Metrics, action_hz: float, axes: Panels = None) -> Fi
         for number, (name, of) in enumerate(metrics.items()):
             values = np.array(of["by_step"][f"{kind}_mae_{unit}"], float)  # None becomes not-a-number
             ahead_s = np.arange(1, len(values) + 1) / action_hz
+            _, dash, marker, _ = nth(number)
             width = 2.2 if name == "policy" else 1.2
-            look: dict[str, Any] = {"ls": nth(number).dash, "marker": nth(number).marker, "color": COLOURS[name]}
-            panel.plot(ahead_s, values, ms=3, lw=width, label=name, **look)
+            panel.plot(ahead_s, values, ls=dash, marker=marker, ms=3, color=COLOURS[name], lw=width, label=name)
         panel.set(xlabel="time ahead (s)", ylabel=f"mean {kind} error ({unit})", ylim=(0, None))
     legend(found[0], 3)
     return figure

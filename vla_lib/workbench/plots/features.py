@@ -28,8 +28,7 @@ def coverage(table: Sequence[Mapping[str, Any]], axes: Panels = None) -> Figure:
     left = np.zeros(len(table))
     for number, state in enumerate(("covered", "stale", "missing")):
         counts = np.array([row[state] for row in table], float)
-        look: dict[str, Any] = {"color": COLOURS[state], "hatch": nth(number).hatch}
-        panel.barh(range(len(table)), counts, left=left, label=state, **look)
+        panel.barh(range(len(table)), counts, left=left, color=COLOURS[state], hatch=nth(number).hatch, label=state)
         left += counts
     for place, row in enumerate(table):
         panel.text(left[place], place, f"  {row['ticks']} ticks, {row['MB']:.1f} MB", va="center")
@@ -267,9 +266,8 @@ def _ridge(
     a, b = x[train] - mean, x[test] - mean
     kernel = a @ a.T
     scale = np.trace(kernel) / len(kernel)
-    values, vectors = np.linalg.eigh(kernel / scale)
-    projected, across = vectors.T @ (y[train] - target), (b @ a.T / scale) @ vectors
-    return [across @ (projected / (np.maximum(values, 0) + strength)[:, None]) + target for strength in strengths]
+    ridges = (kernel + strength * scale * np.eye(len(kernel)) for strength in strengths)
+    return [b @ a.T @ np.linalg.solve(ridge, y[train] - target) + target for ridge in ridges]
 
 
 def _pca_colours(features: EpisodeFeatures, ticks: list[int]) -> dict[str, np.ndarray]:

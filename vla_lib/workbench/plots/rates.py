@@ -107,8 +107,8 @@ def _agreement(
         sign = np.sign(told.correlation) if number else 1.0  # of the tool's axis, which differs between rigs
         ahead_s = told.offset_s if number else 0.0
         spread = (values - values.mean()) / max(float(values.std()), 1e-12)
-        look: dict[str, Any] = {"lw": 1.0 if number < 2 else 0.5, "ls": nth(number).dash}
-        curves.plot(t_s - ahead_s - episode.start_s, sign * spread, label=name, **look)
+        at_s, thick = t_s - ahead_s - episode.start_s, 1.0 if number < 2 else 0.5
+        curves.plot(at_s, sign * spread, lw=thick, ls=nth(number).dash, label=name)
     curves.set(xlabel=TIME, ylabel="in units of its spread")
     legend(curves, 2)
     lags.plot(match.lags_s, np.abs(match.correlations), color=COLOURS["data"])
@@ -124,16 +124,13 @@ def verdicts(summaries: Sequence[Mapping[str, Any]], axes: Panels = None) -> Fig
     figure, (counts, validity, rates) = panels(axes, (11, 3.2), "abc", width_ratios=(1, 1.3, 1.7))
     levels = (GOOD, USABLE, REJECTED)
     heights = [int((table["verdict"] == name).sum()) for name in levels]
-    bars = counts.bar([name.replace(" with ", "\nwith\n") for name in levels], heights)
-    for bar, name in zip(bars, levels, strict=True):
-        bar.set_color(COLOURS[name])
-    counts.bar_label(bars)
+    names = [name.replace(" with ", "\nwith\n") for name in levels]
+    counts.bar_label(counts.bar(names, heights, color=[COLOURS[name] for name in levels]))
     counts.set(ylabel="episodes", title="verdicts")
     for number, level in enumerate(levels):
         part = table[table["verdict"] == level]
         share = 100 * part["valid"] / part["steps"].clip(lower=1)
-        look: dict[str, Any] = {"color": COLOURS[level], "marker": nth(number).marker, "label": level}
-        validity.scatter(part["seconds"], share, s=14, **look)
+        validity.scatter(part["seconds"], share, s=14, color=COLOURS[level], marker=nth(number).marker, label=level)
     validity.set(xlabel="duration of the motion (s)", ylabel="valid steps (%)", title="validity", ylim=(-4, 104))
     legend(validity, 1)
     measured = {text: table[name].dropna() for name, text in RATES.items() if name in table}

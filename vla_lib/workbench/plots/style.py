@@ -160,8 +160,7 @@ def picture(panel: Axes, pixels: Any, missing: str = "") -> None:
     """A picture (H, W, 3) without ticks, or the sentence why there is none."""
     panel.set(xticks=[], yticks=[])
     panel.grid(visible=False)
-    for spine in panel.spines.values():
-        spine.set_visible(False)
+    panel.spines[:].set_visible(False)
     if pixels is not None:
         panel.imshow(pixels)
     elif missing:

@@ -155,17 +155,10 @@ def _wait_share(steps: Sequence[Row]) -> np.ndarray:
 
 
 def _summed(rows: Sequence[Row], key: str) -> np.ndarray:
-    found = [row[key] for row in rows if key in row]
-    total = np.zeros(max(map(len, found), default=0))
-    for counts in found:  # rows of a run that an older version began may be shorter
-        total[: len(counts)] += counts
-    return total
+    # rows of a run that an older version began may be shorter
+    return pd.DataFrame([row[key] for row in rows if key in row]).sum().to_numpy()
 
 
 def smooth(y: np.ndarray) -> np.ndarray:
-    """Running mean of the last 20 values, shorter at the start; not-a-numbers stay where they are."""
-    window = min(20, len(y))
-    total = np.cumsum(np.concatenate([[0.0], y]))
-    end = np.arange(1, len(y) + 1)
-    begin = np.maximum(end - window, 0)
-    return (total[end] - total[begin]) / (end - begin)
+    """Running mean of the last 20 values, shorter at the start; not-a-numbers do not count."""
+    return pd.Series(y).rolling(20, min_periods=1).mean().to_numpy()
