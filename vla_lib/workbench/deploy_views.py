@@ -6,7 +6,7 @@ In JupyterLab with widgets; headless and on a terminal the same as plain lines.
 import asyncio
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,38 +34,30 @@ REDRAW_S = 1.0
 MARKS = {True: "passed", False: "FAILED", None: "look"}
 
 
-class LookView:
-    """The rig live, while nothing moves: pictures, A-scan, force, pose, and the streams' table."""
+def look_at(session: Deployment) -> Figure:
+    """The first stage: look for `look_s` seconds, with the rig live while nothing moves (pictures, A-scan, force, pose,
+    the streams' table); the last moment as a figure. Raises UserError where a stream is silent."""
+    picture, table = ipywidgets.Image(format="jpeg", layout={"max_width": "1100px"}), Html()
+    box = ipywidgets.VBox([picture, table])
+    due_s = 0.0
 
-    def __init__(self) -> None:
-        self._due_s = 0.0
-        if interactive():
-            self._picture = ipywidgets.Image(format="jpeg", layout={"max_width": "1100px"})
-            self._table = Html(Markup(""))
-            self.box = ipywidgets.VBox([self._picture, self._table])
-            display(self.box)
-
-    def show(self, observation: Observation, rows: list[dict[str, Any]]) -> None:
-        """The newest of everything; drawn now and then."""
-        if time.monotonic() < self._due_s:
+    def show(observation: Observation, rows: list[dict[str, Any]]) -> None:
+        nonlocal due_s
+        if time.monotonic() < due_s:
             return
-        self._due_s = time.monotonic() + REDRAW_S
+        due_s = time.monotonic() + REDRAW_S
         if interactive():
-            self._table.value = Markup("<pre>{}</pre>").format(stream_table(rows).to_string(index=False))
-            self._picture.value = drawn(rig(observation), "jpeg")
+            table.value = Markup("<pre>{}</pre>").format(stream_table(rows).to_string(index=False))
+            picture.value = drawn(rig(observation), "jpeg")
             return
         rates = ", ".join(f"{row['stream']} {row['rate_hz']:g} Hz" for row in rows)
         print(f"{rates}; pose {observation.state[6:].round(2).tolist()}", flush=True)
 
-
-def look_at(session: Deployment) -> Figure:
-    """The first stage: look for `look_s` seconds; the last moment as a figure. Raises UserError where a stream is
-    silent."""
-    view = LookView()
-    with answering(), LabRobot(session.robot) as robot:
-        seen = look(robot, session.settings.look_s, view.show)
     if interactive():
-        view.box.close()  # the last moment's figure takes its place
+        display(box)
+    with answering(), LabRobot(session.robot) as robot:
+        seen = look(robot, session.settings.look_s, show)
+    box.close()  # the last moment's figure takes its place
     session.end("look", {"seen": seen})
     return rig(seen.newest)
 
@@ -119,7 +111,7 @@ class PersonList:
             name: ipywidgets.Checkbox(name in session.ticked, description=text, indent=False, layout={"width": "60em"})
             for name, text in PERSON.items()
         }
-        self.said = Html(Markup(""))
+        self.said = Html()
         for name, box in self.boxes.items():
             box.observe(lambda change, name=name: self._changed(name, change["new"]), "value")
 
@@ -131,7 +123,7 @@ class PersonList:
                 self.session.ticked.pop(name, None)
         except UserError as error:
             self.boxes[name].value = False
-            self.said.value = Markup("{}").format(str(error))
+            self.said.value = str(error)
         else:
             self.said.value = Markup("ticked: {}").format(", ".join(self.session.ticked) or "nothing")
 
@@ -157,12 +149,12 @@ class OutcomeForm:
         self.note = ipywidgets.Text(placeholder="a note", layout={"width": "40em"})
         self.name = ipywidgets.Text(session.settings.operator, description="name")
         self.save = ipywidgets.Button(description="Keep", icon="check")
-        self.said = Html(Markup(""))
+        self.said = Html()
         self.save.on_click(self._keep)
 
     def _keep(self, _button: Any) -> None:
         if self.folder is None or not self.name.value.strip():
-            self.said.value = Markup("give your name")
+            self.said.value = "give your name"
             return
         self.folder = judge(self.folder, self.success.value, self.note.value.strip(), self.name.value.strip())
         self.said.value = Markup("kept: {}").format(shown(self.folder))
@@ -176,7 +168,7 @@ class OutcomeForm:
             display(tables.sentence(f"Nobody has judged {shown(self.folder)} yet."))
 
 
-def on_terminal(settings: DeploySettings, ask: Callable[[str], str] = input) -> dict[str, Any]:
+def on_terminal(settings: DeploySettings) -> dict[str, Any]:
     """A session on a terminal, to `settings.until` or to the first stage that does not pass. Returns stage -> whether
     it passed."""
     session = Deployment(settings)
@@ -185,24 +177,24 @@ def on_terminal(settings: DeploySettings, ask: Callable[[str], str] = input) -> 
     print(streams(session).to_string(index=False), flush=True)
     for stage in wanted[1:]:
         if stage == "dry run":
-            _tick_on_terminal(session, ask)
+            _tick_on_terminal(session)
         elif stage in ("first motion", "task") and sys.stdin.isatty():
-            ask(f"The arm will move: {stage}. A hand on the emergency stop, then Enter. ")
+            input(f"The arm will move: {stage}. A hand on the emergency stop, then Enter. ")
         asyncio.run(run_stage(session, stage))
         if stage == "preflight":
             print(check_table(session.checks).to_string(index=False), flush=True)
         if stage == "task" and session.last and sys.stdin.isatty():
-            ask_outcome(session.last["folder"], settings.operator, ask)
+            ask_outcome(session.last["folder"], settings.operator)
         if stage not in session.passed:
             break
     return {stage: stage in session.passed for stage in wanted}
 
 
-def _tick_on_terminal(session: Deployment, ask: Callable[[str], str]) -> None:
+def _tick_on_terminal(session: Deployment) -> None:
     if session.settings.ticked:
         session.tick(session.settings.ticked, session.settings.operator)
     if not sys.stdin.isatty():
         return
     for name, text in PERSON.items():
-        if name not in session.ticked and ask(f"{text} [y/n] ").strip().lower().startswith("y"):
-            session.tick([name], session.settings.operator or ask("Your name: "))
+        if name not in session.ticked and input(f"{text} [y/n] ").strip().lower().startswith("y"):
+            session.tick([name], session.settings.operator or input("Your name: "))
