@@ -179,7 +179,6 @@ def test_html_is_made_of_text_in_one_place_only():
     allowed |= {
         ("pages.py", 'data["text/html"]'),
         ("pages.py", "STYLE"),
-        ("tables.py", "STYLE"),
         ("comparison.py", "made.data"),
         ("rollout_views.py", "image"),
         ("viewer.py", "style("),

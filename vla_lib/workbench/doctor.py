@@ -30,10 +30,6 @@ def doctor() -> int:
     return int(failed)
 
 
-def _python() -> Finding:
-    return "ok", sys.version.split()[0]  # with one older than 3.11 nothing of vla_lib is imported
-
-
 def _packages() -> Finding:
     """The installed packages against the lock (lines that hold on every platform)."""
     lines = [line.partition("==") for line in (PROJECT / "requirements.lock").read_text().splitlines()]
@@ -138,6 +134,7 @@ def _chromium() -> Finding:
     return ("ok", found) if found else ("warn", "not here: the browser tests are skipped; apt-get install chromium")
 
 
-LOOKS = {"Python": _python, "packages": _packages, "torch": _torch, "EGL": _pictures, "disk": _disk}
-LOOKS |= {"open files": _open_files, "shared mem": _shared_memory, "W&B": _wandb}
+# with a Python older than 3.11 nothing of vla_lib can be imported
+LOOKS = {"Python": lambda: ("ok", sys.version.split()[0]), "packages": _packages, "torch": _torch, "EGL": _pictures}
+LOOKS |= {"disk": _disk, "open files": _open_files, "shared mem": _shared_memory, "W&B": _wandb}
 LOOKS |= {"JupyterLab": _widgets, "Chromium": _chromium}

@@ -66,19 +66,16 @@ def flags(settings: Settings) -> list[str]:
     return words
 
 
-def cores() -> int:
-    """The cores that this process may use: of its affinity, and of its Slurm job."""
-    allowed = len(os.sched_getaffinity(0))
-    return min(allowed, int(os.environ.get("SLURM_CPUS_ON_NODE") or allowed))
-
-
 def thread_variables(processes: int) -> dict[str, str]:
-    """OMP_NUM_THREADS for each of so many processes at once, and threads that sleep while they wait.
+    """OMP_NUM_THREADS for each of so many processes at once, which share the cores that this one may use (of its
+    affinity, and of its Slurm job), and threads that sleep while they wait.
 
     Threads that spin at a barrier, OpenMP's default, collapse beside other work: docs/FIGURES.md has the figures.
     What the user has set stays.
     """
-    chosen = {"OMP_NUM_THREADS": str(max(1, cores() // processes)), "OMP_WAIT_POLICY": "PASSIVE"}
+    allowed = len(os.sched_getaffinity(0))
+    cores = min(allowed, int(os.environ.get("SLURM_CPUS_ON_NODE") or allowed))
+    chosen = {"OMP_NUM_THREADS": str(max(1, cores // processes)), "OMP_WAIT_POLICY": "PASSIVE"}
     return {name: os.environ.get(name, value) for name, value in chosen.items()}
 
 

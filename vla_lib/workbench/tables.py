@@ -11,7 +11,6 @@ from vla_lib.episodes.quality import verdict_table
 from vla_lib.workbench.markup import Markup, joined, page
 
 WRAPPING_EM = {"reasons": 24, "problem": 24, "episode": 12, "clock": 12, "used by": 12, "not better than": 12}
-STYLE = "@media print {.fit-table {max-height:none !important; overflow:visible !important}}"
 VERDICT = ["episode", "layout", "verdict", "seconds", "steps", "valid"]
 VERDICT += ["robot_hz", "pose_hz", "sensor_hz", "camera_hz", "reasons"]
 RATES = {"robot_hz": "rows Hz", "pose_hz": "poses Hz", "sensor_hz": "sensor Hz", "camera_hz": "camera Hz"}
@@ -36,11 +35,12 @@ def fit(frame: pd.DataFrame) -> HTML:
     rows = [map(cell, frame.columns, row) for row in frame.itertuples(index=False)]
     body = joined(Markup("<tr>{}</tr>").format(joined(row)) for row in rows)
     table = Markup(
-        "<style>{}</style><div class='fit-table' style='max-height:480px;overflow:auto'>"
+        "<style>@media print {{.fit-table {{max-height:none !important; overflow:visible !important}}}}</style>"
+        "<div class='fit-table' style='max-height:480px;overflow:auto'>"
         "<table style='border-collapse:collapse;font-size:11px;margin:0'><thead><tr>{}</tr></thead>"
         "<tbody>{}</tbody></table></div>"
     )
-    return page(table.format(Markup(STYLE), heads, body))
+    return page(table.format(heads, body))
 
 
 def sentence(text: str) -> HTML:

@@ -127,18 +127,6 @@ def write_report(sweep: Path) -> None:
         print(f"no report: {error}", flush=True)
 
 
-def visible_gpus() -> list[str]:
-    """The GPUs that runs may have, as CUDA_VISIBLE_DEVICES names them: those that it names already, else all."""
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if named is None:
-        words = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
-        try:
-            named = subprocess.run(words, capture_output=True, text=True, timeout=60, check=True).stdout
-        except (OSError, subprocess.SubprocessError):
-            return []
-    return [name.strip() for name in named.replace("\n", ",").split(",") if name.strip() not in NO_GPU]
-
-
 @dataclass(frozen=True)
 class Share:
     """The GPUs of one run (none on a CPU), its from `take` to `release`, and the open lock files that say so."""
@@ -166,8 +154,15 @@ class Gpus:
 
     @classmethod
     def find(cls, per_run: int) -> "Gpus":
-        """Raises UserError where a run wants more GPUs than there are."""
-        names = tuple(visible_gpus())
+        """The GPUs that CUDA_VISIBLE_DEVICES names already, else all. Raises UserError where a run wants more GPUs than
+        there are."""
+        named = os.environ.get("CUDA_VISIBLE_DEVICES")
+        if named is None:
+            words, named = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"], ""
+            with contextlib.suppress(OSError, subprocess.SubprocessError):
+                named = subprocess.run(words, capture_output=True, text=True, timeout=60, check=True).stdout
+        listed = (name.strip() for name in named.replace("\n", ",").split(","))
+        names = tuple(name for name in listed if name not in NO_GPU)
         if names and per_run > len(names):
             which = f"there are {len(names)} ({', '.join(names)})"
             raise UserError(f"A run wants {per_run} GPUs, but {which}; give --gpus-per-run or nproc_per_node less.")
@@ -231,16 +226,13 @@ class Worker:
 
     async def _place(self) -> None:
         while True:
-            share = self.gpus.take()  # before an entry is claimed: another worker may have GPUs for that
-            claim = self.queue.claim() if share else None
-            if claim and share:
+            if share := self.gpus.take():  # before an entry is claimed: another worker may have GPUs for that
                 try:
-                    await self._run(claim, share)
+                    if claim := self.queue.claim():
+                        await self._run(claim, share)
+                        continue
                 finally:
                     share.release()
-                continue
-            if share:
-                share.release()
             open_states = {row["state"] for row in self.queue.rows()} & {"waiting", "running"}
             if not open_states or (open_states == {"running"} and "SLURM_JOB_ID" in os.environ):
                 return  # a cluster's machines are not kept for what others run
