@@ -4,7 +4,7 @@ from jupyter_client.manager import KernelManager
 
 CELL = """
 import asyncio, ipywidgets
-from vla_lib.workbench.notebook import answering
+from vla_lib.workbench.busy_kernel import answering
 slider = ipywidgets.IntSlider(value=3)
 print("awaiting")
 with answering():

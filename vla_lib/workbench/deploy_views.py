@@ -23,8 +23,9 @@ from vla_lib.robots.lab_robot import LabRobot
 from vla_lib.robots.recording import judge
 from vla_lib.runtime.robot_io import Observation
 from vla_lib.workbench import tables
+from vla_lib.workbench.busy_kernel import answering
 from vla_lib.workbench.markup import Html, Markup
-from vla_lib.workbench.notebook import answering, interactive, shown
+from vla_lib.workbench.notebook import interactive, shown
 from vla_lib.workbench.plots.rehearsal import rig
 from vla_lib.workbench.plots.style import drawn
 from vla_lib.workbench.record import ask_outcome, stream_table

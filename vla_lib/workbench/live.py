@@ -8,9 +8,10 @@ from IPython.display import display
 
 from vla_lib.core.files import read_jsonl
 from vla_lib.core.progress import read_line
+from vla_lib.workbench.busy_kernel import answering
 from vla_lib.workbench.jobs import Job, explain
 from vla_lib.workbench.markup import Html, Markup
-from vla_lib.workbench.notebook import answering, dataset_path, interactive, shown
+from vla_lib.workbench.notebook import dataset_path, interactive, shown
 from vla_lib.workbench.plots.style import drawn
 from vla_lib.workbench.plots.training import newest_figures, training_curves
 

@@ -1,11 +1,9 @@
 """A notebook's side of its run: `begin` after the parameters cell gives the run; its settings, results and end go
-through it. And its kernel, which is still `answering` while a cell awaits something long."""
+through it."""
 
 import atexit
 import dataclasses
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,7 +15,6 @@ from vla_lib.workbench.jobs import JobCancelled
 from vla_lib.workbench.runs import data_state, find_run
 
 RUN_DIR_VARIABLE = "VLA_RUN_DIR"
-QUESTIONS = ("kernel_info_request", "comm_info_request")  # of a notebook that is opened again
 S = TypeVar("S", bound=Settings)
 
 
@@ -181,44 +178,6 @@ def _say(shell: Any, kind: type[BaseException], error: BaseException, trace: Any
 def interactive() -> bool:
     """Whether a person sits before this kernel (JupyterLab, VS Code), so that widgets can be drawn and clicked."""
     return RUN_DIR_VARIABLE not in os.environ and ("JPY_SESSION_NAME" in os.environ or "VSCODE_PID" in os.environ)
-
-
-@contextmanager
-def answering() -> Iterator[None]:
-    """Inside, with awaits, this kernel answers `QUESTIONS` at once. Does nothing where no such kernel runs (a script,
-    another kernel).
-
-    ipykernel delivers widget messages while a cell awaits, but lets every other question wait for the cell's end. A
-    notebook that is opened again asks those questions before it draws a widget, so it would show `Loading widget...`
-    for as long as the job runs. There is no public way: this function alone uses private names of ipykernel
-    (`shell_channel_thread`, `set_on_recv_callback`, `shell_main`); test_busy_kernel.py watches them.
-    """
-    kernel: Any = getattr(_shell(), "kernel", None)
-    manager = getattr(getattr(kernel, "shell_channel_thread", None), "manager", None)
-    if manager is None:
-        yield
-        return
-
-    def tell(state: str, about: dict[str, Any]) -> None:
-        kernel.session.send(kernel.iopub_socket, "status", {"execution_state": state}, parent=about, ident=b"status")
-
-    async def receive(subshell: str | None, message: list[Any]) -> None:
-        idents, frames = kernel.session.feed_identities(message, copy=False)
-        kind = kernel.session.deserialize(frames, content=False, copy=False)["header"]["msg_type"]
-        if kind not in QUESTIONS or subshell is not None:
-            await kernel.shell_main(subshell, message)
-            return
-        question = kernel.session.deserialize(frames, copy=False)
-        tell("busy", question)
-        await kernel.shell_handlers[kind](manager.get_subshell_to_shell_channel_socket(None), idents, question)
-        tell("idle", question)  # an answer counts once its kernel says that it is done with it
-        tell("busy", kernel.get_parent("shell"))  # the cell is not
-
-    manager.set_on_recv_callback(receive)
-    try:
-        yield
-    finally:
-        manager.set_on_recv_callback(kernel.shell_main)
 
 
 def dataset_path(text: str) -> Path:

@@ -28,9 +28,10 @@ from vla_lib.evaluation.settings import RolloutSettings
 from vla_lib.evaluation.sim_robot import sim_limits
 from vla_lib.runtime.safety import SafetyLimits
 from vla_lib.training.checkpoint import read_checkpoint
+from vla_lib.workbench.busy_kernel import answering
 from vla_lib.workbench.jobs import JobCancelled
 from vla_lib.workbench.markup import Html, Markup, joined, page
-from vla_lib.workbench.notebook import answering, interactive, shown
+from vla_lib.workbench.notebook import interactive, shown
 from vla_lib.workbench.plots import rollouts as plots
 from vla_lib.workbench.plots.rehearsal import moment
 from vla_lib.workbench.plots.style import drawn
