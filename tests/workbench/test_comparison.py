@@ -7,9 +7,9 @@ import pytest
 from matplotlib import pyplot
 
 from vla_lib.core.errors import UserError
-from vla_lib.workbench import comparison, run_browser, runs
+from vla_lib.workbench import comparison, runs
+from vla_lib.workbench.comparison import RunBrowser
 from vla_lib.workbench.plots import comparison as plots
-from vla_lib.workbench.run_browser import RunBrowser
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def test_both_curves_are_drawn_over_steps_and_over_time(two):
 
 
 def test_the_table_is_filtered_sorted_and_ticked(two, monkeypatch):
-    monkeypatch.setattr(run_browser, "interactive", lambda: True)
+    monkeypatch.setattr(comparison, "interactive", lambda: True)
     browser = RunBrowser(notebook="04_train_async", compare=[two[1].name])
     drawn: list[list[Path]] = []
     browser.view(lambda chosen: drawn.append(chosen) or plots.learning_curves(comparison.curves(chosen)))
@@ -67,7 +67,7 @@ def test_the_table_is_filtered_sorted_and_ticked(two, monkeypatch):
 
 
 def test_a_run_is_named_starred_noted_and_removed_with_a_question(two, monkeypatch):
-    monkeypatch.setattr(run_browser, "interactive", lambda: True)
+    monkeypatch.setattr(comparison, "interactive", lambda: True)
     browser = RunBrowser(notebook="04_train_async", compare=[two[0].name, two[1].name])
     browser.label.value = "wide <b>"
     browser.save.click()
