@@ -15,6 +15,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 LONG = (
     "test_flow.py",
     "test_browser.py",
+    "test_browser_many.py",
     "test_cancelling.py",
     "test_slurm.py",
     "test_interruption.py",

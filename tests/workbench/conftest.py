@@ -14,6 +14,8 @@ import nbformat
 import pytest
 from chromium import CHROMIUM, FLAGS
 
+from needle_rig.recorder import record
+from needle_rig.settings import RecordSettings
 from vla_lib.core.files import write_json
 from vla_lib.core.run_folder import PROJECT
 from vla_lib.workbench.commands import lab_command, lab_environment
@@ -213,3 +215,15 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Desk]:
     finally:
         server.terminate()
         server.wait()
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    """A recording of three episodes."""
+    folder = tmp_path_factory.mktemp("browser") / "data"
+    record(
+        RecordSettings(
+            dataset_root=folder, episodes_f1=3, episodes_f2=1, picture_width=160, picture_height=90, idle_tail_s=0.2
+        )
+    )
+    return folder
