@@ -132,7 +132,7 @@ def verdicts(summaries: Sequence[Mapping[str, Any]], axes: Panels = None) -> Fig
         share = 100 * part["valid"] / part["steps"].clip(lower=1)
         validity.scatter(part["seconds"], share, s=14, color=COLOURS[level], marker=nth(number).marker, label=level)
     validity.set(xlabel="duration of the motion (s)", ylabel="valid steps (%)", title="validity", ylim=(-4, 104))
-    legend(validity, 1)
+    legend(validity, 3)
     measured = {text: table[name].dropna() for name, text in RATES.items() if name in table}
     measured = {text: values for text, values in measured.items() if len(values)}
     for place, values in enumerate(measured.values()):
