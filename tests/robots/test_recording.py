@@ -22,10 +22,16 @@ from vla_lib.robots.recording import Recording, enter, finish_left, judge
 
 
 def test_a_run_becomes_a_whole_raw_episode(rig, drive, tmp_path):
-    with rig(clock_s=0.7, sensor_age_s=1) as it:
+    with rig(clock_s=0.7, sensor_age_s=1, hold_s=5, follow_mm=20) as it:
         with Recording(tmp_path / "rollouts", it.robot, {"kind": "rollout", "checkpoint": "x.pt"}) as recording:
-            begun_s = time.time()
-            log = drive(it, watch=recording.watch, max_s=1.5)
+            begun_s, start = time.time(), it.arm.place.copy()
+
+            def watch(tick, observation):
+                recording.watch(tick, observation)
+                if tick.t_s > 1.5 and np.ptp([start[0], it.arm.place[0]]) > 1.5:  # a busy machine holds it at times
+                    it.runner.request_stop("far enough")
+
+            log = drive(it, watch=watch, max_s=30)
             recording.close(log)
         ended_s, arm = time.time(), it.arm.place.copy()
     (found,) = survey(tmp_path).episodes
@@ -41,7 +47,7 @@ def test_a_run_becomes_a_whole_raw_episode(rig, drive, tmp_path):
     assert [line["step"] for line in ordered] == [tick.step for tick in log.ticks]
     assert [line["action"] for line in ordered] == [list(tick.action) for tick in log.ticks]
     record = read_json(recording.folder / "rollout.json")
-    assert record["complete"] and record["ended"] == "time limit" and record["checkpoint"] == "x.pt"
+    assert record["complete"] and record["ended"] == "far enough" and record["checkpoint"] == "x.pt"
     assert record["runner"]["ticks"] == len(log.ticks) and record["outcome"] is None
     offsets = {row["stream"]: row["clock_offset_ms"] for row in record["streams"]}
     assert offsets["sensor"] == pytest.approx(-700, abs=200)
