@@ -194,6 +194,25 @@ def test_two_episodes_stand_side_by_side(triage):
         triage.desk.picture(f"triage-{way.replace(' ', '-')}", 1330, "all-episodes")
 
 
+def test_instants_that_follow_each_other_fast_damage_no_picture(triage):
+    """A picture whose place another one takes while it is decoded is not a damaged one."""
+    triage.open_good(5)
+    fast = (
+        "slider => { for (const part of [0.1, 0.9, 0.3, 0.7, 0.2, 0.8]) {"
+        " slider.value = Math.round(part * slider.max); slider.dispatchEvent(new Event('input')) } }"
+    )
+    ages = triage.place.locator("figcaption")
+    for _ in range(10):
+        before = int(triage.place.get_attribute("data-drawn"))
+        triage.place.locator("input[type=range]").evaluate(fast)
+        triage.desk.until(lambda before=before: int(triage.place.get_attribute("data-drawn")) >= before + 6)
+        shown = ages.all_inner_texts()
+        assert all("ms old" in text for text in shown)
+        for key in ("ArrowRight", "ArrowLeft"):
+            triage.step(key)
+        assert ages.all_inner_texts() == shown  # of the last instant, and of no earlier one that came late
+
+
 def test_what_was_picked_is_kept(triage):
     """Over "Run All", in run.json."""
     picked = triage.open_good(4)

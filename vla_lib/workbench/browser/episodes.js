@@ -47,6 +47,7 @@ class Episode {
     this.charts = [];
     this.linked = [];    // of another episode, whose zoom follows
     this.shift = 0;      // what the other episode's time is ahead of the shared one
+    this.turn = this.drawn = 0;  // instants that were asked for; the latest of them that is shown
   }
 
   show(data) {
@@ -222,11 +223,13 @@ class Episode {
   }
 
   async go(shared) {  // everything at one instant; done when it is drawn
-    const t = shared + this.shift;
+    const t = shared + this.shift, turn = ++this.turn;
     const wanted = await Promise.all(this.views.map(async (view) => {
       const number = newest(view.t, t);
       return {number, source: number < 0 ? null : await this.ask(this.place, view.name, number)};
     }));
+    if (turn < this.drawn) return;  // a later instant was here first
+    this.drawn = turn;
     await Promise.all(wanted.map(async ({number, source}, k) => {
       const view = this.views[k];
       const age = number < 0 ? "none yet" : `${Math.round(1000 * (t - view.t[number]))} ms old`;
@@ -234,9 +237,14 @@ class Episode {
       view.img.style.visibility = source ? "visible" : "hidden";
       if (source && source !== view.shown) {
         view.img.src = view.shown = source;
-        await view.img.decode().catch(() => { view.caption.textContent = `${view.name}: damaged`; view.img.style.visibility = "hidden"; });
+        await view.img.decode().catch(() => {
+          if (view.shown !== source) return;  // a later instant's picture came in between
+          view.caption.textContent = `${view.name}: damaged`;
+          view.img.style.visibility = "hidden";
+        });
       }
     }));
+    if (turn < this.drawn) return;
     this.t = t;
     this.cursor();
     if (this.column) this.column();
