@@ -29,6 +29,7 @@ def truncate(path: Path, step: int, validated: int) -> None:
 
 def wandb_mode(asked: str) -> str:
     """`auto`: `online` where a key is set (environment, or `wandb login`), else `offline`. Asks no network."""
+    os.environ.setdefault("WANDB_SILENT", "true")  # else `login` asks its server for the name in "logged in as"
     if asked != "auto":
         return asked
     if (mode := os.environ.get("WANDB_MODE")) in ("offline", "disabled", "dryrun"):
@@ -56,7 +57,6 @@ class MetricsLog:
         with needing_room(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.touch()
-        os.environ.setdefault("WANDB_SILENT", "true")
         # of the program that started this one: it keeps the id of a killed run in use
         os.environ.pop("WANDB_SERVICE", None)
         options = {"project": project, "id": wandb_id, "name": run_dir.name, "config": config, "dir": str(run_dir)}
