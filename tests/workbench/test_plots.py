@@ -293,3 +293,12 @@ def test_what_is_wrong_with_a_plot_is_found():
     assert small(figure) == ["tiny: 6.9 px"] and cut_off(figure, placed) == ["outside"]
     assert len(by_colour_alone(figure)) == 1
     assert covered(figure, placed) == ["'tiny' on 'on it'", "a legend on the data of ''"]
+
+
+def test_variants_under_all_disturbances_are_told_apart():
+    """Thirteen in one panel: points by colour and marker, lines by colour and dash, named in one legend."""
+    figure = rollouts.errors({f"variant {number}": closed_loop(number) for number in range(13)})
+    assert len({(point.get_color(), point.get_marker()) for point in figure.axes[0].lines}) == 13
+    assert len({(style.nth(number).colour, repr(style.nth(number).dash)) for number in range(13)}) == 13
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["tolerance", *(f"variant {n}" for n in range(13))]

@@ -155,6 +155,7 @@ def success(found: Mapping[str, ClosedLoop], axes: Panels = None) -> Figure:
     rate.set(xlabel="success (%), line: 95 % interval", xlim=(0, 118), xticks=range(0, 101, 20))
     rate.invert_yaxis()
     why.set(xlabel="failed rollouts", title="why rollouts failed" if reasons else "no rollout failed")
+    why.locator_params(axis="x", integer=True)
     legend(why, 3)
     return figure
 
@@ -173,11 +174,10 @@ def errors(found: Mapping[str, ClosedLoop], axes: Panels = None) -> Figure:
         force.ecdf([row["peak_force_mN"] for row in loop.rollouts], color=colour, ls=style, lw=1.5)
         if times := [row["time_s"] for row in loop.rollouts if row["success"]]:
             took.ecdf(times, color=colour, ls=style, lw=1.5)
-    ends.set(
-        xlabel="distance from the target's axis (mm)", ylabel="depth error (mm), above 0: too deep", xlim=(0, None)
-    )
+    ends.set(xlabel="distance from the axis (mm)", ylabel="depth error (mm), above 0: too deep", xlim=(0, None))
     if axes is None:  # of all panels: names of variants may be long
-        figure.legend(*ends.get_legend_handles_labels(), loc="outside upper center", ncols=3)
+        (tolerance, *points), labels = ends.get_legend_handles_labels()
+        figure.legend([tolerance, *zip(points, force.lines, strict=True)], labels, loc="outside upper center", ncols=3)
     force.axvline(FORCE_LIMIT_MN, **LIMIT)
     force.set(xlabel="peak force (mN), dashed: limit", ylabel="share of rollouts", ylim=(0, 1.02))
     if not took.lines:
@@ -229,8 +229,8 @@ def frame_strip(row: Rollout, views: Sequence[str], title: str = "", axes: Panel
         scan = column[-1]
         force_mN, *a_scan = frame.newest_sample
         scan.plot(np.arange(len(a_scan)) * BIN_MM, a_scan, lw=0.6, color=COLOURS["data"])
-        motion = "{:+.2f} {:+.2f} {:+.2f}".format(*frame.tick.action[:3])
-        scan.set_xlabel(f"depth (mm)\n{force_mN:.0f} mN\n{frame.tick.reason or motion}", fontsize=8)
+        motion = "{:+z.2f} {:+z.2f} {:+z.2f}".format(*frame.tick.action[:3])
+        scan.set_xlabel(f"depth (mm)\n{force_mN:z.0f} mN\n{frame.tick.reason or motion}", fontsize=8)
         scan.set(yticks=[], ylim=(0, 110))
     for panel, name in zip(found[:: len(frames)], (*views, "A-scan"), strict=True):
         panel.set_ylabel(name, fontsize=8)

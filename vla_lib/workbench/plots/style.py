@@ -127,8 +127,8 @@ class Look(NamedTuple):
 
 
 def nth(number: int) -> Look:
-    """The look of thing `number`; dash and marker together come again after 30."""
-    return Look(SERIES[number % 6], DASHES[number % 5], "os^DvX"[number % 6], HATCHES[number % 6])
+    """The look of thing `number`; colour and dash together come again after 30, colour and marker after 42."""
+    return Look(SERIES[number % 6], DASHES[number % 5], "os^DvXP"[number % 7], HATCHES[number % 6])
 
 
 def wrapped(title: str, inches: float) -> str:
