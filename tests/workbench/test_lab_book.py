@@ -150,7 +150,7 @@ def test_a_run_is_repeated_and_says_what_has_changed(write_notebook, tmp_path, r
 
 def test_the_doctor_names_what_is_missing_and_what_to_do(monkeypatch, capsys):
     monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
-    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(doctor, "WIDGET_PACKAGES", ("not_installed",))
     monkeypatch.setitem(doctor.LOOKS, "EGL", lambda: ("ok", ""))
     assert doctor.doctor() == 1
     said = capsys.readouterr().out
