@@ -146,10 +146,9 @@ def success(found: Mapping[str, ClosedLoop], axes: Panels = None) -> Figure:
         rate.annotate(counted, (max(high, share), place), (5, 0), textcoords="offset points", va="center")
     reasons = list(dict.fromkeys(reason for summary in summaries.values() for reason in summary["reasons"]))
     left = np.zeros(len(summaries))
-    for number, reason in enumerate(reasons):
+    for reason, look in zip(reasons, map(nth, range(len(reasons))), strict=True):
         counts = np.array([summary["reasons"].get(reason, 0) for summary in summaries.values()])
-        look: dict[str, Any] = {"color": nth(number).colour, "hatch": nth(number).hatch}
-        why.barh(range(len(summaries)), counts, left=left, height=0.6, label=reason, **look)
+        why.barh(range(len(found)), counts, left=left, height=0.6, label=reason, color=look.colour, hatch=look.hatch)
         left += counts
     rate.set_yticks(range(len(summaries)), list(summaries))
     rate.set(xlabel="success (%), line: 95 % interval", xlim=(0, 118), xticks=range(0, 101, 20))
@@ -177,7 +176,8 @@ def errors(found: Mapping[str, ClosedLoop], axes: Panels = None) -> Figure:
     ends.set(xlabel="distance from the axis (mm)", ylabel="depth error (mm), above 0: too deep", xlim=(0, None))
     if axes is None:  # of all panels: names of variants may be long
         (tolerance, *points), labels = ends.get_legend_handles_labels()
-        figure.legend([tolerance, *zip(points, force.lines, strict=True)], labels, loc="outside upper center", ncols=3)
+        looks: list[Any] = [tolerance, *zip(points, force.lines, strict=True)]
+        figure.legend(looks, labels, loc="outside upper center", ncols=3)
     force.axvline(FORCE_LIMIT_MN, **LIMIT)
     force.set(xlabel="peak force (mN), dashed: limit", ylabel="share of rollouts", ylim=(0, 1.02))
     if not took.lines:
